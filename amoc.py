@@ -1,0 +1,264 @@
+"""AMOC: adversarial momentum-contrastive pretraining (Xu & Yang 2020, arXiv 2012.13154).
+
+MoCo, made robust. A slowly moving copy of the encoder makes keys; banks of old keys supply the negatives, so 256 images a
+step are enough. The clean MoCo loss is joined by the same loss L_* with an attacked query and/or key, the attack being PGD
+on L_* itself. Clean and attacked images have their own BatchNorm branch, and clean and attacked keys their own bank.
+
+    paper                       here
+    f_q, f_k                    net, target: encoder and projector; embed() adds u(z) = z / |z|
+    BN of clean, attacked x     branch "clean", "adv"
+    x_q, x_k; + delta           x1, x2; x1_adv, x2_adv
+    Eq. 3.1  InfoNCE            info_nce
+    Eq. 3.2  momentum update    optim.ema in train_step
+    Eq. 3.3  inner maximum      attack
+    Eq. 3.4  lam L_CCC + ...    train_step
+    M_clean, M_adv              bank_clean, bank_adv
+    CCC, ACC, ...               VARIANTS: the letters are query, key, bank; C is clean, A is adversarial
+
+Where the paper is silent we take the authors' code: the attack (5 steps of 2/255 from a uniform start, eval mode), BatchNorm
+of the keys in train mode without shuffling, SGD and its schedule, the projector's sizes, the normalisation.
+The paper's kernel for the blur is open; ours is wide enough for sigma 2. Where we depart from the authors' code:
+    - keys join the bank at the end of the step, as the paper says (there: before the logits, so that a query's own key is
+      also its negative);
+    - a view that is not attacked enters the attack clean (there: with the random start of the attacked one);
+    - what does not depend on the perturbation is computed once per attack, and no weight gradient is made: exactly equal in
+      eval mode, and 18 instead of 29 passes a step for ACC.
+In ACA nothing ever enters M_adv: it stays Gaussian noise (the paper's Remark 1). ACA_PLUS, which the code has and the paper
+has not, fills it with the keys of attacked queries.
+
+    python amoc.py                                       the paper's ACC: CIFAR-10, ResNet-18, 200 epochs
+    torchrun --nproc-per-node 8 amoc.py                  the same on 8 GPUs; 256 images a step over all of them
+    python amoc.py --variant CCC                         MoCo, the clean base
+    python eval.py runs/amoc/encoder.pt --preset amoc-slf
+"""
+import math
+import pathlib
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.utils import save_image
+
+from common import data, encoders, optim, run
+from common.bank import Bank, bank_logsumexp
+from common.encoders import branch
+from common.pgd import eval_mode, pgd
+
+MEAN, STD = (0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2617)  # CIFAR-10's, from the authors' code
+
+
+class Variant(NamedTuple):
+    adv_query: bool
+    adv_key: bool
+    adv_bank: bool  # L_* reads M_adv
+    extra_key: bool  # an attacked query's key feeds M_adv
+    evaluate: str  # BN branch of the exported encoder
+
+
+VARIANTS = {
+    "CCC": Variant(False, False, False, False, "clean"),
+    "CAC": Variant(False, True, False, False, "clean"),
+    "CAA": Variant(False, True, True, False, "clean"),
+    "ACC": Variant(True, False, False, False, "adv"),
+    "ACA": Variant(True, False, True, False, "adv"),
+    "AAC": Variant(True, True, False, False, "adv"),
+    "AAA": Variant(True, True, True, False, "adv"),
+    "ACA_PLUS": Variant(True, False, True, True, "adv"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method
+# ---------------------------------------------------------------------------------------------------------------------
+def augment(x, rng, size):
+    """One view of the uint8 images x (B, 3, H, W), as in MoCo v2: floats (B, 3, size, size) in [0, 1]."""
+    x = data.random_resized_crop(x, rng, size, scale=(0.2, 1.0), flip=0.5)
+    x = data.random_color_jitter(x, rng, 0.4, 0.4, 0.4, 0.1, p=0.8)
+    x = data.random_grayscale(x, rng, p=0.2)
+    x = data.random_gaussian_blur(x, rng, sigma=(0.1, 2.0), p=0.5, kernel_size=13)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def embed(net, x, bn):
+    """u(f(x)) through BatchNorm branch `bn`: (B, 128), fp32, unit rows."""
+    with branch(net, bn):
+        z = net(x)
+    return F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
+
+
+def info_nce(q, k, bank, temperature):
+    """Eq. 3.1: -mean_i log( e^(q_i.k_i/T) / (e^(q_i.k_i/T) + sum_j e^(q_i.M_j/T)) ).
+
+    q, k (N, D) unit rows, bank (K, D): negatives only. Chance is ln(K + 1).
+    """
+    pos = (q * k).sum(1) / temperature  # (N,)
+    neg = bank_logsumexp(q, bank, temperature)  # (N,)
+    return F.softplus(neg - pos).mean()
+
+
+def attack(net, target, x1, x2, start1, start2, bank, v, temperature, eps, step_size, steps):
+    """Eq. 3.3: the views that variant `v` attacks, moved within eps to maximise L_*; returns (x1_adv, x2_adv).
+
+    L_CCC is constant in the perturbation, so L_* alone is maximised. Eval mode: an embedding then depends on its own image
+    only, so the embedding of the view that stands still is a constant, and no running statistic changes.
+    """
+    with eval_mode(net, target):
+        if v.adv_query and v.adv_key:  # both at once
+
+            def loss(x):
+                x1, x2 = x.chunk(2)
+                return info_nce(embed(net, x1, "adv"), embed(target, x2, "adv"), bank, temperature)
+
+            x = pgd(loss, torch.cat([x1, x2]), eps, step_size, steps, start=torch.cat([start1, start2]))
+            return x.chunk(2)
+        if v.adv_query:
+            k = embed(target, x2, "clean").detach()
+            return pgd(lambda x: info_nce(embed(net, x, "adv"), k, bank, temperature),
+                       x1, eps, step_size, steps, start=start1), x2
+        q = embed(net, x1, "clean").detach()  # not no_grad: autocast would keep weights cast without a gradient
+        return x1, pgd(lambda x: info_nce(q, embed(target, x, "adv"), bank, temperature),
+                       x2, eps, step_size, steps, start=start2)
+
+
+def train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, args):
+    """One iteration on two views (B, 3, S, S). `noise` (B, 2, 3, S, S) in [-1, 1] starts the attack. Returns its losses."""
+    v, T, eps = VARIANTS[args.variant], args.temperature, args.eps / 255
+    bank = bank_adv if v.adv_bank else bank_clean
+    adversarial = v.adv_query or v.adv_key
+    if adversarial:  # first: it uses the running statistics of the step before, and changes none
+        start1, start2 = (x1 + eps * noise[:, 0]).clamp(0, 1), (x2 + eps * noise[:, 1]).clamp(0, 1)
+        x1_adv, x2_adv = attack(net, target, x1, x2, start1, start2, bank.rows, v, T, eps, args.step_size / 255, args.steps)
+
+    q = embed(net, x1, "clean")
+    with torch.no_grad():
+        k = embed(target, x2, "clean")
+    loss = loss_clean = info_nce(q, k, bank_clean.rows, T)
+    losses = {"loss": loss_clean}
+    if adversarial:
+        q_a = embed(net, x1_adv, "adv") if v.adv_query else q
+        with torch.no_grad():
+            k_a = embed(target, x2_adv, "adv") if v.adv_key else k
+            k_p = embed(target, x1_adv, "adv") if v.extra_key else k_a
+        loss_adv = info_nce(q_a, k_a, bank.rows, T)
+        loss = args.lam * loss_clean + (1 - args.lam) * loss_adv  # Eq. 3.4
+        losses = {"loss": loss, "loss_clean": loss_clean, "loss_adv": loss_adv}
+
+    opt.zero_grad()
+    loss.backward()
+    run.average_grads(net.parameters())
+    opt.step()
+    optim.ema(target, net, args.ema)  # Eq. 3.2
+    run.average_buffers(net, target)  # else each rank attacks a network of its own
+    bank_clean.push(k)
+    if v.adv_key or v.extra_key:
+        bank_adv.push(k_p)
+    return losses
+
+
+def lr_at(epoch, epochs, lr, warmup):
+    """Linear over the first epochs, from a thousandth, then a cosine to zero."""
+    if epoch < warmup:
+        return lr * max(epoch / warmup, 0.001)
+    return optim.cosine((epoch - warmup) / (epochs - warmup), lr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+def parser():
+    p = run.parser(__doc__, name="amoc", arch="resnet18")
+    p.add_argument("--variant", default="ACC", help=" ".join(VARIANTS))
+    p.add_argument("--epochs", type=int, default=200)
+    p.add_argument("--batch-size", type=int, default=256, help="images a step, over all processes")
+    p.add_argument("--lr", type=float, default=0.1)
+    p.add_argument("--warmup", type=int, default=10, help="epochs")
+    p.add_argument("--weight-decay", type=float, default=5e-4)
+    p.add_argument("--temperature", type=float, default=0.2)
+    p.add_argument("--ema", type=float, default=0.999, help="m of Eq. 3.2")
+    p.add_argument("--bank-size", type=int, default=32768, help="K, of each bank")
+    p.add_argument("--lam", type=float, default=0.5, help="weight of the clean loss, Eq. 3.4")
+    p.add_argument("--eps", type=float, default=8.0, help="linf radius of the attack, in 1/255")
+    p.add_argument("--step-size", type=float, default=2.0, help="of the attack, in 1/255")
+    p.add_argument("--steps", type=int, default=5, help="of the attack")
+    p.add_argument("--image-size", type=int, default=32, help="side of a view")
+    return p
+
+
+def check(args):
+    if args.variant not in VARIANTS:
+        raise ValueError(f"--variant {args.variant}: choose one of {', '.join(VARIANTS)}")
+    v = VARIANTS[args.variant]
+    if (v.adv_query or v.adv_key) and args.steps < 1:
+        raise ValueError(f"--steps {args.steps}: variant {args.variant} attacks; at least 1, or --variant CCC")
+    for flag in ("eps", "step_size", "weight_decay"):
+        if getattr(args, flag) < 0:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must not be negative")
+    for flag in ("temperature", "batch_size", "bank_size", "epochs", "save_every", "image_size"):
+        if getattr(args, flag) <= 0:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must be positive")
+
+
+def network(arch):
+    """Encoder with BN branches clean and adv, and a two-layer projector without BN: (B, 3, S, S) -> (B, 128)."""
+    encoder = encoders.make(arch, branches=("clean", "adv"), mean=MEAN, std=STD)
+    return nn.Sequential(encoder, encoders.mlp(encoder.dim, encoder.dim, 128)).to(memory_format=torch.channels_last)
+
+
+def pictures(path, net, target, bank, images, args):
+    """Rows of eight: x1, x2, the attacked views, and their perturbations (grey is none, full scale is eps)."""
+    v, eps = VARIANTS[args.variant], args.eps / 255
+    x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
+    x1, x2 = augment(x, rng, args.image_size), augment(x, rng, args.image_size)
+    rows = [x1, x2]
+    if v.adv_query or v.adv_key:
+        for x, x_adv in zip((x1, x2), attack(net, target, x1, x2, x1, x2, bank.rows, v, args.temperature,
+                                             eps, args.step_size / 255, args.steps)):
+            if x_adv is not x:
+                rows += [x_adv, 0.5 + (x_adv - x) / (2 * max(eps, 1e-8))]
+    save_image(torch.cat(rows), path, nrow=len(x))
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    check(args)
+    env = run.setup(args)
+    device, out = env.device, pathlib.Path(args.out)
+    v = VARIANTS[args.variant]
+    images = data.load(args.data, args.data_dir, "train", device, args.limit, args.image_size, args.workers)
+    steps = data.steps_per_epoch(len(images), args.batch_size, env.world)
+
+    net, target = network(args.arch).to(device), network(args.arch).to(device).requires_grad_(False)
+    target.load_state_dict(net.state_dict())
+    bank_clean, bank_adv = Bank(args.bank_size, 128).to(device), Bank(args.bank_size, 128).to(device)
+    opt = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    if args.compile:
+        net.compile(), target.compile()
+
+    log = run.Log(args, env, steps * args.epochs)
+    state = dict(net=net, target=target, bank_clean=bank_clean, bank_adv=bank_adv, opt=opt, log=log)
+    step = run.resume(args, env, state)
+    log.start(step, f"chance loss ln(K + 1) = {math.log(args.bank_size + 1):.3f}")
+
+    for epoch in range(step // steps, args.epochs):
+        lr = opt.param_groups[0]["lr"] = lr_at(epoch, args.epochs, args.lr, args.warmup)
+        for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, step % steps):
+            x1, x2 = augment(x, rng, args.image_size), augment(x, rng, args.image_size)
+            noise = 2 * rng.uniform(2, *x1.shape[1:], device=device) - 1
+            with run.autocast(device):
+                losses = train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, args)
+            log.step(step, rng.total, **losses)
+            step += 1
+            run.interrupted(args, env, state, step)
+        log.epoch(epoch, step, lr=lr)
+        if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+            run.save(args, env, state, step)
+            if env.rank == 0:
+                pictures(out / "views.png", net, target, bank_adv if v.adv_bank else bank_clean, images, args)
+    if env.rank == 0:
+        encoders.export(net[0], v.evaluate, out / "encoder.pt")
+        print(f"{out / 'encoder.pt'} holds the encoder; BN branch {v.evaluate}")
+
+
+if __name__ == "__main__":
+    run.cli(main)

@@ -1,0 +1,478 @@
+"""Images on the device, in an order and under augmentations that are a function of (seed, epoch, global position).
+
+`load` puts a data set on the device as uint8 (ImageFolder trees, too large for that, are streamed by workers). `batches`
+cuts it into steps. Every random number of a step is drawn for the *whole* batch from a generator seeded by
+(seed, epoch, step), and each process keeps the rows of its own images: so 1 or 8 processes, and a resumed run, see the same.
+
+Augmentation works on batches (B, 3, H, W), one parameter per image. Each comes as a pair: the function of its parameters,
+equal to its torchvision counterpart, and `random_...`, which draws them as torchvision does. Parameters live on the CPU
+until they are used: a thousand numbers a step cost nothing there, and which image gets what is known without a host sync.
+Images are floats in [0, 1]; only `resized_crop` and `pad_crop` take uint8 as well, being where a view begins.
+"""
+import math
+import pathlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchvision import datasets
+
+NAMES = ("cifar10", "cifar100", "stl10", "shapes")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets
+# ---------------------------------------------------------------------------------------------------------------------
+class Images:
+    """A data set on the device: `x` (N, 3, H, W) uint8, `y` (N,) int64 (-1 where unlabelled), `classes` their number."""
+
+    def __init__(self, x, y, classes):
+        self.x, self.y, self.classes = x, y, classes
+
+    def __len__(self):
+        return len(self.x)
+
+    def stream(self, indices):
+        """Yield `(x, y)` for each index tensor of the iterable `indices`."""
+        for i in indices:
+            i = i.to(self.x.device, non_blocking=True)
+            yield self.x[i], self.y[i]
+
+
+class Folder:
+    """An ImageFolder tree, decoded by workers as it is needed; each image becomes the central square of side `size`.
+
+    Like `Images`, but `x` does not exist. A file that cannot be decoded ends the run with an error that names it.
+    """
+
+    def __init__(self, root, size, device, workers, keep=None):
+        tree = datasets.ImageFolder(root)
+        self.classes, self.size, self.device, self.workers = len(tree.classes), size, device, workers
+        self.samples = [tree.samples[i] for i in keep(len(tree))] if keep else tree.samples
+        self.y = torch.tensor([label for _, label in self.samples])
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        path, label = self.samples[i]
+        try:
+            image = datasets.folder.default_loader(path)
+            scale = self.size / min(image.size)
+            image = image.resize([max(self.size, round(side * scale)) for side in image.size], 2)  # 2: bilinear
+            left, top = [(side - self.size) // 2 for side in image.size]
+            image = image.crop((left, top, left + self.size, top + self.size))
+        except Exception as e:
+            raise ValueError(f"{path}: cannot be decoded as an image ({e}); repair it or remove it") from None
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), label
+
+    def stream(self, indices):
+        loader = torch.utils.data.DataLoader(
+            self, batch_sampler=[i.tolist() for i in indices], num_workers=self.workers,
+            pin_memory=torch.device(self.device).type == "cuda", worker_init_fn=_one_thread,
+        )
+        for x, y in loader:
+            yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+
+
+def load(name, root="data", split="train", device="cpu", limit=None, size=None, workers=4):
+    """The data set `name` as `Images` or, for a folder, `Folder`.
+
+    name    cifar10, cifar100, stl10 (torchvision, downloaded into `root` when absent; STL-10's split "train" is its
+            unlabelled images and its 5,000 labelled ones), shapes (procedural), a path to an .npz with x_train, y_train,
+            x_test, y_test (uint8 NHWC, integer labels), or a path to a folder with train/ and test/ (or val/), each in
+            ImageFolder layout.
+    split   "train", "labelled" (STL-10's 5,000; elsewhere the same as "train") or "test".
+    limit   keep the first `limit` images of a fixed shuffle (files are often ordered by class).
+    size    folders only: the side of the decoded square.
+
+    Raises ValueError or FileNotFoundError, naming the file and what would work.
+    """
+    def keep(n):
+        if limit is not None and not 0 < limit <= n:
+            raise ValueError(f"limit {limit}: {name} has {n} images in split {split!r}")
+        return range(n) if limit is None else np.random.default_rng(0).permutation(n)[:limit].tolist()
+
+    if name not in NAMES and not name.endswith(".npz") and pathlib.Path(name).is_dir():
+        return Folder(_split_of_folder(name, split), size, device, workers, keep)
+    if name == "shapes":
+        x, y, _ = shapes(2_000 if split == "test" else 10_000, seed=1 if split == "test" else 0)
+        classes = len(SHAPES)
+    elif name in NAMES:
+        x, y, classes = _from_torchvision(name, root, split)
+    elif name.endswith(".npz"):
+        x, y, classes = _from_npz(name, "test" if split == "test" else "train")
+    else:
+        raise ValueError(f"data {name!r}: not one of {', '.join(NAMES)}, not an .npz file, and no such folder")
+    rows = torch.as_tensor(keep(len(x)))
+    return Images(x[rows].contiguous().to(device), y[rows].to(device), classes)
+
+
+def _from_torchvision(name, root, split):
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}[name]
+    if name == "stl10":
+        which = {"split": {"train": "train+unlabeled", "labelled": "train", "test": "test"}[split]}
+    else:
+        which = {"train": split != "test"}
+    try:
+        found = kind(root, download=True, **which)
+    except Exception as e:
+        raise ValueError(
+            f"{name} cannot be read from {root!r}, nor downloaded into it ({e}); put torchvision's files there, "
+            "or use --data shapes or --data some.npz") from None
+    x = torch.from_numpy(found.data)
+    y = torch.as_tensor(np.asarray(found.labels if name == "stl10" else found.targets), dtype=torch.int64)
+    return (x if name == "stl10" else x.permute(0, 3, 1, 2)), y, {"cifar100": 100}.get(name, 10)
+
+
+def _from_npz(path, split):
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            x, y, classes = arrays[f"x_{split}"], arrays[f"y_{split}"], int(arrays["y_train"].max()) + 1
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except KeyError as e:
+        raise ValueError(f"{path}: {e.args[0]}; it must hold x_train, y_train, x_test and y_test") from None
+    except Exception as e:
+        raise ValueError(f"{path}: not a readable .npz file ({e})") from None
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or not len(x):
+        raise ValueError(f"{path}: x_{split} is {x.dtype} {x.shape}; it must be uint8 (N, H, W, 3) with N > 0")
+    if y.shape != (len(x),) or y.dtype.kind not in "iu":
+        raise ValueError(f"{path}: y_{split} is {y.dtype} {y.shape}; it must be integers ({len(x)},)")
+    return torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(y.astype(np.int64)), classes
+
+
+def _split_of_folder(name, split):
+    for candidate in ("test", "val") if split == "test" else ("train",):
+        folder = pathlib.Path(name) / candidate
+        if folder.is_dir():
+            if any(f.suffix.lower() in datasets.folder.IMG_EXTENSIONS for f in folder.glob("*/**/*")):
+                return folder
+            raise ValueError(f"{folder}: holds no images; it must be {folder}/<class>/<image>.png, .jpg, …")
+    raise FileNotFoundError(f"{name}: has no folder {'test or val' if split == 'test' else 'train'}")
+
+
+def _one_thread(_):
+    torch.set_num_threads(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Order and randomness
+# ---------------------------------------------------------------------------------------------------------------------
+class Rng:
+    """The random numbers of one step: drawn for all `total` images of the global batch, cut to this process's `rows`."""
+
+    def __init__(self, key, total, rows):
+        self.seed, self.total, self.rows = _seed(*key), total, rows
+        self.generators = {}
+
+    def uniform(self, *shape, device="cpu"):
+        """(B, *shape) float32 in [0, 1), B the images of this process."""
+        return torch.rand(self.total, *shape, generator=self._on(device), device=device)[self.rows]
+
+    def _on(self, device):
+        if str(device) not in self.generators:
+            self.generators[str(device)] = torch.Generator(device).manual_seed(self.seed)
+        return self.generators[str(device)]
+
+
+def _seed(*key):
+    """A 63-bit seed from a tuple of integers; different tuples give unrelated streams."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+def steps_per_epoch(n, batch_size, world=1):
+    """Steps of an epoch over `n` images; the last may be short, and is left out with fewer than two images a process."""
+    if batch_size % world:
+        raise ValueError(f"batch size {batch_size} does not divide among {world} processes")
+    if batch_size > n:
+        raise ValueError(f"batch size {batch_size} is larger than the data: {n} images")
+    return n // batch_size + (n % batch_size >= 2 * world)
+
+
+def batches(images, batch_size, seed, epoch, rank=0, world=1, start=0):
+    """The steps of one epoch, from step `start`: yields `(x, y, rng)` for this process.
+
+    x (b, 3, H, W) uint8 and y (b,) on the device, b = batch_size / world (less in a short last step, whose remainder by
+    `world` is left out); `rng` an `Rng` for those images. The order is a new permutation each epoch.
+    """
+    steps = steps_per_epoch(len(images), batch_size, world)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_seed(seed, epoch)))
+
+    def rows(step):
+        each = min(batch_size, len(images) - step * batch_size) // world
+        return slice(rank * each, (rank + 1) * each), each * world
+
+    indices = (order[s * batch_size : (s + 1) * batch_size][rows(s)[0]] for s in range(start, steps))
+    for step, (x, y) in enumerate(images.stream(indices), start):
+        cut, total = rows(step)
+        yield x, y, Rng((seed, epoch, step), total, cut)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Augmentation
+# ---------------------------------------------------------------------------------------------------------------------
+def to_float(x):
+    """uint8 -> float in [0, 1]; a float stays as it is."""
+    return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+def resized_crop(x, top, left, height, width, size, flip=None):
+    """Cut the box of each image and resize it to (size, size): torchvision's `resized_crop`, bilinear and antialiased.
+
+    x (B, 3, H, W); top, left, height, width (B,) in pixels; flip (B,) bool mirrors the result. Resizing is linear and
+    separable, so it is two batched matrix products; a crop and a mirror are only other rows in those matrices.
+    """
+    B, C, H, W = x.shape
+    rows = _resize_matrix(top, height, H, size, x.device)
+    columns = _resize_matrix(left, width, W, size, x.device, flip)
+    x = to_float(x.permute(0, 2, 1, 3).contiguous())  # (B, H, C, W): both products find their axis in place
+    x = (x.view(B, H * C, W) @ columns.transpose(1, 2)).view(B, H, C * size)
+    return (rows @ x).view(B, size, C, size).permute(0, 2, 1, 3).contiguous()
+
+
+def _resize_matrix(start, length, n_in, n_out, device, flip=None):
+    """(B, n_out, n_in): the triangle filter that resizes [start, start + length) of n_in samples to n_out."""
+    start, length = start.float()[:, None, None], length.float()[:, None, None]
+    scale = length / n_out
+    out = torch.arange(n_out).expand(len(start), n_out)
+    if flip is not None:
+        out = torch.where(flip[:, None], n_out - 1 - out, out)
+    center = (start + (out[:, :, None] + 0.5) * scale).to(device, non_blocking=True)
+    support = scale.clamp_min(1).to(device, non_blocking=True)
+    start, end = start.to(device, non_blocking=True), (start + length).to(device, non_blocking=True)
+    tap = torch.arange(n_in, device=device) + 0.5
+    w = (1 - (tap - center).abs() / support).clamp_min(0) * ((tap > start) & (tap < end))
+    return w / w.sum(2, keepdim=True)
+
+
+def random_resized_crop(x, rng, size, scale, ratio=(3 / 4, 4 / 3), flip=0.0):
+    """torchvision's `RandomResizedCrop`, then `RandomHorizontalFlip(flip)` in the same products."""
+    u = rng.uniform(4, 10)  # ten attempts each, as in torchvision
+    p = rng.uniform(1)[:, 0]
+    top, left, height, width = _crop_boxes(u, x.shape[2], x.shape[3], scale, ratio)
+    return resized_crop(x, top, left, height, width, size, p < flip)
+
+
+def _crop_boxes(u, H, W, scale, ratio):
+    """top, left, height, width (B,) from u (B, 4, 10): the first of ten random boxes that fits, else the central one."""
+    area = H * W * (scale[0] + (scale[1] - scale[0]) * u[:, 0])
+    aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * u[:, 1])
+    width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (width > 0) & (width <= W) & (height > 0) & (height <= H)
+    first = fits.int().argmax(1, keepdim=True)
+    width, height, u_top, u_left = [v.gather(1, first)[:, 0] for v in (width, height, u[:, 2], u[:, 3])]
+    whole_w, whole_h = min(W, round(H * ratio[1])), min(H, round(W / ratio[0]))
+    none = ~fits.any(1)
+    width, height = width.masked_fill(none, whole_w), height.masked_fill(none, whole_h)
+    top, left = (u_top * (H - height + 1)).floor(), (u_left * (W - width + 1)).floor()
+    return top.masked_fill(none, (H - whole_h) // 2), left.masked_fill(none, (W - whole_w) // 2), height, width
+
+
+def color_jitter(x, brightness, contrast, saturation, hue, order):
+    """torchvision's `ColorJitter` with given factors (B,), hue in turns, applied in `order` (B, 4): each row a
+    permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue."""
+    place, by_place = (order == 3).int().argmax(1).sort()  # the images whose hue comes first, second, ...: four slices
+    ends = [0, *place.bincount(minlength=4).cumsum(0).tolist()]
+    blends = order[order != 3].view(-1, 3)[by_place]
+    brightness, contrast, saturation, hue = [v.float()[by_place] for v in (brightness, contrast, saturation, hue)]
+    x = x[by_place.to(x.device, non_blocking=True)]
+    for i in range(4):
+        hued = slice(ends[i], ends[i + 1])
+        x[hued] = adjust_hue(x[hued], hue[hued])
+        if i < 3:  # brightness, contrast and saturation blend with black, with the mean grey, with the grey image
+            op = blends[:, i]
+            factor = torch.where(op == 0, brightness, torch.where(op == 1, contrast, saturation))
+            f, to_mean, to_grey = _columns(x, factor, (1 - factor) * (op == 1), (1 - factor) * (op == 2))
+            grey = _grey(x)
+            base = (grey * to_grey).add_(to_mean * grey.mean((2, 3), keepdim=True))
+            x.mul_(f).add_(base).clamp_(0, 1)
+    return x[by_place.argsort().to(x.device, non_blocking=True)]
+
+
+def adjust_hue(x, turn):
+    """Rotate the hue of x (B, 3, H, W) by `turn` (B,) in turns: torchvision's `adjust_hue`.
+
+    HSV's own definition, read backwards: with V the maximum, C the range and d the distance, in turns around the colour
+    circle, to the hue that lacks this channel (1/2 for red, 5/6 for green, 1/6 for blue), it is V - C clamp(2 - 6d, 0, 1).
+    V and C do not change.
+    """
+    r, g, b = x.unbind(1)
+    v = x.amax(1)
+    c = v - x.amin(1)
+    h = torch.where(v == r, g - b, torch.where(v == g, (b - r).add_(c, alpha=2), (r - g).add_(c, alpha=4)))
+    h = h.div_(c.clamp_min(1e-12)).div_(6).add_(_columns(x, turn)[0][:, 0])
+    d = h[:, None] - torch.tensor([3 / 6, 5 / 6, 1 / 6], device=x.device).view(3, 1, 1)
+    d = d.sub_(d.round()).abs_()
+    return d.mul_(6).sub_(2).clamp_(-1, 0).mul_(c[:, None]).add_(v[:, None])
+
+
+def random_color_jitter(x, rng, brightness, contrast, saturation, hue, p=1.0):
+    """torchvision's `RandomApply([ColorJitter(...)], p)`; the order of the four is random too, as there."""
+    u, order = rng.uniform(5), rng.uniform(4).argsort(1)
+    rows = (u[:, 4] < p).nonzero()[:, 0]
+    u, order = 2 * u[rows] - 1, order[rows]
+    factors = [1 + strength * u[:, i] for i, strength in enumerate((brightness, contrast, saturation))]
+    return _apply(lambda some: color_jitter(some, *factors, hue * u[:, 3], order), x, rows)
+
+
+def grayscale(x, where):
+    """torchvision's `rgb_to_grayscale`, three channels out, for the images `where` (B,) bool says."""
+    return _apply(_grey, x, where.nonzero()[:, 0])
+
+
+def random_grayscale(x, rng, p):
+    return grayscale(x, rng.uniform(1)[:, 0] < p)
+
+
+def gaussian_blur(x, sigma, kernel_size):
+    """torchvision's `gaussian_blur` (reflected edges) with a sigma (B,) for each image; 0 leaves an image as it is.
+
+    Like resizing, two batched matrix products: row i of the matrix holds the kernel around i, folded at the edges.
+    """
+    B, C, H, W = x.shape
+    radius = kernel_size // 2
+    if kernel_size % 2 == 0 or radius >= min(H, W):
+        raise ValueError(f"kernel size {kernel_size}: must be odd and less than twice the image's side ({H}, {W})")
+    rows = sigma.nonzero()[:, 0]
+    tap = torch.arange(-radius, radius + 1.0)
+    kernel = torch.softmax(-0.5 * (tap / sigma[rows].float()[:, None]) ** 2, 1).to(x.device, non_blocking=True)
+
+    def matrix(n):
+        source = torch.arange(n, device=x.device) + tap.long().to(x.device)[:, None]  # (kernel, n)
+        source = source.abs()
+        source = torch.where(source >= n, 2 * (n - 1) - source, source)
+        return (kernel @ F.one_hot(source, n).flatten(1).float()).view(-1, n, n)
+
+    def blur(x):
+        x = x.permute(0, 2, 1, 3).reshape(-1, H * C, W) @ matrix(W).transpose(1, 2)
+        return (matrix(H) @ x.view(-1, H, C * W)).view(-1, H, C, W).permute(0, 2, 1, 3)
+
+    return _apply(blur, x, rows)
+
+
+def random_gaussian_blur(x, rng, sigma, p, kernel_size):
+    """torchvision's `RandomApply([GaussianBlur(kernel_size, sigma)], p)`."""
+    u = rng.uniform(2)
+    return gaussian_blur(x, torch.where(u[:, 1] < p, sigma[0] + (sigma[1] - sigma[0]) * u[:, 0], 0.0), kernel_size)
+
+
+def solarize(x, where, threshold=0.5):
+    """torchvision's `solarize` (invert what is at or above the threshold) for the images `where` (B,) bool says."""
+    return torch.where(_columns(x, where)[0] & (x >= threshold), 1 - x, x)
+
+
+def random_solarize(x, rng, p, threshold=0.5):
+    return solarize(x, rng.uniform(1)[:, 0] < p, threshold)
+
+
+def flip(x, where):
+    """torchvision's `hflip` for the images `where` (B,) bool says."""
+    return torch.where(_columns(x, where)[0], x.flip(3), x)
+
+
+def random_flip(x, rng, p=0.5):
+    return flip(x, rng.uniform(1)[:, 0] < p)
+
+
+def pad_crop(x, top, left, padding, mode="constant"):
+    """Pad by `padding` on every side (torchvision's `pad`: constant 0, or reflect), cut (H, W) at top, left (B,)."""
+    B, C, H, W = x.shape
+    padded = F.pad(to_float(x), [padding] * 4, mode=mode)
+    rows = (top.long()[:, None] + torch.arange(H)).to(x.device, non_blocking=True)
+    columns = (left.long()[:, None] + torch.arange(W)).to(x.device, non_blocking=True)
+    image = torch.arange(B, device=x.device)[:, None, None]
+    return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def random_pad_crop(x, rng, padding, mode="constant"):
+    """torchvision's `RandomCrop(side, padding, padding_mode=mode)`."""
+    top, left = (rng.uniform(2) * (2 * padding + 1)).floor().unbind(1)
+    return pad_crop(x, top, left, padding, mode)
+
+
+def _apply(f, x, rows):
+    """x with `f` applied to the images `rows` (a CPU tensor of indices: no host sync)."""
+    if not len(rows):
+        return x
+    rows = rows.to(x.device, non_blocking=True)
+    x = x.clone()
+    x[rows] = f(x[rows])
+    return x
+
+
+def _grey(x):
+    r, g, b = x.unbind(1)
+    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)[:, None]
+
+
+def _columns(x, *per_image):
+    """(B,) tensors on the CPU -> (B, 1, 1, 1) on the device of `x`."""
+    return [v.to(x.device, non_blocking=True).view(-1, 1, 1, 1) for v in per_image]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes: ten classes that need no download
+# ---------------------------------------------------------------------------------------------------------------------
+def _star(u, v):
+    r, a = torch.hypot(u, v), torch.atan2(u, v)
+    a = (a + math.pi / 5).remainder(2 * math.pi / 5) - math.pi / 5  # five-fold symmetric: tip at 0
+    p, q = r * a.cos(), r * a.sin().abs()
+    return (1.05 - p) * 0.95 > 2.0 * q * 0.72
+
+
+SHAPES = {  # where a point (u, v) of the square [-1.1, 1.1]^2 belongs to the shape
+    "disc": lambda u, v: u**2 + v**2 < 0.75,
+    "ring": lambda u, v: ((u**2 + v**2) - 0.65).abs() < 0.3,
+    "square": lambda u, v: torch.maximum(u.abs(), v.abs()) < 0.75,
+    "triangle": lambda u, v: (v > -0.6) & (1.73 * u.abs() < 1.1 - v),
+    "cross": lambda u, v: (torch.minimum(u.abs(), v.abs()) < 0.27) & (torch.maximum(u.abs(), v.abs()) < 0.95),
+    "star": _star,
+    "crescent": lambda u, v: (u**2 + v**2 < 0.95) & ((u - 0.5) ** 2 + v**2 > 0.55),
+    "bar": lambda u, v: (u.abs() < 1.0) & (v.abs() < 0.36),
+    "corner": lambda u, v: (torch.maximum(u.abs(), v.abs()) < 0.85) & (torch.minimum(u, v) < -0.25),
+    "pair": lambda u, v: (u.abs() - 0.6) ** 2 + v**2 < 0.17,
+}
+
+
+def shapes(n, seed):
+    """`n` procedural images: x (n, 3, 32, 32) uint8, y (n,) int64, mask (n, 32, 32) float, the covered part of a pixel.
+
+    The label is the shape (`SHAPES`, evenly, in random order). Position, size, rotation, the two colours, the texture of
+    figure and ground (gradients, stripes, blobs), and noise are drawn independently of it.
+    """
+    g = torch.Generator().manual_seed(_seed(seed, n))
+    y = (torch.arange(n) % len(SHAPES))[torch.randperm(n, generator=g)]
+    parts = [_draw_shapes(part, g) for part in y.split(1000)]
+    return torch.cat([x for x, _ in parts]), y, torch.cat([mask for _, mask in parts])
+
+
+def _draw_shapes(y, g):
+    def rand(*shape, lo=0.0, hi=1.0):
+        return lo + (hi - lo) * torch.rand(len(y), *shape, generator=g)
+
+    # The figure: two samples a pixel each way, in the shape's own frame.
+    at = (torch.arange(64) + 0.5) / 32 - 1
+    size, angle = rand(1, 1, lo=0.3, hi=0.75), rand(1, 1, hi=2 * math.pi)
+    cx, cy = ((1 - size) * rand(1, 1, lo=-1) for _ in range(2))
+    dx, dy = (at[None, None, :] - cx) / size, (at[None, :, None] - cy) / size
+    u, v = angle.cos() * dx + angle.sin() * dy, angle.cos() * dy - angle.sin() * dx
+    inside = torch.empty(len(y), 64, 64)
+    for label, shape in enumerate(SHAPES.values()):
+        inside[y == label] = shape(u[y == label], v[y == label]).float()
+    mask = F.avg_pool2d(inside[:, None], 2)
+
+    def texture():  # (n, 3, 32, 32): a colour, modulated by a wave (gradient to stripes) and by blobs
+        px = (torch.arange(32) + 0.5) / 16 - 1
+        k, phase = rand(2, 1, 1, lo=-9, hi=9) * rand(1, 1, 1), rand(1, 1, hi=2 * math.pi)
+        wave = torch.sin(k[:, 0] * px[None, None, :] + k[:, 1] * px[None, :, None] + phase)[:, None]
+        blobs = F.interpolate(rand(3, 5, 5, lo=-1), size=32, mode="bicubic", align_corners=False)
+        return rand(3, 1, 1) + 0.2 * rand(3, 1, 1, lo=-1) * wave + 0.25 * rand(1, 1, 1) * blobs
+
+    ground, figure = texture(), texture()
+    contrast = (figure - ground).mean((2, 3), keepdim=True)  # too like its ground: push the figure's colour away
+    weak = contrast.abs().amax(1, keepdim=True) < 0.25
+    figure = figure + torch.where(weak, torch.where(ground.mean((1, 2, 3), keepdim=True) < 0.5, 0.35, -0.35), 0.0)
+    x = torch.lerp(ground, figure, mask)
+    x = x + 0.06 * rand(1, 1, 1) * torch.randn(x.shape, generator=g)
+    return (x.clamp(0, 1) * 255).round().to(torch.uint8), mask[:, 0]

@@ -1,0 +1,50 @@
+"""LARS, and schedules as functions of progress: nothing to save, replay or mis-order."""
+import math
+
+import torch
+
+
+def cosine(progress, start, end=0.0):
+    """From `start` at progress 0 to `end` at progress 1 along half a cosine (Loshchilov & Hutter 2017, arXiv 1608.03983)."""
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+
+
+def warmup_cosine(step, steps, warmup, peak, end=0.0):
+    """Linear from 0 to `peak` over `warmup` steps, then `cosine` to `end` at step `steps`."""
+    if step < warmup:
+        return peak * step / warmup
+    return cosine((step - warmup) / max(1, steps - warmup), peak, end)
+
+
+@torch.no_grad()
+def ema(target, net, m):
+    """target <- m target + (1 - m) net, over the parameters; buffers (running statistics) are left alone."""
+    torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), 1 - m)
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888) around SGD with momentum.
+
+    For each tensor w with gradient g:  ratio = trust |w| / (|g| + weight_decay |w|), or 1 where |w| or |g| is 0;
+    v <- momentum v + lr ratio (g + weight_decay w);  w <- w - v.
+    Biases and BatchNorm count as tensors too; put them into a group with `trust=None, weight_decay=0` to leave them out.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=1e-6, trust=0.001):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            decay, trust = group["weight_decay"], group["trust"]
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
+                update = w.grad.add(w, alpha=decay).mul_(group["lr"])
+                if trust is not None:
+                    w_norm, g_norm = w.norm(), w.grad.norm()
+                    update *= torch.where((w_norm > 0) & (g_norm > 0), trust * w_norm / (g_norm + decay * w_norm), 1.0)
+                state = self.state[w]
+                if not state:
+                    state["momentum"] = torch.zeros_like(w)
+                w -= state["momentum"].mul_(group["momentum"]).add_(update)

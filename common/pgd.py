@@ -1,0 +1,148 @@
+"""Projected gradient descent on images, shown whole.
+
+Madry et al. 2018 (arXiv 1706.06083): repeat { step uphill; project onto the ball; clip to the box }. Only the gradient
+of the input is computed: no parameter gradient is made, and none has to be zeroed afterwards.
+"""
+import contextlib
+
+import torch
+from torch import nn
+
+
+def pgd(loss_fn, x, eps, step_size, steps, norm="linf", random_start=True, start=None, lo=0.0, hi=1.0, generator=None):
+    """Maximise `loss_fn` over the `eps`-ball around `x`, inside the box [lo, hi].
+
+    loss_fn    x_adv (B, ...) -> scalar. Whatever does not depend on x_adv is best computed once, outside.
+    x          images (B, ...) in [lo, hi]; neither changed nor given a gradient.
+    eps        radius, in the units of x (8 / 255 for linf, 0.5 for l2, 12 for l1); 0 gives x back.
+    step_size  length of a step in the same norm.
+    norm       "linf": step sign(g), clip to the ball. "l2": step g / |g|_2, rescale onto the ball.
+               "l1": step along the sign of the top 1 % of coordinates, less those already at the edge of the box that
+               they would be pushed over (SLIDE, Tramer & Boneh 2019, arXiv 1904.13000), project on ball and box jointly.
+               "l1_dense": step g / |g|_1, rescale onto the ball; weak, but what older papers report as l1.
+    start      where to begin, taken as it is; else uniform noise in the ball (`random_start`), clipped, or x itself.
+    generator  for that noise.
+
+    Returns x_adv, detached, with |x_adv - x| <= eps and lo <= x_adv <= hi; float32 rounding aside, both hold exactly.
+    Raises ValueError for a negative eps or step_size, steps < 0, or an unknown norm.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm {norm!r}: choose one of {', '.join(NORMS)}")
+    if eps < 0 or step_size < 0 or steps < 0:
+        raise ValueError(f"eps, step_size and steps must not be negative, got {eps}, {step_size}, {steps}")
+    x = x.detach()
+    if eps == 0:
+        return x.clone()
+    if start is None:
+        start = (x + uniform(x, eps, norm, generator)).clamp(lo, hi) if random_start else x
+    x_adv = start.detach()
+    for _ in range(steps):
+        x_adv.requires_grad_()
+        with torch.enable_grad():
+            (g,) = torch.autograd.grad(loss_fn(x_adv), x_adv)
+        x_adv = x_adv.detach()
+        delta = x_adv + step_size * direction(g, x_adv, norm, lo, hi) - x
+        if norm == "l1":  # ball and box jointly: clipping after the projection would waste the budget it frees
+            delta = project_l1_box(delta, eps, lo - x, hi - x)
+        else:
+            delta = project(delta, eps, norm)
+        x_adv = (x + delta).clamp(lo, hi)
+    return x_adv.clone() if x_adv is start else x_adv
+
+
+NORMS = ("linf", "l2", "l1", "l1_dense")
+
+
+def direction(g, x, norm, lo=0.0, hi=1.0):
+    """The step of unit length in `norm` (see `pgd`) for the gradient `g` at `x`, both (B, ...)."""
+    if norm == "linf":
+        return g.sign()
+    if norm != "l1":
+        return g / _per_image(g.flatten(1).norm(2 if norm == "l2" else 1, dim=1), g).clamp_min(1e-12)
+    stuck = ((x <= lo) & (g < 0)) | ((x >= hi) & (g > 0))
+    g = g.masked_fill(stuck, 0.0).flatten(1)
+    top = g.abs().topk(max(1, round(0.01 * g.shape[1])), dim=1)
+    step = torch.zeros_like(g).scatter_(1, top.indices, g.gather(1, top.indices).sign())
+    return (step / step.abs().sum(1, keepdim=True).clamp_min(1)).view_as(x)
+
+
+def project(delta, eps, norm):
+    """Each `delta` (B, ...) into the `eps`-ball: the nearest point (linf, l2, l1) or a mere rescaling (l1_dense)."""
+    if norm == "linf":
+        return delta.clamp(-eps, eps)
+    if norm == "l1":
+        return project_l1_box(delta, eps, torch.full_like(delta, -torch.inf), torch.full_like(delta, torch.inf))
+    length = _per_image(delta.flatten(1).norm(2 if norm == "l2" else 1, dim=1), delta)
+    return delta * (eps / length.clamp_min(eps))
+
+
+def project_l1_box(delta, eps, lo, hi):
+    """The nearest point to `delta` (B, ...) in {d: |d|_1 <= eps and lo <= d <= hi}, for tensors lo <= 0 <= hi.
+
+    It is clamp(sign(delta) * max(|delta| - t, 0), lo, hi) with the smallest t >= 0 that fits the ball (Croce & Hein 2021,
+    arXiv 2103.01208, Prop. 2.1). |d|_1 falls piecewise linearly in t, with a kink where a coordinate leaves its bound
+    (t = |delta| - bound) and one where it reaches zero (t = |delta|): sort the kinks, find the piece, solve it.
+    """
+    a = delta.flatten(1).abs()
+    bound = torch.where(delta < 0, -lo, hi).flatten(1)  # the furthest that coordinate may go, >= 0
+    if a.numel() == 0:
+        return delta.clamp(lo, hi)
+    leave = (a - bound).clamp_min(0)
+    kinks, order = torch.cat([torch.zeros_like(a[:, :1]), leave, a], 1).sort(1)  # the piece begins at its kink
+    slope = torch.cat([torch.zeros_like(a[:, :1]), -torch.ones_like(a), torch.ones_like(a)], 1).gather(1, order)
+    slope = slope.cumsum(1)  # -(number of coordinates between bound and zero)
+    drop = slope[:, :-1] * kinks.diff(dim=1)
+    length = a.minimum(bound).sum(1, keepdim=True) + torch.cat([torch.zeros_like(a[:, :1]), drop.cumsum(1)], 1)
+    piece = ((length > eps).sum(1, keepdim=True) - 1).clamp_min(0)  # the last kink whose length is above eps
+    at, top, rate = kinks.gather(1, piece), length.gather(1, piece), slope.gather(1, piece)
+    t = torch.where(top > eps, at + (top - eps) / -rate.clamp_max(-1), torch.zeros_like(at))
+    return (delta.sign() * (a - t).clamp_min(0).view_as(delta)).clamp(lo, hi)
+
+
+def uniform(x, eps, norm, generator=None):
+    """Noise of the shape of `x`, uniform in the `eps`-ball of `norm` (l2, l1: Gaussian or Laplace direction, radius U^(1/d))."""
+    def rand(*shape):
+        return torch.rand(shape, generator=generator, device=x.device, dtype=x.dtype)
+    if norm == "linf":
+        return (2 * rand(*x.shape) - 1) * eps
+    if norm == "l2":
+        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        length = noise.flatten(1).norm(dim=1)
+    else:
+        noise = (2 * rand(*x.shape) - 1).sign() * -rand(*x.shape).clamp_min(1e-12).log()
+        length = noise.flatten(1).abs().sum(1)
+    radius = rand(len(x)) ** (1 / x[0].numel())
+    return noise * _per_image(eps * radius / length.clamp_min(1e-12), x)
+
+
+@contextlib.contextmanager
+def eval_mode(*nets):
+    """Every module of `nets` in eval mode inside the block; each gets its own mode back, also after an exception."""
+    modules = [m for net in nets for m in net.modules()]
+    modes = [m.training for m in modules]
+    try:
+        for m in modules:
+            m.training = False
+        yield
+    finally:
+        for m, mode in zip(modules, modes):
+            m.training = mode
+
+
+@contextlib.contextmanager
+def frozen_stats(*nets):
+    """No running statistic of a BatchNorm in `nets` changes inside the block; a training one still uses the batch's."""
+    norms = [m for net in nets for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [m.track_running_stats for m in norms]
+    try:
+        for m in norms:
+            m.track_running_stats = False
+        yield
+    finally:
+        for m, track in zip(norms, kept):
+            m.track_running_stats = track
+
+
+def _per_image(v, like):
+    """(B,) -> (B, 1, ..., 1), to broadcast against `like`."""
+    return v.view(-1, *[1] * (like.dim() - 1))
