@@ -169,7 +169,7 @@ def lr_at(epoch, epochs, lr, warmup):
 def parser():
     p = run.parser(__doc__, name="amoc", arch="resnet18")
     p.add_argument("--variant", default="ACC", help=" ".join(VARIANTS))
-    p.add_argument("--epochs", type=int, default=200)
+    p.add_argument("--epochs", type=int, default=200, help="0 exports the random encoder")
     p.add_argument("--batch-size", type=int, default=256, help="images a step, over all processes")
     p.add_argument("--lr", type=float, default=0.1)
     p.add_argument("--warmup", type=int, default=10, help="epochs")
@@ -191,10 +191,10 @@ def check(args):
     v = VARIANTS[args.variant]
     if (v.adv_query or v.adv_key) and args.steps < 1:
         raise ValueError(f"--steps {args.steps}: variant {args.variant} attacks; at least 1, or --variant CCC")
-    for flag in ("eps", "step_size", "weight_decay"):
+    for flag in ("epochs", "eps", "step_size", "weight_decay"):
         if getattr(args, flag) < 0:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must not be negative")
-    for flag in ("temperature", "batch_size", "bank_size", "epochs", "save_every", "image_size"):
+    for flag in ("temperature", "batch_size", "bank_size", "save_every", "image_size"):
         if getattr(args, flag) <= 0:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must be positive")
 

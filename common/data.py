@@ -453,7 +453,7 @@ def _draw_shapes(y, g):
 
     # The figure: two samples a pixel each way, in the shape's own frame.
     at = (torch.arange(64) + 0.5) / 32 - 1
-    size, angle = rand(1, 1, lo=0.3, hi=0.75), rand(1, 1, hi=2 * math.pi)
+    size, angle = rand(1, 1, lo=0.5, hi=0.85), rand(1, 1, hi=2 * math.pi)
     cx, cy = ((1 - size) * rand(1, 1, lo=-1) for _ in range(2))
     dx, dy = (at[None, None, :] - cx) / size, (at[None, :, None] - cy) / size
     u, v = angle.cos() * dx + angle.sin() * dy, angle.cos() * dy - angle.sin() * dx
@@ -462,17 +462,16 @@ def _draw_shapes(y, g):
         inside[y == label] = shape(u[y == label], v[y == label]).float()
     mask = F.avg_pool2d(inside[:, None], 2)
 
-    def texture():  # (n, 3, 32, 32): a colour, modulated by a wave (gradient to stripes) and by blobs
+    def texture():  # (n, 3, 32, 32) about zero: a wave (a gradient to stripes) and blobs, each in a colour
         px = (torch.arange(32) + 0.5) / 16 - 1
         k, phase = rand(2, 1, 1, lo=-9, hi=9) * rand(1, 1, 1), rand(1, 1, hi=2 * math.pi)
         wave = torch.sin(k[:, 0] * px[None, None, :] + k[:, 1] * px[None, :, None] + phase)[:, None]
         blobs = F.interpolate(rand(3, 5, 5, lo=-1), size=32, mode="bicubic", align_corners=False)
-        return rand(3, 1, 1) + 0.2 * rand(3, 1, 1, lo=-1) * wave + 0.25 * rand(1, 1, 1) * blobs
+        return 0.1 * rand(3, 1, 1, lo=-1) * wave + 0.15 * rand(1, 1, 1) * blobs
 
-    ground, figure = texture(), texture()
-    contrast = (figure - ground).mean((2, 3), keepdim=True)  # too like its ground: push the figure's colour away
-    weak = contrast.abs().amax(1, keepdim=True) < 0.25
-    figure = figure + torch.where(weak, torch.where(ground.mean((1, 2, 3), keepdim=True) < 0.5, 0.35, -0.35), 0.0)
+    colour = rand(3, 1, 1, lo=0.3, hi=0.7)
+    side = torch.where(rand(1, 1, 1) < 0.5, -1.0, 1.0)  # the figure is darker or lighter than its ground
+    ground, figure = colour + texture(), colour + side * rand(3, 1, 1, lo=0.15, hi=0.5) + texture()
     x = torch.lerp(ground, figure, mask)
     x = x + 0.06 * rand(1, 1, 1) * torch.randn(x.shape, generator=g)
     return (x.clamp(0, 1) * 255).round().to(torch.uint8), mask[:, 0]

@@ -80,15 +80,24 @@ def _note(number, _):
     signal.signal(number, signal.SIG_DFL)  # the second one kills
 
 
-def setup(args):
-    """Seed, folder, signals, and process group (torchrun's RANK, WORLD_SIZE, LOCAL_RANK); returns an `Env`."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+def device(args):
+    """The torch.device of `args.device`, tried; None takes this process's GPU if there is one."""
     kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-        torch.empty(1, device=device)
+        found = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+        torch.empty(1, device=found)
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"device {kind!r} cannot be used: {str(e).splitlines()[0]}") from None
+        raise ValueError(f"--device {kind} cannot be used: {str(e).splitlines()[0]}") from None
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+        torch.backends.cudnn.benchmark = True
+    return found
+
+
+def setup(args):
+    """Seed, folder, signals, and process group (torchrun's RANK, WORLD_SIZE, LOCAL_RANK); returns an `Env`."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    env = Env(device(args), rank, world)
     out = pathlib.Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -97,15 +106,12 @@ def setup(args):
     except OSError as e:
         raise OSError(f"--out {out} cannot be written: {e.strerror}") from None
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
+        dist.init_process_group("cpu:gloo,cuda:nccl" if env.device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)
     _stop.clear()
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, _note)
-    return Env(device, rank, world)
+    return env
 
 
 def autocast(device):

@@ -1,0 +1,334 @@
+"""Evaluation of an exported encoder: k-NN, linear probes, fine-tuning, and accuracy under attack; one row per evaluation.
+
+It knows nothing of how the encoder was pretrained. Names of the field:
+    SLF  standard linear:      encoder frozen, clean cross-entropy
+    ALF  adversarial linear:   encoder frozen, cross-entropy on PGD-10 images (or TRADES)
+    AFF  adversarial full:     everything is trained, likewise
+A preset is the recipe of a paper or of the RobustSSL benchmark (github.com/RobustSSL); a flag given by hand wins over it.
+The last epoch is used, never one chosen on the test set. A frozen encoder is in eval mode throughout; under full fine-tuning
+the attack sees eval mode and the update train mode. PGD alone flatters: on frozen encoders it reads 4 to 11 points above
+AutoAttack.
+
+    python eval.py runs/amoc/encoder.pt --preset knn amoc-slf amoc-alf
+    python eval.py runs/amoc/encoder.pt --preset amoc-aff --attacks clean pgd20 pgd50-l2
+    python eval.py runs/amoc/classifier-amoc-slf.pt --attacks pgd20-4           attack a trained classifier again
+
+Each evaluation appends a line to eval.jsonl, and writes classifier-<preset>.pt, beside the encoder.
+"""
+import argparse
+import json
+import os
+import pathlib
+import time
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import data, encoders, optim, run
+from common.pgd import eval_mode, pgd
+
+
+class Preset(NamedTuple):
+    """How a classifier is trained. SGD, momentum 0.9; learning rate x0.1 at `milestones`, or a cosine per step."""
+
+    trains: str  # "linear" (encoder frozen) or "all"
+    loss: str  # "clean", "pgd" or "trades"
+    epochs: int
+    milestones: tuple  # empty: cosine to 1e-6
+    lr: float
+    weight_decay: float
+    batch_size: int
+    zero: bool  # the classifier starts at zero, else at PyTorch's default
+    augment: str  # "reflect" or "constant" (pad 4, crop, flip), or "none"
+    step_size: float = 2 / 255  # of the training attack: linf 8/255, 10 steps
+    nesterov: bool = False
+    uniform: bool = True  # start of the training attack: uniform in the ball, else TRADES' Gaussian of 0.001
+
+
+PRESETS = {
+    # Xu & Yang 2020 (2012.13154) and its code
+    "amoc-slf": Preset("linear", "clean", 25, (15, 20), 0.1, 2e-4, 128, True, "reflect"),
+    "amoc-alf": Preset("linear", "pgd", 25, (15, 20), 0.1, 5e-4, 128, True, "reflect"),
+    "amoc-alf-trades": Preset("linear", "trades", 25, (15, 20), 0.1, 5e-4, 128, True, "reflect"),
+    "amoc-full": Preset("all", "clean", 40, (30, 35), 0.1, 2e-4, 128, True, "reflect"),
+    "amoc-aff": Preset("all", "pgd", 40, (30, 35), 0.1, 5e-4, 128, True, "reflect"),
+    "amoc-aff-trades": Preset("all", "trades", 100, (40, 60), 0.1, 5e-4, 128, True, "reflect"),
+    # Kim et al. 2020 (2006.07589)
+    "rocl-slf": Preset("linear", "clean", 150, (30, 50, 100), 0.1, 5e-4, 1024, False, "none"),
+    "rocl-alf": Preset("linear", "pgd", 150, (30, 50, 100), 0.1, 5e-4, 1024, False, "none", step_size=0.007),
+    # Jiang et al. 2020 (2010.13337)
+    "acl-probe": Preset("linear", "clean", 100, (), 0.1, 0.0, 512, False, "none", nesterov=True),
+    "acl-aff-100": Preset("all", "trades", 100, (40, 60), 0.1, 2e-4, 128, True, "constant", uniform=False),
+    # Fan et al. 2021 (2111.01124)
+    "advcl-slf": Preset("linear", "clean", 25, (15, 20), 0.01, 2e-4, 512, False, "constant"),
+    # The RobustSSL benchmark
+    "robustssl-slf": Preset("linear", "clean", 25, (15, 20), 0.01, 2e-4, 512, True, "constant"),
+    "robustssl-alf": Preset("linear", "pgd", 25, (15, 20), 0.01, 2e-4, 512, True, "constant"),
+}
+
+
+class Attack(NamedTuple):
+    """PGD on the cross-entropy from a uniform start."""
+
+    norm: str
+    eps: float
+    step_size: float
+    steps: int
+
+
+ATTACKS = {
+    "pgd20": Attack("linf", 8 / 255, 2 / 255, 20),  # ACL, AdvCL, RobustSSL
+    "pgd20-4": Attack("linf", 4 / 255, 1 / 255, 20),
+    "pgd20-amoc": Attack("linf", 8 / 255, 0.0031, 20),  # AMOC, Tables 2 and 6
+    "pgd20-rocl": Attack("linf", 8 / 255, 0.00314, 20),
+    "pgd20-rocl-16": Attack("linf", 16 / 255, 0.00627, 20),
+    "pgd20-l2": Attack("l2", 0.5, 0.1, 20),
+    "pgd20-l1": Attack("l1", 12.0, 1.2, 20),
+    "pgd50-l2-amoc": Attack("l2", 0.5, 0.05, 50),
+    "pgd50-l1-amoc": Attack("l1_dense", 12.0, 1.2, 50),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training a classifier
+# ---------------------------------------------------------------------------------------------------------------------
+class Classifier(nn.Module):
+    """Images in [0, 1] (B, 3, H, W) -> logits (B, classes)."""
+
+    def __init__(self, encoder, classes):
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(encoder.dim, classes)
+
+    def forward(self, x):
+        return self.head(self.encoder(x))
+
+
+def trades(logits, logits_adv, y, beta=6.0):
+    """CE(p(x), y) + beta KL(p(x) || p(x_adv)), batch means, gradient through both (Zhang et al. 2019, arXiv 1901.08573)."""
+    return F.cross_entropy(logits, y) + beta * kl(logits, logits_adv)
+
+
+def kl(logits, logits_adv):
+    return F.kl_div(F.log_softmax(logits_adv, 1), F.softmax(logits, 1), reduction="batchmean")
+
+
+def classifier_loss(net, x, y, p, noise):
+    """The loss of preset `p` on a batch; `noise` (B, 3, H, W) is uniform in [0, 1) and starts its attack."""
+    if p.loss == "clean":
+        return F.cross_entropy(net(x), y)
+    eps = 8 / 255
+    start = x + ((2 * noise - 1) * eps if p.uniform else 0.001 * torch.erfinv((2 * noise - 1) * 0.9999) * 2**0.5)
+    with eval_mode(net):
+        if p.loss == "pgd":
+            def climb(x_adv):
+                return F.cross_entropy(net(x_adv), y)
+        else:
+            with torch.no_grad():
+                clean = net(x)  # eval mode: constant in the perturbation
+
+            def climb(x_adv):
+                return kl(clean, net(x_adv))
+
+        x_adv = pgd(climb, x, eps, p.step_size, 10, start=start.clamp(0, 1))
+    return F.cross_entropy(net(x_adv), y) if p.loss == "pgd" else trades(net(x), net(x_adv), y)
+
+
+def lr_at(p, epoch, progress):
+    """The learning rate of preset `p` in `epoch`, `progress` epochs into the run."""
+    if p.milestones:
+        return p.lr * 0.1 ** sum(epoch >= m for m in p.milestones)
+    return optim.cosine(progress / p.epochs, p.lr, 1e-6)
+
+
+def train(net, images, p, seed):
+    """Train the classifier `net` on `images` by preset `p`, in place. Every random number follows from `seed`."""
+    net.head.reset_parameters()
+    if p.zero:
+        nn.init.zeros_(net.head.weight), nn.init.zeros_(net.head.bias)
+    net.encoder.requires_grad_(p.trains == "all")
+    net.train(p.trains == "all")
+    params = [w for w in net.parameters() if w.requires_grad]
+    opt = torch.optim.SGD(params, p.lr, momentum=0.9, weight_decay=p.weight_decay, nesterov=p.nesterov)
+    steps = data.steps_per_epoch(len(images), p.batch_size)
+    for epoch in range(p.epochs):
+        total = 0.0
+        for i, (x, y, rng) in enumerate(data.batches(images, p.batch_size, seed, epoch)):
+            lr = opt.param_groups[0]["lr"] = lr_at(p, epoch, epoch + i / steps)
+            x = data.to_float(x)
+            if p.augment != "none":
+                x = data.random_flip(data.random_pad_crop(x, rng, 4, p.augment), rng)
+            x = x.contiguous(memory_format=torch.channels_last)
+            loss = classifier_loss(net, x, y, p, rng.uniform(*x.shape[1:], device=x.device))
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            total = total + loss.detach()
+        loss = float(total) / steps
+        if not loss < float("inf"):
+            raise ValueError(f"the classifier's loss is not finite in epoch {epoch}; try a lower --lr")
+        print(f"\r  epoch {epoch + 1}/{p.epochs}  lr {lr:.2g}  loss {loss:.4f} ", end="", flush=True)
+    print()
+    return net.eval()
+
+
+def save_classifier(net, path):
+    """Write the classifier: its encoder's recipe, its number of classes, its weights."""
+    torch.save({"format": FORMAT, **net.encoder.recipe, "branch": net.encoder.branch, "classes": net.head.out_features,
+                "state": net.state_dict()}, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+FORMAT = "classifier-1"
+
+
+def load_classifier(path):
+    """The classifier that an evaluation wrote to `path`: a plain nn.Module in eval mode, images in [0, 1] -> logits, which
+    any attack library can call. Raises FileNotFoundError, or ValueError that names what is wrong."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; an evaluation writes classifier-<preset>.pt") from None
+    except Exception as e:
+        raise ValueError(f"{path}: cannot be read as a classifier ({type(e).__name__}); is it truncated?") from None
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a classifier; that is a classifier-<preset>.pt in the folder of a run")
+    encoder = encoders.make(saved["arch"], (), saved["stem"], saved["mean"], saved["std"])
+    net = Classifier(encoder, saved["classes"])
+    encoders.load_strict(net, saved["state"], path)
+    net.encoder.branch = saved["branch"]
+    return net.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judging it
+# ---------------------------------------------------------------------------------------------------------------------
+def in_order(images, batch_size=500):
+    """Yield `(x, y)` over all images, x float in [0, 1]."""
+    for x, y in images.stream(torch.arange(len(images)).split(batch_size)):
+        yield data.to_float(x).contiguous(memory_format=torch.channels_last), y
+
+
+def accuracy(net, images, attack=None, seed=0):
+    """Per cent of `images` that `net` (in eval mode inside) classifies rightly, clean or under `attack`, an `Attack`."""
+    right = 0
+    with eval_mode(net):
+        for i, (x, y) in enumerate(in_order(images)):
+            if attack:
+                generator = torch.Generator(x.device).manual_seed(seed * 100_003 + i)
+                x = pgd(lambda x: F.cross_entropy(net(x), y), x, *attack[1:], norm=attack.norm, generator=generator)
+            with torch.no_grad():
+                right += (net(x).argmax(1) == y).sum()
+    return 100 * int(right) / len(images)
+
+
+@torch.no_grad()
+def knn(encoder, train_images, test_images, k=200, temperature=0.1):
+    """Weighted k-nearest-neighbour accuracy in per cent on un-augmented images (Wu et al. 2018, arXiv 1805.01978): each of
+    the k most similar training images votes for its class with weight exp(cosine / temperature)."""
+    with eval_mode(encoder):
+        bank, labels = (torch.cat(v) for v in zip(*((F.normalize(encoder(x)), y) for x, y in in_order(train_images))))
+        right = 0
+        for x, y in in_order(test_images):
+            similar, index = (F.normalize(encoder(x)) @ bank.T).topk(min(k, len(bank)), dim=1)
+            votes = torch.zeros(len(x), train_images.classes, device=x.device)
+            votes.scatter_add_(1, labels[index], (similar / temperature).exp())
+            right += (votes.argmax(1) == y).sum()
+    return 100 * int(right) / len(test_images)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+def parser():
+    p = argparse.ArgumentParser(
+        prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("paths", nargs="+", help="exported encoders (encoder.pt), or trained classifiers to attack again")
+    p.add_argument("--preset", nargs="+", default=["amoc-slf"], help="knn " + " ".join(PRESETS))
+    p.add_argument("--attacks", nargs="+", default=["clean", "pgd20"], help="clean " + " ".join(ATTACKS))
+    p.add_argument("--bn", help="BN branch; default: the one the encoder was exported with")
+    p.add_argument("--data", default="cifar10", help="cifar10, cifar100, stl10, shapes, a .npz, or an ImageFolder")
+    p.add_argument("--data-dir", default="data", help="where torchvision's files are, or go")
+    p.add_argument("--limit", type=int, help="train on the first so many images of a fixed shuffle")
+    p.add_argument("--test-limit", type=int, help="test on the first so many images of a fixed shuffle")
+    p.add_argument("--image-size", type=int, default=32, help="for an ImageFolder: side of the decoded square")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", help="default: cuda if there is one, else cpu")
+    p.add_argument("--workers", type=int, default=4, help="decoding processes, for an ImageFolder")
+    g = p.add_argument_group("over the preset")
+    g.add_argument("--epochs", type=int)
+    g.add_argument("--milestones", type=int, nargs="*", help="epochs at which the learning rate falls; none: cosine")
+    g.add_argument("--lr", type=float)
+    g.add_argument("--weight-decay", type=float)
+    g.add_argument("--batch-size", type=int)
+    return p
+
+
+def check(args):
+    for given, known, what in ((args.preset, ["knn", *PRESETS], "--preset"), (args.attacks, ["clean", *ATTACKS], "--attacks")):
+        for name in given:
+            if name not in known:
+                raise ValueError(f"{what} {name}: choose from {', '.join(known)}")
+    for flag in ("epochs", "lr", "batch_size", "image_size"):
+        if getattr(args, flag) is not None and getattr(args, flag) <= 0:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must be positive")
+
+
+def chosen(args, name):
+    """Preset `name` with what the flags change."""
+    given = {f: getattr(args, f) for f in ("epochs", "milestones", "lr", "weight_decay", "batch_size")}
+    given = {f: tuple(v) if f == "milestones" else v for f, v in given.items() if v is not None}
+    return PRESETS[name]._replace(**given)
+
+
+def evaluate(path, name, args, env, train_images, test_images):
+    """One evaluation: returns the object for eval.jsonl, and writes the classifier."""
+    began = time.time()
+    torch.manual_seed(args.seed)
+    path = pathlib.Path(path)
+    line = {"path": str(path), "preset": name}
+    if name == "knn":
+        net = encoders.load_encoder(path, args.bn).to(env.device)
+        results = {"clean": knn(net, train_images, test_images)}
+        line["bn"] = net.branch
+    else:
+        if path.name.startswith("classifier"):
+            net = load_classifier(path).to(env.device, memory_format=torch.channels_last)
+            line["preset"] = path.stem.removeprefix("classifier-")
+        else:
+            p = chosen(args, name)
+            line["recipe"] = p._asdict()
+            net = Classifier(encoders.load_encoder(path, args.bn), train_images.classes)
+            net = net.to(env.device, memory_format=torch.channels_last)
+            train(net, train_images, p, args.seed)
+            save_classifier(net, path.parent / f"classifier-{name}.pt")
+        line["bn"] = net.encoder.branch
+        results = {a: accuracy(net, test_images, ATTACKS.get(a), args.seed) for a in args.attacks}
+    n = len(test_images)
+    line["results"] = {a: {"accuracy": v, "stderr": round((v * (100 - v) / n) ** 0.5, 2)} for a, v in results.items()}
+    return line | {"epoch": "last", "train_images": len(train_images), "test_images": n,
+                   "seconds": round(time.time() - began, 1), **run.header(args, env)}
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    check(args)
+    env = run.Env(run.device(args), 0, 1)
+    train_images, test_images = (
+        data.load(args.data, args.data_dir, split, env.device, limit, args.image_size, args.workers)
+        for split, limit in (("labelled", args.limit), ("test", args.test_limit)))
+    rows = [f"| encoder | preset | BN | {' | '.join(args.attacks)} |", "|---" * (3 + len(args.attacks)) + "|"]
+    for path in args.paths:
+        for name in args.preset:
+            line = evaluate(path, name, args, env, train_images, test_images)
+            with open(pathlib.Path(path).parent / "eval.jsonl", "a") as f:
+                f.write(json.dumps(line) + "\n")
+            found = [f"{line['results'][a]['accuracy']:.2f}" if a in line["results"] else "" for a in args.attacks]
+            rows.append(f"| {path} | {line['preset']} | {line['bn']} | {' | '.join(found)} |")
+            print(rows[-1], flush=True)
+    print("\n" + "\n".join(rows))
+
+
+if __name__ == "__main__":
+    run.cli(main)
