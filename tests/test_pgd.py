@@ -1,0 +1,175 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import encoders
+from common.pgd import NORMS, eval_mode, frozen_stats, pgd, project, project_l1_box, uniform
+from tests.recipes import A, X, Z
+
+W = 0.1 * Z(5, 192)
+x0, y0 = X(4, 3, 8, 8), torch.arange(4)
+EPS = {"linf": 8 / 255, "l2": 0.5, "l1": 3.0, "l1_dense": 3.0}
+ORDER = {"linf": torch.inf, "l2": 2, "l1": 1, "l1_dense": 1}
+
+
+def ce(x):
+    return F.cross_entropy(x.flatten(1) @ W.T, y0)
+
+
+@pytest.mark.parametrize("norm, eps, step, steps, total, weighted, after", [
+    ("linf", 8 / 255, 2 / 255, 1, -0.0395379806660405, 0.00795511749079728, 1.59087433889259),
+    ("linf", 8 / 255, 2 / 255, 3, -0.128714566166521, 0.0360640432452307, 1.75000355411127),
+    ("linf", 8 / 255, 2 / 255, 20, -0.0596200505472952, -0.00419496623435279, 1.82884659450811),
+    ("l2", 0.5, 0.1, 7, -0.190340781055095, 0.120490744031363, 1.95911639074606),
+    ("l1_dense", 12.0, 1.2, 15, -0.630016587597567, 0.345256090151802, 2.48320044559410),
+])
+def test_attack_equals_printed_values(norm, eps, step, steps, total, weighted, after):
+    assert ce(x0).item() == pytest.approx(1.50965150575339, rel=1e-12)
+    x = pgd(ce, x0, eps, step, steps, norm, start=x0)
+    d = (x - x0).flatten(1)
+    assert d.sum().item() == pytest.approx(total, rel=1e-9)
+    assert (d * A(4, 192, 3)).sum().item() == pytest.approx(weighted, rel=1e-9)
+    assert ce(x).item() == pytest.approx(after, rel=1e-9)
+
+
+def test_linf_attack_equals_a_loop_over_pixels():
+    """Step by the sign, back to the ball, back to the box: written pixel by pixel, with the closed-form gradient."""
+    eps, step = 8 / 255, 3 / 255
+    x = x0.flatten(1).clone()
+    for _ in range(4):
+        p = (x @ W.T).softmax(1) - F.one_hot(y0, 5)
+        g = p @ W / 4
+        for i in range(x.shape[0]):
+            for j in range(x.shape[1]):
+                moved = x[i, j] + step * ((g[i, j] > 0) * 1.0 - (g[i, j] < 0) * 1.0)
+                moved = min(max(moved, x0.flatten(1)[i, j] - eps), x0.flatten(1)[i, j] + eps)
+                x[i, j] = min(max(moved, 0.0), 1.0)
+    torch.testing.assert_close(pgd(ce, x0, eps, step, 4, start=x0).flatten(1), x, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_attack_climbs_and_stays_in_ball_and_box(norm):
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(6, 3, 8, 8, generator=g).round(decimals=1)  # some pixels sit on the box
+    y = torch.arange(6) % 5
+
+    def loss(x):
+        return F.cross_entropy(x.flatten(1) @ W.float().T, y)
+
+    for random_start in (False, True):
+        x_adv = pgd(loss, x, EPS[norm], EPS[norm] / 4, 10, norm, random_start, generator=g)
+        assert loss(x_adv) > loss(x) + 0.05
+        assert ((x_adv - x).flatten(1).norm(ORDER[norm], dim=1) <= EPS[norm] * (1 + 1e-5)).all()
+        assert x_adv.min() >= 0 and x_adv.max() <= 1 and not x_adv.requires_grad
+
+
+def test_sparse_l1_attack_beats_the_dense_one():
+    strong, weak = (ce(pgd(ce, x0, 12.0, 1.2, 20, norm, start=x0)) for norm in ("l1", "l1_dense"))
+    assert strong > weak + 0.1
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_eps_zero_is_the_identity(norm):
+    assert torch.equal(pgd(ce, x0, 0, 1.0, 3, norm), x0)
+
+
+def test_zero_steps_return_the_start():
+    start = (x0 + 0.01).clamp(0, 1)
+    x_adv = pgd(ce, x0, 0.1, 0.1, 0, start=start)
+    assert torch.equal(x_adv, start) and x_adv is not start
+
+
+def test_zero_gradient_moves_nothing():
+    x = pgd(lambda x: 0 * x.sum(), x0, 0.1, 0.1, 3, start=x0)
+    assert torch.equal(x, x0)
+
+
+def test_random_start_is_uniform_in_the_ball():
+    x = torch.full((4000, 1, 2, 2), 0.5, dtype=torch.float64)
+    for norm in NORMS:
+        noise = uniform(x, 0.4, norm, torch.Generator().manual_seed(0)).flatten(1)
+        assert noise.mean().abs() < 0.01
+        r = noise.norm(ORDER[norm], dim=1) / 0.4
+        assert r.max() <= 1 + 1e-12
+        assert abs((r**4).mean().item() - 0.5) < 0.02  # in d dimensions r^d is uniform
+
+
+def test_same_generator_gives_the_same_attack():
+    a, b = (pgd(ce, x0, 0.1, 0.02, 2, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(a, b)
+
+
+def test_attack_leaves_no_trace_on_a_network():
+    net = nn.Sequential(encoders.make("slim"), nn.Linear(128, 5)).train()
+    net[0].layer2.eval()  # a mode of its own, to be put back
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    modes = [m.training for m in net.modules()]
+    x = torch.rand(4, 3, 16, 16)
+    with eval_mode(net):
+        assert not any(m.training for m in net.modules())
+        x_adv = pgd(lambda x: F.cross_entropy(net(x), y0), x, 0.1, 0.05, 2)
+    assert not torch.equal(x, x_adv) and x.grad is None and not x.requires_grad
+    assert all(p.grad is None and p.requires_grad for p in net.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert [m.training for m in net.modules()] == modes
+
+
+def test_modes_are_put_back_after_an_exception():
+    net = nn.Sequential(nn.BatchNorm1d(3)).train()
+    for mode in (eval_mode, frozen_stats):
+        with pytest.raises(RuntimeError), mode(net):
+            raise RuntimeError
+        assert net.training and net[0].training and net[0].track_running_stats
+
+
+def test_frozen_stats_uses_the_batch_and_writes_nothing():
+    bn, x = nn.BatchNorm1d(3).train(), torch.randn(8, 3) * 5 + 2
+    free = nn.BatchNorm1d(3).train()
+    with frozen_stats(bn):
+        assert torch.equal(bn(x), free(x))
+    assert torch.equal(bn.running_mean, torch.zeros(3)) and bn.num_batches_tracked == 0
+    bn(x)
+    assert torch.equal(bn.running_mean, free.running_mean)
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_l1_projection_equals_bisection(free):
+    g = torch.Generator().manual_seed(int(free))
+    for trial in range(40):
+        delta = torch.randn(3, 20, generator=g, dtype=torch.float64) * (0.1, 1, 5)[trial % 3]
+        lo, hi = -torch.rand(3, 20, generator=g, dtype=torch.float64), torch.rand(3, 20, generator=g, dtype=torch.float64)
+        lo[:, :4], hi[:, 3:7] = 0, 0
+        if free:
+            lo, hi = torch.full_like(lo, -torch.inf), torch.full_like(hi, torch.inf)
+        eps = (0.1, 1.0, 4.0, 30.0)[trial % 4]
+        got = project(delta, eps, "l1") if free else project_l1_box(delta, eps, lo, hi)
+        for i in range(3):
+            low, high = 0.0, 100.0  # the threshold: the smallest that fits
+            def at(t):
+                return (delta[i].sign() * (delta[i].abs() - t).clamp_min(0)).clamp(lo[i], hi[i])
+            for _ in range(100):
+                middle = (low + high) / 2
+                low, high = (middle, high) if at(middle).abs().sum() > eps else (low, middle)
+            want = at(0.0) if at(0.0).abs().sum() <= eps else at(high)
+            torch.testing.assert_close(got[i], want, rtol=0, atol=1e-12)
+
+
+def test_l1_projection_printed_value():
+    d = torch.tensor([[0.4, -0.3, 0.2, 0.1]], dtype=torch.float64)
+    got = project_l1_box(d, 0.5, torch.full_like(d, -0.5), torch.full_like(d, 0.5))
+    torch.testing.assert_close(got, torch.tensor([[0.8, -0.5, 0.2, 0.0]], dtype=torch.float64) / 3, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_projection_is_idempotent_and_keeps_what_is_inside(norm):
+    d = torch.randn(5, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    once = project(d, 1.5, norm)
+    torch.testing.assert_close(project(once, 1.5, norm), once)
+    assert torch.equal(project(1e-3 * d, 1.5, norm), 1e-3 * d) and torch.equal(project(0 * d, 1.5, norm), 0 * d)
+
+
+@pytest.mark.parametrize("bad, word", [({"eps": -1}, "negative"), ({"steps": -1}, "negative"), ({"norm": "l7"}, "l7")])
+def test_bad_arguments_are_named(bad, word):
+    with pytest.raises(ValueError, match=word):
+        pgd(ce, x0, **{"eps": 0.1, "step_size": 0.1, "steps": 1, **bad})
