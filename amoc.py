@@ -27,7 +27,7 @@ In ACA nothing ever enters M_adv: it stays Gaussian noise (the paper's Remark 1)
 has not, fills it with the keys of attacked queries.
 
     python amoc.py                                       the paper's ACC: CIFAR-10, ResNet-18, 200 epochs
-    torchrun --nproc-per-node 8 amoc.py                  the same on 8 GPUs; 256 images a step over all of them
+    torchrun --standalone --nproc-per-node 8 amoc.py     the same on 8 GPUs; 256 images a step over all of them
     python amoc.py --variant CCC                         MoCo, the clean base
     python eval.py runs/amoc/encoder.pt --preset amoc-slf
 """

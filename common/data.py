@@ -2,12 +2,13 @@
 
 `load` puts a data set on the device as uint8 (ImageFolder trees, too large for that, are streamed by workers). `batches`
 cuts it into steps. Every random number of a step is drawn for the *whole* batch from a generator seeded by
-(seed, epoch, step), and each process keeps the rows of its own images: so 1 or 8 processes, and a resumed run, see the same.
+(seed, epoch, step), and each process keeps the rows of its own images: so 1 or 8 processes, and a resumed run, see the same
+(but for the fewer-than-8 images of a last step that do not divide among 8).
 
 Augmentation works on batches (B, 3, H, W), one parameter per image. Each comes as a pair: the function of its parameters,
 equal to its torchvision counterpart, and `random_...`, which draws them as torchvision does. Parameters live on the CPU
 until they are used: a thousand numbers a step cost nothing there, and which image gets what is known without a host sync.
-Images are floats in [0, 1]; only `resized_crop` and `pad_crop` take uint8 as well, being where a view begins.
+Images are float32 in [0, 1]; only `resized_crop` and `pad_crop` take uint8 as well, being where a view begins.
 """
 import math
 import pathlib
@@ -45,10 +46,10 @@ class Folder:
     Like `Images`, but `x` does not exist. A file that cannot be decoded ends the run with an error that names it.
     """
 
-    def __init__(self, root, size, device, workers, keep=None):
+    def __init__(self, root, size, device, workers, keep):
         tree = datasets.ImageFolder(root)
         self.classes, self.size, self.device, self.workers = len(tree.classes), size, device, workers
-        self.samples = [tree.samples[i] for i in keep(len(tree))] if keep else tree.samples
+        self.samples = [tree.samples[i] for i in keep(len(tree))]
         self.y = torch.tensor([label for _, label in self.samples])
 
     def __len__(self):
@@ -71,8 +72,11 @@ class Folder:
             self, batch_sampler=[i.tolist() for i in indices], num_workers=self.workers,
             pin_memory=torch.device(self.device).type == "cuda", worker_init_fn=_one_thread,
         )
-        for x, y in loader:
-            yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        try:
+            for x, y in loader:
+                yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        except ValueError as e:  # from a worker it comes wrapped in that worker's traceback
+            raise ValueError(str(e).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
 
 
 def load(name, root="data", split="train", device="cpu", limit=None, size=None, workers=4):
@@ -93,7 +97,11 @@ def load(name, root="data", split="train", device="cpu", limit=None, size=None, 
             raise ValueError(f"limit {limit}: {name} has {n} images in split {split!r}")
         return range(n) if limit is None else np.random.default_rng(0).permutation(n)[:limit].tolist()
 
+    if split not in ("train", "labelled", "test"):
+        raise ValueError(f"split {split!r}: choose one of train, labelled, test")
     if name not in NAMES and not name.endswith(".npz") and pathlib.Path(name).is_dir():
+        if size is None:
+            raise ValueError(f"{name}: a folder needs `size`, the side of the decoded square")
         return Folder(_split_of_folder(name, split), size, device, workers, keep)
     if name == "shapes":
         x, y, _ = shapes(2_000 if split == "test" else 10_000, seed=1 if split == "test" else 0)
@@ -128,7 +136,7 @@ def _from_torchvision(name, root, split):
 def _from_npz(path, split):
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            x, y, classes = arrays[f"x_{split}"], arrays[f"y_{split}"], int(arrays["y_train"].max()) + 1
+            x, y, labels = arrays[f"x_{split}"], arrays[f"y_{split}"], arrays["y_train"]
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except KeyError as e:
@@ -139,6 +147,9 @@ def _from_npz(path, split):
         raise ValueError(f"{path}: x_{split} is {x.dtype} {x.shape}; it must be uint8 (N, H, W, 3) with N > 0")
     if y.shape != (len(x),) or y.dtype.kind not in "iu":
         raise ValueError(f"{path}: y_{split} is {y.dtype} {y.shape}; it must be integers ({len(x)},)")
+    classes = max(1, int(labels.max()) + 1)
+    if y.min() < -1 or y.max() >= classes:
+        raise ValueError(f"{path}: y_{split} goes from {y.min()} to {y.max()}; y_train has classes 0 to {classes - 1}")
     return torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(y.astype(np.int64)), classes
 
 
@@ -146,10 +157,17 @@ def _split_of_folder(name, split):
     for candidate in ("test", "val") if split == "test" else ("train",):
         folder = pathlib.Path(name) / candidate
         if folder.is_dir():
+            train = pathlib.Path(name) / "train"
+            if split == "test" and train.is_dir() and _classes(folder) != _classes(train):
+                raise ValueError(f"{folder}: its classes are not those of {train}, so labels would not mean the same")
             if any(f.suffix.lower() in datasets.folder.IMG_EXTENSIONS for f in folder.glob("*/**/*")):
                 return folder
             raise ValueError(f"{folder}: holds no images; it must be {folder}/<class>/<image>.png, .jpg, …")
     raise FileNotFoundError(f"{name}: has no folder {'test or val' if split == 'test' else 'train'}")
+
+
+def _classes(folder):
+    return sorted(f.name for f in folder.iterdir() if f.is_dir())
 
 
 def _one_thread(_):
@@ -177,8 +195,8 @@ class Rng:
 
 
 def _seed(*key):
-    """A 63-bit seed from a tuple of integers; different tuples give unrelated streams."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    """A well-mixed 63-bit seed from a tuple of integers below 2^32, its length included."""
+    return int(np.random.SeedSequence([len(key), *key]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def steps_per_epoch(n, batch_size, world=1):
@@ -467,11 +485,13 @@ def _draw_shapes(y, g):
         k, phase = rand(2, 1, 1, lo=-9, hi=9) * rand(1, 1, 1), rand(1, 1, hi=2 * math.pi)
         wave = torch.sin(k[:, 0] * px[None, None, :] + k[:, 1] * px[None, :, None] + phase)[:, None]
         blobs = F.interpolate(rand(3, 5, 5, lo=-1), size=32, mode="bicubic", align_corners=False)
-        return 0.1 * rand(3, 1, 1, lo=-1) * wave + 0.15 * rand(1, 1, 1) * blobs
+        return 0.03 * rand(3, 1, 1, lo=-1) * wave + 0.05 * rand(1, 1, 1) * blobs
 
-    colour = rand(3, 1, 1, lo=0.3, hi=0.7)
+    # Colours that differ too much would tell images apart by themselves: nothing would be left to learn from the figure.
+    colour = rand(1, 1, 1, lo=0.3, hi=0.7) + rand(3, 1, 1, lo=-0.06, hi=0.06)
     side = torch.where(rand(1, 1, 1) < 0.5, -1.0, 1.0)  # the figure is darker or lighter than its ground
-    ground, figure = colour + texture(), colour + side * rand(3, 1, 1, lo=0.15, hi=0.5) + texture()
+    figure = colour + side * (rand(1, 1, 1, lo=0.25, hi=0.5) + rand(3, 1, 1, lo=-0.045, hi=0.045)) + texture()
+    ground = colour + texture()
     x = torch.lerp(ground, figure, mask)
     x = x + 0.06 * rand(1, 1, 1) * torch.randn(x.shape, generator=g)
     return (x.clamp(0, 1) * 255).round().to(torch.uint8), mask[:, 0]

@@ -211,7 +211,7 @@ def load_encoder(path, branch=None):
 def load_strict(net, state, path):
     """`net.load_state_dict(state)`; raises ValueError naming the first missing, unexpected or misshaped tensor."""
     want = net.state_dict()
-    for key in want.keys() | state.keys():
+    for key in dict.fromkeys([*want, *state]):
         if key not in state:
             raise ValueError(f"{path}: {key} is missing")
         if key not in want:

@@ -96,6 +96,8 @@ def device(args):
 
 def setup(args):
     """Seed, folder, signals, and process group (torchrun's RANK, WORLD_SIZE, LOCAL_RANK); returns an `Env`."""
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed {args.seed}: must be from 0 to 2^32 - 1")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     env = Env(device(args), rank, world)
     out = pathlib.Path(args.out)

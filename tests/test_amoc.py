@@ -248,3 +248,13 @@ def test_defaults_are_the_papers_run():
     assert vars(args) | dict(variant="ACC", epochs=200, batch_size=256, lr=0.1, warmup=10, weight_decay=5e-4,
                              temperature=0.2, ema=0.999, bank_size=32768, lam=0.5, eps=8, step_size=2, steps=5,
                              arch="resnet18", data="cifar10") == vars(args)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--variant", "ABC"], "--variant ABC: choose one of CCC, CAC"), (["--eps", "-8"], "--eps -8: must not be negative"),
+    (["--steps", "0"], "--steps 0: variant ACC attacks"), (["--temperature", "0"], "--temperature 0"),
+    (["--bank-size", "0"], "--bank-size 0")])
+def test_bad_flags_of_the_method_are_named(flags, words):
+    with pytest.raises(ValueError, match=words):
+        amoc.check(amoc.parser().parse_args(flags))
+    amoc.check(amoc.parser().parse_args(["--variant", "CCC", "--steps", "0"]))

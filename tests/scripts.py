@@ -1,0 +1,39 @@
+"""What the tests shared by all scripts need to know of each: a tiny run, and the flags that make it the method's own."""
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# Housekeeping comes from TINY; here only what the script itself needs to be small.
+SCRIPTS = {
+    "amoc": ["--bank-size", "48", "--steps", "1", "--warmup", "1"],
+}
+TINY = ["--arch", "slim", "--batch-size", "16", "--epochs", "2", "--device", "cpu"]
+
+
+def tiny_npz(path, n=44):
+    """A data set of `n` images: two whole steps of 16 and a short one of 12."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+    y = np.arange(n) % 4
+    np.savez(path, x_train=x, y_train=y, x_test=x[:20], y_test=y[:20])
+    return str(path)
+
+
+def command(script, *flags, processes=1):
+    launcher = [sys.executable] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*launcher, str(ROOT / f"{script}.py"), *flags]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+
+
+def launch(script, *flags, processes=1):
+    return subprocess.run(command(script, *flags, processes=processes), env=environment(), capture_output=True, text=True,
+                          timeout=120)

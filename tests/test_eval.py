@@ -1,0 +1,213 @@
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import eval as evaluation
+from common import data, encoders
+from common.pgd import pgd
+from tests.recipes import A, X, Z
+from tests.scripts import launch, tiny_npz
+
+x, y, W = X(4, 3, 8, 8), torch.arange(4), 0.1 * Z(5, 192)
+
+
+def slow_kl(p_logits, q_logits):
+    p, q = p_logits.softmax(1), q_logits.softmax(1)
+    return sum(p[i, j] * math.log(p[i, j] / q[i, j]) for i in range(len(p)) for j in range(p.shape[1])) / len(p)
+
+
+def test_kl_equals_slow_loops_and_printed_values():
+    a, b = 3 * A(4, 10, 1), 3 * A(4, 10, 0)
+    for p, q, value in ((a, b, 1.09122041819344), (b, a, 1.09130095410326)):
+        assert evaluation.kl(p, q).item() == pytest.approx(value, rel=1e-9)
+        assert slow_kl(p, q).item() == pytest.approx(value, rel=1e-9)
+
+
+@pytest.mark.parametrize("steps, value", [(0, 1.50965178826451), (1, 1.51449145100064), (3, 1.55287832242532),
+                                          (10, 1.59212986408361)])
+def test_trades_equals_printed_values(steps, value):
+    weight = W.clone().requires_grad_()
+    clean = (x.flatten(1) @ W.T)
+    x_adv = pgd(lambda v: evaluation.kl(clean, v.flatten(1) @ W.T), x, 8 / 255, 2 / 255, steps,
+                start=(x + 0.001 * (2 * x - 1)).clamp(0, 1))
+    loss = evaluation.trades(x.flatten(1) @ weight.T, x_adv.flatten(1) @ weight.T, y)
+    assert loss.item() == pytest.approx(value, rel=1e-9)
+    if steps == 10:
+        loss.backward()
+        assert [weight.grad[i].item() for i in ((0, 0), (4, 191))] == pytest.approx(
+            [0.0477690228481722, 0.042426645730795], rel=1e-9)
+
+
+class Pixels(nn.Module):
+    """An encoder without weights: the mean colour."""
+    dim, recipe, branch = 3, {"arch": "slim", "stem": "small", "mean": [0.5] * 3, "std": [0.25] * 3}, "clean"
+
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+def coloured(n, seed=0):
+    """Three classes told by their brightest channel."""
+    g = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % 3
+    x = torch.randint(60, 120, (n, 3, 32, 32), generator=g, dtype=torch.uint8)
+    x[torch.arange(n), y] += 100
+    return data.Images(x, y, 3)
+
+
+def test_knn_equals_a_slow_vote():
+    train, test = coloured(30), coloured(12, 1)
+    train.y = (train.y + (torch.arange(30) % 7 == 0)) % 3  # some labels are wrong, so that votes matter
+    encoder = Pixels()
+    features = [F.normalize(encoder(d.x.float() / 255)) for d in (train, test)]
+    for k in (1, 5, 30):
+        right = 0
+        for f, label in zip(features[1], test.y):
+            similar = sorted(((torch.dot(f, g).item(), c.item()) for g, c in zip(features[0], train.y)), reverse=True)[:k]
+            votes = [sum(math.exp(s / 0.1) for s, c in similar if c == label) for label in range(3)]
+            right += votes.index(max(votes)) == label
+        assert evaluation.knn(encoder, train, test, k) == pytest.approx(100 * right / 12)
+
+
+@pytest.mark.parametrize("name", ["amoc-slf", "amoc-alf", "amoc-alf-trades", "acl-probe"])
+def test_a_probe_learns_what_can_be_learnt_and_leaves_the_encoder_alone(name):
+    torch.manual_seed(0)
+    net = evaluation.Classifier(Pixels(), 3)
+    p = evaluation.PRESETS[name]._replace(epochs=6, milestones=(5,), batch_size=16, lr=1.0)
+    evaluation.train(net, coloured(60), p, seed=0)
+    assert evaluation.accuracy(net, coloured(30, 1)) == 100
+    assert not net.training and list(net.encoder.parameters()) == []
+
+
+@pytest.mark.parametrize("name, moves", [("amoc-slf", False), ("amoc-alf", False), ("amoc-aff", True),
+                                         ("acl-aff-100", True), ("amoc-full", True)])
+def test_a_frozen_encoder_keeps_weights_and_statistics_and_a_fine_tuned_one_does_not(name, moves):
+    torch.manual_seed(0)
+    net = evaluation.Classifier(encoders.make("slim").eval(), 3)
+    net.encoder.branch = None
+    before = {k: v.clone() for k, v in net.encoder.state_dict().items()}
+    p = evaluation.PRESETS[name]._replace(epochs=2, milestones=(1,), batch_size=16)
+    evaluation.train(net, coloured(32), p, seed=0)
+    same = [torch.equal(v, before[k]) for k, v in net.encoder.state_dict().items()]
+    assert not any(same) if moves else all(same)
+    steps = {int(v) for k, v in net.encoder.state_dict().items() if "num_batches" in k}
+    if name == "amoc-aff":
+        assert steps == {4}  # the attack's ten passes are in eval mode; one training pass a step
+
+
+def test_training_follows_from_the_seed_alone():
+    heads = []
+    for seed, disturb in ((0, 0), (0, 9), (1, 0)):
+        torch.manual_seed(0)
+        net = evaluation.Classifier(Pixels(), 3)
+        torch.manual_seed(seed)
+        p = evaluation.PRESETS["amoc-alf"]._replace(epochs=2, batch_size=16)
+        torch.rand(disturb)  # a zero classifier draws nothing: the global generator does not matter
+        heads.append(evaluation.train(net, coloured(32), p, seed).head.weight.detach())
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+def test_learning_rate_steps_and_cosine():
+    p = evaluation.PRESETS["amoc-slf"]
+    assert [evaluation.lr_at(p, e, e) for e in (0, 14, 15, 20)] == pytest.approx([0.1, 0.1, 0.01, 0.001])
+    p = evaluation.PRESETS["acl-probe"]
+    assert [evaluation.lr_at(p, 0, t) for t in (0, 50, 100)] == pytest.approx([0.1, (0.1 + 1e-6) / 2, 1e-6])
+
+
+def test_accuracy_under_attack_is_exact_on_a_linear_classifier():
+    """Two classes, logits +-(mean red - 1/2): exactly the images within eps of 1/2 change sides."""
+    class Red(nn.Module):
+        def forward(self, x):
+            margin = x[:, 0].mean((1, 2)) - 0.5
+            return 50 * torch.stack([margin, -margin], 1)
+
+    red = torch.tensor([100, 118, 121, 126, 129, 133, 137, 150], dtype=torch.uint8)
+    x = red.view(8, 1, 1, 1).repeat(1, 3, 8, 8)
+    images = data.Images(x, (red < 127.5).long(), 2)
+    far = ((red.float() - 127.5).abs() > 8).sum().item()
+    assert evaluation.accuracy(Red(), images) == 100
+    assert evaluation.accuracy(Red(), images, evaluation.ATTACKS["pgd20"]) == 100 * far / 8
+    assert evaluation.accuracy(Red(), images, evaluation.Attack("linf", 30 / 255, 8 / 255, 10)) == 0
+
+
+@pytest.fixture
+def exported(tmp_path):
+    torch.manual_seed(0)
+    encoder = encoders.make("slim", branches=("clean", "adv"))
+    with encoders.branch(encoder, "adv"):
+        encoder(torch.rand(8, 3, 32, 32))
+    encoders.export(encoder, "adv", tmp_path / "encoder.pt")
+    return tmp_path
+
+
+def run_main(folder, *more):
+    npz = tiny_npz(folder / "tiny.npz")
+    evaluation.main([str(folder / "encoder.pt"), "--data", npz, "--device", "cpu", "--epochs", "1", "--batch-size", "16",
+                     *more])
+    return [json.loads(line) for line in open(folder / "eval.jsonl")]
+
+
+def test_the_command_writes_one_line_one_row_and_a_classifier(exported, capsys):
+    lines = run_main(exported, "--preset", "knn", "amoc-slf", "--attacks", "clean", "pgd20", "pgd20-l2", "pgd20-l1")
+    assert [line["preset"] for line in lines] == ["knn", "amoc-slf"] and {line["bn"] for line in lines} == {"adv"}
+    assert lines[1]["recipe"]["epochs"] == 1 and lines[1]["recipe"]["lr"] == 0.1 and lines[1]["epoch"] == "last"
+    accuracy = lines[1]["results"]["clean"]["accuracy"]
+    assert lines[1]["results"]["clean"]["stderr"] == pytest.approx(math.sqrt(accuracy * (100 - accuracy) / 20), abs=0.01)
+    rows = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| ")]
+    assert f"| amoc-slf | adv | {accuracy:.2f} |" in rows[-1] and rows[-3].startswith("| encoder | preset | BN | clean")
+
+    net = evaluation.load_classifier(exported / "classifier-amoc-slf.pt")
+    assert not net.training and net.encoder.branch == "adv"
+    images = data.load(str(exported / "tiny.npz"), split="test")
+    assert evaluation.accuracy(net, images) == accuracy
+    again = [str(exported / "classifier-amoc-slf.pt"), "--data", str(exported / "tiny.npz"), "--device", "cpu"]
+    evaluation.main([*again, "--attacks", "clean"])
+    assert json.loads(open(exported / "eval.jsonl").readlines()[-1])["results"]["clean"]["accuracy"] == accuracy
+
+
+def test_bn_chooses_the_branch_and_is_recorded(exported):
+    lines = run_main(exported, "--preset", "knn", "--bn", "clean")
+    assert lines[0]["bn"] == "clean"
+    with pytest.raises(ValueError, match="no BN branch 'adv2'; it has adv, clean"):
+        run_main(exported, "--preset", "knn", "--bn", "adv2")
+
+
+@pytest.mark.parametrize("content, words", [(None, "no such file"), (b"", "truncated"), ("encoder", "not a classifier")])
+def test_a_classifier_that_cannot_be_read_is_named(exported, content, words):
+    path = exported / "classifier.pt"
+    if content == "encoder":
+        path = exported / "encoder.pt"
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises((ValueError, OSError), match=words):
+        evaluation.load_classifier(path)
+
+
+def test_a_missing_tensor_is_named(exported):
+    run_main(exported, "--preset", "amoc-slf", "--attacks", "clean")
+    path = exported / "classifier-amoc-slf.pt"
+    saved = torch.load(path, weights_only=True)
+    del saved["state"]["head.bias"]
+    torch.save(saved, path)
+    with pytest.raises(ValueError, match="head.bias is missing"):
+        evaluation.load_classifier(path)
+
+
+def test_bad_flags_are_one_line(exported):
+    for more, word in ((["--preset", "amoc"], "amoc-slf"), (["--attacks", "pgd"], "pgd20"), (["--lr", "-1"], "--lr -1")):
+        done = launch("eval", str(exported / "encoder.pt"), "--data", "shapes", *more)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1 and word in done.stderr
+
+
+def test_a_random_encoder_does_not_solve_shapes():
+    """The reason to pretrain: a linear probe on random features stays under 35 % (chance is 10 %)."""
+    torch.manual_seed(0)
+    net = evaluation.Classifier(encoders.make("slim").eval(), 10)
+    net.encoder.branch = None
+    images, test = data.load("shapes", limit=4000), data.load("shapes", split="test", limit=1000)
+    evaluation.train(net, images, evaluation.PRESETS["amoc-slf"]._replace(epochs=6, milestones=(4,)), seed=0)
+    assert 10 < evaluation.accuracy(net, test) < 35

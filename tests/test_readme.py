@@ -1,0 +1,45 @@
+"""Every command line of the README and of a docstring is one that the program accepts."""
+import importlib
+import re
+import shlex
+
+import pytest
+
+from tests.scripts import ROOT, SCRIPTS
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)).replace("\\\n", " ")
+
+
+def commands(text):
+    """(script, flags) of every `... script.py flags` in `text`; what follows two spaces is a comment."""
+    for line in re.split(r"\n|&&|;", text):
+        found = re.search(r"(?:python|torchrun)\b[^|]*?\b(\w+)\.py\b(.*)", line)
+        if found and found[1] in (*SCRIPTS, "eval"):
+            yield found[1], shlex.split(re.split(r"\s#|\s{3,}", found[2])[0])
+
+
+def all_commands():
+    for name in (*SCRIPTS, "eval"):
+        yield from commands(importlib.import_module(name).__doc__)
+    yield from commands(BLOCKS)
+
+
+@pytest.mark.parametrize("script, flags", list(all_commands()), ids=lambda v: " ".join(v) if isinstance(v, list) else v)
+def test_command_lines_are_accepted(script, flags):
+    module = importlib.import_module(script)
+    module.check(module.parser().parse_args(flags))
+
+
+def test_there_are_commands_for_every_script():
+    assert {script for script, _ in commands(BLOCKS)} == {*SCRIPTS, "eval"}
+
+
+def test_ci_runs_the_readmes_test_command():
+    last = (ROOT / ".ci" / "run").read_text().strip().splitlines()[-1]
+    assert last in README
+
+
+def test_every_log_that_the_readme_names_is_there():
+    named = re.findall(r"results/[\w./-]+", README)
+    assert named and all((ROOT / name).exists() for name in named)

@@ -1,0 +1,161 @@
+import argparse
+import json
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from common import run
+from common.bank import Bank
+from tests.recipes import A, X
+
+
+def in_two_processes(work, folder):
+    """Run work(rank, world) in two gloo processes; returns what each gave."""
+    mp.spawn(_worker, (work, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def _worker(rank, work, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save(work(rank, 2), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def objective(z):
+    """Something that couples all rows, as in-batch negatives do."""
+    return (z @ z.T / 0.5).logsumexp(1).mean() - z[:, 0].square().mean()
+
+
+def gathered(rank, world):
+    net = nn.Linear(6, 3).double()
+    with torch.no_grad():
+        net.weight.copy_(A(3, 6, 0)), net.bias.zero_()
+    x = A(8, 6, 1).chunk(world)[rank]
+    z = run.gather(net(x).tanh())
+    loss = objective(z)
+    loss.backward()
+    run.average_grads(net.parameters())
+    norm = nn.BatchNorm1d(2)
+    norm.running_mean += rank
+    run.average_buffers(norm)
+    return z.detach(), loss.detach(), net.weight.grad, norm.running_mean, norm.num_batches_tracked
+
+
+def test_two_processes_equal_one_in_loss_and_gradient(tmp_path):
+    net = nn.Linear(6, 3).double()
+    with torch.no_grad():
+        net.weight.copy_(A(3, 6, 0)), net.bias.zero_()
+    z = net(A(8, 6, 1)).tanh()
+    loss = objective(z)
+    loss.backward()
+    for got in in_two_processes(gathered, tmp_path):
+        for a, b in zip(got, (z.detach(), loss.detach(), net.weight.grad, torch.full((2,), 0.5), torch.tensor(0))):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def pushed(rank, world):
+    torch.manual_seed(0)
+    bank = Bank(10, 3)
+    for p in range(3):
+        bank.push(A(8, 3, p).float().chunk(world)[rank])
+    return bank.rows, bank.pointer
+
+
+def test_banks_are_bit_equal_on_all_ranks_and_equal_to_one_process(tmp_path):
+    rows, pointer = pushed(0, 1)
+    for got in in_two_processes(pushed, tmp_path):
+        assert torch.equal(got[0], rows) and got[1] == pointer
+
+
+def amoc_step(rank, world):
+    """AMOC's first step on linear networks: (loss, gradient, bank) in float64."""
+    import amoc
+    from tests.test_amoc import Linear
+    torch.manual_seed(0)
+    net, target, banks = Linear(), Linear().requires_grad_(False), (Bank(16, 6).double(), Bank(16, 6).double())
+    args = argparse.Namespace(variant="AAA", temperature=0.2, eps=8.0, step_size=2.0, steps=2, lam=0.5, ema=0.9)
+    x = X(4, 3, 4, 4)
+    x1, x2, noise = (v.chunk(world)[rank] for v in (x, x.flip(3), A(4, 96, 6).view(4, 2, 3, 4, 4)))
+    losses = amoc.train_step(net, target, torch.optim.SGD(net.parameters(), lr=0.1), *banks, x1, x2, noise, args)
+    return losses["loss"], net.W.grad, target.W.detach(), banks[1].rows
+
+
+def test_a_step_of_amoc_on_two_processes_equals_one(tmp_path):
+    loss, *want = amoc_step(0, 1)
+    both = in_two_processes(amoc_step, tmp_path)
+    torch.testing.assert_close((both[0][0] + both[1][0]) / 2, loss, rtol=1e-12, atol=0)
+    for got in both:
+        for a, b in zip(got[1:], want):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_gather_without_a_group_is_the_identity():
+    z = torch.randn(3, 2, requires_grad=True)
+    assert run.gather(z) is z
+
+
+def an_error(kind):
+    if kind == "ours":
+        raise ValueError("data 'x': choose\nanother")
+    return int("not a number")
+
+
+def test_errors_raised_on_purpose_are_a_line_and_bugs_keep_their_traceback():
+    with pytest.raises(SystemExit, match="error: data"):
+        run.cli(lambda: an_error("ours"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        run.cli(lambda: an_error("bug"))
+
+
+def arguments(folder, **more):
+    return argparse.Namespace(out=str(folder), seed=0, device="cpu", **more)
+
+
+def test_log_means_are_over_steps_and_lines_unknown_to_the_checkpoint_are_dropped(tmp_path):
+    args, env = arguments(tmp_path), run.Env(torch.device("cpu"), 0, 1)
+    log = run.Log(args, env, 4)
+    log.start(0)
+    for step, value in enumerate((1.0, 2.0)):
+        log.step(step, 8, loss=torch.tensor(value))
+    log.epoch(0, 2, lr=0.1)
+    kept = log.state_dict()
+    for step in (2, 3):
+        log.step(step, 8, loss=torch.tensor(5.0))
+    log.epoch(1, 4, lr=0.1)
+    path = tmp_path / "log.jsonl"
+    assert [json.loads(line).get("loss") for line in open(path)] == [None, 1.5, 5.0]
+    again = run.Log(args, env, 4)
+    again.load_state_dict(kept)
+    again.start(2)
+    assert [json.loads(line).get("loss") for line in open(path)] == [None, 1.5]
+
+
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path):
+    args, env, net = arguments(tmp_path), run.Env(torch.device("cpu"), 0, 1), nn.Linear(2, 2)
+    run.save(args, env, {"net": net}, 1)
+    with torch.no_grad():
+        net.bias[0] = float("nan")
+    with pytest.raises(ValueError, match="weights of net are not finite after 2 steps; the last good"):
+        run.save(args, env, {"net": net}, 2)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
+
+
+def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    args, env = arguments(tmp_path), run.Env(torch.device("cpu"), 0, 1)
+    run.save(args, env, {"net": nn.Linear(2, 2)}, 1)
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        run.save(args, env, {"net": nn.Linear(2, 2)}, 2)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
+
+
+def test_a_checkpoint_of_another_network_is_named(tmp_path):
+    args, env = arguments(tmp_path), run.Env(torch.device("cpu"), 0, 1)
+    run.save(args, env, {"net": nn.Linear(2, 2)}, 1)
+    with pytest.raises(ValueError, match="net does not fit"):
+        run.resume(args, env, {"net": nn.Linear(3, 2)})
