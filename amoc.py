@@ -1,8 +1,9 @@
 """AMOC: adversarial momentum-contrastive pretraining (Xu & Yang 2020, arXiv 2012.13154).
 
 MoCo, made robust. A slowly moving copy of the encoder makes keys; banks of old keys supply the negatives, so 256 images a
-step are enough. The clean MoCo loss is joined by the same loss L_* with an attacked query and/or key, the attack being PGD
-on L_* itself. Clean and attacked images have their own BatchNorm branch, and clean and attacked keys their own bank.
+step are enough. The clean MoCo loss L_CCC is joined by the same loss with an attacked query and/or key, L_*, the attack being
+PGD on L_* itself. Clean and attacked images have their own BatchNorm branch (statistics and affine), and clean and attacked
+keys their own bank.
 
     paper                       here
     f_q, f_k                    net, target: encoder and projector; embed() adds u(z) = z / |z|
@@ -11,23 +12,23 @@ on L_* itself. Clean and attacked images have their own BatchNorm branch, and cl
     Eq. 3.1  InfoNCE            info_nce
     Eq. 3.2  momentum update    optim.ema in train_step
     Eq. 3.3  inner maximum      attack
-    Eq. 3.4  lam L_CCC + ...    train_step
+    Eq. 3.4  the joint loss     train_step: lam L_CCC + (1 - lam) L_*
     M_clean, M_adv              bank_clean, bank_adv
     CCC, ACC, ...               VARIANTS: the letters are query, key, bank; C is clean, A is adversarial
 
 Where the paper is silent we take the authors' code: the attack (5 steps of 2/255 from a uniform start, eval mode), BatchNorm
-of the keys in train mode without shuffling, SGD and its schedule, the projector's sizes, the normalisation.
-The paper's kernel for the blur is open; ours is wide enough for sigma 2. Where we depart from the authors' code:
+of the keys in train mode without shuffling, SGD and its schedule, the projector's sizes, the normalisation. Neither gives
+the blur's kernel a size; ours, 13, reaches three sigma at the largest sigma. Where we depart from the authors' code:
     - keys join the bank at the end of the step, as the paper says (there: before the logits, so that a query's own key is
       also its negative);
     - a view that is not attacked enters the attack clean (there: with the random start of the attacked one);
-    - what does not depend on the perturbation is computed once per attack, and no weight gradient is made: exactly equal in
-      eval mode, and 18 instead of 29 passes a step for ACC.
+    - what does not depend on the perturbation is computed once per attack, and `pgd` makes no weight gradient: exactly equal
+      in eval mode, and for ACC 18 instead of 29 forwards a step (a backward to the pixels counts 1, a whole one 2).
 In ACA nothing ever enters M_adv: it stays Gaussian noise (the paper's Remark 1). ACA_PLUS, which the code has and the paper
 has not, fills it with the keys of attacked queries.
 
     python amoc.py                                       the paper's ACC: CIFAR-10, ResNet-18, 200 epochs
-    torchrun --standalone --nproc-per-node 8 amoc.py     the same on 8 GPUs; 256 images a step over all of them
+    torchrun --standalone --nproc-per-node 8 amoc.py     the same on 8 GPUs, 32 of the 256 images (and BatchNorm) on each
     python amoc.py --variant CCC                         MoCo, the clean base
     python eval.py runs/amoc/encoder.pt --preset amoc-slf
 """
@@ -52,8 +53,12 @@ class Variant(NamedTuple):
     adv_query: bool
     adv_key: bool
     adv_bank: bool  # L_* reads M_adv
-    extra_key: bool  # an attacked query's key feeds M_adv
-    evaluate: str  # BN branch of the exported encoder
+    extra_key: bool  # f_k(x1_adv), the attacked query seen as a key, feeds M_adv
+    export: str  # BN branch of the exported encoder
+
+    @property
+    def adversarial(self):
+        return self.adv_query or self.adv_key
 
 
 VARIANTS = {
@@ -81,7 +86,7 @@ def augment(x, rng, size):
 
 
 def embed(net, x, bn):
-    """u(f(x)) through BatchNorm branch `bn`: (B, 128), fp32, unit rows."""
+    """u(f(x)) through BatchNorm branch `bn`: (B, 128), unit rows, fp32 whatever the autocast (fp64 stays)."""
     with branch(net, bn):
         z = net(x)
     return F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
@@ -94,21 +99,23 @@ def info_nce(q, k, bank, temperature):
     """
     pos = (q * k).sum(1) / temperature  # (N,)
     neg = bank_logsumexp(q, bank, temperature)  # (N,)
-    return F.softplus(neg - pos).mean()
+    return F.softplus(neg - pos).mean()  # -log(e^pos / (e^pos + e^neg)) = log(1 + e^(neg - pos))
 
 
 def attack(net, target, x1, x2, start1, start2, bank, v, temperature, eps, step_size, steps):
     """Eq. 3.3: the views that variant `v` attacks, moved within eps to maximise L_*; returns (x1_adv, x2_adv).
 
     L_CCC is constant in the perturbation, so L_* alone is maximised. Eval mode: an embedding then depends on its own image
-    only, so the embedding of the view that stands still is a constant, and no running statistic changes.
+    only, so the embedding of the view that stands still is a constant, and no running statistic changes. That constant is
+    detached rather than made under no_grad, where autocast would cache the cast weights without their graph, and the training
+    passes below would reuse them.
     """
     with eval_mode(net, target):
         if v.adv_query and v.adv_key:  # both at once
 
             def loss(x):
-                x1, x2 = x.chunk(2)
-                return info_nce(embed(net, x1, "adv"), embed(target, x2, "adv"), bank, temperature)
+                a1, a2 = x.chunk(2)
+                return info_nce(embed(net, a1, "adv"), embed(target, a2, "adv"), bank, temperature)
 
             x = pgd(loss, torch.cat([x1, x2]), eps, step_size, steps, start=torch.cat([start1, start2]))
             return x.chunk(2)
@@ -116,7 +123,7 @@ def attack(net, target, x1, x2, start1, start2, bank, v, temperature, eps, step_
             k = embed(target, x2, "clean").detach()
             return pgd(lambda x: info_nce(embed(net, x, "adv"), k, bank, temperature),
                        x1, eps, step_size, steps, start=start1), x2
-        q = embed(net, x1, "clean").detach()  # not no_grad: autocast would keep weights cast without a gradient
+        q = embed(net, x1, "clean").detach()
         return x1, pgd(lambda x: info_nce(q, embed(target, x, "adv"), bank, temperature),
                        x2, eps, step_size, steps, start=start2)
 
@@ -125,8 +132,7 @@ def train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, args):
     """One iteration on two views (B, 3, S, S). `noise` (B, 2, 3, S, S) in [-1, 1] starts the attack. Returns its losses."""
     v, T, eps = VARIANTS[args.variant], args.temperature, args.eps / 255
     bank = bank_adv if v.adv_bank else bank_clean
-    adversarial = v.adv_query or v.adv_key
-    if adversarial:  # first: it uses the running statistics of the step before, and changes none
+    if v.adversarial:  # first: it uses the running statistics of the step before, and changes none
         start1, start2 = (x1 + eps * noise[:, 0]).clamp(0, 1), (x2 + eps * noise[:, 1]).clamp(0, 1)
         x1_adv, x2_adv = attack(net, target, x1, x2, start1, start2, bank.rows, v, T, eps, args.step_size / 255, args.steps)
 
@@ -135,11 +141,11 @@ def train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, args):
         k = embed(target, x2, "clean")
     loss = loss_clean = info_nce(q, k, bank_clean.rows, T)
     losses = {"loss": loss_clean}
-    if adversarial:
+    if v.adversarial:
         q_a = embed(net, x1_adv, "adv") if v.adv_query else q
         with torch.no_grad():
             k_a = embed(target, x2_adv, "adv") if v.adv_key else k
-            k_p = embed(target, x1_adv, "adv") if v.extra_key else k_a
+            k_push = embed(target, x1_adv, "adv") if v.extra_key else k_a
         loss_adv = info_nce(q_a, k_a, bank.rows, T)
         loss = args.lam * loss_clean + (1 - args.lam) * loss_adv  # Eq. 3.4
         losses = {"loss": loss, "loss_clean": loss_clean, "loss_adv": loss_adv}
@@ -151,13 +157,13 @@ def train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, args):
     optim.ema(target, net, args.ema)  # Eq. 3.2
     run.average_buffers(net, target)  # else each rank attacks a network of its own
     bank_clean.push(k)
-    if v.adv_key or v.extra_key:
-        bank_adv.push(k_p)
+    if v.adv_key or v.extra_key:  # CAC and AAC fill it, and never read it
+        bank_adv.push(k_push)
     return losses
 
 
 def lr_at(epoch, epochs, lr, warmup):
-    """Linear over the first epochs, from a thousandth, then a cosine to zero."""
+    """By epoch: linear over the first `warmup` epochs, from a thousandth of `lr`, then a cosine towards zero."""
     if epoch < warmup:
         return lr * max(epoch / warmup, 0.001)
     return optim.cosine((epoch - warmup) / (epochs - warmup), lr)
@@ -189,8 +195,8 @@ def check(args):
     if args.variant not in VARIANTS:
         raise ValueError(f"--variant {args.variant}: choose one of {', '.join(VARIANTS)}")
     v = VARIANTS[args.variant]
-    if (v.adv_query or v.adv_key) and args.steps < 1:
-        raise ValueError(f"--steps {args.steps}: variant {args.variant} attacks; at least 1, or --variant CCC")
+    if v.adversarial and args.steps < 1:
+        raise ValueError(f"--steps {args.steps}: variant {args.variant} needs at least 1 attack step")
     for flag in ("epochs", "eps", "step_size", "weight_decay"):
         if getattr(args, flag) < 0:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must not be negative")
@@ -206,17 +212,18 @@ def network(arch):
 
 
 def pictures(path, net, target, bank, images, args):
-    """Rows of eight: x1, x2, the attacked views, and their perturbations (grey is none, full scale is eps)."""
+    """Rows of up to eight: x1, x2, the attacked views, and their perturbations (grey is none, full scale is eps). The attack
+    starts at the clean views."""
     v, eps = VARIANTS[args.variant], args.eps / 255
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
     x1, x2 = augment(x, rng, args.image_size), augment(x, rng, args.image_size)
     rows = [x1, x2]
-    if v.adv_query or v.adv_key:
-        for x, x_adv in zip((x1, x2), attack(net, target, x1, x2, x1, x2, bank.rows, v, args.temperature,
-                                             eps, args.step_size / 255, args.steps)):
-            if x_adv is not x:
-                rows += [x_adv, 0.5 + (x_adv - x) / (2 * max(eps, 1e-8))]
-    save_image(torch.cat(rows), path, nrow=len(x))
+    if v.adversarial:
+        attacked = attack(net, target, x1, x2, x1, x2, bank.rows, v, args.temperature, eps, args.step_size / 255, args.steps)
+        for clean, x_adv in zip((x1, x2), attacked):
+            if x_adv is not clean:
+                rows += [x_adv, 0.5 + (x_adv - clean) / (2 * max(eps, 1e-8))]
+    save_image(torch.cat(rows), path, nrow=len(x1))
 
 
 def main(argv=None):
@@ -242,8 +249,9 @@ def main(argv=None):
 
     for epoch in range(step // steps, args.epochs):
         lr = opt.param_groups[0]["lr"] = lr_at(epoch, args.epochs, args.lr, args.warmup)
-        for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, step % steps):
-            x1, x2 = augment(x, rng, args.image_size), augment(x, rng, args.image_size)
+        begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
+        for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
+            x1, x2 = augment(x, rng, args.image_size), augment(x, rng, args.image_size)  # the Rng goes on: two draws
             noise = 2 * rng.uniform(2, *x1.shape[1:], device=device) - 1
             with run.autocast(device):
                 losses = train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, args)
@@ -256,8 +264,8 @@ def main(argv=None):
             if env.rank == 0:
                 pictures(out / "views.png", net, target, bank_adv if v.adv_bank else bank_clean, images, args)
     if env.rank == 0:
-        encoders.export(net[0], v.evaluate, out / "encoder.pt")
-        print(f"{out / 'encoder.pt'} holds the encoder; BN branch {v.evaluate}")
+        encoders.export(net[0], v.export, out / "encoder.pt")
+        print(f"{out / 'encoder.pt'} holds the encoder; BN branch {v.export}")
 
 
 if __name__ == "__main__":

@@ -312,7 +312,7 @@ def adjust_hue(x, turn):
     """Rotate the hue of x (B, 3, H, W) by `turn` (B,) in turns: torchvision's `adjust_hue`.
 
     HSV's own definition, read backwards: with V the maximum, C the range and d the distance, in turns around the colour
-    circle, to the hue that lacks this channel (1/2 for red, 5/6 for green, 1/6 for blue), it is V - C clamp(2 - 6d, 0, 1).
+    circle, to the hue that lacks this channel (3/6 for red, 5/6 for green, 7/6 for blue), it is V - C clamp(2 - 6d, 0, 1).
     V and C do not change.
     """
     r, g, b = x.unbind(1)
@@ -320,7 +320,7 @@ def adjust_hue(x, turn):
     c = v - x.amin(1)
     h = torch.where(v == r, g - b, torch.where(v == g, (b - r).add_(c, alpha=2), (r - g).add_(c, alpha=4)))
     h = h.div_(c.clamp_min(1e-12)).div_(6).add_(_columns(x, turn)[0][:, 0])
-    d = h[:, None] - torch.tensor([3 / 6, 5 / 6, 1 / 6], device=x.device).view(3, 1, 1)
+    d = h[:, None] - torch.arange(3, 8, 2, device=x.device).view(3, 1, 1) / 6
     d = d.sub_(d.round()).abs_()
     return d.mul_(6).sub_(2).clamp_(-1, 0).mul_(c[:, None]).add_(v[:, None])
 
@@ -353,12 +353,11 @@ def gaussian_blur(x, sigma, kernel_size):
     if kernel_size % 2 == 0 or radius >= min(H, W):
         raise ValueError(f"kernel size {kernel_size}: must be odd and less than twice the image's side ({H}, {W})")
     rows = sigma.nonzero()[:, 0]
-    tap = torch.arange(-radius, radius + 1.0)
-    kernel = torch.softmax(-0.5 * (tap / sigma[rows].float()[:, None]) ** 2, 1).to(x.device, non_blocking=True)
+    tap = torch.arange(-radius, radius + 1, device=x.device)[:, None]
+    kernel = torch.softmax(-0.5 * (tap.T / sigma[rows].float()[:, None].to(x.device, non_blocking=True)) ** 2, 1)
 
     def matrix(n):
-        source = torch.arange(n, device=x.device) + tap.long().to(x.device)[:, None]  # (kernel, n)
-        source = source.abs()
+        source = (torch.arange(n, device=x.device) + tap).abs()  # (kernel, n)
         source = torch.where(source >= n, 2 * (n - 1) - source, source)
         return (kernel @ F.one_hot(source, n).flatten(1).float()).view(-1, n, n)
 

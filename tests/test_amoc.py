@@ -252,7 +252,7 @@ def test_defaults_are_the_papers_run():
 
 @pytest.mark.parametrize("flags, words", [
     (["--variant", "ABC"], "--variant ABC: choose one of CCC, CAC"), (["--eps", "-8"], "--eps -8: must not be negative"),
-    (["--steps", "0"], "--steps 0: variant ACC attacks"), (["--temperature", "0"], "--temperature 0"),
+    (["--steps", "0"], "--steps 0: variant ACC needs at least 1"), (["--temperature", "0"], "--temperature 0"),
     (["--bank-size", "0"], "--bank-size 0")])
 def test_bad_flags_of_the_method_are_named(flags, words):
     with pytest.raises(ValueError, match=words):
