@@ -1,9 +1,9 @@
 """AMOC: adversarial momentum-contrastive pretraining (Xu & Yang 2020, arXiv 2012.13154).
 
-MoCo, made robust. A slowly moving copy of the encoder makes keys; banks of old keys supply the negatives, so 256 images a
-step are enough. The clean MoCo loss L_CCC is joined by the same loss with an attacked query and/or key, L_*, the attack being
-PGD on L_* itself. Clean and attacked images have their own BatchNorm branch (statistics and affine), and clean and attacked
-keys their own bank.
+MoCo, made robust. A slowly moving copy of the encoder makes keys; banks of old keys supply the negatives, so
+256 images a step are enough. The clean MoCo loss L_CCC is joined by the same loss with an attacked query
+and/or key, L_*, the attack being PGD on L_* itself. Clean and attacked images have their own BatchNorm branch
+(statistics and affine), and clean and attacked keys their own bank.
 
     paper                       here
     f_q, f_k                    net, target: encoder and projector; embed() adds u(z) = z / |z|
@@ -16,19 +16,21 @@ keys their own bank.
     M_clean, M_adv              bank_clean, bank_adv
     CCC, ACC, ...               VARIANTS: the letters are query, key, bank; C is clean, A is adversarial
 
-Where the paper is silent we take the authors' code: the attack (5 steps of 2/255 from a uniform start, eval mode), BatchNorm
-of the keys in train mode without shuffling, SGD and its schedule, the projector's sizes, the normalisation. Neither gives
-the blur's kernel a size; ours, 13, reaches three sigma at the largest sigma. Where we depart from the authors' code:
-    - keys join the bank at the end of the step, as the paper says (there: before the logits, so that a query's own key is
-      also its negative);
+Where the paper is silent we take the authors' code: the attack (5 steps of 2/255 from a uniform start, eval
+mode), BatchNorm of the keys in train mode without shuffling, SGD and its schedule, the projector's sizes, the
+normalisation. Neither gives the blur's kernel a size; ours, 13, reaches three sigma at the largest sigma.
+Where we depart from the authors' code:
+    - keys join the bank at the end of the step, as the paper says (there before the logits: a query's own key
+      is also its negative);
     - a view that is not attacked enters the attack clean (there: with the random start of the attacked one);
-    - what does not depend on the perturbation is computed once per attack, and `pgd` makes no weight gradient: exactly equal
-      in eval mode, and for ACC 18 instead of 29 forwards a step (a backward to the pixels counts 1, a whole one 2).
-In ACA nothing ever enters M_adv: it stays Gaussian noise (the paper's Remark 1). ACA_PLUS, which the code has and the paper
-has not, fills it with the keys of attacked queries.
+    - what does not depend on the perturbation is computed once per attack, and `pgd` makes no weight
+      gradient: exactly equal in eval mode, and for ACC 18 instead of 29 forwards a step (a backward to the
+      pixels counts 1, a whole one 2).
+In ACA nothing ever enters M_adv: it stays Gaussian noise (the paper's Remark 1). ACA_PLUS, which the code has
+and the paper has not, fills it with the keys of attacked queries.
 
     python amoc.py                                       the paper's ACC: CIFAR-10, ResNet-18, 200 epochs
-    torchrun --standalone --nproc-per-node 8 amoc.py     the same on 8 GPUs, 32 of the 256 images (and BatchNorm) on each
+    torchrun --standalone --nproc-per-node 8 amoc.py     the same on 8 GPUs, 32 of the 256 images on each
     python amoc.py --variant CCC                         MoCo, the clean base
     python eval.py runs/amoc/encoder.pt --preset amoc-slf
 """
@@ -73,9 +75,9 @@ VARIANTS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The method
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def augment(x, rng, size):
     """One view of the uint8 images x (B, 3, H, W), as in MoCo v2: floats (B, 3, size, size) in [0, 1]."""
     x = data.random_resized_crop(x, rng, size, scale=(0.2, 1.0), flip=0.5)
@@ -103,12 +105,12 @@ def info_nce(q, k, bank, temperature):
 
 
 def attack(net, target, x1, x2, start1, start2, bank, v, temperature, eps, step_size, steps):
-    """Eq. 3.3: the views that variant `v` attacks, moved within eps to maximise L_*; returns (x1_adv, x2_adv).
+    """Eq. 3.3: the views that `v` attacks, moved within eps to maximise L_*; returns (x1_adv, x2_adv).
 
-    L_CCC is constant in the perturbation, so L_* alone is maximised. Eval mode: an embedding then depends on its own image
-    only, so the embedding of the view that stands still is a constant, and no running statistic changes. That constant is
-    detached rather than made under no_grad, where autocast would cache the cast weights without their graph, and the training
-    passes below would reuse them.
+    L_CCC is constant in the perturbation, so L_* alone is maximised. Eval mode: an embedding then depends on
+    its own image only, so the embedding of the view that stands still is a constant, and no running statistic
+    changes. That constant is detached rather than made under no_grad, where autocast would cache the cast
+    weights without their graph, and the training passes below would reuse them.
     """
     with eval_mode(net, target):
         if v.adv_query and v.adv_key:  # both at once
@@ -129,12 +131,13 @@ def attack(net, target, x1, x2, start1, start2, bank, v, temperature, eps, step_
 
 
 def train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, args):
-    """One iteration on two views (B, 3, S, S). `noise` (B, 2, 3, S, S) in [-1, 1] starts the attack. Returns its losses."""
+    """One iteration on two views (B, 3, S, S); `noise` (B, 2, 3, S, S) in [-1, 1] starts the attack."""
     v, T, eps = VARIANTS[args.variant], args.temperature, args.eps / 255
     bank = bank_adv if v.adv_bank else bank_clean
     if v.adversarial:  # first: it uses the running statistics of the step before, and changes none
         start1, start2 = (x1 + eps * noise[:, 0]).clamp(0, 1), (x2 + eps * noise[:, 1]).clamp(0, 1)
-        x1_adv, x2_adv = attack(net, target, x1, x2, start1, start2, bank.rows, v, T, eps, args.step_size / 255, args.steps)
+        x1_adv, x2_adv = attack(net, target, x1, x2, start1, start2, bank.rows, v, T,
+                                eps, args.step_size / 255, args.steps)
 
     q = embed(net, x1, "clean")
     with torch.no_grad():
@@ -163,15 +166,15 @@ def train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, args):
 
 
 def lr_at(epoch, epochs, lr, warmup):
-    """By epoch: linear over the first `warmup` epochs, from a thousandth of `lr`, then a cosine towards zero."""
+    """By epoch: linear over the first `warmup`, from a thousandth of `lr`, then a cosine towards zero."""
     if epoch < warmup:
         return lr * max(epoch / warmup, 0.001)
     return optim.cosine((epoch - warmup) / (epochs - warmup), lr)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The run
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def parser():
     p = run.parser(__doc__, name="amoc", arch="resnet18")
     p.add_argument("--variant", default="ACC", help=" ".join(VARIANTS))
@@ -206,20 +209,22 @@ def check(args):
 
 
 def network(arch):
-    """Encoder with BN branches clean and adv, and a two-layer projector without BN: (B, 3, S, S) -> (B, 128)."""
+    """Encoder with BN branches clean and adv, and projector without BN: (B, 3, S, S) -> (B, 128)."""
     encoder = encoders.make(arch, branches=("clean", "adv"), mean=MEAN, std=STD)
-    return nn.Sequential(encoder, encoders.mlp(encoder.dim, encoder.dim, 128)).to(memory_format=torch.channels_last)
+    projector = encoders.mlp(encoder.dim, encoder.dim, 128)
+    return nn.Sequential(encoder, projector).to(memory_format=torch.channels_last)
 
 
 def pictures(path, net, target, bank, images, args):
-    """Rows of up to eight: x1, x2, the attacked views, and their perturbations (grey is none, full scale is eps). The attack
-    starts at the clean views."""
+    """Rows of up to eight: x1, x2, the attacked views, and their perturbations (grey is none, full scale is
+    eps). The attack starts at the clean views."""
     v, eps = VARIANTS[args.variant], args.eps / 255
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
-    x1, x2 = augment(x, rng, args.image_size), augment(x, rng, args.image_size)
+    x1, x2 = (augment(x, rng, args.image_size) for _ in range(2))
     rows = [x1, x2]
     if v.adversarial:
-        attacked = attack(net, target, x1, x2, x1, x2, bank.rows, v, args.temperature, eps, args.step_size / 255, args.steps)
+        attacked = attack(net, target, x1, x2, x1, x2, bank.rows, v, args.temperature,
+                          eps, args.step_size / 255, args.steps)
         for clean, x_adv in zip((x1, x2), attacked):
             if x_adv is not clean:
                 rows += [x_adv, 0.5 + (x_adv - clean) / (2 * max(eps, 1e-8))]
@@ -251,13 +256,13 @@ def main(argv=None):
         lr = opt.param_groups[0]["lr"] = lr_at(epoch, args.epochs, args.lr, args.warmup)
         begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
         for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
-            x1, x2 = augment(x, rng, args.image_size), augment(x, rng, args.image_size)  # the Rng goes on: two draws
+            run.interrupted(args, env, state, step)
+            x1, x2 = (augment(x, rng, args.image_size) for _ in range(2))  # `rng` moves on between them
             noise = 2 * rng.uniform(2, *x1.shape[1:], device=device) - 1
             with run.autocast(device):
                 losses = train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, args)
-            log.step(step, rng.total, **losses)
+            log.step(step, len(x) * env.world, **losses)
             step += 1
-            run.interrupted(args, env, state, step)
         log.epoch(epoch, step, lr=lr)
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
             run.save(args, env, state, step)

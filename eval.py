@@ -1,19 +1,20 @@
-"""Evaluation of an exported encoder: k-NN, linear probes, fine-tuning, and accuracy under attack; one row per evaluation.
+"""Evaluation of an exported encoder: k-NN, linear probes, fine-tuning, and accuracy under attack; one row per
+evaluation.
 
 It knows nothing of how the encoder was pretrained. Names of the field:
     SLF  standard linear:      encoder frozen, clean cross-entropy
     ALF  adversarial linear:   encoder frozen, cross-entropy on PGD-10 images (or TRADES)
     AFF  adversarial full:     everything is trained, likewise
-A preset is the recipe of a paper or of the RobustSSL benchmark (github.com/RobustSSL); a flag given by hand wins over it.
-The last epoch is used, never one chosen on the test set. A frozen encoder is in eval mode throughout; under full fine-tuning
-the attack sees eval mode and the update train mode. PGD alone flatters: on frozen encoders it reads 4 to 11 points above
-AutoAttack.
+A preset is the recipe of a paper or of the RobustSSL benchmark (github.com/RobustSSL); a flag given by hand
+wins over it. The last epoch is used, never one chosen on the test set. A frozen encoder is in eval mode
+throughout; under full fine-tuning the attack sees eval mode and the update train mode. PGD alone flatters: on
+frozen encoders it reads 4 to 11 points above AutoAttack.
 
     python eval.py runs/amoc/encoder.pt --preset knn amoc-slf amoc-alf
-    python eval.py runs/amoc/encoder.pt --preset amoc-aff --attacks clean pgd20 pgd50-l2
-    python eval.py runs/amoc/classifier-amoc-slf.pt --attacks pgd20-4           attack a trained classifier again
+    python eval.py runs/amoc/encoder.pt --preset amoc-aff --attacks clean pgd20 pgd50-l2-amoc
 
-Each evaluation appends a line to eval.jsonl, and writes classifier-<preset>.pt, beside the encoder.
+Each evaluation appends a line to eval.jsonl beside the encoder; each training writes
+classifier-<preset>-<BN>.pt.
 """
 import argparse
 import json
@@ -31,7 +32,7 @@ from common.pgd import eval_mode, pgd
 
 
 class Preset(NamedTuple):
-    """How a classifier is trained. SGD, momentum 0.9; learning rate x0.1 at `milestones`, or a cosine per step."""
+    """How a classifier is trained: SGD, momentum 0.9; rate x0.1 at `milestones`, or a cosine per step."""
 
     trains: str  # "linear" (encoder frozen) or "all"
     loss: str  # "clean", "pgd" or "trades"
@@ -55,10 +56,10 @@ PRESETS = {
     "amoc-full": Preset("all", "clean", 40, (30, 35), 0.1, 2e-4, 128, True, "reflect"),
     "amoc-aff": Preset("all", "pgd", 40, (30, 35), 0.1, 5e-4, 128, True, "reflect"),
     "amoc-aff-trades": Preset("all", "trades", 100, (40, 60), 0.1, 5e-4, 128, True, "reflect"),
-    # Kim et al. 2020 (2006.07589)
+    # Kim et al. 2020 (2006.07589); that the adversarial probe is un-augmented too is inferred
     "rocl-slf": Preset("linear", "clean", 150, (30, 50, 100), 0.1, 5e-4, 1024, False, "none"),
     "rocl-alf": Preset("linear", "pgd", 150, (30, 50, 100), 0.1, 5e-4, 1024, False, "none", step_size=0.007),
-    # Jiang et al. 2020 (2010.13337)
+    # Jiang et al. 2020 (2010.13337); the probe reads BN clean: --bn clean
     "acl-probe": Preset("linear", "clean", 100, (), 0.1, 0.0, 512, False, "none", nesterov=True),
     "acl-aff-100": Preset("all", "trades", 100, (40, 60), 0.1, 2e-4, 128, True, "constant", uniform=False),
     # Fan et al. 2021 (2111.01124)
@@ -87,13 +88,13 @@ ATTACKS = {
     "pgd20-l2": Attack("l2", 0.5, 0.1, 20),
     "pgd20-l1": Attack("l1", 12.0, 1.2, 20),
     "pgd50-l2-amoc": Attack("l2", 0.5, 0.05, 50),
-    "pgd50-l1-amoc": Attack("l1_dense", 12.0, 1.2, 50),
+    "pgd50-l1-amoc": Attack("l1_dense", 12.0, 1.2, 50),  # the code's step; the paper has 0.05
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Training a classifier
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 class Classifier(nn.Module):
     """Images in [0, 1] (B, 3, H, W) -> logits (B, classes)."""
 
@@ -106,7 +107,7 @@ class Classifier(nn.Module):
 
 
 def trades(logits, logits_adv, y, beta=6.0):
-    """CE(p(x), y) + beta KL(p(x) || p(x_adv)), batch means, gradient through both (Zhang et al. 2019, arXiv 1901.08573)."""
+    """CE(p(x), y) + beta KL(p(x) || p(x_adv)), gradient through both (TRADES, arXiv 1901.08573)."""
     return F.cross_entropy(logits, y) + beta * kl(logits, logits_adv)
 
 
@@ -119,7 +120,8 @@ def classifier_loss(net, x, y, p, noise):
     if p.loss == "clean":
         return F.cross_entropy(net(x), y)
     eps = 8 / 255
-    start = x + ((2 * noise - 1) * eps if p.uniform else 0.001 * torch.erfinv((2 * noise - 1) * 0.9999) * 2**0.5)
+    noise = 2 * noise - 1
+    start = x + (noise * eps if p.uniform else 0.001 * 2**0.5 * torch.erfinv(0.9999 * noise))
     with eval_mode(net):
         if p.loss == "pgd":
             def climb(x_adv):
@@ -143,7 +145,8 @@ def lr_at(p, epoch, progress):
 
 
 def train(net, images, p, seed):
-    """Train the classifier `net` on `images` by preset `p`, in place. Every random number follows from `seed`."""
+    """Train the classifier `net` on `images` by preset `p`, in place; all random numbers from `seed`."""
+    torch.manual_seed(seed)
     net.head.reset_parameters()
     if p.zero:
         nn.init.zeros_(net.head.weight), nn.init.zeros_(net.head.bias)
@@ -174,9 +177,9 @@ def train(net, images, p, seed):
 
 
 def save_classifier(net, path):
-    """Write the classifier: its encoder's recipe, its number of classes, its weights."""
-    torch.save({"format": FORMAT, **net.encoder.recipe, "branch": net.encoder.branch, "classes": net.head.out_features,
-                "state": net.state_dict()}, f"{path}.tmp")
+    """Write the classifier: how to build it, and its weights."""
+    torch.save({"format": FORMAT, **net.encoder.recipe, "branch": net.encoder.branch,
+                "classes": net.head.out_features, "state": net.state_dict()}, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 
@@ -184,16 +187,17 @@ FORMAT = "classifier-1"
 
 
 def load_classifier(path):
-    """The classifier that an evaluation wrote to `path`: a plain nn.Module in eval mode, images in [0, 1] -> logits, which
-    any attack library can call. Raises FileNotFoundError, or ValueError that names what is wrong."""
+    """The classifier that an evaluation wrote to `path`: a plain nn.Module in eval mode, images in [0, 1] ->
+    logits, which any attack library can call. Raises FileNotFoundError, or ValueError that names what is
+    wrong."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; an evaluation writes classifier-<preset>.pt") from None
+        raise FileNotFoundError(f"{path}: no such file; eval.py writes classifiers") from None
     except Exception as e:
-        raise ValueError(f"{path}: cannot be read as a classifier ({type(e).__name__}); is it truncated?") from None
+        raise ValueError(f"{path}: not readable as a classifier ({type(e).__name__}); truncated?") from None
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a classifier; that is a classifier-<preset>.pt in the folder of a run")
+        raise ValueError(f"{path}: not a classifier that eval.py wrote")
     encoder = encoders.make(saved["arch"], (), saved["stem"], saved["mean"], saved["std"])
     net = Classifier(encoder, saved["classes"])
     encoders.load_strict(net, saved["state"], path)
@@ -201,9 +205,9 @@ def load_classifier(path):
     return net.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Judging it
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def in_order(images, batch_size=500):
     """Yield `(x, y)` over all images, x float in [0, 1]."""
     for x, y in images.stream(torch.arange(len(images)).split(batch_size)):
@@ -211,13 +215,14 @@ def in_order(images, batch_size=500):
 
 
 def accuracy(net, images, attack=None, seed=0):
-    """Per cent of `images` that `net` (in eval mode inside) classifies rightly, clean or under `attack`, an `Attack`."""
+    """Per cent of `images` that `net` (in eval mode inside) classifies rightly, clean or under `attack`."""
     right = 0
     with eval_mode(net):
         for i, (x, y) in enumerate(in_order(images)):
             if attack:
                 generator = torch.Generator(x.device).manual_seed(seed * 100_003 + i)
-                x = pgd(lambda x: F.cross_entropy(net(x), y), x, *attack[1:], norm=attack.norm, generator=generator)
+                x = pgd(lambda x: F.cross_entropy(net(x), y), x,
+                        attack.eps, attack.step_size, attack.steps, attack.norm, generator=generator)
             with torch.no_grad():
                 right += (net(x).argmax(1) == y).sum()
     return 100 * int(right) / len(images)
@@ -225,10 +230,12 @@ def accuracy(net, images, attack=None, seed=0):
 
 @torch.no_grad()
 def knn(encoder, train_images, test_images, k=200, temperature=0.1):
-    """Weighted k-nearest-neighbour accuracy in per cent on un-augmented images (Wu et al. 2018, arXiv 1805.01978): each of
-    the k most similar training images votes for its class with weight exp(cosine / temperature)."""
+    """Weighted k-nearest-neighbour accuracy in per cent on un-augmented images (Wu et al. 2018, arXiv
+    1805.01978): each of the k most similar training images votes for its class with weight
+    exp(cosine / temperature). Temperature 0.1 as in MoCo's CIFAR-10 demo."""
     with eval_mode(encoder):
-        bank, labels = (torch.cat(v) for v in zip(*((F.normalize(encoder(x)), y) for x, y in in_order(train_images))))
+        known = [(F.normalize(encoder(x)), y) for x, y in in_order(train_images)]
+        bank, labels = (torch.cat(parts) for parts in zip(*known))
         right = 0
         for x, y in in_order(test_images):
             similar, index = (F.normalize(encoder(x)) @ bank.T).topk(min(k, len(bank)), dim=1)
@@ -238,27 +245,28 @@ def knn(encoder, train_images, test_images, k=200, temperature=0.1):
     return 100 * int(right) / len(test_images)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The command
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def parser():
     p = argparse.ArgumentParser(
-        prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("paths", nargs="+", help="exported encoders (encoder.pt), or trained classifiers to attack again")
+        prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
+    p.add_argument("paths", nargs="+", help="exported encoders")
     p.add_argument("--preset", nargs="+", default=["amoc-slf"], help="knn " + " ".join(PRESETS))
     p.add_argument("--attacks", nargs="+", default=["clean", "pgd20"], help="clean " + " ".join(ATTACKS))
     p.add_argument("--bn", help="BN branch; default: the one the encoder was exported with")
-    p.add_argument("--data", default="cifar10", help="cifar10, cifar100, stl10, shapes, a .npz, or an ImageFolder")
+    p.add_argument("--data", default="cifar10", help="cifar10, cifar100, stl10, shapes, an .npz, a folder")
     p.add_argument("--data-dir", default="data", help="where torchvision's files are, or go")
     p.add_argument("--limit", type=int, help="train on the first so many images of a fixed shuffle")
     p.add_argument("--test-limit", type=int, help="test on the first so many images of a fixed shuffle")
-    p.add_argument("--image-size", type=int, default=32, help="for an ImageFolder: side of the decoded square")
+    p.add_argument("--image-size", type=int, default=32, help="for a folder: side of the decoded square")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help="default: cuda if there is one, else cpu")
     p.add_argument("--workers", type=int, default=4, help="decoding processes, for an ImageFolder")
     g = p.add_argument_group("over the preset")
     g.add_argument("--epochs", type=int)
-    g.add_argument("--milestones", type=int, nargs="*", help="epochs at which the learning rate falls; none: cosine")
+    g.add_argument("--milestones", type=int, nargs="*", help="epochs where the rate falls; none: cosine")
     g.add_argument("--lr", type=float)
     g.add_argument("--weight-decay", type=float)
     g.add_argument("--batch-size", type=int)
@@ -266,10 +274,14 @@ def parser():
 
 
 def check(args):
-    for given, known, what in ((args.preset, ["knn", *PRESETS], "--preset"), (args.attacks, ["clean", *ATTACKS], "--attacks")):
-        for name in given:
+    for flag, known in (("preset", ["knn", *PRESETS]), ("attacks", ["clean", *ATTACKS])):
+        for name in getattr(args, flag):
             if name not in known:
-                raise ValueError(f"{what} {name}: choose from {', '.join(known)}")
+                raise ValueError(f"--{flag} {name}: choose from {', '.join(known)}")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed {args.seed}: must be from 0 to 2^32 - 1")
+    if (args.weight_decay or 0) < 0:
+        raise ValueError(f"--weight-decay {args.weight_decay:g}: must not be negative")
     for flag in ("epochs", "lr", "batch_size", "image_size"):
         if getattr(args, flag) is not None and getattr(args, flag) <= 0:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must be positive")
@@ -285,28 +297,21 @@ def chosen(args, name):
 def evaluate(path, name, args, env, train_images, test_images):
     """One evaluation: returns the object for eval.jsonl, and writes the classifier."""
     began = time.time()
-    torch.manual_seed(args.seed)
-    path = pathlib.Path(path)
-    line = {"path": str(path), "preset": name}
+    encoder = encoders.load_encoder(path, args.bn).to(env.device, memory_format=torch.channels_last)
+    line = {"path": str(path), "preset": name, "bn": encoder.branch}
     if name == "knn":
-        net = encoders.load_encoder(path, args.bn).to(env.device)
-        results = {"clean": knn(net, train_images, test_images)}
-        line["bn"] = net.branch
+        results = {"clean": knn(encoder, train_images, test_images)}
     else:
-        if path.name.startswith("classifier"):
-            net = load_classifier(path).to(env.device, memory_format=torch.channels_last)
-            line["preset"] = path.stem.removeprefix("classifier-")
-        else:
-            p = chosen(args, name)
-            line["recipe"] = p._asdict()
-            net = Classifier(encoders.load_encoder(path, args.bn), train_images.classes)
-            net = net.to(env.device, memory_format=torch.channels_last)
-            train(net, train_images, p, args.seed)
-            save_classifier(net, path.parent / f"classifier-{name}.pt")
-        line["bn"] = net.encoder.branch
+        p = chosen(args, name)
+        line["recipe"] = p._asdict()
+        net = Classifier(encoder, train_images.classes).to(env.device)
+        train(net, train_images, p, args.seed)
+        suffix = f"-{encoder.branch}" if encoder.branch else ""
+        save_classifier(net, pathlib.Path(path).parent / f"classifier-{name}{suffix}.pt")
         results = {a: accuracy(net, test_images, ATTACKS.get(a), args.seed) for a in args.attacks}
     n = len(test_images)
-    line["results"] = {a: {"accuracy": v, "stderr": round((v * (100 - v) / n) ** 0.5, 2)} for a, v in results.items()}
+    line["results"] = {attack: {"accuracy": v, "stderr": round((v * (100 - v) / n) ** 0.5, 2)}
+                       for attack, v in results.items()}
     return line | {"epoch": "last", "train_images": len(train_images), "test_images": n,
                    "seconds": round(time.time() - began, 1), **run.header(args, env)}
 
@@ -318,13 +323,23 @@ def main(argv=None):
     train_images, test_images = (
         data.load(args.data, args.data_dir, split, env.device, limit, args.image_size, args.workers)
         for split, limit in (("labelled", args.limit), ("test", args.test_limit)))
+    for path in args.paths:  # what would fail late fails now
+        encoders.load_encoder(path, args.bn)
+        open(pathlib.Path(path).parent / "eval.jsonl", "a").close()
+    for name in args.preset:
+        if name != "knn":
+            data.steps_per_epoch(len(train_images), chosen(args, name).batch_size)
+    for images in (train_images, test_images):
+        if (images.y < 0).any():
+            raise ValueError(f"{args.data}: some images have no label; an evaluation needs them all")
     rows = [f"| encoder | preset | BN | {' | '.join(args.attacks)} |", "|---" * (3 + len(args.attacks)) + "|"]
     for path in args.paths:
         for name in args.preset:
             line = evaluate(path, name, args, env, train_images, test_images)
             with open(pathlib.Path(path).parent / "eval.jsonl", "a") as f:
                 f.write(json.dumps(line) + "\n")
-            found = [f"{line['results'][a]['accuracy']:.2f}" if a in line["results"] else "" for a in args.attacks]
+            found = [line["results"].get(attack) for attack in args.attacks]
+            found = [f"{v['accuracy']:.2f}" if v else "" for v in found]
             rows.append(f"| {path} | {line['preset']} | {line['bn']} | {' | '.join(found)} |")
             print(rows[-1], flush=True)
     print("\n" + "\n".join(rows))

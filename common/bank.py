@@ -1,14 +1,14 @@
-"""The memory bank: a ring of old keys, and one differentiable op over all of them that never stores the (N, K) matrix."""
+"""The memory bank: a ring of old keys, and a differentiable op over them that keeps no (N, K) matrix."""
 import torch
 import torch.distributed as dist
 from torch import nn
 
 
 class Bank(nn.Module):
-    """`rows` (K, D), unit vectors: Gaussian noise at first, the same on every rank given the same seed; then the last K keys.
+    """`rows` (K, D), unit vectors: at first noise, equal on all ranks given one seed; then the last K keys.
 
-    `pointer`, a Python int (one on the device would cost a host sync a step), is the row the next key goes to. Both are in
-    the state dict.
+    `pointer`, a Python int (one on the device would cost a host sync a step), is the row the next key goes
+    to. Both are in the state dict.
     """
 
     def __init__(self, size, dim):
@@ -20,11 +20,13 @@ class Bank(nn.Module):
 
     @torch.no_grad()
     def push(self, keys):
-        """Write keys (n, D) of every rank, in rank order, over the oldest rows. Nothing is dropped: the ring wraps, and of
-        more than K keys the last K stay, where writing one by one would put them. Call it after `backward`."""
+        """Write keys (n, D) of every rank, in rank order, over the oldest rows. Nothing is dropped: the ring
+        wraps, and of more than K keys the last K stay, where writing one by one would put them. Call it after
+        `backward`."""
         if dist.is_initialized() and dist.get_world_size() > 1:
+            keys = keys.contiguous()
             parts = [torch.empty_like(keys) for _ in range(dist.get_world_size())]
-            dist.all_gather(parts, keys.contiguous())
+            dist.all_gather(parts, keys)
             keys = torch.cat(parts)
         size = len(self.rows)
         at, end = self.pointer, (self.pointer + len(keys)) % size
@@ -45,10 +47,10 @@ class Bank(nn.Module):
 def bank_logsumexp(q, bank, temperature):
     """y_i = ln sum_j exp(q_i . bank_j / temperature), differentiable (once) in q and in bank.
 
-    q (N, D), bank (K, D), any rows (nothing is normalised here) -> (N,). Products are in q's dtype, sums and y in fp32
-    (float64: all through), each gradient in its argument's dtype. Only q, bank and y are kept for backward.
-    Raises ValueError for a temperature that is not positive, an empty bank, rows of different lengths, or fp16 (where small
-    probabilities vanish).
+    q (N, D), bank (K, D), any rows (nothing is normalised here) -> (N,). Products are in q's dtype, sums and
+    y in fp32 (float64: all through), each gradient in its argument's dtype. Only q, bank and y are kept for
+    backward. Raises ValueError for a temperature that is not positive, an empty bank, rows of different
+    lengths, or fp16 (where small probabilities vanish).
     """
     if not temperature > 0:
         raise ValueError(f"temperature {temperature}: must be positive")
@@ -60,8 +62,8 @@ def bank_logsumexp(q, bank, temperature):
 
 
 class _BankLogSumExp(torch.autograd.Function):
-    """With P_ij = exp(q_i . b_j / T - y_i), whose rows sum to 1, and the incoming gradient g (N,):
-    dq_i = (g_i / T) sum_j P_ij b_j and db_j = (1 / T) sum_i g_i P_ij q_i. P is made again, a chunk of the bank at a time."""
+    """With P_ij = exp(q_i . b_j / T - y_i), whose rows sum to 1, and the incoming gradient g (N,): dq_i =
+    (g_i / T) sum_j P_ij b_j and db_j = (1 / T) sum_i g_i P_ij q_i. P is made again, chunk by chunk."""
 
     @staticmethod
     def forward(ctx, q, bank, temperature):

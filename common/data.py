@@ -1,31 +1,37 @@
-"""Images on the device, in an order and under augmentations that are a function of (seed, epoch, global position).
+"""Images on the device, in an order and under augmentations that are a function of (seed, epoch, global
+position).
 
-`load` puts a data set on the device as uint8 (ImageFolder trees, too large for that, are streamed by workers). `batches`
-cuts it into steps. Every random number of a step is drawn for the *whole* batch from a generator seeded by
-(seed, epoch, step), and each process keeps the rows of its own images: so 1 or 8 processes, and a resumed run, see the same
-(but for the fewer-than-8 images of a last step that do not divide among 8).
+`load` puts a data set on the device as uint8 (ImageFolder trees, too large for that, are streamed by
+workers). `batches` cuts it into steps. Every random number of a step is drawn for the *whole* batch from a
+generator seeded by (seed, epoch, step), and each process keeps the rows of its own images: so 1 or 8
+processes, and a resumed run, see the same (but for the fewer-than-8 images of a last step that do not divide
+among 8).
 
-Augmentation works on batches (B, 3, H, W), one parameter per image. Each comes as a pair: the function of its parameters,
-equal to its torchvision counterpart, and `random_...`, which draws them as torchvision does. Parameters live on the CPU
-until they are used: a thousand numbers a step cost nothing there, and which image gets what is known without a host sync.
-Images are float32 in [0, 1]; only `resized_crop` and `pad_crop` take uint8 as well, being where a view begins.
+Augmentation works on batches (B, 3, H, W), one parameter per image. Each comes as a pair: the function of its
+parameters, equal to its torchvision counterpart, and `random_...`, which draws them as torchvision does.
+Parameters live on the CPU until they are used: a thousand numbers a step cost nothing there, and which image
+gets what is known without a host sync. Images are float32 in [0, 1]; only `resized_crop` and `pad_crop` take
+uint8 as well, being where a view begins.
 """
 import math
+import os
 import pathlib
+import signal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torchvision import datasets
 
 NAMES = ("cifar10", "cifar100", "stl10", "shapes")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Data sets
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 class Images:
-    """A data set on the device: `x` (N, 3, H, W) uint8, `y` (N,) int64 (-1 where unlabelled), `classes` their number."""
+    """A data set on the device: `x` (N, 3, H, W) uint8, `y` (N,) int64 (-1: none) of `classes`."""
 
     def __init__(self, x, y, classes):
         self.x, self.y, self.classes = x, y, classes
@@ -41,9 +47,11 @@ class Images:
 
 
 class Folder:
-    """An ImageFolder tree, decoded by workers as it is needed; each image becomes the central square of side `size`.
+    """An ImageFolder tree, decoded by workers as it is needed; each image becomes the central square of side
+    `size`.
 
-    Like `Images`, but `x` does not exist. A file that cannot be decoded ends the run with an error that names it.
+    Like `Images`, but `x` does not exist. A file that cannot be decoded ends the run with an error that names
+    it.
     """
 
     def __init__(self, root, size, device, workers, keep):
@@ -60,7 +68,8 @@ class Folder:
         try:
             image = datasets.folder.default_loader(path)
             scale = self.size / min(image.size)
-            image = image.resize([max(self.size, round(side * scale)) for side in image.size], 2)  # 2: bilinear
+            sides = [max(self.size, round(side * scale)) for side in image.size]
+            image = image.resize(sides, 2)  # bilinear
             left, top = [(side - self.size) // 2 for side in image.size]
             image = image.crop((left, top, left + self.size, top + self.size))
         except Exception as e:
@@ -70,7 +79,7 @@ class Folder:
     def stream(self, indices):
         loader = torch.utils.data.DataLoader(
             self, batch_sampler=[i.tolist() for i in indices], num_workers=self.workers,
-            pin_memory=torch.device(self.device).type == "cuda", worker_init_fn=_one_thread,
+            pin_memory=torch.device(self.device).type == "cuda", worker_init_fn=_worker,
         )
         try:
             for x, y in loader:
@@ -82,10 +91,10 @@ class Folder:
 def load(name, root="data", split="train", device="cpu", limit=None, size=None, workers=4):
     """The data set `name` as `Images` or, for a folder, `Folder`.
 
-    name    cifar10, cifar100, stl10 (torchvision, downloaded into `root` when absent; STL-10's split "train" is its
-            unlabelled images and its 5,000 labelled ones), shapes (procedural), a path to an .npz with x_train, y_train,
-            x_test, y_test (uint8 NHWC, integer labels), or a path to a folder with train/ and test/ (or val/), each in
-            ImageFolder layout.
+    name    cifar10, cifar100, stl10 (torchvision, downloaded into `root` when absent; STL-10's "train" is
+            its unlabelled images and its 5,000 labelled ones), shapes (procedural), a path to an .npz with
+            x_train, y_train, x_test, y_test (uint8 NHWC, integer labels), or a path to a folder with train/
+            and test/ (or val/), each in ImageFolder layout.
     split   "train", "labelled" (STL-10's 5,000; elsewhere the same as "train") or "test".
     limit   keep the first `limit` images of a fixed shuffle (files are often ordered by class).
     size    folders only: the side of the decoded square.
@@ -111,7 +120,7 @@ def load(name, root="data", split="train", device="cpu", limit=None, size=None, 
     elif name.endswith(".npz"):
         x, y, classes = _from_npz(name, "test" if split == "test" else "train")
     else:
-        raise ValueError(f"data {name!r}: not one of {', '.join(NAMES)}, not an .npz file, and no such folder")
+        raise ValueError(f"data {name!r}: not one of {', '.join(NAMES)}; not an .npz, and no such folder")
     rows = torch.as_tensor(keep(len(x)))
     return Images(x[rows].contiguous().to(device), y[rows].to(device), classes)
 
@@ -122,12 +131,17 @@ def _from_torchvision(name, root, split):
         which = {"split": {"train": "train+unlabeled", "labelled": "train", "test": "test"}[split]}
     else:
         which = {"train": split != "test"}
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0 or not dist.is_initialized()
+    if not first:
+        dist.all_reduce(torch.zeros(1))  # until the first process of this host has downloaded it
     try:
         found = kind(root, download=True, **which)
     except Exception as e:
         raise ValueError(
-            f"{name} cannot be read from {root!r}, nor downloaded into it ({e}); put torchvision's files there, "
-            "or use --data shapes or --data some.npz") from None
+            f"{name} cannot be read from {root!r}, nor downloaded into it ({e}); put torchvision's files "
+            "there, or use --data shapes or --data some.npz") from None
+    if first and dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))
     x = torch.from_numpy(found.data)
     y = torch.as_tensor(np.asarray(found.labels if name == "stl10" else found.targets), dtype=torch.int64)
     return (x if name == "stl10" else x.permute(0, 3, 1, 2)), y, {"cifar100": 100}.get(name, 10)
@@ -144,12 +158,13 @@ def _from_npz(path, split):
     except Exception as e:
         raise ValueError(f"{path}: not a readable .npz file ({e})") from None
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or not len(x):
-        raise ValueError(f"{path}: x_{split} is {x.dtype} {x.shape}; it must be uint8 (N, H, W, 3) with N > 0")
+        raise ValueError(f"{path}: x_{split} is {x.dtype} {x.shape}; it must be uint8 (N, H, W, 3), N > 0")
     if y.shape != (len(x),) or y.dtype.kind not in "iu":
         raise ValueError(f"{path}: y_{split} is {y.dtype} {y.shape}; it must be integers ({len(x)},)")
     classes = max(1, int(labels.max()) + 1)
     if y.min() < -1 or y.max() >= classes:
-        raise ValueError(f"{path}: y_{split} goes from {y.min()} to {y.max()}; y_train has classes 0 to {classes - 1}")
+        raise ValueError(f"{path}: y_{split} goes from {y.min()} to {y.max()}; "
+                         f"y_train has classes 0 to {classes - 1}")
     return torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(y.astype(np.int64)), classes
 
 
@@ -159,7 +174,7 @@ def _split_of_folder(name, split):
         if folder.is_dir():
             train = pathlib.Path(name) / "train"
             if split == "test" and train.is_dir() and _classes(folder) != _classes(train):
-                raise ValueError(f"{folder}: its classes are not those of {train}, so labels would not mean the same")
+                raise ValueError(f"{folder}: its classes are not those of {train}; make the folders agree")
             if any(f.suffix.lower() in datasets.folder.IMG_EXTENSIONS for f in folder.glob("*/**/*")):
                 return folder
             raise ValueError(f"{folder}: holds no images; it must be {folder}/<class>/<image>.png, .jpg, …")
@@ -170,15 +185,16 @@ def _classes(folder):
     return sorted(f.name for f in folder.iterdir() if f.is_dir())
 
 
-def _one_thread(_):
+def _worker(_):
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the main process ends its workers
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Order and randomness
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 class Rng:
-    """The random numbers of one step: drawn for all `total` images of the global batch, cut to this process's `rows`."""
+    """The random numbers of one step: drawn for all `total` images of the global batch, cut to our `rows`."""
 
     def __init__(self, key, total, rows):
         self.seed, self.total, self.rows = _seed(*key), total, rows
@@ -200,7 +216,7 @@ def _seed(*key):
 
 
 def steps_per_epoch(n, batch_size, world=1):
-    """Steps of an epoch over `n` images; the last may be short, and is left out with fewer than two images a process."""
+    """Steps of an epoch over `n` images; a short last one is left out below two images a process."""
     if batch_size % world:
         raise ValueError(f"batch size {batch_size} does not divide among {world} processes")
     if batch_size > n:
@@ -211,15 +227,16 @@ def steps_per_epoch(n, batch_size, world=1):
 def batches(images, batch_size, seed, epoch, rank=0, world=1, start=0):
     """The steps of one epoch, from step `start`: yields `(x, y, rng)` for this process.
 
-    x (b, 3, H, W) uint8 and y (b,) on the device, b = batch_size / world (less in a short last step, whose remainder by
-    `world` is left out); `rng` an `Rng` for those images. The order is a new permutation each epoch.
+    x (b, 3, H, W) uint8 and y (b,) on the device, b = batch_size / world (less in a short last step, whose
+    remainder by `world` is left out); `rng` an `Rng` for those images. The order is a new permutation each
+    epoch.
     """
     steps = steps_per_epoch(len(images), batch_size, world)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_seed(seed, epoch)))
 
     def rows(step):
-        each = min(batch_size, len(images) - step * batch_size) // world
-        return slice(rank * each, (rank + 1) * each), each * world
+        total = min(batch_size, len(images) - step * batch_size)
+        return slice(rank * (total // world), (rank + 1) * (total // world)), total
 
     indices = (order[s * batch_size : (s + 1) * batch_size][rows(s)[0]] for s in range(start, steps))
     for step, (x, y) in enumerate(images.stream(indices), start):
@@ -227,19 +244,21 @@ def batches(images, batch_size, seed, epoch, rank=0, world=1, start=0):
         yield x, y, Rng((seed, epoch, step), total, cut)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Augmentation
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def to_float(x):
     """uint8 -> float in [0, 1]; a float stays as it is."""
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
 def resized_crop(x, top, left, height, width, size, flip=None):
-    """Cut the box of each image and resize it to (size, size): torchvision's `resized_crop`, bilinear and antialiased.
+    """Cut the box of each image and resize it to (size, size): torchvision's `resized_crop`, bilinear and
+    antialiased.
 
-    x (B, 3, H, W); top, left, height, width (B,) in pixels; flip (B,) bool mirrors the result. Resizing is linear and
-    separable, so it is two batched matrix products; a crop and a mirror are only other rows in those matrices.
+    x (B, 3, H, W); top, left, height, width (B,) in pixels; flip (B,) bool mirrors the result. Resizing is
+    linear and separable, so it is two batched matrix products; a crop and a mirror are only other rows in
+    those matrices.
     """
     B, C, H, W = x.shape
     rows = _resize_matrix(top, height, H, size, x.device)
@@ -273,7 +292,7 @@ def random_resized_crop(x, rng, size, scale, ratio=(3 / 4, 4 / 3), flip=0.0):
 
 
 def _crop_boxes(u, H, W, scale, ratio):
-    """top, left, height, width (B,) from u (B, 4, 10): the first of ten random boxes that fits, else the central one."""
+    """top, left, height, width (B,) from u (B, 4, 10): the first of ten that fits, else the central one."""
     area = H * W * (scale[0] + (scale[1] - scale[0]) * u[:, 0])
     aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * u[:, 1])
     width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
@@ -284,23 +303,25 @@ def _crop_boxes(u, H, W, scale, ratio):
     none = ~fits.any(1)
     width, height = width.masked_fill(none, whole_w), height.masked_fill(none, whole_h)
     top, left = (u_top * (H - height + 1)).floor(), (u_left * (W - width + 1)).floor()
-    return top.masked_fill(none, (H - whole_h) // 2), left.masked_fill(none, (W - whole_w) // 2), height, width
+    top, left = top.masked_fill(none, (H - whole_h) // 2), left.masked_fill(none, (W - whole_w) // 2)
+    return top, left, height, width
 
 
 def color_jitter(x, brightness, contrast, saturation, hue, order):
-    """torchvision's `ColorJitter` with given factors (B,), hue in turns, applied in `order` (B, 4): each row a
-    permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue."""
-    place, by_place = (order == 3).int().argmax(1).sort()  # the images whose hue comes first, second, ...: four slices
+    """torchvision's `ColorJitter` with given factors (B,), hue in turns, applied in `order` (B, 4): each row
+    a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue."""
+    place, by_place = (order == 3).int().argmax(1).sort()  # images whose hue comes first, second, ...: slices
     ends = [0, *place.bincount(minlength=4).cumsum(0).tolist()]
     blends = order[order != 3].view(-1, 3)[by_place]
-    brightness, contrast, saturation, hue = [v.float()[by_place] for v in (brightness, contrast, saturation, hue)]
+    factors = [v.float()[by_place] for v in (brightness, contrast, saturation)]
+    hue = hue.float()[by_place]
     x = x[by_place.to(x.device, non_blocking=True)]
     for i in range(4):
         hued = slice(ends[i], ends[i + 1])
         x[hued] = adjust_hue(x[hued], hue[hued])
-        if i < 3:  # brightness, contrast and saturation blend with black, with the mean grey, with the grey image
+        if i < 3:  # the others blend with black, with the mean grey, with the grey image
             op = blends[:, i]
-            factor = torch.where(op == 0, brightness, torch.where(op == 1, contrast, saturation))
+            factor = torch.where(op == 0, factors[0], torch.where(op == 1, factors[1], factors[2]))
             f, to_mean, to_grey = _columns(x, factor, (1 - factor) * (op == 1), (1 - factor) * (op == 2))
             grey = _grey(x)
             base = (grey * to_grey).add_(to_mean * grey.mean((2, 3), keepdim=True))
@@ -311,9 +332,9 @@ def color_jitter(x, brightness, contrast, saturation, hue, order):
 def adjust_hue(x, turn):
     """Rotate the hue of x (B, 3, H, W) by `turn` (B,) in turns: torchvision's `adjust_hue`.
 
-    HSV's own definition, read backwards: with V the maximum, C the range and d the distance, in turns around the colour
-    circle, to the hue that lacks this channel (3/6 for red, 5/6 for green, 7/6 for blue), it is V - C clamp(2 - 6d, 0, 1).
-    V and C do not change.
+    HSV's own definition, read backwards: with V the maximum, C the range and d the distance, in turns around
+    the colour circle, to the hue that lacks this channel (3/6 for red, 5/6 for green, 7/6 for blue), it is V
+    - C clamp(2 - 6d, 0, 1). V and C do not change.
     """
     r, g, b = x.unbind(1)
     v = x.amax(1)
@@ -344,17 +365,20 @@ def random_grayscale(x, rng, p):
 
 
 def gaussian_blur(x, sigma, kernel_size):
-    """torchvision's `gaussian_blur` (reflected edges) with a sigma (B,) for each image; 0 leaves an image as it is.
+    """torchvision's `gaussian_blur` (reflected edges) with a sigma (B,) for each image; 0 leaves an image as
+    it is.
 
-    Like resizing, two batched matrix products: row i of the matrix holds the kernel around i, folded at the edges.
+    Like resizing, two batched matrix products: row i of the matrix holds the kernel around i, folded at the
+    edges.
     """
     B, C, H, W = x.shape
     radius = kernel_size // 2
     if kernel_size % 2 == 0 or radius >= min(H, W):
-        raise ValueError(f"kernel size {kernel_size}: must be odd and less than twice the image's side ({H}, {W})")
+        raise ValueError(f"kernel size {kernel_size}: must be odd, below twice the side ({H}, {W})")
     rows = sigma.nonzero()[:, 0]
     tap = torch.arange(-radius, radius + 1, device=x.device)[:, None]
-    kernel = torch.softmax(-0.5 * (tap.T / sigma[rows].float()[:, None].to(x.device, non_blocking=True)) ** 2, 1)
+    width = sigma[rows].float()[:, None].to(x.device, non_blocking=True)
+    kernel = torch.softmax(-0.5 * (tap.T / width) ** 2, 1)  # (b, kernel)
 
     def matrix(n):
         source = (torch.arange(n, device=x.device) + tap).abs()  # (kernel, n)
@@ -371,11 +395,12 @@ def gaussian_blur(x, sigma, kernel_size):
 def random_gaussian_blur(x, rng, sigma, p, kernel_size):
     """torchvision's `RandomApply([GaussianBlur(kernel_size, sigma)], p)`."""
     u = rng.uniform(2)
-    return gaussian_blur(x, torch.where(u[:, 1] < p, sigma[0] + (sigma[1] - sigma[0]) * u[:, 0], 0.0), kernel_size)
+    drawn = sigma[0] + (sigma[1] - sigma[0]) * u[:, 0]
+    return gaussian_blur(x, torch.where(u[:, 1] < p, drawn, 0.0), kernel_size)
 
 
 def solarize(x, where, threshold=0.5):
-    """torchvision's `solarize` (invert what is at or above the threshold) for the images `where` (B,) bool says."""
+    """torchvision's `solarize` (invert from the threshold up) for the images `where` (B,) bool says."""
     return torch.where(_columns(x, where)[0] & (x >= threshold), 1 - x, x)
 
 
@@ -393,7 +418,7 @@ def random_flip(x, rng, p=0.5):
 
 
 def pad_crop(x, top, left, padding, mode="constant"):
-    """Pad by `padding` on every side (torchvision's `pad`: constant 0, or reflect), cut (H, W) at top, left (B,)."""
+    """Pad all sides as torchvision's `pad` does (constant 0, or reflect), cut (H, W) at top, left (B,)."""
     B, C, H, W = x.shape
     padded = F.pad(to_float(x), [padding] * 4, mode=mode)
     rows = (top.long()[:, None] + torch.arange(H)).to(x.device, non_blocking=True)
@@ -428,9 +453,9 @@ def _columns(x, *per_image):
     return [v.to(x.device, non_blocking=True).view(-1, 1, 1, 1) for v in per_image]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Shapes: ten classes that need no download
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def _star(u, v):
     r, a = torch.hypot(u, v), torch.atan2(u, v)
     a = (a + math.pi / 5).remainder(2 * math.pi / 5) - math.pi / 5  # five-fold symmetric: tip at 0
@@ -453,10 +478,11 @@ SHAPES = {  # where a point (u, v) of the square [-1.1, 1.1]^2 belongs to the sh
 
 
 def shapes(n, seed):
-    """`n` procedural images: x (n, 3, 32, 32) uint8, y (n,) int64, mask (n, 32, 32) float, the covered part of a pixel.
+    """`n` procedural images: x (n, 3, 32, 32) uint8, y (n,) int64, mask (n, 32, 32) float, the covered part
+    of a pixel.
 
-    The label is the shape (`SHAPES`, evenly, in random order). Position, size, rotation, the two colours, the texture of
-    figure and ground (gradients, stripes, blobs), and noise are drawn independently of it.
+    The label is the shape (`SHAPES`, evenly, in random order). Position, size, rotation, the two colours, the
+    texture of figure and ground (gradients, stripes, blobs), and noise are drawn independently of it.
     """
     g = torch.Generator().manual_seed(_seed(seed, n))
     y = (torch.arange(n) % len(SHAPES))[torch.randperm(n, generator=g)]
@@ -486,7 +512,8 @@ def _draw_shapes(y, g):
         blobs = F.interpolate(rand(3, 5, 5, lo=-1), size=32, mode="bicubic", align_corners=False)
         return 0.03 * rand(3, 1, 1, lo=-1) * wave + 0.05 * rand(1, 1, 1) * blobs
 
-    # Colours that differ too much would tell images apart by themselves: nothing would be left to learn from the figure.
+    # Colours that differ too much would tell images apart by themselves: nothing would be left to learn from
+    # the figure.
     colour = rand(1, 1, 1, lo=0.3, hi=0.7) + rand(3, 1, 1, lo=-0.06, hi=0.06)
     side = torch.where(rand(1, 1, 1) < 0.5, -1.0, 1.0)  # the figure is darker or lighter than its ground
     figure = colour + side * (rand(1, 1, 1, lo=0.25, hi=0.5) + rand(3, 1, 1, lo=-0.045, hi=0.045)) + texture()

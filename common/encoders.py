@@ -1,8 +1,9 @@
-"""Image encoders: `encoder(x) -> (B, dim)` for images x (B, 3, H, W) in [0, 1]; normalisation is their first layer.
+"""Image encoders: `encoder(x) -> (B, dim)` for images x (B, 3, H, W) in [0, 1]; normalisation is their first
+layer.
 
-A BatchNorm may come as several named branches (Xie et al. 2020, arXiv 1911.09665: clean and attacked images have different
-statistics, so each gets its own affine and running statistics); `with branch(net, "adv"):` chooses. `export` writes
-torchvision's key names, so that no later program needs this one.
+A BatchNorm may come as several named branches (Xie et al. 2020, arXiv 1911.09665: clean and attacked images
+have different statistics, so each gets its own affine and running statistics); `with branch(net, "adv"):`
+chooses. `export` writes torchvision's key names, so that no later program needs this one.
 """
 import contextlib
 import os
@@ -12,7 +13,7 @@ from torch import nn
 
 
 class BranchNorm(nn.Module):
-    """BatchNorm2d in several named branches over C channels; the first is used unless `branch` says otherwise."""
+    """BatchNorm2d in several named branches; the first is used unless `branch` says otherwise."""
 
     def __init__(self, channels, branches):
         super().__init__()
@@ -25,7 +26,7 @@ class BranchNorm(nn.Module):
 
 @contextlib.contextmanager
 def branch(net, name):
-    """Every BatchNorm of `net` that has branches uses `name` inside the block. Raises ValueError for an unknown one."""
+    """Every BranchNorm of `net` uses branch `name` inside the block. Raises ValueError for an unknown one."""
     norms = [m for m in net.modules() if isinstance(m, BranchNorm)]
     for m in norms:
         if name not in m.branches:
@@ -40,9 +41,9 @@ def branch(net, name):
             m.branch = old
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # ResNet (He et al. 2016, arXiv 1512.03385), module names as in torchvision
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def _conv(c_in, c_out, size, stride=1):
     return nn.Conv2d(c_in, c_out, size, stride, size // 2, bias=False)
 
@@ -123,7 +124,7 @@ ARCHS = {  # depths, widths, bottleneck, default stem
 
 
 def make(arch, branches=(), stem=None, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)):
-    """An encoder by name. `branches` names its BatchNorm branches (none: plain BatchNorm); `stem` None is the default."""
+    """An encoder by name. `branches`: of its BatchNorm (none: a plain one); `stem` None: the default."""
     if arch not in ARCHS:
         raise ValueError(f"arch {arch!r}: choose one of {', '.join(ARCHS)}")
     depths, widths, bottleneck, default = ARCHS[arch]
@@ -150,16 +151,16 @@ def mlp(*sizes, norm=None):
     return nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Exported encoders
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def export(encoder, branch, path):
     """Write `encoder` to `path`: a dict of plain types and tensors.
 
     arch, stem, mean, std   how to build it
     branch                  the BN branch that `state` holds (None without branches)
-    state                   torchvision's keys: `resnet18().load_state_dict(state, strict=False)` lacks only `fc`, and the
-                            stem's convolution differs where `stem` is not "imagenet"
+    state                   torchvision's keys: `resnet18().load_state_dict(state, strict=False)` lacks `fc`,
+                            and the stem's convolution differs where `stem` is not "imagenet"
     others                  {branch: its BatchNorm tensors}, the branches not chosen
     """
     states = {branch: {}}
@@ -183,17 +184,18 @@ FORMAT = "encoder-1"
 
 
 def load_encoder(path, branch=None):
-    """The exported encoder at `path`, in eval mode, with plain BatchNorm; `branch` None is the exported choice.
+    """The exported encoder at `path`, in eval mode, with plain BatchNorm; `branch` None is the exported
+    choice.
 
-    Its `branch` attribute names the one loaded. Raises FileNotFoundError, or ValueError that names what is wrong: not such a
-    file, an unknown branch, or the first missing, unexpected or misshaped tensor.
+    Its `branch` attribute names the one loaded. Raises FileNotFoundError, or ValueError that names what is
+    wrong: not such a file, an unknown branch, or the first missing, unexpected or misshaped tensor.
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; pretraining writes encoder.pt when it ends") from None
     except Exception as e:
-        raise ValueError(f"{path}: cannot be read as an exported encoder ({type(e).__name__}); is it truncated?") from None
+        raise ValueError(f"{path}: not readable as an encoder ({type(e).__name__}); truncated?") from None
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise ValueError(f"{path}: not an exported encoder; that is the encoder.pt in the folder of a run")
     state = dict(saved["state"])
@@ -209,7 +211,7 @@ def load_encoder(path, branch=None):
 
 
 def load_strict(net, state, path):
-    """`net.load_state_dict(state)`; raises ValueError naming the first missing, unexpected or misshaped tensor."""
+    """`net.load_state_dict(state)`; a missing, unexpected or misshaped tensor is a ValueError naming it."""
     want = net.state_dict()
     for key in dict.fromkeys([*want, *state]):
         if key not in state:

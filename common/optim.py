@@ -5,7 +5,7 @@ import torch
 
 
 def cosine(progress, start, end=0.0):
-    """From `start` at progress 0 to `end` at progress 1 along half a cosine (Loshchilov & Hutter 2017, arXiv 1608.03983)."""
+    """From `start` at progress 0 to `end` at 1 along half a cosine (arXiv 1608.03983)."""
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
 
 
@@ -25,9 +25,11 @@ def ema(target, net, m):
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888) around SGD with momentum.
 
-    For each tensor w with gradient g:  ratio = trust |w| / (|g| + weight_decay |w|), or 1 where |w| or |g| is 0;
-    v <- momentum v + lr ratio (g + weight_decay w);  w <- w - v.
-    Biases and BatchNorm count as tensors too; put them into a group with `trust=None, weight_decay=0` to leave them out.
+    For each tensor w with gradient g:
+        ratio = trust |w| / (|g| + weight_decay |w|), or 1 where |w| or |g| is 0
+        v <- momentum v + lr ratio (g + weight_decay w)
+        w <- w - v
+    Biases and BatchNorm count as tensors too; a group with `trust=None, weight_decay=0` leaves them out.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=1e-6, trust=0.001):
@@ -43,7 +45,8 @@ class LARS(torch.optim.Optimizer):
                 update = w.grad.add(w, alpha=decay).mul_(group["lr"])
                 if trust is not None:
                     w_norm, g_norm = w.norm(), w.grad.norm()
-                    update *= torch.where((w_norm > 0) & (g_norm > 0), trust * w_norm / (g_norm + decay * w_norm), 1.0)
+                    ratio = trust * w_norm / (g_norm + decay * w_norm)
+                    update *= torch.where((w_norm > 0) & (g_norm > 0), ratio, 1.0)
                 state = self.state[w]
                 if not state:
                     state["momentum"] = torch.zeros_like(w)

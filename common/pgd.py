@@ -1,7 +1,7 @@
 """Projected gradient descent on images, shown whole.
 
-Madry et al. 2018 (arXiv 1706.06083): repeat { step uphill; project onto the ball; clip to the box }. Only the gradient
-of the input is computed: no parameter gradient is made, and none has to be zeroed afterwards.
+Madry et al. 2018 (arXiv 1706.06083): repeat { step uphill; project onto the ball; clip to the box }. Only the
+gradient of the input is computed: no parameter gradient is made, and none has to be zeroed afterwards.
 """
 import contextlib
 
@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 
-def pgd(loss_fn, x, eps, step_size, steps, norm="linf", random_start=True, start=None, lo=0.0, hi=1.0, generator=None):
+def pgd(loss_fn, x, eps, step_size, steps, norm="linf", random_start=True, start=None, lo=0.0, hi=1.0,
+        generator=None):
     """Maximise `loss_fn` over the `eps`-ball around `x`, inside the box [lo, hi].
 
     loss_fn    x_adv (B, ...) -> scalar. Whatever does not depend on x_adv is best computed once, outside.
@@ -17,14 +18,15 @@ def pgd(loss_fn, x, eps, step_size, steps, norm="linf", random_start=True, start
     eps        radius, in the units of x (8 / 255 for linf, 0.5 for l2, 12 for l1); 0 gives x back.
     step_size  length of a step in the same norm.
     norm       "linf": step sign(g), clip to the ball. "l2": step g / |g|_2, rescale onto the ball.
-               "l1": step along the sign of the top 1 % of coordinates, less those already at the edge of the box that
-               they would be pushed over (SLIDE, Tramer & Boneh 2019, arXiv 1904.13000), project on ball and box jointly.
-               "l1_dense": step g / |g|_1, rescale onto the ball; weak, but what older papers report as l1.
-    start      where to begin, taken as it is; else uniform noise in the ball (`random_start`), clipped, or x itself.
+               "l1": step along the sign of the top 1 % of coordinates, less those already at the edge of the
+               box that they would be pushed over (SLIDE, Tramer & Boneh 2019, arXiv 1904.13000), project on
+               ball and box jointly. "l1_dense": step g / |g|_1, rescale onto the ball; weak, but what older
+               papers report as l1.
+    start      where to begin, taken as it is; else uniform noise in the ball (`random_start`), clipped, or x.
     generator  for that noise.
 
-    Returns x_adv, detached, with |x_adv - x| <= eps and lo <= x_adv <= hi; float32 rounding aside, both hold exactly.
-    Raises ValueError for a negative eps or step_size, steps < 0, or an unknown norm.
+    Returns x_adv, detached, with |x_adv - x| <= eps and lo <= x_adv <= hi; float32 rounding aside, both hold
+    exactly. Raises ValueError for a negative eps or step_size, steps < 0, or an unknown norm.
     """
     if norm not in NORMS:
         raise ValueError(f"norm {norm!r}: choose one of {', '.join(NORMS)}")
@@ -42,7 +44,7 @@ def pgd(loss_fn, x, eps, step_size, steps, norm="linf", random_start=True, start
             (g,) = torch.autograd.grad(loss_fn(x_adv), x_adv)
         x_adv = x_adv.detach()
         delta = x_adv + step_size * direction(g, x_adv, norm, lo, hi) - x
-        if norm == "l1":  # ball and box jointly: clipping after the projection would waste the budget it frees
+        if norm == "l1":  # ball and box jointly: clipping afterwards would waste the budget that it frees
             delta = project_l1_box(delta, eps, lo - x, hi - x)
         else:
             delta = project(delta, eps, norm)
@@ -67,32 +69,36 @@ def direction(g, x, norm, lo=0.0, hi=1.0):
 
 
 def project(delta, eps, norm):
-    """Each `delta` (B, ...) into the `eps`-ball: the nearest point (linf, l2, l1) or a mere rescaling (l1_dense)."""
+    """Each `delta` (B, ...) into the `eps`-ball: its nearest point, or (l1_dense) a mere rescaling."""
     if norm == "linf":
         return delta.clamp(-eps, eps)
     if norm == "l1":
-        return project_l1_box(delta, eps, torch.full_like(delta, -torch.inf), torch.full_like(delta, torch.inf))
+        far = torch.full_like(delta, torch.inf)
+        return project_l1_box(delta, eps, -far, far)
     length = _per_image(delta.flatten(1).norm(2 if norm == "l2" else 1, dim=1), delta)
     return delta * (eps / length.clamp_min(eps))
 
 
 def project_l1_box(delta, eps, lo, hi):
-    """The nearest point to `delta` (B, ...) in {d: |d|_1 <= eps and lo <= d <= hi}, for tensors lo <= 0 <= hi.
+    """The nearest point to `delta` (B, ...) in {d: |d|_1 <= eps and lo <= d <= hi}, for tensors lo <= 0 <=
+    hi.
 
-    It is clamp(sign(delta) * max(|delta| - t, 0), lo, hi) with the smallest t >= 0 that fits the ball (Croce & Hein 2021,
-    arXiv 2103.01208, Prop. 2.1). |d|_1 falls piecewise linearly in t, with a kink where a coordinate leaves its bound
-    (t = |delta| - bound) and one where it reaches zero (t = |delta|): sort the kinks, find the piece, solve it.
+    It is clamp(sign(delta) * max(|delta| - t, 0), lo, hi) with the smallest t >= 0 that fits the ball (Croce
+    & Hein 2021, arXiv 2103.01208, Prop. 2.1). |d|_1 falls piecewise linearly in t, with a kink where a
+    coordinate leaves its bound (t = |delta| - bound) and one where it reaches zero (t = |delta|): sort the
+    kinks, find the piece, solve it.
     """
     a = delta.flatten(1).abs()
     bound = torch.where(delta < 0, -lo, hi).flatten(1)  # the furthest that coordinate may go, >= 0
     if a.numel() == 0:
         return delta.clamp(lo, hi)
     leave = (a - bound).clamp_min(0)
-    kinks, order = torch.cat([torch.zeros_like(a[:, :1]), leave, a], 1).sort(1)  # the piece begins at its kink
-    slope = torch.cat([torch.zeros_like(a[:, :1]), -torch.ones_like(a), torch.ones_like(a)], 1).gather(1, order)
+    zero, one = torch.zeros_like(a[:, :1]), torch.ones_like(a)
+    kinks, order = torch.cat([zero, leave, a], 1).sort(1)  # a piece begins at its kink
+    slope = torch.cat([zero, -one, one], 1).gather(1, order)
     slope = slope.cumsum(1)  # -(number of coordinates between bound and zero)
     drop = slope[:, :-1] * kinks.diff(dim=1)
-    length = a.minimum(bound).sum(1, keepdim=True) + torch.cat([torch.zeros_like(a[:, :1]), drop.cumsum(1)], 1)
+    length = a.minimum(bound).sum(1, keepdim=True) + torch.cat([zero, drop.cumsum(1)], 1)
     piece = ((length > eps).sum(1, keepdim=True) - 1).clamp_min(0)  # the last kink whose length is above eps
     at, top, rate = kinks.gather(1, piece), length.gather(1, piece), slope.gather(1, piece)
     t = torch.where(top > eps, at + (top - eps) / -rate.clamp_max(-1), torch.zeros_like(at))
@@ -100,7 +106,7 @@ def project_l1_box(delta, eps, lo, hi):
 
 
 def uniform(x, eps, norm, generator=None):
-    """Noise of the shape of `x`, uniform in the `eps`-ball of `norm` (l2, l1: Gaussian or Laplace direction, radius U^(1/d))."""
+    """Noise shaped as `x`, uniform in the `eps`-ball (l2, l1: Gaussian, Laplace direction)."""
     def rand(*shape):
         return torch.rand(shape, generator=generator, device=x.device, dtype=x.dtype)
     if norm == "linf":
@@ -117,7 +123,7 @@ def uniform(x, eps, norm, generator=None):
 
 @contextlib.contextmanager
 def eval_mode(*nets):
-    """Every module of `nets` in eval mode inside the block; each gets its own mode back, also after an exception."""
+    """Eval mode for all modules of `nets` inside the block; each gets its own back, exception or not."""
     modules = [m for net in nets for m in net.modules()]
     modes = [m.training for m in modules]
     try:
@@ -131,7 +137,7 @@ def eval_mode(*nets):
 
 @contextlib.contextmanager
 def frozen_stats(*nets):
-    """No running statistic of a BatchNorm in `nets` changes inside the block; a training one still uses the batch's."""
+    """No BatchNorm of `nets` changes its running statistics inside; training ones use the batch's."""
     norms = [m for net in nets for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     kept = [m.track_running_stats for m in norms]
     try:

@@ -1,4 +1,4 @@
-"""Deterministic float64 inputs for tests against printed values: no random number generator, so any language can make them."""
+"""Deterministic float64 inputs for tests against printed values: any language can make them."""
 import torch
 
 

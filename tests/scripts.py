@@ -1,4 +1,5 @@
-"""What the tests shared by all scripts need to know of each: a tiny run, and the flags that make it the method's own."""
+"""What the tests shared by all scripts need to know of each: a tiny run of it."""
+
 import os
 import pathlib
 import subprocess
@@ -9,9 +10,7 @@ import numpy as np
 ROOT = pathlib.Path(__file__).parents[1]
 
 # Housekeeping comes from TINY; here only what the script itself needs to be small.
-SCRIPTS = {
-    "amoc": ["--bank-size", "48", "--steps", "1", "--warmup", "1"],
-}
+SCRIPTS = {"amoc": ["--bank-size", "48", "--steps", "1", "--warmup", "1"]}
 TINY = ["--arch", "slim", "--batch-size", "16", "--epochs", "2", "--device", "cpu"]
 
 
@@ -25,8 +24,18 @@ def tiny_npz(path, n=44):
 
 
 def command(script, *flags, processes=1):
-    launcher = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launcher = (
+        [sys.executable]
+        if processes == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+        ]
+    )
     return [*launcher, str(ROOT / f"{script}.py"), *flags]
 
 
@@ -35,5 +44,10 @@ def environment():
 
 
 def launch(script, *flags, processes=1):
-    return subprocess.run(command(script, *flags, processes=processes), env=environment(), capture_output=True, text=True,
-                          timeout=120)
+    return subprocess.run(
+        command(script, *flags, processes=processes),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )

@@ -1,4 +1,6 @@
-"""Behaviour that all scripts share. A fault found in one gets its test here, so that the siblings are tried too."""
+"""Behaviour that all scripts share. A fault found in one gets its test here, so that the siblings are tried
+too."""
+
 import argparse
 import ast
 import importlib
@@ -52,7 +54,9 @@ def same_result(a, b):
             assert equal(x.get(part), y.get(part)), (name, part)
     clock = {"images_per_second", "seconds", "cpu_seconds"}
     for x, y in zip(lines(a)[1:], lines(b)[1:], strict=True):
-        assert {k: v for k, v in x.items() if k not in clock} == {k: v for k, v in y.items() if k not in clock}
+        assert {k: v for k, v in x.items() if k not in clock} == {
+            k: v for k, v in y.items() if k not in clock
+        }
 
 
 def equal(x, y):
@@ -66,7 +70,9 @@ def equal(x, y):
 def test_a_run_writes_log_checkpoint_encoder_and_pictures(script, npz, tmp_path):
     out = main(script, npz, tmp_path)
     head, *epochs = lines(out)
-    assert head["flags"]["batch_size"] == 16 and {"command", "commit", "torch", "device", "world"} <= head.keys()
+    assert (
+        head["flags"]["batch_size"] == 16 and {"command", "commit", "torch", "device", "world"} <= head.keys()
+    )
     assert [e["epoch"] for e in epochs] == [0, 1]
     assert all({"loss", "lr", "images_per_second", "seconds", "cpu_seconds"} <= e.keys() for e in epochs)
     x = torch.rand(2, 3, 32, 32)
@@ -109,8 +115,10 @@ def test_a_killed_run_resumes_bit_for_bit(script, npz, tmp_path, monkeypatch, at
     same_result(main(script, npz, tmp_path / "cut"), whole)
 
 
-@pytest.mark.parametrize("number, at_step", [(signal.SIGTERM, 2), (signal.SIGINT, 4)])
-def test_a_signal_saves_within_the_epoch_and_the_run_resumes_bit_for_bit(script, npz, tmp_path, monkeypatch, number, at_step):
+@pytest.mark.parametrize("number, at_step", [(signal.SIGTERM, 2), (signal.SIGTERM, 3), (signal.SIGINT, 4)])
+def test_a_signal_saves_within_the_epoch_and_the_run_resumes_bit_for_bit(
+    script, npz, tmp_path, monkeypatch, number, at_step
+):
     whole = main(script, npz, tmp_path / "whole")
     ask = run.interrupted
 
@@ -145,8 +153,13 @@ def test_kill_9_from_outside(script, npz, tmp_path):
 
 
 def test_sigterm_from_outside_exits_without_a_traceback(script, npz, tmp_path):
-    process = subprocess.Popen(command(script, *flags(script, npz, tmp_path, "--epochs", "1000")), env=environment(),
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command(script, *flags(script, npz, tmp_path, "--epochs", "1000")),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     while not (tmp_path / "last.pt").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
@@ -155,13 +168,16 @@ def test_sigterm_from_outside_exits_without_a_traceback(script, npz, tmp_path):
     assert "Traceback" not in output and "the same command continues" in output
 
 
-def test_two_processes_start_like_one_and_keep_one_network(script, npz, tmp_path):
-    """The first step's loss is a mean over the same views with the same attack; BatchNorm's batches differ, hence 'about'."""
+def test_two_processes_run_and_start_about_where_one_does(script, npz, tmp_path):
+    """The first step's loss is a mean over the same views with the same attack; BatchNorm's batches differ,
+    hence 'about'."""
     one = main(script, npz, tmp_path / "one", "--epochs", "1", "--limit", "16")
-    done = launch(script, *flags(script, npz, tmp_path / "two", "--epochs", "1", "--limit", "16"), processes=2)
+    done = launch(
+        script, *flags(script, npz, tmp_path / "two", "--epochs", "1", "--limit", "16"), processes=2
+    )
     assert done.returncode == 0, done.stderr
     assert lines(tmp_path / "two")[0]["world"] == 2
-    assert lines(tmp_path / "two")[1]["loss"] == pytest.approx(lines(one)[1]["loss"], rel=0.05)
+    assert lines(tmp_path / "two")[1]["loss"] == pytest.approx(lines(one)[1]["loss"], rel=0.2)
 
 
 def test_two_processes_resume_bit_for_bit(script, npz, tmp_path):
@@ -198,16 +214,27 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(script
         return {k: v * float("nan") for k, v in losses.items()} if len(count) == 5 else losses
 
     monkeypatch.setattr(module, "train_step", broken)
-    with pytest.raises(ValueError, match=r"not finite in epoch 1, step 4; the last good checkpoint is .*last\.pt"):
+    with pytest.raises(
+        ValueError, match=r"not finite in epoch 1, step 4; the last good checkpoint is .*last\.pt"
+    ):
         main(script, npz, tmp_path)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 3
 
 
-@pytest.mark.parametrize("more, words", [
-    (["--data", "cifar11"], "cifar11.*cifar10, cifar100, stl10, shapes"), (["--data", "none.npz"], "none.npz: no such file"),
-    (["--batch-size", "64"], "64 is larger than the data: 44"), (["--batch-size", "0"], "--batch-size 0"),
-    (["--arch", "resnet1"], "resnet1.*slim, resnet18"), (["--device", "cuda:9"], "cuda:9 cannot be used"),
-    (["--limit", "0"], "limit 0"), (["--save-every", "0"], "--save-every 0"), (["--epochs", "-1"], "--epochs -1")])
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--data", "cifar11"], "cifar11.*cifar10, cifar100, stl10, shapes"),
+        (["--data", "none.npz"], "none.npz: no such file"),
+        (["--batch-size", "64"], "64 is larger than the data: 44"),
+        (["--batch-size", "0"], "--batch-size 0"),
+        (["--arch", "resnet1"], "resnet1.*slim, resnet18"),
+        (["--device", "cuda:9"], "cuda:9 cannot be used"),
+        (["--limit", "0"], "limit 0"),
+        (["--save-every", "0"], "--save-every 0"),
+        (["--epochs", "-1"], "--epochs -1"),
+    ],
+)
 def test_bad_flags_are_named_before_anything_is_lost(script, npz, tmp_path, more, words):
     with pytest.raises((ValueError, OSError), match=words):
         main(script, npz, tmp_path, *more)
@@ -229,15 +256,20 @@ def test_an_error_is_one_line_and_a_non_zero_exit(script, npz, tmp_path):
     (tmp_path / "file").touch()
     for more in (["--data", "cifar11"], ["--out", str(tmp_path / "file" / "run")]):
         done = launch(script, *flags(script, npz, tmp_path, *more))
-        assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, (
+            done.stderr
+        )
 
 
 def test_importing_does_nothing_and_imports_run_one_way(script, npz, tmp_path):
     tree = ast.parse((ROOT / f"{script}.py").read_text())
     modules = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)} | {
-        a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names
+    }
     assert not {m.split(".")[0] for m in modules} & ({*SCRIPTS, "eval"} - {script})
-    done = subprocess.run([sys.executable, "-c", f"import {script}"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {script}"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0 and not done.stdout and not done.stderr
 
 
@@ -246,7 +278,7 @@ def test_order_of_the_file_and_its_width(script, npz, tmp_path):
     names = [n.name for n in ast.parse(text).body if isinstance(n, ast.FunctionDef)]
     places = [names.index(n) for n in ("train_step", "parser", "main")]
     assert places == sorted(places)
-    assert len(text.splitlines()) <= 300 and max(map(len, text.splitlines())) <= 125
+    assert len(text.splitlines()) <= 300 and max(map(len, text.splitlines())) <= 110
 
 
 def test_housekeeping_flags_are_the_same_everywhere(script, npz, tmp_path):

@@ -1,4 +1,5 @@
 """The mathematics of amoc.py against the paper read aloud: slow float64 loops, and printed values."""
+
 import copy
 import math
 from types import SimpleNamespace
@@ -29,13 +30,27 @@ def slow_info_nce(q, k, M, T):
 def l_star(variant, info_nce):
     """L_* of a variant by its letters: query, key, bank."""
     letters = variant[:3]
-    return info_nce(q_a if letters[0] == "A" else q, k_a if letters[1] == "A" else k,
-                    M_adv if letters[2] == "A" else M_clean, 0.2)
+    return info_nce(
+        q_a if letters[0] == "A" else q,
+        k_a if letters[1] == "A" else k,
+        M_adv if letters[2] == "A" else M_clean,
+        0.2,
+    )
 
 
-@pytest.mark.parametrize("variant, value", [
-    ("CCC", 1.0182162631445383), ("CAC", 1.9459460988222717), ("CAA", 1.973674143287723), ("ACC", 0.8776813944296246),
-    ("ACA", 0.8344132430353071), ("AAC", 8.016221377528171), ("AAA", 7.93919584557974), ("ACA_PLUS", 0.8344132430353071)])
+@pytest.mark.parametrize(
+    "variant, value",
+    [
+        ("CCC", 1.0182162631445383),
+        ("CAC", 1.9459460988222717),
+        ("CAA", 1.973674143287723),
+        ("ACC", 0.8776813944296246),
+        ("ACA", 0.8344132430353071),
+        ("AAC", 8.016221377528171),
+        ("AAA", 7.93919584557974),
+        ("ACA_PLUS", 0.8344132430353071),
+    ],
+)
 def test_loss_of_every_variant_equals_slow_loops_and_the_printed_value(variant, value):
     assert l_star(variant, amoc.info_nce).item() == pytest.approx(value, rel=1e-9)
     assert l_star(variant, slow_info_nce).item() == pytest.approx(value, rel=1e-9)
@@ -51,7 +66,8 @@ def test_loss_gradients_equal_slow_loops():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     assert fast[0].norm().item() == pytest.approx(1.6693565713823826, rel=1e-9)
     assert [fast[0][i].item() for i in ((0, 0), (0, 1), (3, 7))] == pytest.approx(
-        [-0.27730169418096617, -0.45673409885126852, 0.25486115963432244], rel=1e-9)
+        [-0.27730169418096617, -0.45673409885126852, 0.25486115963432244], rel=1e-9
+    )
 
 
 def test_closed_forms():
@@ -88,14 +104,30 @@ bank_c, bank_a = unit(Z(16, 6)), unit(A(16, 6, 4))
 def attack(variant, steps=5, net=None, target=None):
     v = amoc.VARIANTS[variant]
     bank = bank_a if v.adv_bank else bank_c
-    return amoc.attack(net or Linear(), target or Linear().requires_grad_(False), x1, x2, *starts, bank, v, 0.2,
-                       8 / 255, 2 / 255, steps)
+    return amoc.attack(
+        net or Linear(),
+        target or Linear().requires_grad_(False),
+        x1,
+        x2,
+        *starts,
+        bank,
+        v,
+        0.2,
+        8 / 255,
+        2 / 255,
+        steps,
+    )
 
 
-@pytest.mark.parametrize("variant, dv, length", [
-    ("ACC", (-0.63410204189069, 0), (4.52159294101935, 0)), ("ACA", (-0.77106352988294, 0), (4.51780260035800, 0)),
-    ("CAC", (0, 0.75848725250623), (0, 4.36488833731330)),
-    ("AAA", (-0.77907136237176, 0.85614019371497), (4.48086229348640, 4.39298716910731))])
+@pytest.mark.parametrize(
+    "variant, dv, length",
+    [
+        ("ACC", (-0.63410204189069, 0), (4.52159294101935, 0)),
+        ("ACA", (-0.77106352988294, 0), (4.51780260035800, 0)),
+        ("CAC", (0, 0.75848725250623), (0, 4.36488833731330)),
+        ("AAA", (-0.77907136237176, 0.85614019371497), (4.48086229348640, 4.39298716910731)),
+    ],
+)
 def test_attack_equals_printed_values(variant, dv, length):
     for x, x_adv, weighted, total in zip((x1, x2), attack(variant), dv, length):
         d = (x_adv - x).flatten(1)
@@ -116,7 +148,14 @@ def test_constants_computed_once_change_nothing(variant):
         return amoc.info_nce(amoc.embed(net, a, "adv"), amoc.embed(target, b, "adv"), bank, 0.2) + 0 * x.sum()
 
     x = torch.cat([x1, x2])
-    naive = pgd(loss, x, 8 / 255, 2 / 255, 5, start=torch.cat([starts[0] if v.adv_query else x1, starts[1] if v.adv_key else x2]))
+    naive = pgd(
+        loss,
+        x,
+        8 / 255,
+        2 / 255,
+        5,
+        start=torch.cat([starts[0] if v.adv_query else x1, starts[1] if v.adv_key else x2]),
+    )
     for ours, want in zip(attack(variant), naive.chunk(2)):
         assert torch.equal(ours, want)
 
@@ -128,8 +167,14 @@ def objective_after_attack(net):
 
 
 def step(variant, net, target, **flags):
-    """One real train_step on the printed inputs; returns losses and both banks. The optimizer only records."""
-    args = SimpleNamespace(**{**dict(variant=variant, temperature=0.2, eps=8.0, step_size=2.0, steps=5, lam=0.5, ema=0.999), **flags})
+    """One real train_step on the printed inputs; returns losses and both banks. The optimizer only
+    records."""
+    args = SimpleNamespace(
+        **{
+            **dict(variant=variant, temperature=0.2, eps=8.0, step_size=2.0, steps=5, lam=0.5, ema=0.999),
+            **flags,
+        }
+    )
     banks = Bank(16, 6).double(), Bank(16, 6).double()
     banks[0].rows.copy_(bank_c), banks[1].rows.copy_(bank_a)
     noise = A(8, 48, 6).view(2, 4, 3, 4, 4).transpose(0, 1)
@@ -143,7 +188,9 @@ def test_train_step_has_the_printed_loss_and_gradient():
     assert losses["loss"].item() == pytest.approx(0.6960773154988184, rel=1e-9)
     g = net.W.grad
     assert g.norm().item() == pytest.approx(0.8475203928029649, rel=1e-9)
-    assert [g[0, 0].item(), g[5, 47].item()] == pytest.approx([-0.02314560426247722, -0.04902599717642437], rel=1e-9)
+    assert [g[0, 0].item(), g[5, 47].item()] == pytest.approx(
+        [-0.02314560426247722, -0.04902599717642437], rel=1e-9
+    )
     slow = Linear()
     objective = objective_after_attack(slow)
     objective.backward()
@@ -159,7 +206,9 @@ def test_each_variant_feeds_its_banks_after_the_loss(variant):
     (a1, a2) = attack(variant) if variant != "CCC" else (x1, x2)
     torch.testing.assert_close(clean.rows, torch.cat([unit(target(x2)), bank_c[4:]]))  # the step has lr 0
     v = amoc.VARIANTS[variant]
-    keys = unit(target(a1)) if v.extra_key else unit(target(a2)) if v.adv_key else bank_a[:4]  # ACA: noise for ever
+    keys = (
+        unit(target(a1)) if v.extra_key else unit(target(a2)) if v.adv_key else bank_a[:4]
+    )  # ACA: noise for ever
     torch.testing.assert_close(adv.rows, torch.cat([keys, bank_a[4:]]))
 
 
@@ -192,7 +241,10 @@ def test_attacked_images_touch_only_their_own_batchnorm(variant):
     before = copy.deepcopy(net.state_dict()), copy.deepcopy(target.state_dict())
     real_step(variant, net, target)
     v = amoc.VARIANTS[variant]
-    for module, old, attacked in ((net, before[0], v.adv_query), (target, before[1], v.adv_key or v.extra_key)):
+    for module, old, attacked in (
+        (net, before[0], v.adv_query),
+        (target, before[1], v.adv_key or v.extra_key),
+    ):
         for key, value in module.state_dict().items():
             if "running_mean" in key:
                 assert torch.equal(value, old[key]) != ("clean" in key or attacked), key
@@ -222,17 +274,37 @@ def test_attack_raises_the_loss_of_a_real_network():
             continue
         a1, a2 = amoc.attack(net, target, x1, x2, x1, x2, bank, v, 0.2, 8 / 255, 2 / 255, 5)
         net.eval(), target.eval()
-        before = amoc.info_nce(amoc.embed(net, x1, "adv" if v.adv_query else "clean"),
-                               amoc.embed(target, x2, "adv" if v.adv_key else "clean"), bank, 0.2)
-        after = amoc.info_nce(amoc.embed(net, a1, "adv" if v.adv_query else "clean"),
-                              amoc.embed(target, a2, "adv" if v.adv_key else "clean"), bank, 0.2)
+        before = amoc.info_nce(
+            amoc.embed(net, x1, "adv" if v.adv_query else "clean"),
+            amoc.embed(target, x2, "adv" if v.adv_key else "clean"),
+            bank,
+            0.2,
+        )
+        after = amoc.info_nce(
+            amoc.embed(net, a1, "adv" if v.adv_query else "clean"),
+            amoc.embed(target, a2, "adv" if v.adv_key else "clean"),
+            bank,
+            0.2,
+        )
         net.train(), target.train()
         assert after > before + 1e-3, name
         assert (a1 is x1) != v.adv_query and (a2 is x2) != v.adv_key
 
 
-@pytest.mark.parametrize("epoch, lr", [(0, 1e-4), (1, 0.01), (9, 0.09), (10, 0.1), (11, 0.0999931652496),
-                                       (50, 0.0894570254698), (105, 0.05), (150, 0.0161359214187), (199, 6.83475038e-6)])
+@pytest.mark.parametrize(
+    "epoch, lr",
+    [
+        (0, 1e-4),
+        (1, 0.01),
+        (9, 0.09),
+        (10, 0.1),
+        (11, 0.0999931652496),
+        (50, 0.0894570254698),
+        (105, 0.05),
+        (150, 0.0161359214187),
+        (199, 6.83475038e-6),
+    ],
+)
 def test_learning_rate_equals_printed_values(epoch, lr):
     assert amoc.lr_at(epoch, 200, 0.1, 10) == pytest.approx(lr, rel=1e-8)
 
@@ -245,15 +317,35 @@ def test_network_sizes_are_the_papers():
 
 def test_defaults_are_the_papers_run():
     args = amoc.parser().parse_args([])
-    assert vars(args) | dict(variant="ACC", epochs=200, batch_size=256, lr=0.1, warmup=10, weight_decay=5e-4,
-                             temperature=0.2, ema=0.999, bank_size=32768, lam=0.5, eps=8, step_size=2, steps=5,
-                             arch="resnet18", data="cifar10") == vars(args)
+    assert vars(args) | dict(
+        variant="ACC",
+        epochs=200,
+        batch_size=256,
+        lr=0.1,
+        warmup=10,
+        weight_decay=5e-4,
+        temperature=0.2,
+        ema=0.999,
+        bank_size=32768,
+        lam=0.5,
+        eps=8,
+        step_size=2,
+        steps=5,
+        arch="resnet18",
+        data="cifar10",
+    ) == vars(args)
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--variant", "ABC"], "--variant ABC: choose one of CCC, CAC"), (["--eps", "-8"], "--eps -8: must not be negative"),
-    (["--steps", "0"], "--steps 0: variant ACC needs at least 1"), (["--temperature", "0"], "--temperature 0"),
-    (["--bank-size", "0"], "--bank-size 0")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--variant", "ABC"], "--variant ABC: choose one of CCC, CAC"),
+        (["--eps", "-8"], "--eps -8: must not be negative"),
+        (["--steps", "0"], "--steps 0: variant ACC needs at least 1"),
+        (["--temperature", "0"], "--temperature 0"),
+        (["--bank-size", "0"], "--bank-size 0"),
+    ],
+)
 def test_bad_flags_of_the_method_are_named(flags, words):
     with pytest.raises(ValueError, match=words):
         amoc.check(amoc.parser().parse_args(flags))

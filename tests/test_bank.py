@@ -15,7 +15,10 @@ def slow(q, bank, temperature):
     y, dq, db = torch.zeros(len(q)), torch.zeros_like(q), torch.zeros_like(bank)
     y = y.double()
     for i in range(len(q)):
-        e = [math.exp(sum((q[i, d] * bank[j, d]).item() for d in range(q.shape[1])) / temperature) for j in range(len(bank))]
+        e = [
+            math.exp(sum((q[i, d] * bank[j, d]).item() for d in range(q.shape[1])) / temperature)
+            for j in range(len(bank))
+        ]
         y[i] = math.log(sum(e))
         for j in range(len(bank)):
             dq[i] += e[j] / sum(e) * bank[j] / temperature
@@ -43,8 +46,11 @@ def test_chunks_change_nothing(monkeypatch):
     results = []
     for numbers in (2**24, 5 * 7, 1):  # all at once, 7 rows, 1 row
         chunk = max(1, numbers // 5)
-        monkeypatch.setattr(bank_module, "_chunks", lambda q, b, c=chunk: (
-            (slice(s, s + c), b[s : s + c].to(q.dtype)) for s in range(0, len(b), c)))
+        monkeypatch.setattr(
+            bank_module,
+            "_chunks",
+            lambda q, b, c=chunk: ((slice(s, s + c), b[s : s + c].to(q.dtype)) for s in range(0, len(b), c)),
+        )
         y = bank_logsumexp(q, b, 0.1)
         results.append((y, *torch.autograd.grad(y.square().sum(), (q, b))))
     for other in results[1:]:
@@ -69,7 +75,9 @@ def test_only_the_gradient_asked_for_is_made():
 def test_identities():
     q, b = unit(A(4, 8, 0)), unit(A(10, 8, 3))
     y, s = bank_logsumexp(q, b, 0.2), q @ b.T / 0.2
-    torch.testing.assert_close(torch.logaddexp(bank_logsumexp(q, b[:3], 0.2), bank_logsumexp(q, b[3:], 0.2)), y)
+    torch.testing.assert_close(
+        torch.logaddexp(bank_logsumexp(q, b[:3], 0.2), bank_logsumexp(q, b[3:], 0.2)), y
+    )
     assert (s.amax(1) <= y).all() and (y <= s.amax(1) + math.log(10)).all()
     torch.testing.assert_close(bank_logsumexp(q, b[:1].expand(6, 8), 0.2), s[:, 0] + math.log(6))
     torch.testing.assert_close(bank_logsumexp(q, b[:1], 0.2), s[:, 0])
@@ -101,9 +109,15 @@ def test_bfloat16_rows_give_float32_sums_and_gradients_of_their_own_type():
     assert (y.detach().double() - want).abs().max() < 0.05  # a CPU rounds bf16 products to bf16
 
 
-@pytest.mark.parametrize("q, b, T, word", [
-    (torch.randn(2, 3), torch.randn(4, 3), 0.0, "temperature"), (torch.randn(2, 3), torch.randn(0, 3), 0.2, "K > 0"),
-    (torch.randn(2, 3), torch.randn(4, 5), 0.2, r"\(4, 5\)"), (torch.randn(2, 3).half(), torch.randn(4, 3), 0.2, "float16")])
+@pytest.mark.parametrize(
+    "q, b, T, word",
+    [
+        (torch.randn(2, 3), torch.randn(4, 3), 0.0, "temperature"),
+        (torch.randn(2, 3), torch.randn(0, 3), 0.2, "K > 0"),
+        (torch.randn(2, 3), torch.randn(4, 5), 0.2, r"\(4, 5\)"),
+        (torch.randn(2, 3).half(), torch.randn(4, 3), 0.2, "float16"),
+    ],
+)
 def test_bad_arguments_are_named(q, b, T, word):
     with pytest.raises(ValueError, match=word):
         bank_logsumexp(q, b, T)
@@ -111,7 +125,7 @@ def test_bad_arguments_are_named(q, b, T, word):
 
 @pytest.mark.parametrize("size", [1, 5, 16])
 def test_bank_is_a_deque(size):
-    """Pushing batches of any length leaves what collections.deque(maxlen=K) holds, at the place a pointer would write it."""
+    """Pushing batches of any length leaves what deque(maxlen=K) holds, where a pointer would write it."""
     g = torch.Generator().manual_seed(size)
     bank, ring, count = Bank(size, 4), collections.deque(maxlen=size), 0
     first = bank.rows.clone()
@@ -123,7 +137,7 @@ def test_bank_is_a_deque(size):
         assert bank.pointer == count % size
         for age, key in enumerate(reversed(ring), 1):
             assert torch.equal(bank.rows[(count - age) % size], key)
-        assert torch.equal(bank.rows[len(ring):], first[len(ring):])
+        assert torch.equal(bank.rows[len(ring) :], first[len(ring) :])
 
 
 def test_bank_printed_example():

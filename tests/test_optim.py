@@ -9,7 +9,11 @@ from tests.recipes import A
 
 
 def test_cosine_starts_halves_and_ends():
-    assert optim.cosine(0, 3.0) == 3.0 and optim.cosine(0.5, 3.0, 1.0) == 2.0 and optim.cosine(1, 3.0, 1.0) == 1.0
+    assert (
+        optim.cosine(0, 3.0) == 3.0
+        and optim.cosine(0.5, 3.0, 1.0) == 2.0
+        and optim.cosine(1, 3.0, 1.0) == 1.0
+    )
     assert optim.cosine(0.25, 1.0) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
     assert optim.cosine(2, 1.0) == 0.0
 

@@ -17,13 +17,16 @@ def ce(x):
     return F.cross_entropy(x.flatten(1) @ W.T, y0)
 
 
-@pytest.mark.parametrize("norm, eps, step, steps, total, weighted, after", [
-    ("linf", 8 / 255, 2 / 255, 1, -0.0395379806660405, 0.00795511749079728, 1.59087433889259),
-    ("linf", 8 / 255, 2 / 255, 3, -0.128714566166521, 0.0360640432452307, 1.75000355411127),
-    ("linf", 8 / 255, 2 / 255, 20, -0.0596200505472952, -0.00419496623435279, 1.82884659450811),
-    ("l2", 0.5, 0.1, 7, -0.190340781055095, 0.120490744031363, 1.95911639074606),
-    ("l1_dense", 12.0, 1.2, 15, -0.630016587597567, 0.345256090151802, 2.48320044559410),
-])
+@pytest.mark.parametrize(
+    "norm, eps, step, steps, total, weighted, after",
+    [
+        ("linf", 8 / 255, 2 / 255, 1, -0.0395379806660405, 0.00795511749079728, 1.59087433889259),
+        ("linf", 8 / 255, 2 / 255, 3, -0.128714566166521, 0.0360640432452307, 1.75000355411127),
+        ("linf", 8 / 255, 2 / 255, 20, -0.0596200505472952, -0.00419496623435279, 1.82884659450811),
+        ("l2", 0.5, 0.1, 7, -0.190340781055095, 0.120490744031363, 1.95911639074606),
+        ("l1_dense", 12.0, 1.2, 15, -0.630016587597567, 0.345256090151802, 2.48320044559410),
+    ],
+)
 def test_attack_equals_printed_values(norm, eps, step, steps, total, weighted, after):
     assert ce(x0).item() == pytest.approx(1.50965150575339, rel=1e-12)
     x = pgd(ce, x0, eps, step, steps, norm, start=x0)
@@ -34,7 +37,7 @@ def test_attack_equals_printed_values(norm, eps, step, steps, total, weighted, a
 
 
 def test_linf_attack_equals_a_loop_over_pixels():
-    """Step by the sign, back to the ball, back to the box: written pixel by pixel, with the closed-form gradient."""
+    """Step by the sign, back to the ball, back to the box: pixel by pixel, with the closed-form gradient."""
     eps, step = 8 / 255, 3 / 255
     x = x0.flatten(1).clone()
     for _ in range(4):
@@ -138,7 +141,10 @@ def test_l1_projection_equals_bisection(free):
     g = torch.Generator().manual_seed(int(free))
     for trial in range(40):
         delta = torch.randn(3, 20, generator=g, dtype=torch.float64) * (0.1, 1, 5)[trial % 3]
-        lo, hi = -torch.rand(3, 20, generator=g, dtype=torch.float64), torch.rand(3, 20, generator=g, dtype=torch.float64)
+        lo, hi = (
+            -torch.rand(3, 20, generator=g, dtype=torch.float64),
+            torch.rand(3, 20, generator=g, dtype=torch.float64),
+        )
         lo[:, :4], hi[:, 3:7] = 0, 0
         if free:
             lo, hi = torch.full_like(lo, -torch.inf), torch.full_like(hi, torch.inf)
@@ -146,8 +152,10 @@ def test_l1_projection_equals_bisection(free):
         got = project(delta, eps, "l1") if free else project_l1_box(delta, eps, lo, hi)
         for i in range(3):
             low, high = 0.0, 100.0  # the threshold: the smallest that fits
+
             def at(t):
                 return (delta[i].sign() * (delta[i].abs() - t).clamp_min(0)).clamp(lo[i], hi[i])
+
             for _ in range(100):
                 middle = (low + high) / 2
                 low, high = (middle, high) if at(middle).abs().sum() > eps else (low, middle)
@@ -158,7 +166,9 @@ def test_l1_projection_equals_bisection(free):
 def test_l1_projection_printed_value():
     d = torch.tensor([[0.4, -0.3, 0.2, 0.1]], dtype=torch.float64)
     got = project_l1_box(d, 0.5, torch.full_like(d, -0.5), torch.full_like(d, 0.5))
-    torch.testing.assert_close(got, torch.tensor([[0.8, -0.5, 0.2, 0.0]], dtype=torch.float64) / 3, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        got, torch.tensor([[0.8, -0.5, 0.2, 0.0]], dtype=torch.float64) / 3, rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -166,10 +176,14 @@ def test_projection_is_idempotent_and_keeps_what_is_inside(norm):
     d = torch.randn(5, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     once = project(d, 1.5, norm)
     torch.testing.assert_close(project(once, 1.5, norm), once)
-    assert torch.equal(project(1e-3 * d, 1.5, norm), 1e-3 * d) and torch.equal(project(0 * d, 1.5, norm), 0 * d)
+    assert torch.equal(project(1e-3 * d, 1.5, norm), 1e-3 * d) and torch.equal(
+        project(0 * d, 1.5, norm), 0 * d
+    )
 
 
-@pytest.mark.parametrize("bad, word", [({"eps": -1}, "negative"), ({"steps": -1}, "negative"), ({"norm": "l7"}, "l7")])
+@pytest.mark.parametrize(
+    "bad, word", [({"eps": -1}, "negative"), ({"steps": -1}, "negative"), ({"norm": "l7"}, "l7")]
+)
 def test_bad_arguments_are_named(bad, word):
     with pytest.raises(ValueError, match=word):
         pgd(ce, x0, **{"eps": 0.1, "step_size": 0.1, "steps": 1, **bad})

@@ -1,4 +1,5 @@
 """Every command line of the README and of a docstring is one that the program accepts."""
+
 import importlib
 import re
 import shlex
@@ -25,7 +26,9 @@ def all_commands():
     yield from commands(BLOCKS)
 
 
-@pytest.mark.parametrize("script, flags", list(all_commands()), ids=lambda v: " ".join(v) if isinstance(v, list) else v)
+@pytest.mark.parametrize(
+    "script, flags", list(all_commands()), ids=lambda v: " ".join(v) if isinstance(v, list) else v
+)
 def test_command_lines_are_accepted(script, flags):
     module = importlib.import_module(script)
     module.check(module.parser().parse_args(flags))
