@@ -1,6 +1,7 @@
 """Every command line of the README and of a docstring is one that the program accepts."""
 
 import importlib
+import json
 import re
 import shlex
 
@@ -46,3 +47,15 @@ def test_ci_runs_the_readmes_test_command():
 def test_every_log_that_the_readme_names_is_there():
     named = re.findall(r"results/[\w./-]+", README)
     assert named and all((ROOT / name).exists() for name in named)
+
+
+def test_every_result_in_the_readme_is_in_a_log():
+    """Rows `| [name](results/...) | CPU-seconds | k-NN | linear | PGD 4/255 | PGD 8/255 |`."""
+    rows = re.findall(r"^\| \[[^]]+\]\((results/[\w/-]+)\) \| (.*) \|$", README, re.M)
+    assert rows
+    for folder, cells in rows:
+        log, evaluations = ([json.loads(line) for line in open(ROOT / folder / f)] for f in ("log.jsonl", "eval.jsonl"))
+        found = {e["preset"]: {a: r["accuracy"] for a, r in e["results"].items()} for e in evaluations}
+        want = [found["knn"]["clean"], *(found["amoc-slf"][a] for a in ("clean", "pgd20-4", "pgd20"))]
+        want = [round(log[-1].get("cpu_seconds", 0)), *want]
+        assert [float(c) for c in cells.split(" | ")] == pytest.approx(want, abs=0.5e-2), folder
