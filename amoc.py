@@ -33,6 +33,10 @@ and the paper has not, fills it with the keys of attacked queries.
     torchrun --standalone --nproc-per-node 8 amoc.py     the same on 8 GPUs, 32 of the 256 images on each
     python amoc.py --variant CCC                         MoCo, the clean base
     python eval.py runs/amoc/encoder.pt --preset amoc-slf
+
+Measured on one thread of a CPU (AMD EPYC), 0.3 M-parameter encoder, 10,000 images of CIFAR-10 (JPEG): linear probe
+36.2 standard / 15.1 under PGD-20 at 8/255 after 3.2 CPU-minutes (8 epochs, 2 attack steps); CCC with the same
+CPU time 40.1 / 2.5; a random encoder 27.4 / 0. Not yet run on a GPU, where the paper has 78.74 / 36.87 (ACC).
 """
 import math
 import pathlib
