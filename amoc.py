@@ -34,9 +34,9 @@ and the paper has not, fills it with the keys of attacked queries.
     python amoc.py --variant CCC                         MoCo, the clean base
     python eval.py runs/amoc/encoder.pt --preset amoc-slf
 
-Measured on one thread of a CPU (AMD EPYC), 0.3 M-parameter encoder, 10,000 images of CIFAR-10 (JPEG): linear probe
-36.2 standard / 15.1 under PGD-20 at 8/255 after 3.2 CPU-minutes (8 epochs, 2 attack steps); CCC with the same
-CPU time 40.1 / 2.5; a random encoder 27.4 / 0. Not yet run on a GPU, where the paper has 78.74 / 36.87 (ACC).
+Measured on a CPU thread (AMD EPYC), 0.3 M-parameter encoder, 10,000 images of CIFAR-10 (JPEG), 3.2 minutes
+(8 epochs, 2 attack steps): linear probe 36.2 standard, 15.1 under PGD-20 at 8/255. CCC in the same time: 40.1
+and 2.5; a random encoder: 27.4 and 0. Not yet run on a GPU; the paper has 78.74 and 36.87 (ACC, 200 epochs).
 """
 import math
 import pathlib

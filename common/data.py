@@ -16,7 +16,6 @@ uint8 as well, being where a view begins.
 import math
 import os
 import pathlib
-import signal
 
 import numpy as np
 import torch
@@ -187,7 +186,7 @@ def _classes(folder):
 
 def _worker(_):
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the main process ends its workers
+    os.setpgrp()  # a signal to the whole group is for the main process, which ends its workers itself
 
 
 # ----------------------------------------------------------------------------------------------------------
