@@ -262,7 +262,7 @@ def main(argv=None):
         for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
             run.interrupted(args, env, state, step)
             x1, x2 = (augment(x, rng, args.image_size) for _ in range(2))  # `rng` moves on between them
-            noise = 2 * rng.uniform(2, *x1.shape[1:], device=device) - 1
+            noise = 2 * rng.uniform(2, *x1.shape[1:], device=device) - 1 if v.adversarial else None
             with run.autocast(device):
                 losses = train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, args)
             log.step(step, len(x) * env.world, **losses)

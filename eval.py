@@ -163,7 +163,8 @@ def train(net, images, p, seed):
             if p.augment != "none":
                 x = data.random_flip(data.random_pad_crop(x, rng, 4, p.augment), rng)
             x = x.contiguous(memory_format=torch.channels_last)
-            loss = classifier_loss(net, x, y, p, rng.uniform(*x.shape[1:], device=x.device))
+            noise = None if p.loss == "clean" else rng.uniform(*x.shape[1:], device=x.device)
+            loss = classifier_loss(net, x, y, p, noise)
             opt.zero_grad()
             loss.backward()
             opt.step()
