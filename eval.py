@@ -184,21 +184,14 @@ def save_classifier(net, path):
     os.replace(f"{path}.tmp", path)
 
 
-FORMAT = "classifier-1"
+FORMAT = "evaluated classifier, version 1"
 
 
 def load_classifier(path):
     """The classifier that an evaluation wrote to `path`: a plain nn.Module in eval mode, images in [0, 1] ->
     logits, which any attack library can call. Raises FileNotFoundError, or ValueError that names what is
     wrong."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; eval.py writes classifiers") from None
-    except Exception as e:
-        raise ValueError(f"{path}: not readable as a classifier ({type(e).__name__}); truncated?") from None
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a classifier that eval.py wrote")
+    saved = encoders.read(path, FORMAT, "eval.py writes classifier-<preset>-<BN>.pt")
     encoder = encoders.make(saved["arch"], (), saved["stem"], saved["mean"], saved["std"])
     net = Classifier(encoder, saved["classes"])
     encoders.load_strict(net, saved["state"], path)

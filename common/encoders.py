@@ -180,7 +180,7 @@ def export(encoder, branch, path):
     os.replace(f"{path}.tmp", path)
 
 
-FORMAT = "encoder-1"
+FORMAT = "exported encoder, version 1"
 
 
 def load_encoder(path, branch=None):
@@ -190,14 +190,7 @@ def load_encoder(path, branch=None):
     Its `branch` attribute names the one loaded. Raises FileNotFoundError, or ValueError that names what is
     wrong: not such a file, an unknown branch, or the first missing, unexpected or misshaped tensor.
     """
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; pretraining writes encoder.pt when it ends") from None
-    except Exception as e:
-        raise ValueError(f"{path}: not readable as an encoder ({type(e).__name__}); truncated?") from None
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise ValueError(f"{path}: not an exported encoder; that is the encoder.pt in the folder of a run")
+    saved = read(path, FORMAT, "pretraining writes encoder.pt when it ends")
     state = dict(saved["state"])
     if branch not in (None, saved["branch"]):
         if branch not in saved["others"]:
@@ -208,6 +201,19 @@ def load_encoder(path, branch=None):
     load_strict(encoder, state, path)
     encoder.branch = branch or saved["branch"]
     return encoder.eval()
+
+
+def read(path, kind, hint):
+    """The dict saved at `path` of format `kind`; else an error that names the file and gives `hint`."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; {hint}") from None
+    except Exception as e:
+        raise ValueError(f"{path}: cannot be read ({type(e).__name__}), perhaps truncated; {hint}") from None
+    if not isinstance(saved, dict) or saved.get("format") != kind:
+        raise ValueError(f"{path}: not an {kind}; {hint}")
+    return saved
 
 
 def load_strict(net, state, path):

@@ -219,7 +219,8 @@ def test_bn_chooses_the_branch_and_is_recorded(exported):
 
 
 @pytest.mark.parametrize(
-    "content, words", [(None, "no such file"), (b"", "truncated"), ("encoder", "not a classifier")]
+    "content, words",
+    [(None, "no such file"), (b"", "truncated"), ("encoder", "not an evaluated classifier")],
 )
 def test_a_classifier_that_cannot_be_read_is_named(exported, content, words):
     path = exported / "classifier.pt"
