@@ -278,8 +278,9 @@ def _resize_matrix(start, length, n_in, n_out, device, flip=None):
     support = scale.clamp_min(1).to(device, non_blocking=True)
     start, end = start.to(device, non_blocking=True), (start + length).to(device, non_blocking=True)
     tap = torch.arange(n_in, device=device) + 0.5
-    w = (1 - (tap - center).abs() / support).clamp_min(0) * ((tap > start) & (tap < end))
-    return w / w.sum(2, keepdim=True)
+    w = (tap - center).abs_().div_(-support).add_(1).clamp_min_(0)
+    w *= (tap > start) & (tap < end)
+    return w.div_(w.sum(2, keepdim=True))
 
 
 def random_resized_crop(x, rng, size, scale, ratio=(3 / 4, 4 / 3), flip=0.0):
