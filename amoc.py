@@ -204,7 +204,10 @@ def check(args):
     v = VARIANTS[args.variant]
     if v.adversarial and args.steps < 1:
         raise ValueError(f"--steps {args.steps}: variant {args.variant} needs at least 1 attack step")
-    for flag in ("epochs", "eps", "step_size", "weight_decay"):
+    for flag in ("lam", "ema"):
+        if not 0 <= getattr(args, flag) <= 1:
+            raise ValueError(f"--{flag} {getattr(args, flag):g}: must be from 0 to 1")
+    for flag in ("epochs", "lr", "warmup", "eps", "step_size", "weight_decay"):
         if getattr(args, flag) < 0:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must not be negative")
     for flag in ("temperature", "batch_size", "bank_size", "save_every", "image_size"):

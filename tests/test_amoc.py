@@ -344,6 +344,8 @@ def test_defaults_are_the_papers_run():
         (["--steps", "0"], "--steps 0: variant ACC needs at least 1"),
         (["--temperature", "0"], "--temperature 0"),
         (["--bank-size", "0"], "--bank-size 0"),
+        (["--lam", "1.5"], "--lam 1.5: must be from 0 to 1"),
+        (["--lr", "-1"], "--lr -1: must not be negative"),
     ],
 )
 def test_bad_flags_of_the_method_are_named(flags, words):
