@@ -207,12 +207,8 @@ def check(args):
     for flag in ("lam", "ema"):
         if not 0 <= getattr(args, flag) <= 1:
             raise ValueError(f"--{flag} {getattr(args, flag):g}: must be from 0 to 1")
-    for flag in ("epochs", "lr", "warmup", "eps", "step_size", "weight_decay"):
-        if getattr(args, flag) < 0:
-            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must not be negative")
-    for flag in ("temperature", "batch_size", "bank_size", "save_every", "image_size"):
-        if getattr(args, flag) <= 0:
-            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must be positive")
+    run.not_negative(args, "epochs", "lr", "warmup", "weight_decay", "eps", "step_size")
+    run.positive(args, "batch_size", "temperature", "bank_size", "image_size", "save_every")
 
 
 def network(arch):

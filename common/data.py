@@ -13,6 +13,7 @@ Parameters live on the CPU until they are used: a thousand numbers a step cost n
 gets what is known without a host sync. Images are float32 in [0, 1]; only `resized_crop` and `pad_crop` take
 uint8 as well, being where a view begins.
 """
+import hashlib
 import math
 import os
 import pathlib
@@ -38,6 +39,10 @@ class Images:
     def __len__(self):
         return len(self.x)
 
+    def checksum(self):
+        """A hash of the images and their order."""
+        return hashlib.sha256(self.x.cpu().numpy().tobytes()).hexdigest()
+
     def stream(self, indices):
         """Yield `(x, y)` for each index tensor of the iterable `indices`."""
         for i in indices:
@@ -54,7 +59,7 @@ class Folder:
     """
 
     def __init__(self, root, size, device, workers, keep):
-        tree = datasets.ImageFolder(root)
+        tree, self.root = datasets.ImageFolder(root), root
         self.classes, self.size, self.device, self.workers = len(tree.classes), size, device, workers
         self.samples = [tree.samples[i] for i in keep(len(tree))]
         self.y = torch.tensor([label for _, label in self.samples])
@@ -62,8 +67,13 @@ class Folder:
     def __len__(self):
         return len(self.samples)
 
+    def checksum(self):
+        """A hash of the files' names, sizes and order, and of the side they are decoded to."""
+        files = [(os.path.relpath(path, self.root), os.path.getsize(path)) for path, _ in self.samples]
+        return hashlib.sha256(repr((files, self.size)).encode()).hexdigest()
+
     def __getitem__(self, i):
-        path, label = self.samples[i]
+        path, _ = self.samples[i]
         try:
             image = datasets.folder.default_loader(path)
             scale = self.size / min(image.size)
@@ -73,7 +83,7 @@ class Folder:
             image = image.crop((left, top, left + self.size, top + self.size))
         except Exception as e:
             raise ValueError(f"{path}: cannot be decoded as an image ({e}); repair it or remove it") from None
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), label
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), self.y[i]
 
     def stream(self, indices):
         loader = torch.utils.data.DataLoader(
@@ -251,24 +261,33 @@ def to_float(x):
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
-def resized_crop(x, top, left, height, width, size, flip=None):
-    """Cut the box of each image and resize it to (size, size): torchvision's `resized_crop`, bilinear and
-    antialiased.
+def resized_crop(x, top, left, height, width, size, flip=None, filter="bilinear"):
+    """Cut the box of each image and resize it to (size, size): torchvision's `resized_crop`, antialiased.
 
-    x (B, 3, H, W); top, left, height, width (B,) in pixels; flip (B,) bool mirrors the result. Resizing is
-    linear and separable, so it is two batched matrix products; a crop and a mirror are only other rows in
-    those matrices.
+    x (B, 3, H, W); top, left, height, width (B,) in pixels; flip (B,) bool mirrors the result; filter
+    "bilinear" or "bicubic" (which overshoots, and is clipped). Resizing is linear and separable, so it is two
+    batched matrix products; a crop and a mirror are only other rows in those matrices.
     """
     B, C, H, W = x.shape
-    rows = _resize_matrix(top, height, H, size, x.device)
-    columns = _resize_matrix(left, width, W, size, x.device, flip)
+    rows = _resize_matrix(FILTERS[filter], top, height, H, size, x.device)
+    columns = _resize_matrix(FILTERS[filter], left, width, W, size, x.device, flip)
     x = to_float(x.permute(0, 2, 1, 3).contiguous())  # (B, H, C, W): both products find their axis in place
     x = (x.view(B, H * C, W) @ columns.transpose(1, 2)).view(B, H, C * size)
-    return (rows @ x).view(B, size, C, size).permute(0, 2, 1, 3).contiguous()
+    x = (rows @ x).view(B, size, C, size).permute(0, 2, 1, 3).contiguous()
+    return x.clamp_(0, 1) if filter == "bicubic" else x
 
 
-def _resize_matrix(start, length, n_in, n_out, device, flip=None):
-    """(B, n_out, n_in): the triangle filter that resizes [start, start + length) of n_in samples to n_out."""
+def _cubic(t):
+    """Keys' cubic with a = -1/2 (1981) of distances t >= 0, as in PIL."""
+    near, far = ((1.5 * t - 2.5) * t * t).add_(1), (((2.5 - 0.5 * t) * t - 4) * t).add_(2)
+    return torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
+
+
+FILTERS = {"bilinear": lambda t: t.neg().add_(1).clamp_min_(0), "bicubic": _cubic}
+
+
+def _resize_matrix(filter, start, length, n_in, n_out, device, flip=None):
+    """(B, n_out, n_in): the filter that resizes [start, start + length) of n_in samples to n_out."""
     start, length = start.float()[:, None, None], length.float()[:, None, None]
     scale = length / n_out
     out = torch.arange(n_out).expand(len(start), n_out)
@@ -278,17 +297,25 @@ def _resize_matrix(start, length, n_in, n_out, device, flip=None):
     support = scale.clamp_min(1).to(device, non_blocking=True)
     start, end = start.to(device, non_blocking=True), (start + length).to(device, non_blocking=True)
     tap = torch.arange(n_in, device=device) + 0.5
-    w = (tap - center).abs_().div_(-support).add_(1).clamp_min_(0)
+    w = filter((tap - center).abs_().div_(support))
     w *= (tap > start) & (tap < end)
     return w.div_(w.sum(2, keepdim=True))
 
 
-def random_resized_crop(x, rng, size, scale, ratio=(3 / 4, 4 / 3), flip=0.0):
+def resize(x, size):
+    """Images x (B, 3, H, W) as floats of side `size`; of that side already, as they are."""
+    if x.shape[2:] == (size, size):
+        return to_float(x)
+    zero, one = torch.zeros(len(x)), torch.ones(len(x))
+    return resized_crop(x, zero, zero, one * x.shape[2], one * x.shape[3], size)
+
+
+def random_resized_crop(x, rng, size, scale, ratio=(3 / 4, 4 / 3), flip=0.0, filter="bilinear"):
     """torchvision's `RandomResizedCrop`, then `RandomHorizontalFlip(flip)` in the same products."""
     u = rng.uniform(4, 10)  # ten attempts each, as in torchvision
     p = rng.uniform(1)[:, 0]
     top, left, height, width = _crop_boxes(u, x.shape[2], x.shape[3], scale, ratio)
-    return resized_crop(x, top, left, height, width, size, p < flip)
+    return resized_crop(x, top, left, height, width, size, p < flip, filter)
 
 
 def _crop_boxes(u, H, W, scale, ratio):

@@ -13,11 +13,12 @@ from torch import nn
 
 
 class BranchNorm(nn.Module):
-    """BatchNorm2d in several named branches; the first is used unless `branch` says otherwise."""
+    """BatchNorm in several named branches; the first is used unless `branch` says otherwise. `norm`: of images
+    (nn.BatchNorm2d) or, in a head, of rows (nn.BatchNorm1d)."""
 
-    def __init__(self, channels, branches):
+    def __init__(self, channels, branches, norm=nn.BatchNorm2d):
         super().__init__()
-        self.branches = nn.ModuleDict({name: nn.BatchNorm2d(channels) for name in branches})
+        self.branches = nn.ModuleDict({name: norm(channels) for name in branches})
         self.branch = next(iter(branches))
 
     def forward(self, x):

@@ -46,6 +46,20 @@ def parser(doc, name, arch):
     return p
 
 
+def positive(args, *flags):
+    """ValueError that names the first of `flags` which is not above 0."""
+    for flag in flags:
+        if not getattr(args, flag) > 0:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must be positive")
+
+
+def not_negative(args, *flags):
+    """ValueError that names the first of `flags` which is not 0 or more."""
+    for flag in flags:
+        if not getattr(args, flag) >= 0:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must not be negative")
+
+
 # These may differ when a run is continued: they change nothing, or (device, compile) only the rounding.
 FREE = {"data_dir", "out", "device", "workers", "compile", "save_every"}
 
@@ -147,6 +161,12 @@ def gather(z):
     all ranks' losses ask of it, so that, with `average_grads`, the gradient is that of the mean over ranks of
     their losses."""
     return _Gather.apply(z) if dist.is_initialized() and dist.get_world_size() > 1 else z
+
+
+def barrier():
+    """Wait here until all ranks are."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(torch.zeros(1))  # through the host: gloo
 
 
 def average_grads(params):
@@ -274,10 +294,10 @@ class Log:
 
     def start(self, step, note=""):
         """Call once, after `resume`: writes the first line, or drops the lines that the checkpoint does not
-        know of. `note` is for the screen."""
+        know of. `note` joins that line, and the screen."""
         if self.env.rank == 0:
             lines = self.path.read_text().splitlines() if self.path.exists() and step else []
-            lines = lines[: 1 + self.epochs] or [json.dumps(header(self.args, self.env))]
+            lines = lines[: 1 + self.epochs] or [json.dumps({**header(self.args, self.env), "note": note})]
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("\n".join(lines) + "\n")
             os.replace(temporary, self.path)

@@ -32,18 +32,20 @@ def rng(n):
 
 
 # Each augmentation equals its torchvision counterpart -------------------------------------------------------
+@pytest.mark.parametrize("filter", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("H, W, size", [(32, 32, 32), (40, 18, 7), (18, 40, 48), (5, 61, 16)])
-def test_resized_crop_is_torchvisions_for_boxes_from_one_pixel_to_the_whole_image(H, W, size):
+def test_resized_crop_is_torchvisions_for_boxes_from_one_pixel_to_the_whole_image(H, W, size, filter):
     n = 24
     x, u = random(n, 3, H, W), random(4, n, seed=1)
     height, width = (1 + u[0] * H).floor(), (1 + u[1] * W).floor()
     height[0], width[0], height[1], width[1] = H, W, 1, 1
     top, left = (u[2] * (H - height + 1)).floor(), (u[3] * (W - width + 1)).floor()
     mirrored = torch.arange(n) % 3 == 0
-    want = [tv.resized_crop(i, *map(int, box), [size, size], antialias=True)
+    mode = transforms.InterpolationMode(filter)
+    want = [tv.resized_crop(i, *map(int, box), [size, size], mode, antialias=True).clamp(0, 1)
             for i, *box in zip(x, top, left, height, width)]
-    close(data.resized_crop(x, top, left, height, width, size), want)
-    close(data.resized_crop(x, top, left, height, width, size, mirrored),
+    close(data.resized_crop(x, top, left, height, width, size, filter=filter), want)
+    close(data.resized_crop(x, top, left, height, width, size, mirrored, filter),
           [tv.hflip(i) if m else i for i, m in zip(want, mirrored)])
 
 
@@ -99,6 +101,12 @@ def test_pad_crop_is_torchvisions_at_every_offset(mode):
     x = random(49, 3, 10, 13)
     close(data.pad_crop(x, top, left, 3, mode),
           [tv.crop(tv.pad(i, 3, padding_mode=mode), t, s, 10, 13) for i, t, s in zip(x, top, left)], 0)
+
+
+def test_resize_is_torchvisions_of_the_whole_image_and_leaves_its_own_size_alone():
+    x = random(3, 3, 20, 14)
+    close(data.resize(x, 9), [tv.resize(i, [9, 9], antialias=True) for i in x])
+    assert torch.equal(data.resize(data.resize(x, 9), 9), data.resize(x, 9))
 
 
 def test_a_crop_of_bytes_is_the_crop_of_their_255ths():
@@ -371,6 +379,24 @@ def test_an_image_of_the_right_height_loses_only_its_sides(tree):
     x, y = next(images.stream([torch.tensor([2])]))
     whole = np.array(Image.open(tree / "val" / "b" / "1.png"))
     assert (x[0].permute(1, 2, 0).numpy() == whole[:, 5:25]).all() and y.tolist() == [1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_folder_gives_whatever_stands_in_y(tree, workers):
+    images = data.load(str(tree), size=20, workers=workers)
+    images.y = torch.arange(24).view(12, 2)
+    assert torch.cat([y for _, y in images.stream(torch.tensor([5, 0, 7]).split(2))]).tolist() == [
+        [10, 11], [0, 1], [14, 15]]
+
+
+def test_a_checksum_knows_the_images_and_their_order(tree):
+    a, b = data.Images(random(2, 3, 4, 4), None, 1), data.Images(random(2, 3, 4, 4).flip(0), None, 1)
+    assert a.checksum() == data.Images(a.x.clone(), None, 1).checksum() != b.checksum()
+    folder = data.load(str(tree), size=20)
+    assert folder.checksum() == data.load(str(tree), size=20, workers=0).checksum()
+    others = [data.load(str(tree), size=21), data.load(str(tree), size=20, limit=12),
+              data.load(str(tree), size=20, split="test")]
+    assert len({folder.checksum(), *(other.checksum() for other in others)}) == 4
 
 
 @pytest.mark.parametrize("workers", [0, 2])
