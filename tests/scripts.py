@@ -10,7 +10,10 @@ import numpy as np
 ROOT = pathlib.Path(__file__).parents[1]
 
 # Housekeeping comes from TINY; here only what the script itself needs to be small.
-SCRIPTS = {"amoc": ["--bank-size", "48", "--steps", "1", "--warmup", "1"]}
+SCRIPTS = {
+    "amoc": ["--bank-size", "48", "--steps", "1", "--warmup", "1"],
+    "rocl": ["--steps", "1", "--warmup", "1"],
+}
 TINY = ["--arch", "slim", "--batch-size", "16", "--epochs", "2", "--device", "cpu"]
 
 

@@ -1,0 +1,213 @@
+"""RoCL: robust contrastive learning (Kim, Tack & Hwang 2020, arXiv 2006.07589).
+
+SimCLR, made robust. Without labels an image can still be taken for another image: the instance-wise attack
+moves one view x1 so as to maximise its contrastive loss against the other view x2. The attacked view then
+joins the two as a third positive, and a small regulariser ties it to its target once more. One encoder, one
+BatchNorm for clean and attacked images alike, in-batch negatives; no bank, no momentum network.
+
+    paper                       here
+    f, g                        net: encoder and projector; embed() gives z, un-normalised
+    t(x), t'(x)                 x1, x2
+    t(x)^adv                    x_adv
+    L_con                       nt_xent of two views, which the attack maximises
+    L_RoCL                      nt_xent of the three views x1, x2, x_adv
+    L_reg, lambda               loss_reg, --reg-weight
+
+We know the equations from later restatements (Qi & Shah 2022, arXiv 2210.13463), all hyper-parameters from
+the authors' code. Where we depart from that code:
+    - the gradient flows through both factors of a similarity (there the second is detached: the same loss,
+      another gradient);
+    - one temperature for all three losses (there 0.5 is written into two of them), and the whole batch's
+      negatives in the regulariser (there those of one GPU);
+    - z of the attack's target is computed once per attack, and `pgd` makes no weight gradient: exactly equal
+      in eval mode, and 30 instead of 43 forwards a step (a backward to the pixels counts 1, a whole one 2).
+In one thing we follow the code against the paper: with three views each positive has a term of its own,
+-log(e^positive / sum over all others), where the paper takes the log of the positives' sum. All published
+weights are of this form; with two views both are the same.
+BatchNorm: the attack runs in eval mode and changes nothing. The regulariser's pass [x_adv; x2] and the main
+pass [x1; x2; x_adv] each have their own batch statistics and each move the running ones. Several processes
+share their negatives, except within the attack; their BatchNorms see their own images.
+
+    python rocl.py                                       the authors' run: CIFAR-10, ResNet-18, 1000 epochs
+    torchrun --standalone --nproc-per-node 2 rocl.py     the same on 2 GPUs, 256 of the 512 images on each
+    python rocl.py --reg-weight 0                        without the regulariser
+    python eval.py runs/rocl/encoder.pt --preset rocl-slf rocl-alf
+"""
+import math
+import pathlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.utils import save_image
+
+from common import data, encoders, optim, run
+from common.pgd import eval_mode, pgd
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The method
+# ----------------------------------------------------------------------------------------------------------
+def augment(x, rng, size):
+    """One view of the uint8 images x (B, 3, H, W): floats (B, 3, size, size) in [0, 1]; the crop is last."""
+    x = data.random_color_jitter(data.to_float(x), rng, 0.4, 0.4, 0.4, 0.1, p=0.8)
+    x = data.random_grayscale(x, rng, p=0.2)
+    x = data.random_resized_crop(x, rng, size, scale=(0.08, 1.0), flip=0.5)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def embed(net, *views):
+    """z of each view (B, 3, S, S), all in one pass: (B, 128) each, fp32 under autocast too (fp64 stays)."""
+    z = net(torch.cat(views))
+    return (z if z.dtype == torch.float64 else z.float()).chunk(len(views))
+
+
+def nt_xent(views, temperature):
+    """Mean over anchors i of the sum over their positives j of -log(e^(u_i.u_j/T) / sum_k!=i e^(u_i.u_k/T)).
+
+    views: V tensors (B, D), normalised here to u. Every view of every image is an anchor; its positives are
+    the other V - 1 views of the image, and stay in the denominator. Chance is (V - 1) ln(V B - 1).
+    """
+    u = F.normalize(torch.stack(list(views)), dim=2)  # (V, B, D)
+    pos = (u * (u.sum(0) - u)).sum(2) / temperature  # (V, B): the sum over the other views
+    rows = u.flatten(0, 1)  # (V B, D)
+    with torch.autocast(rows.device.type, enabled=False):
+        scores = rows @ rows.T / temperature  # (V B, V B)
+    scores.fill_diagonal_(-math.inf)  # nothing is its own negative
+    return (len(u) - 1) * scores.logsumexp(1).mean() - pos.mean()
+
+
+def attack(net, x1, x2, noise, args):
+    """x1 moved within eps to maximise the loss of the pair (x_adv, target), target x2 unless --attack-to says
+    otherwise; all (B, 3, S, S). It starts at `noise` in [-1, 1], times eps.
+
+    Eval mode: an embedding then depends on its own image only, so the target's is a constant, and no running
+    statistic changes. That constant is detached rather than made under no_grad, where autocast would cache
+    the cast weights without their graph, and the training passes would reuse them.
+    """
+    eps, step_size = args.eps / 255, args.step_size / 255
+    with eval_mode(net):
+        z = embed(net, x2 if args.attack_to == "other" else x1)[0].detach()
+        return pgd(lambda x: nt_xent([*embed(net, x), z], args.temperature),
+                   x1, eps, step_size, args.steps, start=(x1 + eps * noise).clamp(0, 1))
+
+
+def train_step(net, opt, x1, x2, noise, args):
+    """One iteration on two views (B, 3, S, S); `noise`, of their shape and in [-1, 1], starts the attack."""
+    def loss_of(*views):
+        return nt_xent([run.gather(z) for z in embed(net, *views)], args.temperature)
+
+    x_adv = attack(net, x1, x2, noise, args)
+    losses = {}
+    if args.reg_weight:
+        losses["loss_reg"] = loss_of(x_adv, x2 if args.regularize_to == "other" else x1)
+    losses["loss_con"] = loss_of(x1, x2, x_adv)
+    loss = losses["loss_con"] + args.reg_weight * losses.get("loss_reg", 0)
+
+    opt.zero_grad()
+    loss.backward()
+    run.average_grads(net.parameters())
+    opt.step()
+    run.average_buffers(net)  # else each rank attacks a network of its own
+    return {"loss": loss, **losses}
+
+
+def lr_at(epoch, epochs, lr, warmup):
+    """By epoch: linear over the first `warmup`, from a fifteenth of `lr`; then a cosine that would end
+    `warmup` epochs after the run."""
+    if epoch < warmup:
+        return lr / 15 * (1 + 14 * (epoch + 1) / warmup)
+    return optim.cosine((epoch - warmup) / epochs, lr)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------------------
+def parser():
+    p = run.parser(__doc__, name="rocl", arch="resnet18")
+    p.add_argument("--epochs", type=int, default=1000, help="0 exports the random encoder")
+    p.add_argument("--batch-size", type=int, default=512, help="images a step, over all processes")
+    p.add_argument("--lr", type=float, default=1.5, help="of LARS, at its peak")
+    p.add_argument("--warmup", type=int, default=10, help="epochs")
+    p.add_argument("--weight-decay", type=float, default=1e-6)
+    p.add_argument("--temperature", type=float, default=0.5)
+    p.add_argument("--reg-weight", type=float, default=1 / 256, help="lambda; 0: no regulariser")
+    p.add_argument("--attack-to", default="other", help="target of the attack: other (x2) or original (x1)")
+    p.add_argument("--regularize-to", default="other", help="partner of x_adv in the regulariser, likewise")
+    p.add_argument("--eps", type=float, default=8.0, help="linf radius of the attack, in 1/255")
+    p.add_argument("--step-size", type=float, default=1.785, help="of the attack, in 1/255 (the code: .007)")
+    p.add_argument("--steps", type=int, default=7, help="of the attack")
+    p.add_argument("--image-size", type=int, default=32, help="side of a view")
+    return p
+
+
+def check(args):
+    for flag in ("attack_to", "regularize_to"):
+        if getattr(args, flag) not in ("other", "original"):
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: choose other or original")
+    run.not_negative(args, "epochs", "lr", "warmup", "weight_decay", "reg_weight")
+    run.not_negative(args, "eps", "step_size", "steps")
+    run.positive(args, "batch_size", "temperature", "image_size", "save_every")
+
+
+def network(arch):
+    """Encoder and projector, one BN: images in [0, 1] (B, 3, S, S), not normalised further -> (B, 128)."""
+    encoder = encoders.make(arch, mean=(0, 0, 0), std=(1, 1, 1))
+    for m in encoder.modules():
+        if isinstance(m, nn.Conv2d):
+            m.reset_parameters()  # PyTorch's default start, as in the authors' code
+    projector = encoders.mlp(encoder.dim, 4 * encoder.dim, 128)
+    return nn.Sequential(encoder, projector).to(memory_format=torch.channels_last)
+
+
+def pictures(path, net, images, args):
+    """Rows of up to eight: x1, x2, x_adv and its perturbation (grey is none, full scale is eps)."""
+    x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
+    x1, x2 = (augment(x, rng, args.image_size) for _ in range(2))
+    x_adv = attack(net, x1, x2, 2 * rng.uniform(*x1.shape[1:], device=x1.device) - 1, args)
+    rows = x1, x2, x_adv, 0.5 + (x_adv - x1) / (2 * max(args.eps / 255, 1e-8))
+    save_image(torch.cat(rows), path, nrow=len(x1))
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    check(args)
+    env = run.setup(args)
+    device, out = env.device, pathlib.Path(args.out)
+    images = data.load(args.data, args.data_dir, "train", device, args.limit, args.image_size, args.workers)
+    steps = data.steps_per_epoch(len(images), args.batch_size, env.world)
+
+    net = network(args.arch).to(device)
+    opt = optim.LARS(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    if args.compile:
+        net.compile()
+
+    log = run.Log(args, env, steps * args.epochs)
+    state = dict(net=net, opt=opt, log=log)
+    step = run.resume(args, env, state)
+    chance = 2 * math.log(3 * args.batch_size - 1), math.log(2 * args.batch_size - 1)
+    log.start(step, "chance: loss_con 2 ln(3B - 1) = {:.3f}, loss_reg ln(2B - 1) = {:.3f}".format(*chance))
+
+    for epoch in range(step // steps, args.epochs):
+        lr = opt.param_groups[0]["lr"] = lr_at(epoch, args.epochs, args.lr, args.warmup)
+        begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
+        for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
+            run.interrupted(args, env, state, step)
+            x1, x2 = (augment(x, rng, args.image_size) for _ in range(2))  # `rng` moves on between them
+            noise = 2 * rng.uniform(*x1.shape[1:], device=device) - 1
+            with run.autocast(device):
+                losses = train_step(net, opt, x1, x2, noise, args)
+            log.step(step, len(x) * env.world, **losses)
+            step += 1
+        log.epoch(epoch, step, lr=lr)
+        if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+            run.save(args, env, state, step)
+            if env.rank == 0:
+                pictures(out / "views.png", net, images, args)
+    if env.rank == 0:
+        encoders.export(net[0], None, out / "encoder.pt")
+        print(f"{out / 'encoder.pt'} holds the encoder")
+
+
+if __name__ == "__main__":
+    run.cli(main)

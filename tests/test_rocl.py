@@ -1,0 +1,223 @@
+"""The mathematics of rocl.py against the paper read aloud: slow float64 loops, and printed values."""
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import rocl
+from common.pgd import eval_mode, pgd
+from tests.recipes import A, X, Z, unit
+
+
+def slow_nt_xent(views, T):
+    """One anchor and one positive at a time."""
+    z = [(view, image, unit(row[None])[0]) for view, rows in enumerate(views) for image, row in enumerate(rows)]
+    total = 0.0
+    for a, (view, image, u) in enumerate(z):
+        others = sum(torch.exp(torch.dot(u, w) / T) for k, (_, _, w) in enumerate(z) if k != a)
+        for other_view, other_image, w in z:
+            if other_image == image and other_view != view:
+                total = total - torch.log(torch.exp(torch.dot(u, w) / T) / others)
+    return total / len(z)
+
+
+HALVES, THIRDS, ODD = A(8, 8, 0).chunk(2), A(12, 8, 0).chunk(3), Z(9, 6).chunk(3)
+
+
+@pytest.mark.parametrize("views, value, norm, entries", [
+    (HALVES, 4.255083800077276, 0.2471084263370869,
+     {(0, 0, 0): 0.01475873779324956, (1, 3, 7): -0.01613713512485137}),
+    (THIRDS, 7.6114567559608, 0.1486210838381158, {(0, 0, 0): -0.03874814232922086}),
+    (ODD, 6.81914021043061, 0.3882906695645846,
+     {(0, 0, 1): 0.05603092008681469, (2, 2, 5): 0.1982399782738254})])
+def test_nt_xent_equals_slow_loops_and_the_printed_value_and_gradient(views, value, norm, entries):
+    grads = []
+    for loss_of in (rocl.nt_xent, slow_nt_xent):
+        inputs = [v.clone().requires_grad_() for v in views]
+        loss = loss_of(inputs, 0.5)
+        assert loss.item() == pytest.approx(value, rel=1e-9)
+        grads.append(torch.stack(torch.autograd.grad(loss, inputs)))
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
+    assert grads[0].norm().item() == pytest.approx(norm, rel=1e-9)
+    for at, want in entries.items():
+        assert grads[0][at].item() == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.parametrize("V, value", [(3, 14.672571320042595), (2, 6.930494765951626)])
+def test_equal_rows_give_the_chance_value(V, value):
+    row = torch.ones(512, 4, dtype=torch.float64)
+    assert rocl.nt_xent([row] * V, 0.5).item() == pytest.approx(value, rel=1e-12)
+    assert value == pytest.approx((V - 1) * math.log(V * 512 - 1), rel=1e-12)
+
+
+def test_the_loss_is_symmetric_in_the_views_and_blind_to_lengths():
+    value = rocl.nt_xent(THIRDS, 0.5)
+    assert rocl.nt_xent(THIRDS[::-1], 0.5).item() == pytest.approx(value.item(), rel=1e-12)
+    assert rocl.nt_xent([7 * v for v in THIRDS], 0.5).item() == pytest.approx(value.item(), rel=1e-12)
+
+
+def test_the_loss_is_finite_at_any_temperature_in_float32_and_bfloat16_autocast():
+    views = [v.float().requires_grad_() for v in THIRDS]
+    with torch.autocast("cpu", torch.bfloat16):
+        low = rocl.nt_xent(views, 0.001)
+        assert low.dtype == torch.float32 and rocl.nt_xent(views, 0.5) == rocl.nt_xent([*views], 0.5)
+    low.backward()
+    assert low.isfinite() and all(v.grad.isfinite().all() for v in views)
+    exact = rocl.nt_xent(views, 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert rocl.nt_xent(views, 0.5) == exact
+
+
+class Linear(nn.Module):
+    """The network of the printed values: x -> W x."""
+
+    def __init__(self):
+        super().__init__()
+        self.W = nn.Parameter(Z(6, 48))
+
+    def forward(self, x):
+        return x.flatten(1) @ self.W.T
+
+
+x1 = X(4, 3, 4, 4)
+x2 = x1.flip(3)
+noise = A(4, 48, 6).view(4, 3, 4, 4)
+
+
+def arguments(**flags):
+    return SimpleNamespace(**{**vars(rocl.parser().parse_args([])), **flags})
+
+
+@pytest.mark.parametrize("start, dv, length, before, after", [
+    (0 * noise, -0.1341745815746557, 5.477825830893335, 1.8084009356171284, 1.8932428515759943),
+    (noise, -0.46522280309851, 5.161169196905163, None, 1.8874981399435163)])
+def test_attack_equals_printed_values(start, dv, length, before, after):
+    net = Linear()
+    x_adv = rocl.attack(net, x1, x2, start, arguments())
+    d = (x_adv - x1).flatten(1)
+    assert (d * A(4, 48, 3)).sum().item() == pytest.approx(dv, rel=1e-9)
+    assert d.abs().sum().item() == pytest.approx(length, rel=1e-9)
+    assert slow_nt_xent([net(x_adv), net(x2)], 0.5).item() == pytest.approx(after, rel=1e-9)
+    if before:
+        assert slow_nt_xent([net(x1), net(x2)], 0.5).item() == pytest.approx(before, rel=1e-9)
+
+
+def step(net, **flags):
+    """A real train_step on the printed inputs, from the clean start. The optimizer only records."""
+    return rocl.train_step(net, torch.optim.SGD(net.parameters(), 0.0), x1, x2, 0 * noise, arguments(**flags))
+
+
+def test_train_step_has_the_printed_losses_and_gradient():
+    net, slow = Linear(), Linear()
+    losses = step(net)
+    assert [losses[k].item() for k in ("loss_con", "loss", "loss_reg")] == pytest.approx(
+        [4.600039701166239, 4.607435181055207, 256 * 0.007395479888968728], rel=1e-9)
+    assert net.W.grad.norm().item() == pytest.approx(0.7802878309127637, rel=1e-9)
+    assert [net.W.grad[0, 0].item(), net.W.grad[5, 47].item()] == pytest.approx(
+        [0.05750362447864232, -0.00721215113241181], rel=1e-9)
+    x_adv = rocl.attack(slow, x1, x2, 0 * noise, arguments())
+    z1, z2, z_adv = slow(x1), slow(x2), slow(x_adv)
+    (slow_nt_xent([z1, z2, z_adv], 0.5) + slow_nt_xent([z_adv, z2], 0.5) / 256).backward()
+    torch.testing.assert_close(slow.W.grad, net.W.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_flags_choose_the_targets_and_switch_the_regulariser_off():
+    losses = step(Linear(), regularize_to="original")
+    net = Linear()
+    x_adv = rocl.attack(net, x1, x2, 0 * noise, arguments())
+    assert losses["loss_reg"].item() == pytest.approx(slow_nt_xent([net(x_adv), net(x1)], 0.5).item(), rel=1e-9)
+    off = step(Linear(), reg_weight=0.0)
+    assert "loss_reg" not in off and off["loss"] == off["loss_con"]
+    original = rocl.attack(net, x1, x2, noise, arguments(attack_to="original"))
+    assert torch.equal(original, rocl.attack(net, x1, x1, noise, arguments()))
+    assert not torch.equal(original, rocl.attack(net, x1, x2, noise, arguments()))
+
+
+def real():
+    torch.manual_seed(0)
+    g = torch.Generator().manual_seed(1)
+    x1, x2, noise = torch.rand(3, 8, 3, 32, 32, generator=g)
+    return rocl.network("slim"), x1, x2, 2 * noise - 1
+
+
+def test_the_target_embedded_once_changes_no_bit():
+    net, x1, x2, noise = real()
+    args, eps = arguments(), 8 / 255
+
+    def again(x):
+        return rocl.nt_xent([net(x), net(x2)], args.temperature)
+
+    with eval_mode(net):
+        want = pgd(again, x1, eps, 1.785 / 255, 7, start=(x1 + eps * noise).clamp(0, 1))
+        assert torch.equal(rocl.attack(net, x1, x2, noise, args), want)
+        assert again(want) > again(x1)
+
+
+def test_a_step_moves_the_running_statistics_once_a_pass_and_the_attack_leaves_no_trace():
+    for reg_weight, passes in ((1 / 256, 2), (0.0, 1)):
+        net, x1, x2, noise = real()
+        before = copy.deepcopy(net.state_dict())
+        x_adv = rocl.attack(net, x1, x2, noise, arguments())
+        assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+        assert all(p.grad is None for p in net.parameters()) and all(m.training for m in net.modules())
+        assert (x_adv - x1).abs().max() <= 8 / 255 + 1e-6 and 0 <= x_adv.min() and x_adv.max() <= 1
+        opt = torch.optim.SGD(net.parameters(), 0.1)
+        rocl.train_step(net, opt, x1, x2, noise, arguments(reg_weight=reg_weight))
+        assert net[0].bn1.num_batches_tracked == passes
+
+
+def test_batchnorm_sees_the_views_of_a_pass_together():
+    net, x1, x2, _ = real()
+    z = torch.cat(rocl.embed(net, x1, x2))
+    assert torch.equal(z, net(torch.cat([x1, x2]))) and not torch.allclose(z[:8], net(x1), atol=1e-4)
+
+
+def test_autocast_loses_no_gradient():
+    net, x1, x2, noise = real()
+    with torch.autocast("cpu", torch.bfloat16):
+        rocl.train_step(net, torch.optim.SGD(net.parameters(), 0.1), x1, x2, noise, arguments(steps=2))
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+@pytest.mark.parametrize("epoch, lr", [
+    (0, 0.24), (1, 0.38), (8, 1.36), (9, 1.5), (10, 1.5), (100, 1.47022026425771), (510, 0.75),
+    (999, 4.47788733770e-4)])
+def test_learning_rate_equals_printed_values(epoch, lr):
+    assert rocl.lr_at(epoch, 1000, 1.5, 10) == pytest.approx(lr, rel=1e-9)
+
+
+def test_network_sizes_are_the_authors_and_pixels_are_not_normalised():
+    net = rocl.network("resnet18")
+    assert [sum(p.numel() for p in part.parameters()) for part in net] == [11_168_832, 1_312_896]
+    x = torch.rand(1, 3, 8, 8)
+    with torch.no_grad():
+        first = net[0].bn1.eval()(F.conv2d(x, net[0].conv1.weight, padding=1)).relu()
+        seen = []
+        net[0].layer1.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+        net.eval()(x)
+    torch.testing.assert_close(seen[0], first)
+    fan_in = 3 * 3 * 512
+    assert net[0].layer4[1].conv2.weight.abs().max() <= fan_in**-0.5  # PyTorch's start: uniform to there
+
+
+def test_defaults_are_the_authors_run():
+    want = dict(epochs=1000, batch_size=512, lr=1.5, warmup=10, weight_decay=1e-6, temperature=0.5,
+                reg_weight=1 / 256, attack_to="other", regularize_to="other", eps=8, step_size=255 * 0.007,
+                steps=7, arch="resnet18", data="cifar10")
+    args = vars(rocl.parser().parse_args([]))
+    assert {k: args[k] for k in want} == pytest.approx(want)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--attack-to", "x3"], "--attack-to x3: choose other or original"),
+    (["--regularize-to", "x3"], "--regularize-to x3: choose other or original"),
+    (["--eps", "-8"], "--eps -8: must not be negative"), (["--steps", "-1"], "--steps -1"),
+    (["--temperature", "0"], "--temperature 0: must be positive"),
+    (["--reg-weight", "-1"], "--reg-weight -1: must not be negative")])
+def test_bad_flags_of_the_method_are_named(flags, words):
+    with pytest.raises(ValueError, match=words):
+        rocl.check(rocl.parser().parse_args(flags))
