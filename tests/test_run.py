@@ -4,26 +4,12 @@ import os
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from common import run
 from common.bank import Bank
+from tests.processes import in_two_processes
 from tests.recipes import A, X
-
-
-def in_two_processes(work, folder):
-    """Run work(rank, world) in two gloo processes; returns what each gave."""
-    mp.spawn(_worker, (work, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
-
-
-def _worker(rank, work, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save(work(rank, 2), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def objective(z):

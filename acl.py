@@ -1,0 +1,229 @@
+"""ACL: robust pre-training by adversarial contrastive learning (Jiang et al. 2020, arXiv 2010.13337).
+
+SimCLR asks that two augmentations of an image agree. ACL asks that two attacked augmentations agree as well,
+the attack maximising that same contrastive loss. The dual-stream form trains a clean and an attacked SimCLR
+loss together: all weights are shared, but every BatchNorm, of the encoder and of the head, comes twice.
+
+    paper                       here
+    f, g                        net: encoder and head; embed() gives z, un-normalised
+    BN of clean, attacked x     branch "clean", "adv"
+    x_i, x_j                    x1, x2
+    L_NT                        nt_xent
+    inner maximum               attack
+    S2S, A2A, A2S, DS           VARIANTS: the terms of the loss, and what the two views of each are
+
+The paper refers to SimCLR for optimiser, augmentation and head; the numbers are those of the authors' code: a
+head of three layers with BatchNorm, LARS on all parameters (SimCLR itself leaves BatchNorm and biases out),
+the attack's 5 steps of 2/255, the mean of the two terms in DS. Where we depart from that code:
+    - the attack starts inside [0, 1] (there its first gradient is taken at x + noise, not clipped);
+    - a vector is left out of its own denominator by a mask (there by subtracting the constant e^(1/T));
+    - `pgd` makes no weight gradient, and in A2S z of the clean view is computed once per attack: exactly
+      equal in eval mode, and for DS 32 instead of 42 forwards a step (a backward to the pixels counts 1, a
+      whole one 2).
+BatchNorm: two views of a kind go through the network as one batch. The attack runs in eval mode and changes
+nothing; each branch moves its statistics once a step. Several processes share their negatives, except within
+the attack; their BatchNorms see their own images.
+
+    python acl.py                                        the paper's DS: CIFAR-10, ResNet-18, 1000 epochs
+    torchrun --standalone --nproc-per-node 4 acl.py      the same on 4 GPUs, 128 of the 512 images on each
+    python acl.py --variant s2s                          SimCLR, the clean base
+    python eval.py runs/acl/encoder.pt --preset robustssl-slf robustssl-alf acl-aff-100
+    python eval.py runs/acl/encoder.pt --preset acl-probe --bn clean
+"""
+import math
+import pathlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.utils import save_image
+
+from common import data, encoders, optim, run
+from common.encoders import BranchNorm, branch
+from common.pgd import eval_mode, pgd
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, from the authors' code
+
+VARIANTS = {  # terms of the loss: the kinds of x1 and x2, each of which is also the name of its BN branch
+    "s2s": [("clean", "clean")],
+    "a2a": [("adv", "adv")],
+    "a2s": [("adv", "clean")],
+    "ds": [("adv", "adv"), ("clean", "clean")],
+}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The method
+# ----------------------------------------------------------------------------------------------------------
+def augment(x, rng, size):
+    """One view of the uint8 images x (B, 3, H, W): floats (B, 3, size, size) in [0, 1]. No blur."""
+    x = data.random_resized_crop(x, rng, size, scale=(0.1, 1.0), flip=0.5, filter="bicubic")
+    x = data.random_color_jitter(x, rng, 0.4, 0.4, 0.4, 0.1, p=0.8)
+    x = data.random_grayscale(x, rng, p=0.2)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def embed(net, x, bn):
+    """z of x (B, 3, S, S) through BatchNorm branch `bn`: (B, 512), fp32 under autocast too (fp64 stays)."""
+    with branch(net, bn):
+        z = net(x)
+    return z if z.dtype == torch.float64 else z.float()
+
+
+def embed_pair(net, x1, x2, kinds):
+    """z1, z2; views of one kind as one batch."""
+    if kinds[0] == kinds[1]:
+        return embed(net, torch.cat([x1, x2]), kinds[0]).chunk(2)
+    return embed(net, x1, kinds[0]), embed(net, x2, kinds[1])
+
+
+def nt_xent(z1, z2, temperature):
+    """Mean over all 2B anchors i of -log( e^(u_i.u_p/T) / sum_k!=i e^(u_i.u_k/T) ), p the other view of i.
+
+    z1, z2 (B, D), normalised here to u. Chance is ln(2B - 1).
+    """
+    u1, u2 = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
+    rows = torch.cat([u1, u2])  # (2B, D)
+    with torch.autocast(rows.device.type, enabled=False):
+        scores = rows @ rows.T / temperature  # (2B, 2B)
+    scores.fill_diagonal_(-math.inf)  # nothing is its own negative
+    return scores.logsumexp(1).mean() - (u1 * u2).sum(1).mean() / temperature
+
+
+def attack(net, x1, x2, noise, kinds, args):
+    """The views of kind "adv" moved within eps to maximise the term's loss; returns both views (B, 3, S, S).
+    They start at `noise` (B, 2, 3, S, S) in [-1, 1], times eps.
+
+    Eval mode: an embedding then depends on its own image only, so that of a clean view is a constant, and no
+    running statistic changes. That constant is detached rather than made under no_grad, where autocast would
+    cache the cast weights without their graph, and the training passes would reuse them.
+    """
+    eps, step_size, T = args.eps / 255, args.step_size / 255, args.temperature
+    start1, start2 = (x1 + eps * noise[:, 0]).clamp(0, 1), (x2 + eps * noise[:, 1]).clamp(0, 1)
+    with eval_mode(net):
+        if kinds == ("adv", "adv"):  # both at once
+            x = pgd(lambda x: nt_xent(*embed_pair(net, *x.chunk(2), kinds), T),
+                    torch.cat([x1, x2]), eps, step_size, args.steps, start=torch.cat([start1, start2]))
+            return x.chunk(2)
+        z2 = embed(net, x2, "clean").detach()
+        return pgd(lambda x: nt_xent(embed(net, x, "adv"), z2, T),
+                   x1, eps, step_size, args.steps, start=start1), x2
+
+
+def train_step(net, opt, x1, x2, noise, args):
+    """One iteration on two views (B, 3, S, S); `noise` (B, 2, 3, S, S) in [-1, 1] starts the attack."""
+    losses = {}
+    for kinds in VARIANTS[args.variant]:
+        pair = attack(net, x1, x2, noise, kinds, args) if "adv" in kinds else (x1, x2)
+        z1, z2 = embed_pair(net, *pair, kinds)
+        losses[f"loss_{kinds[0]}"] = nt_xent(run.gather(z1), run.gather(z2), args.temperature)
+    loss = sum(losses.values()) / len(losses)
+
+    opt.zero_grad()
+    loss.backward()
+    run.average_grads(net.parameters())
+    opt.step()
+    run.average_buffers(net)  # else each rank attacks a network of its own
+    return {"loss": loss, **losses}
+
+
+def lr_at(update, updates, lr, warmup):
+    """Of update 1, 2, ..., `updates`: linear over the first `warmup`, then a cosine to 1e-6."""
+    return optim.warmup_cosine(update, updates, warmup, lr, 1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------------------
+def parser():
+    p = run.parser(__doc__, name="acl", arch="resnet18")
+    p.add_argument("--variant", default="ds", help=" ".join(VARIANTS))
+    p.add_argument("--epochs", type=int, default=1000, help="0 exports the random encoder")
+    p.add_argument("--batch-size", type=int, default=512, help="images a step, over all processes")
+    p.add_argument("--lr", type=float, default=5.0, help="of LARS, at its peak")
+    p.add_argument("--warmup", type=int, default=10, help="epochs")
+    p.add_argument("--weight-decay", type=float, default=1e-6)
+    p.add_argument("--temperature", type=float, default=0.5)
+    p.add_argument("--eps", type=float, default=8.0, help="linf radius of the attack, in 1/255")
+    p.add_argument("--step-size", type=float, default=2.0, help="of the attack, in 1/255")
+    p.add_argument("--steps", type=int, default=5, help="of the attack")
+    p.add_argument("--image-size", type=int, default=32, help="side of a view")
+    return p
+
+
+def check(args):
+    if args.variant not in VARIANTS:
+        raise ValueError(f"--variant {args.variant}: choose one of {', '.join(VARIANTS)}")
+    run.not_negative(args, "epochs", "lr", "warmup", "weight_decay", "eps", "step_size", "steps")
+    run.positive(args, "batch_size", "temperature", "image_size", "save_every")
+
+
+def network(arch, variant):
+    """Encoder and head (B, 3, S, S) -> (B, 512); all BatchNorms have the branches that the variant uses."""
+    branches = sorted({kind for kinds in VARIANTS[variant] for kind in kinds})
+    encoder = encoders.make(arch, branches, mean=MEAN, std=STD)
+    d = encoder.dim
+    head = nn.Sequential(
+        nn.Linear(d, d), BranchNorm(d, branches, nn.BatchNorm1d), nn.ReLU(),
+        nn.Linear(d, d, bias=False), BranchNorm(d, branches, nn.BatchNorm1d), nn.ReLU(),
+        nn.Linear(d, d, bias=False), BranchNorm(d, branches, nn.BatchNorm1d))
+    return nn.Sequential(encoder, head).to(memory_format=torch.channels_last)
+
+
+def pictures(path, net, images, args):
+    """Rows of up to eight: x1, x2, the attacked views, and their perturbations (grey is none, full scale is
+    eps)."""
+    x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
+    x1, x2 = (augment(x, rng, args.image_size) for _ in range(2))
+    rows, kinds = [x1, x2], VARIANTS[args.variant][0]
+    if "adv" in kinds:
+        noise = 2 * rng.uniform(2, *x1.shape[1:], device=x1.device) - 1
+        for clean, x_adv in zip((x1, x2), attack(net, x1, x2, noise, kinds, args)):
+            if x_adv is not clean:
+                rows += [x_adv, 0.5 + (x_adv - clean) / (2 * max(args.eps / 255, 1e-8))]
+    save_image(torch.cat(rows), path, nrow=len(x1))
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    check(args)
+    env = run.setup(args)
+    device, out = env.device, pathlib.Path(args.out)
+    images = data.load(args.data, args.data_dir, "train", device, args.limit, args.image_size, args.workers)
+    steps = data.steps_per_epoch(len(images), args.batch_size, env.world)
+
+    net = network(args.arch, args.variant).to(device)
+    opt = optim.LARS(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    if args.compile:
+        net.compile()
+
+    log = run.Log(args, env, steps * args.epochs)
+    state = dict(net=net, opt=opt, log=log)
+    step = run.resume(args, env, state)
+    log.start(step, f"chance loss ln(2B - 1) = {math.log(2 * args.batch_size - 1):.3f}")
+
+    for epoch in range(step // steps, args.epochs):
+        begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
+        for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
+            run.interrupted(args, env, state, step)
+            lr = lr_at(step + 1, steps * args.epochs, args.lr, steps * args.warmup)
+            opt.param_groups[0]["lr"] = lr
+            x1, x2 = (augment(x, rng, args.image_size) for _ in range(2))  # `rng` moves on between them
+            noise = 2 * rng.uniform(2, *x1.shape[1:], device=device) - 1
+            with run.autocast(device):
+                losses = train_step(net, opt, x1, x2, noise, args)
+            log.step(step, len(x) * env.world, **losses)
+            step += 1
+        log.epoch(epoch, step, lr=lr)
+        if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+            run.save(args, env, state, step)
+            if env.rank == 0:
+                pictures(out / "views.png", net, images, args)
+    if env.rank == 0:
+        bn = "adv" if any("adv" in kinds for kinds in VARIANTS[args.variant]) else "clean"
+        encoders.export(net[0], bn, out / "encoder.pt")
+        print(f"{out / 'encoder.pt'} holds the encoder; BN branch {bn}")
+
+
+if __name__ == "__main__":
+    run.cli(main)

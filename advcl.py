@@ -1,0 +1,298 @@
+"""AdvCL: contrastive pre-training that keeps its robustness (Fan et al. 2021, arXiv 2111.01124).
+
+Robustness learnt without labels should survive a plain linear classifier. Two things are added to SimCLR for
+it: views made from the whole image (an attacked copy and a high-frequency one) beside the two strong crops,
+and an adversarial classification loss on k-means pseudo-labels, so that pre-training already resembles the
+task. Clean views, the contrastive attack and the classification attack have a BatchNorm branch each.
+
+    paper                       here
+    f, g, classifier            net["encoder"], net["projector"], net["classifier"]
+    tau_1(x), tau_2(x)          x1, x2: strong crops
+    x                           x: pad, crop, flip
+    x + delta                   "x+d", and x_ce, each with a perturbation and a BN branch of its own
+    x_h, x_l                    high_frequency(x), and the rest
+    Eq. 5  loss of V views      multiview_loss
+    Eq. 9  inner maxima         attack, of either loss
+    CE on pseudo-labels         cluster_loss; pseudo_labels
+    lambda                      --cluster-weight
+    rows of Table 4             --views
+
+The supplement was not at hand; hyper-parameters, the strong crop, the three branches and the single BatchNorm
+of the projector are the authors' code's. So is the scale of the loss: a mean over anchors and positives
+times T / 0.07 (the paper sums), for which alone lambda and the learning rate are right. Where we depart:
+    - pseudo-labels come from our k-means on a teacher's features, not from an ImageNet encoder; without a
+      teacher the classification term is off, and the log says so;
+    - the attack leaves no trace: it normalises by batch statistics, as there, and updates no running ones
+      (there four in five of the adv branch's updates come from unfinished attacks);
+    - it starts inside [0, 1]; what it does not change is embedded once: exactly equal, as batch statistics
+      depend on the batch alone, and 35 instead of 50 forwards a step (a backward to the pixels counts 1, a
+      whole one 2).
+Each view is a batch of its own to BatchNorm. Several processes share their negatives, except within the
+attack; their BatchNorms see their own images.
+
+    python acl.py --variant s2s --out runs/s2s                a teacher
+    python advcl.py --teacher runs/s2s/encoder.pt             CIFAR-10, ResNet-18, 1000 epochs
+    python advcl.py                                           without pseudo-labels
+    python advcl.py --views x1+d x2+d x1 x2                   another row of Table 4
+    python eval.py runs/advcl/encoder.pt --preset advcl-slf robustssl-alf
+"""
+import hashlib
+import math
+import os
+import pathlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.utils import save_image
+
+from common import data, encoders, optim, run
+from common.encoders import branch
+from common.kmeans import kmeans
+from common.pgd import frozen_stats, pgd
+
+BASE_TEMPERATURE = 0.07  # of the authors' code; see above
+VIEWS = ("x1", "x2", "x1+d", "x2+d", "x+d", "xl", "xh")  # "+d": attacked, through BN branch "adv"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The method
+# ----------------------------------------------------------------------------------------------------------
+def strong(x, rng, size):
+    """A crop of the uint8 images x (B, 3, H, W): floats (B, 3, size, size) in [0, 1]. No blur."""
+    x = data.random_resized_crop(x, rng, size, scale=(0.2, 1.0), flip=0.5)
+    x = data.random_color_jitter(x, rng, 0.4, 0.4, 0.4, 0.1, p=0.8)
+    x = data.random_grayscale(x, rng, p=0.2)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def augment(x, rng, size, views):
+    """x1, x2, x, and noise (A + 1, B, 3, size, size) in [-1, 1] for the attacks, of clusters and A views."""
+    x1, x2 = (strong(x, rng, size) for _ in range(2))  # `rng` moves on between them
+    x = data.random_flip(data.random_pad_crop(data.resize(x, size), rng, 4), rng)
+    x = x.contiguous(memory_format=torch.channels_last)
+    noise = rng.uniform(1 + sum(name.endswith("+d") for name in views), *x.shape[1:], device=x.device)
+    return x1, x2, x, 2 * noise.transpose(0, 1) - 1
+
+
+def high_frequency(x, radius=8):
+    """x (B, C, H, W) without its frequencies (a, b), integers, of sqrt(a^2 + b^2) < radius, the mean among
+    them; neither clipped nor shifted."""
+    a, b = (torch.fft.fftfreq(n, 1 / n, device=x.device, dtype=x.dtype) for n in x.shape[2:])
+    return torch.fft.ifft2(torch.fft.fft2(x) * (a[:, None].hypot(b) >= radius)).real
+
+
+def choose(names, x1, x2, x, radius):
+    """Of the views `names`, the clean ones (a list of images) and the A to attack (A, B, 3, S, S)."""
+    x_h = high_frequency(x, radius)
+    images = {"x1": x1, "x2": x2, "x": x, "xh": x_h, "xl": x - x_h}
+    clean = [images[name] for name in names if not name.endswith("+d")]
+    return clean, torch.stack([images[name[:-2]] for name in names if name.endswith("+d")])
+
+
+def embed(net, x, bn):
+    """z of x (B, 3, S, S) through BatchNorm branch `bn`: (B, 128), fp32 under autocast too (fp64 stays)."""
+    with branch(net, bn):
+        z = net["projector"](net["encoder"](x))
+    return z if z.dtype == torch.float64 else z.float()
+
+
+def multiview_loss(views, temperature):
+    """Eq. 5, as mean over anchors i and their positives j of -log( e^(u_i.u_j/T) / sum_k!=i e^(u_i.u_k/T) ),
+    times T / 0.07.
+
+    views: V tensors (B, D), normalised here to u; positives are the other V - 1 views of the image. Chance is
+    ln(V B - 1) T / 0.07.
+    """
+    u = F.normalize(torch.stack(list(views)), dim=2)  # (V, B, D)
+    pos = (u * (u.sum(0) - u)).sum(2) / temperature / (len(u) - 1)  # (V, B): the mean over the other views
+    rows = u.flatten(0, 1)  # (V B, D)
+    with torch.autocast(rows.device.type, enabled=False):
+        scores = rows @ rows.T / temperature  # (V B, V B)
+    scores.fill_diagonal_(-math.inf)  # nothing is its own negative
+    return (scores.logsumexp(1).mean() - pos.mean()) * temperature / BASE_TEMPERATURE
+
+
+def cluster_loss(net, x, labels, clusters):
+    """Mean over the K in `clusters` of the cross-entropy of K logits with labels (B, len(clusters))."""
+    with branch(net, "adv_ce"):
+        logits = net["classifier"](net["encoder"](x))  # (B, sum of all K)
+    logits = (logits if logits.dtype == torch.float64 else logits.float()).split(clusters, dim=1)
+    return sum(F.cross_entropy(part, y) for part, y in zip(logits, labels.T)) / len(clusters)
+
+
+def attack(net, loss, x, noise, args):
+    """Eq. 9, inner maximum: x (..., 3, S, S) moved within eps to maximise loss(x), from `noise` in [-1, 1]
+    times eps. Train mode: batch statistics are part of what is attacked. No running statistic changes."""
+    eps = args.eps / 255
+    with frozen_stats(net):
+        return pgd(loss, x, eps, args.step_size / 255, args.steps, start=(x + eps * noise).clamp(0, 1))
+
+
+def contrast(net, x, constants, temperature):
+    """`multiview_loss` of attacked views x (A, B, 3, S, S) and of `constants`, the z of the clean ones."""
+    return multiview_loss([*(embed(net, view, "adv") for view in x), *constants], temperature)
+
+
+def train_step(net, opt, x1, x2, x, labels, clusters, noise, args):
+    """One iteration on two strong views and the weak one (B, 3, S, S), with pseudo-labels (B, len(clusters));
+    `noise` (A + 1, B, 3, S, S) in [-1, 1] starts the attacks, of clusters and of A views."""
+    clean, to_attack = choose(args.views, x1, x2, x, args.radius)
+    z = [embed(net, view, "clean") for view in clean]
+    constants = [v.detach() for v in z]  # batch statistics: they depend on the clean views alone
+    x_adv = attack(net, lambda x: contrast(net, x, constants, args.temperature), to_attack, noise[1:], args)
+    z += [embed(net, view, "adv") for view in x_adv]
+    loss = loss_con = multiview_loss([run.gather(v) for v in z], args.temperature)
+    losses = {"loss_con": loss_con}
+    if clusters:
+        x_ce = attack(net, lambda x: cluster_loss(net, x, labels, clusters), x, noise[0], args)
+        losses["loss_ce"] = cluster_loss(net, x_ce, labels, clusters)
+        loss = loss_con + args.cluster_weight * losses["loss_ce"]
+
+    opt.zero_grad()
+    loss.backward()
+    run.average_grads(net.parameters())
+    opt.step()
+    run.average_buffers(net)  # else each rank attacks a network of its own
+    return {"loss": loss, **losses}
+
+
+def pseudo_labels(args, env, images):
+    """(N, len(--clusters)): k-means on the teacher's normalised features of the un-augmented images.
+
+    Kept in --out, and made anew where data, teacher, clusters or seed are not those they were made with.
+    """
+    path, teacher = pathlib.Path(args.out) / "pseudo_labels.pt", encoders.load_encoder(args.teacher)
+    weights = hashlib.sha256(pathlib.Path(args.teacher).read_bytes()).hexdigest()
+    made_with = {"data": images.checksum(), "teacher": weights, "clusters": args.clusters, "seed": args.seed}
+    kind = "AdvCL pseudo-label file", "move it away, and it is made anew"
+    if env.rank == 0 and not (path.exists() and encoders.read(path, *kind)["made_with"] == made_with):
+        teacher, batches = teacher.to(env.device), torch.arange(len(images)).split(500)
+        with torch.no_grad():
+            h = torch.cat([F.normalize(teacher(data.to_float(x)), dim=1) for x, _ in images.stream(batches)])
+        generator = torch.Generator().manual_seed(args.seed)
+        labels = torch.stack([kmeans(h, k, generator) for k in args.clusters], 1).cpu()
+        torch.save({"format": kind[0], "made_with": made_with, "labels": labels}, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    run.barrier()
+    return encoders.read(path, *kind)["labels"].to(env.device)
+
+
+def lr_at(step, steps, epochs, lr, warmup):
+    """Linear over `warmup` epochs of `steps` steps, from a fiftieth of `lr` up to c(warmup), c being a cosine
+    over the run from `lr` to a thousandth of it; then c at the end of the epoch."""
+    def c(epoch):
+        return optim.cosine(epoch / epochs, lr, lr / 1000)
+
+    if step < warmup * steps:
+        return lr / 50 + (c(warmup) - lr / 50) * step / (warmup * steps)
+    return c(step // steps + 1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------------------
+def parser():
+    p = run.parser(__doc__, name="advcl", arch="resnet18")
+    p.add_argument("--views", nargs="+", default=["x+d", "x1", "x2", "xh"], help=" ".join(VIEWS))
+    p.add_argument("--teacher", help="exported encoder, for the pseudo-labels")
+    p.add_argument("--clusters", type=int, nargs="+", default=[2, 10, 50, 100, 500], help="K of each k-means")
+    p.add_argument("--cluster-weight", type=float, default=0.2, help="lambda")
+    p.add_argument("--radius", type=float, default=8.0, help="lowest frequency in xh, periods an image")
+    p.add_argument("--epochs", type=int, default=1000, help="0 exports the random encoder")
+    p.add_argument("--batch-size", type=int, default=512, help="images a step, over all processes")
+    p.add_argument("--lr", type=float, default=0.5)
+    p.add_argument("--warmup", type=int, default=10, help="epochs")
+    p.add_argument("--weight-decay", type=float, default=1e-4)
+    p.add_argument("--temperature", type=float, default=0.5)
+    p.add_argument("--eps", type=float, default=8.0, help="linf radius of the attacks, in 1/255")
+    p.add_argument("--step-size", type=float, default=2.0, help="of the attacks, in 1/255")
+    p.add_argument("--steps", type=int, default=5, help="of the attacks")
+    p.add_argument("--image-size", type=int, default=32, help="side of a view")
+    return p
+
+
+def check(args):
+    for view in args.views:
+        if view not in VIEWS or args.views.count(view) > 1:
+            raise ValueError(f"--views {' '.join(args.views)}: choose from {', '.join(VIEWS)}, each once")
+    if len(args.views) < 2 or not any(view.endswith("+d") for view in args.views):
+        raise ValueError(f"--views {' '.join(args.views)}: needs two views, one of them attacked (+d)")
+    if min(args.clusters) < 2:
+        raise ValueError(f"--clusters {min(args.clusters)}: must be at least 2")
+    run.not_negative(args, "epochs", "lr", "warmup", "weight_decay", "cluster_weight", "radius")
+    run.not_negative(args, "eps", "step_size", "steps")
+    run.positive(args, "batch_size", "temperature", "image_size", "save_every")
+
+
+def network(arch, clusters):
+    """Encoder with its BN branches, projector with one BN, and, given `clusters`, logits for all of them."""
+    branches = ("adv", "clean", "adv_ce") if clusters else ("adv", "clean")
+    encoder = encoders.make(arch, branches, mean=(0, 0, 0), std=(1, 1, 1))
+    projector = encoders.mlp(encoder.dim, encoder.dim, 128, norm=nn.BatchNorm1d)
+    net = nn.ModuleDict({"encoder": encoder, "projector": projector})
+    if clusters:
+        net["classifier"] = nn.Linear(encoder.dim, sum(clusters))
+    return net.to(memory_format=torch.channels_last)
+
+
+def pictures(path, net, images, args):
+    """Rows of up to eight: x1, x2, x, the high frequencies (about grey), then each attacked view and its
+    perturbation (grey is none, full scale is eps)."""
+    x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
+    x1, x2, x, noise = augment(x, rng, args.image_size, args.views)
+    clean, to_attack = choose(args.views, x1, x2, x, args.radius)
+    with frozen_stats(net):
+        z = [embed(net, view, "clean").detach() for view in clean]
+    x_adv = attack(net, lambda x: contrast(net, x, z, args.temperature), to_attack, noise[1:], args)
+    rows = [x1, x2, x, 0.5 + high_frequency(x, args.radius)]
+    for view, adv in zip(to_attack, x_adv):
+        rows += [adv, 0.5 + (adv - view) / (2 * max(args.eps / 255, 1e-8))]
+    save_image(torch.cat(rows), path, nrow=len(x))
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    check(args)
+    env = run.setup(args)
+    device, out = env.device, pathlib.Path(args.out)
+    images = data.load(args.data, args.data_dir, "train", device, args.limit, args.image_size, args.workers)
+    steps = data.steps_per_epoch(len(images), args.batch_size, env.world)
+    clusters = args.clusters if args.teacher and args.cluster_weight else []
+    if clusters:
+        images.y = pseudo_labels(args, env, images)
+
+    net = network(args.arch, clusters).to(device)
+    opt = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    if args.compile:
+        net["encoder"].compile()
+
+    log = run.Log(args, env, steps * args.epochs)
+    state = dict(net=net, opt=opt, log=log)
+    step = run.resume(args, env, state)
+    chance = math.log(len(args.views) * args.batch_size - 1) * args.temperature / BASE_TEMPERATURE
+    log.start(step, f"chance loss_con ln(VB - 1) T / 0.07 = {chance:.3f}; "
+              + (f"pseudo-labels K = {clusters}" if clusters else "no pseudo-labels: no --teacher"))
+
+    for epoch in range(step // steps, args.epochs):
+        begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
+        for x, y, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
+            run.interrupted(args, env, state, step)
+            lr = opt.param_groups[0]["lr"] = lr_at(step, steps, args.epochs, args.lr, args.warmup)
+            x1, x2, x, noise = augment(x, rng, args.image_size, args.views)
+            with run.autocast(device):
+                losses = train_step(net, opt, x1, x2, x, y, clusters, noise, args)
+            log.step(step, len(x) * env.world, **losses)
+            step += 1
+        log.epoch(epoch, step, lr=lr)
+        if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+            run.save(args, env, state, step)
+            if env.rank == 0:
+                pictures(out / "views.png", net, images, args)
+    if env.rank == 0:
+        encoders.export(net["encoder"], "adv", out / "encoder.pt")
+        print(f"{out / 'encoder.pt'} holds the encoder; BN branch adv")
+
+
+if __name__ == "__main__":
+    run.cli(main)

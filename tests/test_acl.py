@@ -1,0 +1,215 @@
+"""The mathematics of acl.py against the paper read aloud: slow float64 loops, and printed values."""
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import acl
+from common.pgd import eval_mode, pgd
+from tests.recipes import A, X, Z, unit
+
+
+def slow_nt_xent(z1, z2, T):
+    """One anchor at a time."""
+    u = [unit(row[None])[0] for row in (*z1, *z2)]
+    n, total = len(u), 0.0
+    for i in range(n):
+        others = sum(torch.exp(torch.dot(u[i], u[k]) / T) for k in range(n) if k != i)
+        total = total - torch.log(torch.exp(torch.dot(u[i], u[(i + n // 2) % n]) / T) / others)
+    return total / n
+
+
+def gradients(loss_of, rows, T):
+    z1, z2 = (rows[i::2].clone().requires_grad_() for i in (0, 1))
+    loss = loss_of(z1, z2, T)
+    return loss.item(), torch.stack(torch.autograd.grad(loss, (z1, z2)))
+
+
+@pytest.mark.parametrize("rows, T, value", [
+    (Z(8, 16), 0.5, 1.159327522638802), (Z(8, 16), 0.1, 0.5980541373722221),
+    (Z(12, 5), 0.5, 1.555389909406294), (Z(12, 5), 0.1, 1.830873058661235)])
+def test_nt_xent_equals_slow_loops_and_the_printed_value(rows, T, value):
+    (fast, g), (slow, g_slow) = (gradients(f, rows, T) for f in (acl.nt_xent, slow_nt_xent))
+    assert (fast, slow) == pytest.approx((value, value), rel=1e-9)
+    torch.testing.assert_close(g, g_slow, rtol=1e-9, atol=1e-12)
+
+
+def test_nt_xent_has_the_printed_gradients():
+    _, g = gradients(acl.nt_xent, Z(8, 16), 0.5)
+    assert [g.abs().sum().item(), g[0, 0, 0].item(), g[1, 3, 15].item()] == pytest.approx(
+        [4.200388848107154, -0.04874485726583698, -0.03049805984188616], rel=1e-9)
+    assert gradients(acl.nt_xent, Z(8, 16), 0.1)[1].norm().item() == pytest.approx(1.734502229688417, rel=1e-9)
+    assert gradients(acl.nt_xent, Z(12, 5), 0.5)[1].abs().sum().item() == pytest.approx(
+        3.412964108599575, rel=1e-9)
+
+
+def test_closed_forms():
+    same, e = torch.ones(6, 4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
+    assert acl.nt_xent(same, same, 0.5).item() == pytest.approx(math.log(11), rel=1e-12)
+    assert acl.nt_xent(e, e, 0.5).item() == pytest.approx(0.594437664233319, rel=1e-12)
+
+
+def test_the_loss_is_the_same_under_autocast_and_finite_at_any_temperature():
+    z = Z(8, 16).float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, low = acl.nt_xent(z[:4], z[4:], 0.5), acl.nt_xent(z[:4], z[4:], 0.001)
+    assert cast == acl.nt_xent(z[:4], z[4:], 0.5)
+    low.backward()
+    assert low.isfinite() and z.grad.isfinite().all()
+
+
+class Linear(nn.Module):
+    """The network of the printed values: x -> W x."""
+
+    def __init__(self):
+        super().__init__()
+        self.W = nn.Parameter(0.1 * Z(6, 192))
+
+    def forward(self, x):
+        return x.flatten(1) @ self.W.T
+
+
+images = X(6, 3, 8, 8)
+x1, x2 = images[::2], images[1::2]
+noise = torch.stack([2 * x1 - 1, 2 * x2 - 1], 1)
+BOTH, FIRST, CLEAN = ("adv", "adv"), ("adv", "clean"), ("clean", "clean")
+
+
+def arguments(**flags):
+    return SimpleNamespace(**{**vars(acl.parser().parse_args([])), **flags})
+
+
+@pytest.mark.parametrize("kinds, steps, dv1, dv2, after", [
+    (BOTH, 1, -0.843341430881837, -0.348653890643740, 1.66152945391237),
+    (BOTH, 5, -0.286805768738821, 0.199807537488157, 3.38068651746905),
+    (FIRST, 1, -0.848168493941237, 0, 1.30488824803723),
+    (FIRST, 5, -0.188199815920014, 0, 2.39387502973112)])
+def test_attack_equals_printed_values(kinds, steps, dv1, dv2, after):
+    net = Linear()
+    a1, a2 = acl.attack(net, x1, x2, noise, kinds, arguments(steps=steps))
+    found = [((a - x).flatten(1) * A(3, 192, 3)).sum().item() for a, x in ((a1, x1), (a2, x2))]
+    assert found == pytest.approx([dv1, dv2], rel=1e-9)
+    assert slow_nt_xent(net(a1), net(a2), 0.5).item() == pytest.approx(after, rel=1e-9)
+    assert (a2 is x2) == (kinds == FIRST)
+
+
+def step(net, variant, **flags):
+    """A real train_step on the printed inputs. The optimizer only records."""
+    opt = torch.optim.SGD(net.parameters(), 0.0)
+    return acl.train_step(net, opt, x1, x2, noise, arguments(variant=variant, **flags))
+
+
+def test_train_step_has_the_printed_loss_and_gradient():
+    net, slow = Linear(), Linear()
+    losses = step(net, "ds")
+    assert losses["loss"].item() == pytest.approx(2.166957575753704, rel=1e-9)
+    assert [net.W.grad.norm().item(), net.W.grad[0, 0].item()] == pytest.approx(
+        [11.60590011382106, 0.0985590079611724], rel=1e-9)
+    a1, a2 = acl.attack(slow, x1, x2, noise, BOTH, arguments())
+    (0.5 * (slow_nt_xent(slow(x1), slow(x2), 0.5) + slow_nt_xent(slow(a1), slow(a2), 0.5))).backward()
+    torch.testing.assert_close(slow.W.grad, net.W.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant, views", [
+    ("s2s", [CLEAN]), ("a2a", [BOTH]), ("a2s", [FIRST]), ("ds", [CLEAN, BOTH])])
+def test_each_variant_is_the_mean_of_its_terms(variant, views):
+    net, want = Linear(), []
+    for kinds in views:
+        pair = (x1, x2) if kinds == CLEAN else acl.attack(net, x1, x2, noise, kinds, arguments())
+        want.append(slow_nt_xent(*(net(x) for x in pair), 0.5).item())
+    assert step(net, variant)["loss"].item() == pytest.approx(sum(want) / len(want), rel=1e-9)
+
+
+def test_without_perturbation_and_with_equal_branches_ds_is_s2s():
+    assert step(Linear(), "ds", eps=0.0)["loss"].item() == pytest.approx(
+        step(Linear(), "s2s")["loss"].item(), rel=1e-12)
+
+
+def real(variant):
+    torch.manual_seed(0)
+    g = torch.Generator().manual_seed(1)
+    x1, x2 = torch.rand(2, 8, 3, 32, 32, generator=g)
+    return acl.network("slim", variant), x1, x2, 2 * torch.rand(8, 2, 3, 32, 32, generator=g) - 1
+
+
+def test_the_clean_view_embedded_once_changes_no_bit():
+    net, x1, x2, noise = real("a2s")
+    eps = 8 / 255
+
+    def again(x):
+        return acl.nt_xent(acl.embed(net, x, "adv"), acl.embed(net, x2, "clean"), 0.5)
+
+    with eval_mode(net):
+        want = pgd(again, x1, eps, 2 / 255, 5, start=(x1 + eps * noise[:, 0]).clamp(0, 1))
+        assert torch.equal(acl.attack(net, x1, x2, noise, FIRST, arguments())[0], want)
+        assert again(want) > again(x1) + 1e-3
+
+
+@pytest.mark.parametrize("variant", acl.VARIANTS)
+def test_every_view_uses_its_branch_once_a_step_and_the_attack_leaves_no_trace(variant):
+    net, x1, x2, noise = real(variant)
+    before = copy.deepcopy(net.state_dict())
+    for kinds in acl.VARIANTS[variant]:
+        if "adv" in kinds:
+            for x, a in zip((x1, x2), acl.attack(net, x1, x2, noise, kinds, arguments())):
+                assert (a - x).abs().max() <= 8 / 255 + 1e-6 and 0 <= a.min() and a.max() <= 1
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters()) and all(m.training for m in net.modules())
+    acl.train_step(net, torch.optim.SGD(net.parameters(), 0.1), x1, x2, noise, arguments(variant=variant))
+    counts = {k: v.item() for k, v in net.state_dict().items() if "num_batches_tracked" in k}
+    assert set(counts.values()) == {1}
+    kinds = {kind for pair in acl.VARIANTS[variant] for kind in pair}
+    assert all(any(f".{kind}." in k for k in counts) for kind in kinds)
+    assert not any(f".{kind}." in k for k in counts for kind in {"clean", "adv"} - kinds)
+
+
+@pytest.mark.parametrize("variant", acl.VARIANTS)
+def test_autocast_loses_no_gradient(variant):
+    net, x1, x2, noise = real(variant)
+    with torch.autocast("cpu", torch.bfloat16):
+        acl.train_step(net, torch.optim.SGD(net.parameters(), 0.1), x1, x2, noise,
+                       arguments(variant=variant, steps=2))
+    for name, p in net.named_parameters():
+        if name != "1.0.bias":  # before BatchNorm: it has none
+            assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+def test_views_of_a_kind_share_their_batch_statistics():
+    net, x1, x2, _ = real("ds")
+    z = torch.cat(acl.embed_pair(net, x1, x2, BOTH))
+    assert torch.equal(z, acl.embed(net, torch.cat([x1, x2]), "adv"))
+    assert not torch.allclose(z[:8], acl.embed(net, x1, "adv"), atol=1e-4)
+
+
+@pytest.mark.parametrize("s, lr", [
+    (1, 0.00510204081633), (490, 2.5), (980, 5), (10_000, 4.8941208112504), (49_490, 2.5000005),
+    (98_000, 1e-6)])
+def test_learning_rate_equals_printed_values(s, lr):
+    assert acl.lr_at(s, 98_000, 5.0, 980) == pytest.approx(lr, rel=1e-9)
+
+
+def test_network_sizes_are_the_authors():
+    def size(net):
+        return sum(p.numel() for p in net.parameters())
+
+    plain, dual = acl.network("resnet18", "s2s"), acl.network("resnet18", "ds")
+    assert size(plain[0]) == 11_168_832 and size(dual[1]) == 793_088 and size(dual) == 11_971_520
+
+
+def test_defaults_are_the_papers_run():
+    want = dict(variant="ds", epochs=1000, batch_size=512, lr=5.0, warmup=10, weight_decay=1e-6,
+                temperature=0.5, eps=8, step_size=2, steps=5, arch="resnet18", data="cifar10")
+    args = vars(acl.parser().parse_args([]))
+    assert {k: args[k] for k in want} == want
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--variant", "s2a"], "--variant s2a: choose one of s2s, a2a, a2s, ds"),
+    (["--eps", "-8"], "--eps -8: must not be negative"), (["--steps", "-1"], "--steps -1"),
+    (["--temperature", "0"], "--temperature 0: must be positive")])
+def test_bad_flags_of_the_method_are_named(flags, words):
+    with pytest.raises(ValueError, match=words):
+        acl.check(acl.parser().parse_args(flags))

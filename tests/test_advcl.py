@@ -1,0 +1,326 @@
+"""The mathematics of advcl.py against the paper read aloud: slow float64 loops, and printed values."""
+import cmath
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import advcl
+from common import data, encoders, run
+from common.pgd import frozen_stats, pgd
+from tests.recipes import X, Z, unit
+
+
+def slow_multiview_loss(views, T):
+    """Eq. 5, one anchor and one positive at a time, averaged; times T / 0.07."""
+    z = [(view, image, unit(row[None])[0]) for view, rows in enumerate(views) for image, row in enumerate(rows)]
+    total = 0.0
+    for a, (view, image, u) in enumerate(z):
+        others = torch.log(sum(torch.exp(torch.dot(u, w) / T) for k, (_, _, w) in enumerate(z) if k != a))
+        positives = [w for v, i, w in z if i == image and v != view]
+        total = total - sum(torch.dot(u, w) / T - others for w in positives) / len(positives)
+    return total / len(z) * T / 0.07
+
+
+def columns(n, d, B, V):
+    return Z(n, d).view(B, V, -1).unbind(1)
+
+
+@pytest.mark.parametrize("views, T, value, mean, norm, entries", [
+    (columns(16, 16, 4, 4), 0.5, 21.012900196663, 2.94180602753282, 1.268507382472993,
+     {(0, 0, 0): -0.17197678376749}),
+    (columns(16, 16, 4, 4), 0.1, 8.73297097321904, None, None, {}),
+    (columns(8, 16, 4, 2), 0.5, 8.28091087599144, 1.1593275226388, 3.044384110645983,
+     {(0, 0, 0): -0.348177551898836}),
+    (columns(15, 7, 5, 3), 0.5, 17.2429886428006, 2.41401840999209, 2.800740579994871,
+     {(1, 2, 3): 0.0211524549666752})])
+def test_the_loss_equals_slow_loops_and_the_printed_value_and_gradient(views, T, value, mean, norm, entries):
+    grads = []
+    for loss_of in (advcl.multiview_loss, slow_multiview_loss):
+        inputs = [v.clone().requires_grad_() for v in views]
+        loss = loss_of(inputs, T)
+        assert loss.item() == pytest.approx(value, rel=1e-9)
+        if mean:
+            assert loss.item() * 0.07 / T == pytest.approx(mean, rel=1e-9)
+        grads.append(torch.stack(torch.autograd.grad(loss, inputs)))
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
+    if norm:
+        assert grads[0].norm().item() == pytest.approx(norm, rel=1e-9)
+    for at, want in entries.items():
+        assert grads[0][at].item() == pytest.approx(want, rel=1e-9)
+
+
+def test_equal_rows_give_the_chance_value():
+    row = torch.ones(512, 4, dtype=torch.float64)
+    assert advcl.multiview_loss([row] * 4, 0.5).item() == pytest.approx(54.4580756118664, rel=1e-12)
+    assert 54.4580756118664 == pytest.approx(math.log(2047) * 0.5 / 0.07)
+
+
+def test_the_loss_is_the_same_under_autocast_and_finite_at_any_temperature():
+    views = [v.float().requires_grad_() for v in columns(16, 16, 4, 4)]
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, low = advcl.multiview_loss(views, 0.5), advcl.multiview_loss(views, 0.001)
+    assert cast == advcl.multiview_loss(views, 0.5)
+    low.backward()
+    assert low.isfinite() and all(v.grad.isfinite().all() for v in views)
+
+
+# The high-frequency view ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("radius, dropped", [(4, 45), (8, 193), (12, 437), (16, 793)])
+def test_as_many_frequencies_are_dropped_as_lie_within_the_radius(radius, dropped):
+    impulse = torch.zeros(1, 1, 32, 32, dtype=torch.float64)
+    impulse[0, 0, 0, 0] = 1  # all frequencies, each of amplitude 1 / 1024
+    kept = torch.fft.fft2(advcl.high_frequency(impulse, radius)).abs()
+    assert (kept < 1e-9).sum() == dropped and (kept > 1 - 1e-9).sum() == 1024 - dropped
+    assert dropped == sum(a * a + b * b < radius**2 for a in range(-16, 16) for b in range(-16, 16))
+
+
+def test_high_frequencies_have_the_printed_values_and_are_those_of_a_direct_dft():
+    x = X(2, 3, 32, 32)
+    h = advcl.high_frequency(x)
+    assert [h.abs().sum().item(), h.square().sum().item(), h.min().item(), h.max().item()] == pytest.approx(
+        [203.841074534368, 20.8856479122429, -0.414734702628636, 0.418975137833818], rel=1e-9)
+    assert [h[0, 0, 0, 0].item(), h[0, 1, 5, 7].item(), h[1, 0, 16, 16].item()] == pytest.approx(
+        [0.0814737744953743, 0.0495060776504995, -0.0168658776928924], rel=1e-9)
+    torch.testing.assert_close(advcl.high_frequency(h), h, rtol=0, atol=1e-12)
+    assert h.mean((2, 3)).abs().max() < 1e-12
+
+    small, slow = X(1, 1, 8, 6), torch.zeros(8, 6, dtype=torch.float64)
+    for a in range(-4, 4):
+        for b in range(-3, 3):
+            if math.hypot(a, b) >= 2.5:
+                wave = [[cmath.exp(2j * math.pi * (a * i / 8 + b * j / 6)) for j in range(6)] for i in range(8)]
+                c = sum(small[0, 0, i, j].item() * wave[i][j].conjugate() for i in range(8) for j in range(6)) / 48
+                slow += torch.tensor([[(c * v).real for v in row] for row in wave], dtype=torch.float64)
+    torch.testing.assert_close(advcl.high_frequency(small, 2.5)[0, 0], slow, rtol=0, atol=1e-12)
+
+
+# The attacks and the step -----------------------------------------------------------------------------------
+CLUSTERS = [2, 10, 50]
+
+
+class Printed(nn.ModuleDict):
+    """The network of the printed values: z = flat(x) W^T, logits 0.1 cos(Z(K, 3072)) flat(x)."""
+
+    def __init__(self):
+        classifier = nn.Linear(3072, 62, bias=False, dtype=torch.float64)
+        projector = nn.Linear(3072, 6, bias=False, dtype=torch.float64)
+        classifier.weight.data = 0.1 * torch.cat([Z(k, 3072).cos() for k in CLUSTERS])
+        projector.weight.data = 0.1 * Z(6, 3072)
+        super().__init__({"encoder": nn.Flatten(), "projector": projector, "classifier": classifier})
+
+
+x = X(4, 3, 32, 32)
+n = torch.arange(x.numel(), dtype=torch.float64).view(x.shape)
+noise = torch.stack([(0.37 * n + 2).sin(), (0.37 * n + 1).sin()])  # x_ce, x_cl
+labels = torch.stack([torch.arange(4) % k for k in CLUSTERS], 1)
+
+
+def arguments(*flags, **others):
+    return SimpleNamespace(**{**vars(advcl.parser().parse_args(flags)), **others})
+
+
+def slow_objective(net, x_cl, x_ce):
+    """Eq. 9 at given perturbations: L_con, CE, L."""
+    z = [net["projector"](v.flatten(1)) for v in (x_cl, x.flip(3), x.flip(2), advcl.high_frequency(x))]
+    L_con, weight, ce = slow_multiview_loss(z, 0.5), net["classifier"].weight.split(CLUSTERS), 0.0
+    for w, y in zip(weight, labels.T):
+        for row, label in zip(x_ce.flatten(1), y):
+            ce = ce - ((w @ row)[label] - torch.log((w @ row).exp().sum())) / len(x) / len(CLUSTERS)
+    return L_con, ce, L_con + 0.2 * ce
+
+
+@pytest.mark.parametrize("steps, moved_cl, moved_ce, L_con, CE, L", [
+    (0, 0.0885053392891, 0.0348388236246, 16.7350540218801, 4.0276600634723, 17.5405860345745),
+    (1, 0.0982088200018, 0.0295580105891, 17.9488585089714, 4.2503861819788, 18.7989357453672),
+    (5, 0.6595920640532, 1.1245630333005, 19.1579815250539, 4.8717509341123, 20.1323317118764)])
+def test_attacks_and_step_equal_printed_values_and_slow_loops(steps, moved_cl, moved_ce, L_con, CE, L):
+    net, args = Printed(), arguments(steps=steps)
+    constants = [net["projector"](v.flatten(1)) for v in (x.flip(3), x.flip(2), advcl.high_frequency(x))]
+    (x_cl,) = advcl.attack(net, lambda v: advcl.contrast(net, v, constants, 0.5), x[None], noise[1:], args)
+    x_ce = advcl.attack(net, lambda v: advcl.cluster_loss(net, v, labels, CLUSTERS), x, noise[0], args)
+    assert [(x_cl - x).sum().item(), (x_ce - x).sum().item()] == pytest.approx([moved_cl, moved_ce], rel=1e-9)
+    assert [v.item() for v in slow_objective(net, x_cl, x_ce)] == pytest.approx([L_con, CE, L], rel=1e-9)
+    opt = torch.optim.SGD(net.parameters(), 0.0)
+    losses = advcl.train_step(net, opt, x.flip(3), x.flip(2), x, labels, CLUSTERS, noise, args)
+    assert [losses[k].item() for k in ("loss_con", "loss_ce", "loss")] == pytest.approx([L_con, CE, L], rel=1e-9)
+    slow = Printed()
+    slow_objective(slow, x_cl, x_ce)[2].backward()
+    for ours, want in zip(net.parameters(), slow.parameters()):
+        torch.testing.assert_close(ours.grad, want.grad, rtol=1e-9, atol=1e-12)
+
+
+def real(*flags, clusters=CLUSTERS):
+    torch.manual_seed(0)
+    g, args = torch.Generator().manual_seed(1), arguments("--steps", "2", *flags)
+    x = torch.rand(3, 8, 3, 32, 32, generator=g)
+    noise = 2 * torch.rand(1 + sum("+d" in v for v in args.views), 8, 3, 32, 32, generator=g) - 1
+    y = torch.stack([torch.arange(8) % k for k in CLUSTERS], 1)
+    return advcl.network("slim", clusters), x, y, noise, args
+
+
+def one_step(net, x, y, noise, args, clusters=CLUSTERS):
+    return advcl.train_step(net, torch.optim.SGD(net.parameters(), 0.1), *x, y, clusters, noise, args)
+
+
+def test_clean_views_embedded_once_change_no_bit():
+    """Batch statistics depend on a view's own batch, so its embedding is the same at every step."""
+    net, (x1, x2, x), y, noise, args = real()
+    x_h = advcl.high_frequency(x)
+
+    def again(v):
+        z = [advcl.embed(net, clean, "clean") for clean in (x1, x2, x_h)]
+        return advcl.multiview_loss([advcl.embed(net, v, "adv"), *z], 0.5)
+
+    with frozen_stats(net):
+        z = [advcl.embed(net, clean, "clean").detach() for clean in (x1, x2, x_h)]
+        eps = 8 / 255
+        want = pgd(again, x, eps, 2 / 255, 5, start=(x + eps * noise[1]).clamp(0, 1))
+    args.steps = 5
+    (found,) = advcl.attack(net, lambda v: advcl.contrast(net, v, z, 0.5), x[None], noise[1:], args)
+    assert torch.equal(found, want)
+    with frozen_stats(net):
+        assert again(want) > again(x) + 1e-3
+
+
+def test_each_pass_moves_its_own_branch_once_and_the_attacks_leave_no_trace():
+    net, x, y, noise, args = real()
+    one_step(net, x, y, noise, args)
+    norm = net["encoder"].bn1.branches
+    assert [norm[b].num_batches_tracked.item() for b in ("clean", "adv", "adv_ce")] == [3, 1, 1]
+    assert net["projector"][1].num_batches_tracked == 4
+    assert all(m.training for m in net.modules())
+    before = copy.deepcopy(net.state_dict())
+    advcl.attack(net, lambda v: advcl.cluster_loss(net, v, y, CLUSTERS), x[2], noise[0], args)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+ROWS = ["x1+d x2", "x1+d x2+d", "x1+d x2+d x1 x2", "x+d x1 x2", "x+d x1 x2 xl", "x+d x1 x2 xl xh",
+        "x+d x1 x2 xh"]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_views_select_the_rows_of_table_4(row):
+    """The loss is that of the named views; every attacked one stays in its own ball and climbs."""
+    net, x, y, noise, args = real("--views", *row.split())
+    advcl.check(args)
+    kept = copy.deepcopy(net)
+    losses = one_step(net, x, y, noise, args, clusters=[])
+    assert losses["loss"] == losses["loss_con"] and "loss_ce" not in losses
+    low = x[2] - advcl.high_frequency(x[2])
+    images = {"x1": x[0], "x2": x[1], "x": x[2], "xh": x[2] - low, "xl": low}
+    z = [advcl.embed(kept, images[v], "clean").detach() for v in row.split() if "+d" not in v]
+    attacked = torch.stack([images[v[:-2]] for v in row.split() if "+d" in v])
+    x_adv = advcl.attack(kept, lambda v: advcl.contrast(kept, v, z, 0.5), attacked, noise[1:], args)
+    assert (x_adv - attacked).abs().max() <= 8 / 255 + 1e-6 and 0 <= x_adv.min() and x_adv.max() <= 1
+    z += [advcl.embed(kept, v, "adv") for v in x_adv]
+    assert len(z) == len(row.split())
+    assert losses["loss"].item() == pytest.approx(slow_multiview_loss([v.double() for v in z], 0.5).item(), rel=1e-5)
+
+
+def test_autocast_loses_no_gradient():
+    net, x, y, noise, args = real()
+    with torch.autocast("cpu", torch.bfloat16):
+        one_step(net, x, y, noise, args)
+    for name, p in net.named_parameters():
+        if name != "projector.0.bias":  # before BatchNorm: it has none
+            assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("epoch, step, lr", [
+    (0, 0, 0.01), (0, 97, 0.0584878020967), (4, 49, 0.2304445435531), (9, 97, 0.4993768892029),
+    (10, 0, 0.4998508863517), (500, 0, 0.2494653885254), (999, 0, 0.0005)])
+def test_learning_rate_equals_printed_values(epoch, step, lr):
+    assert advcl.lr_at(epoch * 98 + step, 98, 1000, 0.5, 10) == pytest.approx(lr, rel=1e-9)
+
+
+# Pseudo-labels ----------------------------------------------------------------------------------------------
+def setting(tmp_path, *flags, limit=None):
+    """A teacher on `shapes`-like noise, and a run that uses it."""
+    torch.manual_seed(3)
+    encoders.export(encoders.make("slim"), None, tmp_path / "teacher.pt")
+    args = arguments("--teacher", str(tmp_path / "teacher.pt"), "--clusters", "2", "5", "--out", str(tmp_path), *flags)
+    x, y, _ = data.shapes(60, seed=4)
+    return args, run.Env(torch.device("cpu"), 0, 1), data.Images(x[:limit], y[:limit], 10)
+
+
+def test_pseudo_labels_are_clusters_of_the_teachers_features_made_once(tmp_path, monkeypatch):
+    args, env, images = setting(tmp_path)
+    labels = advcl.pseudo_labels(args, env, images)
+    assert labels.shape == (60, 2)
+    assert [sorted(set(column)) for column in labels.T.tolist()] == [[0, 1], [0, 1, 2, 3, 4]]
+    with torch.no_grad():
+        h = F.normalize(encoders.load_encoder(args.teacher)(images.x / 255), dim=1)
+    for column, k in zip(labels.T, (2, 5)):  # Lloyd's fixed point
+        centres = torch.stack([h[column == c].mean(0) for c in range(k)])
+        assert torch.equal(torch.cdist(h, centres).argmin(1), column)
+    monkeypatch.setattr(advcl, "kmeans", None)  # from here on: kept, not made
+    assert torch.equal(advcl.pseudo_labels(args, env, images), labels)
+    for change in (dict(clusters=[2, 6]), dict(seed=1), "data", "teacher"):
+        other, others = copy.copy(args), images
+        if isinstance(change, dict):
+            vars(other).update(change)
+        elif change == "data":
+            others = setting(tmp_path, limit=50)[2]
+        else:
+            encoders.export(encoders.make("slim"), None, args.teacher)
+        with pytest.raises(TypeError):  # made anew
+            advcl.pseudo_labels(other, env, others)
+
+
+def test_a_run_with_a_teacher_uses_the_labels_of_its_images_and_says_so(tmp_path, monkeypatch):
+    args, env, images = setting(tmp_path)
+    seen, step = [], advcl.train_step
+    monkeypatch.setattr(data, "load", lambda *_: data.Images(images.x, images.y, 10))
+    monkeypatch.setattr(advcl, "train_step", lambda *a: seen.append((a[4], a[5], a[6])) or step(*a))
+    flags = ["--arch", "slim", "--batch-size", "20", "--steps", "1", "--warmup", "0", "--device", "cpu"]
+    teacher = ["--teacher", args.teacher, "--clusters", "2", "5"]
+    advcl.main([*flags, *teacher, "--epochs", "1", "--out", str(tmp_path / "with")])
+    assert all(y.shape == (20, 2) and clusters == [2, 5] for _, y, clusters in seen)
+    want = advcl.pseudo_labels(args, env, images)
+    assert torch.equal(torch.cat([y for _, y, _ in seen]).sum(0), want.sum(0))
+    advcl.main([*flags, "--epochs", "1", "--out", str(tmp_path / "without")])
+    heads = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("with", "without")]
+    assert "K = [2, 5]" in heads[0][0] and '"loss_ce"' in heads[0][1]
+    assert "no pseudo-labels: no --teacher" in heads[1][0] and '"loss_ce"' not in heads[1][1]
+
+
+def test_a_spoilt_label_file_is_named(tmp_path):
+    args, env, images = setting(tmp_path)
+    (tmp_path / "pseudo_labels.pt").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"pseudo_labels\.pt.*made anew"):
+        advcl.pseudo_labels(args, env, images)
+
+
+def test_network_sizes_and_that_pixels_are_not_normalised():
+    def size(net):
+        return sum(p.numel() for p in net.parameters())
+
+    net = advcl.network("resnet18", [2, 10, 50, 100, 500])
+    assert size(net["encoder"]) == 11_168_832 + 2 * 9_600
+    assert size(net["projector"]) == 329_344 and size(net["classifier"]) == 513 * 662
+    assert net["encoder"].recipe["mean"] == [0, 0, 0] and net["encoder"].recipe["std"] == [1, 1, 1]
+
+
+def test_defaults_are_the_papers_run():
+    want = dict(views=["x+d", "x1", "x2", "xh"], clusters=[2, 10, 50, 100, 500], cluster_weight=0.2, radius=8,
+                epochs=1000, batch_size=512, lr=0.5, warmup=10, weight_decay=1e-4, temperature=0.5, eps=8,
+                step_size=2, steps=5, arch="resnet18", data="cifar10", teacher=None)
+    args = vars(advcl.parser().parse_args([]))
+    assert {k: args[k] for k in want} == want
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--views", "x1", "x3"], "--views x1 x3: choose from x1, x2, x1.d"),
+    (["--views", "x1+d", "x1+d"], "--views.*each once"),
+    (["--views", "x1", "x2"], "--views x1 x2: needs two views, one of them attacked"),
+    (["--views", "x+d"], "needs two views"), (["--clusters", "1"], "--clusters 1: must be at least 2"),
+    (["--cluster-weight", "-1"], "--cluster-weight -1: must not be negative"),
+    (["--eps", "-8"], "--eps -8: must not be negative"), (["--temperature", "0"], "--temperature 0")])
+def test_bad_flags_of_the_method_are_named(flags, words):
+    with pytest.raises(ValueError, match=words):
+        advcl.check(advcl.parser().parse_args(flags))

@@ -1,0 +1,57 @@
+"""Losses over in-batch negatives: a real train_step on two processes is that on one, loss and gradient."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import acl
+import advcl
+import rocl
+from tests.processes import in_two_processes
+from tests.recipes import X, Z
+
+
+def linear(n, d):
+    layer = nn.Linear(d, n, bias=False, dtype=torch.float64)
+    layer.weight.data = 0.1 * Z(n, d)
+    return layer
+
+
+def gradients(script, rank, world):
+    """Losses and the weights' gradient of one step on this process's share of eight images, unattacked: within an
+    attack negatives are the process's own."""
+    args = SimpleNamespace(**{**vars(script.parser().parse_args([])), "eps": 0.0})
+    x = X(8, 3, 4, 4).chunk(world)[rank]
+    views, noise = [x.flip(3), x.flip(2)], torch.zeros(2, *x.shape, dtype=torch.float64)
+    net = nn.Sequential(nn.Flatten(), linear(6, 48))
+    if script is advcl:
+        net = nn.ModuleDict({"encoder": nn.Flatten(), "projector": linear(6, 48), "classifier": linear(5, 48)})
+        args.radius, labels = 2.0, torch.stack([torch.arange(8) % k for k in (2, 3)], 1).chunk(world)[rank]
+        views += [x, labels, [2, 3]]
+    opt = torch.optim.SGD(net.parameters(), 0.0)
+    losses = script.train_step(net, opt, *views, noise[0] if script is rocl else noise.transpose(0, 1)
+                               if script is acl else noise, args)
+    return {k: v.detach() for k, v in losses.items()}, [p.grad for p in net.parameters()]
+
+
+def all_gradients(rank, world):
+    return [gradients(script, rank, world) for script in (rocl, acl, advcl)]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return in_two_processes(all_gradients, tmp_path_factory.mktemp("two"))
+
+
+@pytest.mark.parametrize("i, script", enumerate((rocl, acl, advcl)))
+def test_two_processes_equal_one_in_loss_and_gradient(i, script, two):
+    losses, grads = gradients(script, 0, 1)
+    for rank in range(2):
+        for a, b in zip(two[rank][i][1], grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+        for name in losses:
+            mean = (two[0][i][0][name] + two[1][i][0][name]) / 2  # as the log does
+            torch.testing.assert_close(mean, losses[name], rtol=1e-12, atol=1e-12)
+            if name != "loss_ce" and name != "loss":
+                torch.testing.assert_close(two[rank][i][0][name], losses[name], rtol=1e-12, atol=1e-12)

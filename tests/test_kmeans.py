@@ -1,0 +1,57 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common.kmeans import kmeans
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def blobs(k, n=30, d=8):
+    """k * n unit rows about k random directions, and which one each is of."""
+    g, truth = generator(k), torch.arange(k * n) % k
+    centres = F.normalize(torch.randn(k, d, generator=g), dim=1)
+    return F.normalize(centres[truth] + 0.02 * torch.randn(k * n, d, generator=g), dim=1), truth
+
+
+@pytest.mark.parametrize("k", [1, 2, 10])
+def test_well_separated_clusters_are_found(k):
+    h, truth = blobs(k)
+    labels = kmeans(h, k, generator())
+    assert len({(a, b) for a, b in zip(labels.tolist(), truth.tolist())}) == k  # the same up to names
+    assert labels.unique().tolist() == list(range(k))
+
+
+def cost(h, labels, k):
+    return sum((h[labels == c] - h[labels == c].mean(0)).square().sum().item() for c in range(k))
+
+
+def test_the_result_is_a_fixed_point_of_lloyds_algorithm_and_the_best_of_its_restarts():
+    h = torch.randn(200, 4, dtype=torch.float64, generator=generator())
+    labels = kmeans(h, 12, generator())
+    centres = torch.stack([h[labels == c].mean(0) for c in range(12)])
+    assert torch.equal(torch.cdist(h, centres).argmin(1), labels)
+    more, single = generator(), [cost(h, kmeans(h, 12, generator(seed), restarts=1), 12) for seed in range(8)]
+    assert cost(h, kmeans(h, 12, more, restarts=8), 12) <= cost(h, kmeans(h, 12, generator(), restarts=1), 12)
+    assert min(single) <= cost(h, labels, 12) <= max(single)
+
+
+def test_the_same_seed_gives_the_same_labels_and_another_may_not():
+    h = torch.randn(100, 4, generator=generator())
+    assert torch.equal(kmeans(h, 7, generator()), kmeans(h, 7, generator()))
+    assert not torch.equal(kmeans(h, 7, generator()), kmeans(h, 7, generator(1)))
+
+
+def test_no_cluster_is_empty_even_where_rows_repeat():
+    h = torch.eye(6).repeat_interleave(20, 0)
+    for seed in range(5):
+        assert (kmeans(h, 6, generator(seed)).bincount(minlength=6) == 20).all()
+    assert sorted(kmeans(torch.randn(9, 3, generator=generator()), 9, generator()).tolist()) == list(range(9))
+
+
+@pytest.mark.parametrize("k", [0, 21])
+def test_a_number_of_clusters_that_cannot_be_is_refused(k):
+    with pytest.raises(ValueError, match=f"{k} clusters of 20 rows: must be from 1 to 20"):
+        kmeans(torch.rand(20, 2), k, generator())
