@@ -196,8 +196,8 @@ def test_two_processes_resume_bit_for_bit(script, npz, tmp_path):
 def test_another_configuration_in_the_same_folder_is_refused(script, npz, tmp_path):
     out = main(script, npz, tmp_path, "--epochs", "1")
     before = (out / "last.pt").read_bytes(), (out / "log.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=r"--lr .* there, 0\.5 here.*another --out"):
-        main(script, npz, tmp_path, "--epochs", "1", "--lr", "0.5")
+    with pytest.raises(ValueError, match=r"--lr .* there, 0\.123 here.*another --out"):
+        main(script, npz, tmp_path, "--epochs", "1", "--lr", "0.123")
     (out / "last.pt").rename(out / "kept")
     with pytest.raises(ValueError, match="--seed 0 there, 3 here"):
         main(script, npz, tmp_path, "--epochs", "1", "--seed", "3")
