@@ -108,40 +108,42 @@ def info_nce(q, k, bank, temperature):
     return F.softplus(neg - pos).mean()  # -log(e^pos / (e^pos + e^neg)) = log(1 + e^(neg - pos))
 
 
-def attack(net, target, x1, x2, start1, start2, bank, v, temperature, eps, step_size, steps):
-    """Eq. 3.3: the views that `v` attacks, moved within eps to maximise L_*; returns (x1_adv, x2_adv).
+def attack(net, target, x1, x2, noise, bank, args):
+    """Eq. 3.3: the views that the variant attacks, moved within eps to maximise L_*; gives (x1_adv, x2_adv).
+    They start at `noise` (B, 2, 3, S, S) in [-1, 1], times eps.
 
     L_CCC is constant in the perturbation, so L_* alone is maximised. Eval mode: an embedding then depends on
     its own image only, so the embedding of the view that stands still is a constant, and no running statistic
     changes. That constant is detached rather than made under no_grad, where autocast would cache the cast
     weights without their graph, and the training passes below would reuse them.
     """
+    v, T = VARIANTS[args.variant], args.temperature
+    eps, step_size, steps = args.eps / 255, args.step_size / 255, args.steps
+    start1, start2 = (x1 + eps * noise[:, 0]).clamp(0, 1), (x2 + eps * noise[:, 1]).clamp(0, 1)
     with eval_mode(net, target):
         if v.adv_query and v.adv_key:  # both at once
 
             def loss(x):
                 a1, a2 = x.chunk(2)
-                return info_nce(embed(net, a1, "adv"), embed(target, a2, "adv"), bank, temperature)
+                return info_nce(embed(net, a1, "adv"), embed(target, a2, "adv"), bank, T)
 
             x = pgd(loss, torch.cat([x1, x2]), eps, step_size, steps, start=torch.cat([start1, start2]))
             return x.chunk(2)
         if v.adv_query:
             k = embed(target, x2, "clean").detach()
-            return pgd(lambda x: info_nce(embed(net, x, "adv"), k, bank, temperature),
+            return pgd(lambda x: info_nce(embed(net, x, "adv"), k, bank, T),
                        x1, eps, step_size, steps, start=start1), x2
         q = embed(net, x1, "clean").detach()
-        return x1, pgd(lambda x: info_nce(q, embed(target, x, "adv"), bank, temperature),
+        return x1, pgd(lambda x: info_nce(q, embed(target, x, "adv"), bank, T),
                        x2, eps, step_size, steps, start=start2)
 
 
 def train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, args):
     """One iteration on two views (B, 3, S, S); `noise` (B, 2, 3, S, S) in [-1, 1] starts the attack."""
-    v, T, eps = VARIANTS[args.variant], args.temperature, args.eps / 255
+    v, T = VARIANTS[args.variant], args.temperature
     bank = bank_adv if v.adv_bank else bank_clean
     if v.adversarial:  # first: it uses the running statistics of the step before, and changes none
-        start1, start2 = (x1 + eps * noise[:, 0]).clamp(0, 1), (x2 + eps * noise[:, 1]).clamp(0, 1)
-        x1_adv, x2_adv = attack(net, target, x1, x2, start1, start2, bank.rows, v, T,
-                                eps, args.step_size / 255, args.steps)
+        x1_adv, x2_adv = attack(net, target, x1, x2, noise, bank.rows, args)
 
     q = embed(net, x1, "clean")
     with torch.no_grad():
@@ -220,17 +222,15 @@ def network(arch):
 
 def pictures(path, net, target, bank, images, args):
     """Rows of up to eight: x1, x2, the attacked views, and their perturbations (grey is none, full scale is
-    eps). The attack starts at the clean views."""
-    v, eps = VARIANTS[args.variant], args.eps / 255
+    eps)."""
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
     x1, x2 = (augment(x, rng, args.image_size) for _ in range(2))
     rows = [x1, x2]
-    if v.adversarial:
-        attacked = attack(net, target, x1, x2, x1, x2, bank.rows, v, args.temperature,
-                          eps, args.step_size / 255, args.steps)
-        for clean, x_adv in zip((x1, x2), attacked):
+    if VARIANTS[args.variant].adversarial:
+        noise = 2 * rng.uniform(2, *x1.shape[1:], device=x1.device) - 1
+        for clean, x_adv in zip((x1, x2), attack(net, target, x1, x2, noise, bank.rows, args)):
             if x_adv is not clean:
-                rows += [x_adv, 0.5 + (x_adv - clean) / (2 * max(eps, 1e-8))]
+                rows += [x_adv, 0.5 + (x_adv - clean) / (2 * max(args.eps / 255, 1e-8))]
     save_image(torch.cat(rows), path, nrow=len(x1))
 
 

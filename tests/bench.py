@@ -5,7 +5,8 @@
     python -m tests.bench --quick                 tiny sizes: shows that it works, measures nothing
 
     augment  two views of each image: amoc.augment against torchvision's PIL pipeline in worker processes
-    attack   AMOC's attack against the usual way: weight gradients accumulate, the key is made anew each step
+    attack   each script's attack against itself with the clean views embedded anew at each step, and against
+             the usual way, where moreover weight gradients are made
     bank     InfoNCE over a memory bank, forward and backward: bank_logsumexp against logsumexp and against
              MoCo's concatenation and cross-entropy, both under autograd
     step     one train_step of each variant
@@ -24,13 +25,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torchvision import transforms
 
+import acl
+import advcl
 import amoc
-from common import data, run
+import rocl
+from common import data, optim, run
 from common.bank import Bank
-from common.pgd import eval_mode
+from common.pgd import eval_mode, frozen_stats, pgd
 
-SCRIPTS = {"amoc": ("CCC", "ACC", "ACA", "AAC", "CAC")}  # variants, the base first; made by <script>_step
-COMPILED = {"amoc": "ACC"}  # on CUDA, once more with --compile
+SCRIPTS = {  # variants, the base first; made by <script>_step
+    "amoc": ("CCC", "ACC", "ACA", "AAC", "CAC"),
+    "rocl": ("without regulariser", "with"),
+    "acl": ("s2s", "a2s", "a2a", "ds"),
+    "advcl": ("without pseudo-labels", "with"),
+}
+COMPILED = {"amoc": "ACC", "rocl": "with", "acl": "ds", "advcl": "with"}  # on CUDA, once more with --compile
 
 
 class Setting(NamedTuple):
@@ -173,52 +182,132 @@ def augment(s):
            [f"amoc.augment, {where}", len(x) / t["ours"], t["pil"] / t["ours"]]])
 
 
+def views(s):
+    """x1, x2"""
+    x = torch.rand(2, s.batch, 3, 32, 32, device=s.device)
+    return [v.contiguous(memory_format=torch.channels_last) for v in x]
+
+
 def inputs(s):
     """net, target, x1, x2 of AMOC"""
     net, target = amoc.network(s.arch).to(s.device), amoc.network(s.arch).to(s.device).requires_grad_(False)
     target.load_state_dict(net.state_dict())
-    x1, x2 = torch.rand(2, s.batch, 3, 32, 32, device=s.device)
-    return net, target, *(x.contiguous(memory_format=torch.channels_last) for x in (x1, x2))
+    return net, target, *views(s)
 
 
-def naive_attack(net, target, x1, x2, start, bank, temperature, eps, step_size, steps):
-    with eval_mode(net, target):
-        x_adv = start
-        for _ in range(steps):
+class Attacked(NamedTuple):
+    """What one script's attack needs, to run it and its rivals."""
+
+    ours: object  # () -> x_adv
+    again: object  # x -> loss, all of it made anew, as the authors' codes do at each step
+    x: torch.Tensor
+    start: torch.Tensor
+    eps: float
+    step_size: float
+    steps: int
+    nets: tuple
+    mode: object  # eval_mode or frozen_stats
+
+
+def amoc_attack(s, dtype):
+    args = amoc.parser().parse_args([])
+    net, target, x1, x2 = (t.to(dtype) for t in inputs(s))
+    (start, noise), rows = start_of(x1, args.eps / 255), Bank(s.bank, 128).to(s.device).rows.to(dtype)
+
+    def again(x):
+        k = amoc.embed(target, x2, "clean").detach()
+        return amoc.info_nce(amoc.embed(net, x, "adv"), k, rows, args.temperature)
+
+    noise = torch.stack([noise, noise], 1)
+    return Attacked(lambda: amoc.attack(net, target, x1, x2, noise, rows, args)[0], again,
+                    x1, start, args.eps / 255, args.step_size / 255, args.steps, (net, target), eval_mode)
+
+
+def rocl_attack(s, dtype):
+    args, net = rocl.parser().parse_args([]), rocl.network(s.arch).to(s.device, dtype)
+    x1, x2 = (x.to(dtype) for x in views(s))
+    start, noise = start_of(x1, args.eps / 255)
+    return Attacked(lambda: rocl.attack(net, x1, x2, noise, args),
+                    lambda x: rocl.nt_xent([*rocl.embed(net, x), *rocl.embed(net, x2)], args.temperature),
+                    x1, start, args.eps / 255, args.step_size / 255, args.steps, (net,), eval_mode)
+
+
+def acl_attack(s, dtype):
+    args, net = acl.parser().parse_args([]), acl.network(s.arch, "a2s").to(s.device, dtype)
+    x1, x2 = (x.to(dtype) for x in views(s))
+    start, noise = start_of(x1, args.eps / 255)
+    kinds, noise = acl.VARIANTS["a2s"][0], torch.stack([noise, noise], 1)
+    return Attacked(lambda: acl.attack(net, x1, x2, noise, kinds, args)[0],
+                    lambda x: acl.nt_xent(*acl.embed_pair(net, x, x2, kinds), args.temperature),
+                    x1, start, args.eps / 255, args.step_size / 255, args.steps, (net,), eval_mode)
+
+
+def advcl_attack(s, dtype):
+    args, net = advcl.parser().parse_args([]), advcl.network(s.arch, []).to(s.device, dtype)
+    x1, x2, x = (x.to(dtype) for x in (*views(s), views(s)[0]))
+    start, noise = start_of(x, args.eps / 255)
+    clean, to_attack = advcl.choose(args.views, x1, x2, x, args.radius)
+
+    def embed_clean():
+        return [advcl.embed(net, view, "clean") for view in clean]
+
+    def ours():
+        with frozen_stats(net):
+            z = [v.detach() for v in embed_clean()]
+        return advcl.attack(net, lambda x: advcl.contrast(net, x, z, args.temperature),
+                            to_attack, noise[None], args)[0]
+
+    return Attacked(ours, lambda x: advcl.contrast(net, x[None], embed_clean(), args.temperature),
+                    x, start, args.eps / 255, args.step_size / 255, args.steps, (net,), frozen_stats)
+
+
+def start_of(x, eps):
+    noise = 2 * torch.rand_like(x) - 1
+    return (x + eps * noise).clamp(0, 1), noise
+
+
+def constants_again(a):
+    with a.mode(*a.nets):
+        return pgd(a.again, a.x, a.eps, a.step_size, a.steps, start=a.start)
+
+
+def weight_gradients_too(a):
+    with a.mode(*a.nets):
+        x_adv = a.start
+        for _ in range(a.steps):
             x_adv = x_adv.detach().requires_grad_()
-            with torch.no_grad():
-                k = amoc.embed(target, x2, "clean")
-            amoc.info_nce(amoc.embed(net, x_adv, "adv"), k, bank, temperature).backward()
-            x_adv = x_adv.detach() + step_size * x_adv.grad.sign()
-            x_adv = (x1 + (x_adv - x1).clamp(-eps, eps)).clamp(0, 1)
-    net.zero_grad()
+            a.again(x_adv).backward()
+            x_adv = x_adv.detach() + a.step_size * x_adv.grad.sign()
+            x_adv = (a.x + (x_adv - a.x).clamp(-a.eps, a.eps)).clamp(0, 1)
+    for net in a.nets:
+        net.zero_grad()
     return x_adv
 
 
 def attack(s):
-    T, eps, step_size, steps = 0.2, 8 / 255, 2 / 255, 5
-    net, target, x1, x2 = inputs(s)
-    start, rows = (x1 + eps * (2 * torch.rand_like(x1) - 1)).clamp(0, 1), Bank(s.bank, 128).to(s.device).rows
+    """Three ways to one perturbation: the script's; "again", the clean views embedded at each step;
+    "weights", and with the gradients of the weights that nobody asked for."""
+    rivals = {"ours": lambda a: a.ours(), "again": constants_again, "weights": weight_gradients_too}
+    lines = []
+    for name, make in ATTACKS.items():
+        exact = make(s._replace(batch=16), torch.float64)
+        moved = {rival: f(exact) - exact.x for rival, f in rivals.items()}
+        for rival in moved:  # in double precision: no gradient's sign hangs on the order of a sum
+            agree(f"attack: {name}, {rival}", moved["ours"], moved[rival], 1e-6)
+        a = make(s, torch.float32)
 
-    def ours(net, target, x1, x2, start, rows):
-        v = amoc.VARIANTS["ACC"]
-        return amoc.attack(net, target, x1, x2, start, x2, rows, v, T, eps, step_size, steps)[0]
+        def cast(f, a=a):
+            with run.autocast(s.device):
+                return f(a)
 
-    def naive(*tensors):
-        return naive_attack(*tensors, T, eps, step_size, steps)
+        t = race(s, {rival: lambda f=f: cast(f) for rival, f in rivals.items()}, budget=10)
+        ratios = [t[rival] / t["ours"] for rival in ("again", "weights")]
+        lines.append([name, *(1e3 * t[rival] for rival in rivals), *ratios])
+    table(f"attack: {s.arch}, batch {s.batch}, bank {s.bank}",
+          ["", *(f"{rival} ms" for rival in rivals), "again/ours", "weights/ours"], lines)
 
-    def cast(f):
-        with run.autocast(s.device):
-            f(net, target, x1, x2, start, rows)
 
-    # In double precision no gradient is so near zero that its sign hangs on the order of a sum.
-    exact = [copy.deepcopy(net).double(), copy.deepcopy(target).double(),
-             *(x[:16].double() for x in (x1, x2, start)), rows.double()]
-    agree("attack", ours(*exact) - exact[2], naive(*exact) - exact[2], 1e-6)
-    t = race(s, {"ours": lambda: cast(ours), "naive": lambda: cast(naive)}, budget=10)
-    table(f"attack: ACC, {steps} steps, {s.arch}, batch {s.batch}, bank {s.bank}", ["", "ms", "speed-up"],
-          [["weight gradients, key each step", 1e3 * t["naive"], 1.0],
-           ["amoc.attack", 1e3 * t["ours"], t["naive"] / t["ours"]]])
+ATTACKS = {"amoc ACC": amoc_attack, "rocl": rocl_attack, "acl a2s": acl_attack, "advcl": advcl_attack}
 
 
 def eager(q, k, bank, T):
@@ -278,6 +367,52 @@ def amoc_step(s, variant, compiled):
     return one
 
 
+def rocl_step(s, variant, compiled):
+    args = rocl.parser().parse_args([] if variant == "with" else ["--reg-weight", "0"])
+    net = rocl.network(s.arch).to(s.device)
+    opt, (x1, x2) = optim.LARS(net.parameters(), 0.0), views(s)
+    noise = 2 * torch.rand_like(x1) - 1
+    if compiled:
+        net.compile()
+
+    def one():
+        with run.autocast(s.device):
+            rocl.train_step(net, opt, x1, x2, noise, args)
+
+    return one
+
+
+def acl_step(s, variant, compiled):
+    args, net = acl.parser().parse_args(["--variant", variant]), acl.network(s.arch, variant).to(s.device)
+    opt, (x1, x2) = optim.LARS(net.parameters(), 0.0), views(s)
+    noise = 2 * torch.rand(s.batch, 2, 3, 32, 32, device=s.device) - 1
+    if compiled:
+        net.compile()
+
+    def one():
+        with run.autocast(s.device):
+            acl.train_step(net, opt, x1, x2, noise, args)
+
+    return one
+
+
+def advcl_step(s, variant, compiled):
+    args = advcl.parser().parse_args([])
+    clusters = args.clusters if variant == "with" else []
+    net = advcl.network(s.arch, clusters).to(s.device)
+    opt, (x1, x2), (x, _) = torch.optim.SGD(net.parameters(), 0.0, momentum=0.9), views(s), views(s)
+    noise = 2 * torch.rand(2, s.batch, 3, 32, 32, device=s.device) - 1
+    y = torch.stack([torch.arange(s.batch, device=s.device) % k for k in args.clusters], 1)
+    if compiled:
+        net["encoder"].compile()
+
+    def one():
+        with run.autocast(s.device):
+            advcl.train_step(net, opt, x1, x2, x, y, clusters, noise, args)
+
+    return one
+
+
 def step(s):
     for script, variants in SCRIPTS.items():
         steps, flops, mib = {}, {}, {}
@@ -293,7 +428,8 @@ def step(s):
                 one(), one()  # the optimizer's state, cuDNN's choices
             mib[name] = peak(s, one, above=before)
         t, base = race(s, steps, budget=30), variants[0]
-        table(f"step: {script}, {s.arch}, batch {s.batch}, bank {s.bank}",
+        bank = f", bank {s.bank}" if hasattr(globals()[script].parser().parse_args([]), "bank_size") else ""
+        table(f"step: {script}, {s.arch}, batch {s.batch}{bank}",
               ["", "ms", "images/s", "GFLOP", "TFLOP/s", "peak MiB", f"time / {base}"],
               [[name, 1e3 * t[name], s.batch / t[name], flops[name] / 1e9, flops[name] / 1e12 / t[name],
                 mib[name], t[name] / t[base]] for name in steps])

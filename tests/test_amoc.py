@@ -97,26 +97,18 @@ class Linear(nn.Module):
 
 x1 = X(4, 3, 4, 4)
 x2 = x1.flip(3)
-starts = (torch.cat([x1, x2]).flatten(1) + (8 / 255) * A(8, 48, 6)).clamp(0, 1).view(8, 3, 4, 4).chunk(2)
+noise = A(8, 48, 6).view(2, 4, 3, 4, 4).transpose(0, 1)
+starts = [(x + (8 / 255) * noise[:, i]).clamp(0, 1) for i, x in enumerate((x1, x2))]
 bank_c, bank_a = unit(Z(16, 6)), unit(A(16, 6, 4))
 
 
-def attack(variant, steps=5, net=None, target=None):
-    v = amoc.VARIANTS[variant]
-    bank = bank_a if v.adv_bank else bank_c
-    return amoc.attack(
-        net or Linear(),
-        target or Linear().requires_grad_(False),
-        x1,
-        x2,
-        *starts,
-        bank,
-        v,
-        0.2,
-        8 / 255,
-        2 / 255,
-        steps,
-    )
+def arguments(variant, **flags):
+    return SimpleNamespace(**{**vars(amoc.parser().parse_args(["--variant", variant])), **flags})
+
+
+def attack(variant):
+    bank = bank_a if amoc.VARIANTS[variant].adv_bank else bank_c
+    return amoc.attack(Linear(), Linear(), x1, x2, noise, bank, arguments(variant))
 
 
 @pytest.mark.parametrize(
@@ -169,17 +161,10 @@ def objective_after_attack(net):
 def step(variant, net, target, **flags):
     """One real train_step on the printed inputs; returns losses and both banks. The optimizer only
     records."""
-    args = SimpleNamespace(
-        **{
-            **dict(variant=variant, temperature=0.2, eps=8.0, step_size=2.0, steps=5, lam=0.5, ema=0.999),
-            **flags,
-        }
-    )
     banks = Bank(16, 6).double(), Bank(16, 6).double()
     banks[0].rows.copy_(bank_c), banks[1].rows.copy_(bank_a)
-    noise = A(8, 48, 6).view(2, 4, 3, 4, 4).transpose(0, 1)
     opt = torch.optim.SGD(net.parameters(), lr=0.0)
-    return amoc.train_step(net, target, opt, *banks, x1, x2, noise, args), *banks
+    return amoc.train_step(net, target, opt, *banks, x1, x2, noise, arguments(variant, **flags)), *banks
 
 
 def test_train_step_has_the_printed_loss_and_gradient():
@@ -272,7 +257,7 @@ def test_attack_raises_the_loss_of_a_real_network():
     for name, v in amoc.VARIANTS.items():
         if name == "CCC":
             continue
-        a1, a2 = amoc.attack(net, target, x1, x2, x1, x2, bank, v, 0.2, 8 / 255, 2 / 255, 5)
+        a1, a2 = amoc.attack(net, target, x1, x2, torch.zeros(8, 2, 3, 32, 32), bank, arguments(name))
         net.eval(), target.eval()
         before = amoc.info_nce(
             amoc.embed(net, x1, "adv" if v.adv_query else "clean"),
