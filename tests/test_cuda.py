@@ -1,34 +1,40 @@
 """What only a GPU can show. Without one these tests have no parameters to run on."""
+import importlib
+import json
+
 import pytest
 import torch
 
+import acl
 import amoc
-from common import data, run
-from common.bank import Bank
+from common import run
+from tests.scripts import SCRIPTS, TINY, tiny_npz
 
-DEVICES = [torch.device("cuda")] if torch.cuda.is_available() else []
+DEVICES = ["cuda"] if torch.cuda.is_available() else []
+RUNS = [*((script, []) for script in SCRIPTS), *(("amoc", ["--variant", v]) for v in amoc.VARIANTS),
+        *(("acl", ["--variant", v]) for v in acl.VARIANTS)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("variant", amoc.VARIANTS)
-def test_a_step_waits_for_nothing_and_its_loss_is_finite(device, variant, tmp_path):
-    args = amoc.parser().parse_args(["--variant", variant, "--out", str(tmp_path)])
-    log = run.Log(args, run.Env(device, 0, 1), 3)
-    net, target = amoc.network("slim").to(device), amoc.network("slim").to(device).requires_grad_(False)
-    banks = [Bank(256, 128).to(device) for _ in range(2)]
-    opt = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
-    x, y, _ = data.shapes(96, seed=0)
-    images = data.Images(x.to(device), y.to(device), 10)
-    log.start(0)
+@pytest.mark.parametrize("script, more", RUNS)
+def test_a_step_waits_for_nothing_and_its_loss_is_finite(device, script, more, tmp_path, monkeypatch):
+    """From the second step of an epoch (the first may set things up) until its line in the log."""
+    end = run.Log.epoch
+
+    def begin(args, env, state, step):
+        torch.cuda.set_sync_debug_mode("error" if step % 3 else "default")
+
+    def epoch(*args, **values):
+        torch.cuda.set_sync_debug_mode("default")
+        end(*args, **values)
+
+    monkeypatch.setattr(run, "interrupted", begin)
+    monkeypatch.setattr(run.Log, "epoch", epoch)
+    npz, out = tiny_npz(tmp_path / "tiny.npz"), tmp_path / "run"
     try:
-        for step, (x, _, rng) in enumerate(data.batches(images, 32, 0, 0)):
-            torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first step may set things up
-            x1, x2 = amoc.augment(x, rng, 32), amoc.augment(x, rng, 32)
-            noise = 2 * rng.uniform(2, *x1.shape[1:], device=device) - 1
-            with run.autocast(device):
-                losses = amoc.train_step(net, target, opt, *banks, x1, x2, noise, args)
-            log.step(step, rng.total, **losses)
+        importlib.import_module(script).main(
+            [*TINY, *SCRIPTS[script], *more, "--data", npz, "--out", str(out), "--device", device])
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    log.check()
-    assert all(v.isfinite() for v in losses.values())
+    lines = [json.loads(line) for line in open(out / "log.jsonl")][1:]
+    assert len(lines) == 2 and all(0 <= line["loss"] < 100 for line in lines)
