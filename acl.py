@@ -2,19 +2,19 @@
 
 SimCLR asks that two augmentations of an image agree. ACL asks that two attacked augmentations agree as well,
 the attack maximising that same contrastive loss. The dual-stream form trains a clean and an attacked SimCLR
-loss together: all weights are shared, but every BatchNorm, of the encoder and of the head, comes twice.
+loss together: all weights are shared, but every BatchNorm, of the encoder and of the projector, comes twice.
 
     paper                       here
-    f, g                        net: encoder and head; embed() gives z, un-normalised
+    f, g                        net: encoder and projector; embed() gives z, un-normalised
     BN of clean, attacked x     branch "clean", "adv"
     x_i, x_j                    x1, x2
     L_NT                        nt_xent
     inner maximum               attack
     S2S, A2A, A2S, DS           VARIANTS: the terms of the loss, and what the two views of each are
 
-The paper refers to SimCLR for optimiser, augmentation and head; the numbers are those of the authors' code: a
-head of three layers with BatchNorm, LARS on all parameters (SimCLR itself leaves BatchNorm and biases out),
-the attack's 5 steps of 2/255, the mean of the two terms in DS. Where we depart from that code:
+The paper refers to SimCLR for optimiser, augmentation and projector; the numbers are those of the authors'
+code: three layers with BatchNorm, LARS on all parameters (SimCLR itself leaves BatchNorm and biases out), the
+attack's 5 steps of 2/255, the mean of the two terms in DS. Where we depart from that code:
     - the attack starts inside [0, 1] (there its first gradient is taken at x + noise, not clipped);
     - a vector is left out of its own denominator by a mask (there by subtracting the constant e^(1/T));
     - `pgd` makes no weight gradient, and in A2S z of the clean view is computed once per attack: exactly
@@ -64,14 +64,14 @@ def augment(x, rng, size):
 
 
 def embed(net, x, bn):
-    """z of x (B, 3, S, S) through BatchNorm branch `bn`: (B, 512), fp32 under autocast too (fp64 stays)."""
-    with branch(net, bn):
+    """z of x (B, 3, S, S) through BatchNorm branch `bn`: (B, D), at least fp32."""
+    with branch(net, bn), run.autocast(x.device):
         z = net(x)
-    return z if z.dtype == torch.float64 else z.float()
+    return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
 def embed_pair(net, x1, x2, kinds):
-    """z1, z2; views of one kind as one batch."""
+    """z1, z2 (B, D); views of one kind go through as one batch."""
     if kinds[0] == kinds[1]:
         return embed(net, torch.cat([x1, x2]), kinds[0]).chunk(2)
     return embed(net, x1, kinds[0]), embed(net, x2, kinds[1])
@@ -84,9 +84,8 @@ def nt_xent(z1, z2, temperature):
     """
     u1, u2 = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
     rows = torch.cat([u1, u2])  # (2B, D)
-    with torch.autocast(rows.device.type, enabled=False):
-        scores = rows @ rows.T / temperature  # (2B, 2B)
-    scores.fill_diagonal_(-math.inf)  # nothing is its own negative
+    scores = rows @ rows.T / temperature  # (2B, 2B)
+    scores.fill_diagonal_(-math.inf)  # nothing is in its own denominator
     return scores.logsumexp(1).mean() - (u1 * u2).sum(1).mean() / temperature
 
 
@@ -95,14 +94,13 @@ def attack(net, x1, x2, noise, kinds, args):
     They start at `noise` (B, 2, 3, S, S) in [-1, 1], times eps.
 
     Eval mode: an embedding then depends on its own image only, so that of a clean view is a constant, and no
-    running statistic changes. That constant is detached rather than made under no_grad, where autocast would
-    cache the cast weights without their graph, and the training passes would reuse them.
+    running statistic changes.
     """
     eps, step_size, T = args.eps / 255, args.step_size / 255, args.temperature
     start1, start2 = (x1 + eps * noise[:, 0]).clamp(0, 1), (x2 + eps * noise[:, 1]).clamp(0, 1)
     with eval_mode(net):
         if kinds == ("adv", "adv"):  # both at once
-            x = pgd(lambda x: nt_xent(*embed_pair(net, *x.chunk(2), kinds), T),
+            x = pgd(lambda x: nt_xent(*embed(net, x, "adv").chunk(2), T),
                     torch.cat([x1, x2]), eps, step_size, args.steps, start=torch.cat([start1, start2]))
             return x.chunk(2)
         z2 = embed(net, x2, "clean").detach()
@@ -159,19 +157,20 @@ def check(args):
 
 
 def network(arch, variant):
-    """Encoder and head (B, 3, S, S) -> (B, 512); all BatchNorms have the branches that the variant uses."""
+    """Encoder and projector: (B, 3, S, S) in [0, 1] -> (B, D), D as the encoder's; their BatchNorms have the
+    branches that the variant uses."""
     branches = sorted({kind for kinds in VARIANTS[variant] for kind in kinds})
     encoder = encoders.make(arch, branches, mean=MEAN, std=STD)
     d = encoder.dim
-    head = nn.Sequential(
+    projector = nn.Sequential(
         nn.Linear(d, d), BranchNorm(d, branches, nn.BatchNorm1d), nn.ReLU(),
         nn.Linear(d, d, bias=False), BranchNorm(d, branches, nn.BatchNorm1d), nn.ReLU(),
         nn.Linear(d, d, bias=False), BranchNorm(d, branches, nn.BatchNorm1d))
-    return nn.Sequential(encoder, head).to(memory_format=torch.channels_last)
+    return nn.Sequential(encoder, projector).to(memory_format=torch.channels_last)
 
 
 def pictures(path, net, images, args):
-    """Rows of up to eight: x1, x2, the attacked views, and their perturbations (grey is none, full scale is
+    """Rows of up to eight: x1, x2, then each attacked view and its perturbation (grey is none, full scale is
     eps)."""
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
     x1, x2 = (augment(x, rng, args.image_size) for _ in range(2))
@@ -210,8 +209,7 @@ def main(argv=None):
             opt.param_groups[0]["lr"] = lr
             x1, x2 = (augment(x, rng, args.image_size) for _ in range(2))  # `rng` moves on between them
             noise = 2 * rng.uniform(2, *x1.shape[1:], device=device) - 1
-            with run.autocast(device):
-                losses = train_step(net, opt, x1, x2, noise, args)
+            losses = train_step(net, opt, x1, x2, noise, args)
             log.step(step, len(x) * env.world, **losses)
             step += 1
         log.epoch(epoch, step, lr=lr)

@@ -1,9 +1,9 @@
 """AdvCL: contrastive pre-training that keeps its robustness (Fan et al. 2021, arXiv 2111.01124).
 
-Robustness learnt without labels should survive a plain linear classifier. Two things are added to SimCLR for
-it: views made from the whole image (an attacked copy and a high-frequency one) beside the two strong crops,
-and an adversarial classification loss on k-means pseudo-labels, so that pre-training already resembles the
-task. Clean views, the contrastive attack and the classification attack have a BatchNorm branch each.
+Robustness learnt without labels should survive a plain linear classifier. To SimCLR are added views made from
+the whole image (an attacked and a high-frequency copy), beside the two strong crops, and an adversarial
+classification loss on k-means pseudo-labels, so that pre-training already resembles the task. Clean views, the
+contrastive attack and the classification attack have a BatchNorm branch each.
 
     paper                       here
     f, g, classifier            net["encoder"], net["projector"], net["classifier"]
@@ -19,11 +19,11 @@ task. Clean views, the contrastive attack and the classification attack have a B
 
 The supplement was not at hand; hyper-parameters, the strong crop, the three branches and the single BatchNorm
 of the projector are the authors' code's. So is the scale of the loss: a mean over anchors and positives
-times T / 0.07 (the paper sums), for which alone lambda and the learning rate are right. Where we depart:
+times T / 0.07 (the paper sums): lambda and the learning rate were chosen for it. Where we depart from it:
     - pseudo-labels come from our k-means on a teacher's features, not from an ImageNet encoder; without a
       teacher the classification term is off, and the log says so;
     - the attack leaves no trace: it normalises by batch statistics, as there, and updates no running ones
-      (there four in five of the adv branch's updates come from unfinished attacks);
+      (there most of what the adv branch averages comes from unfinished attacks);
     - it starts inside [0, 1]; what it does not change is embedded once: exactly equal, as batch statistics
       depend on the batch alone, and 35 instead of 50 forwards a step (a backward to the pixels counts 1, a
       whole one 2).
@@ -33,6 +33,7 @@ attack; their BatchNorms see their own images.
     python acl.py --variant s2s --out runs/s2s                a teacher
     python advcl.py --teacher runs/s2s/encoder.pt             CIFAR-10, ResNet-18, 1000 epochs
     python advcl.py                                           without pseudo-labels
+    torchrun --standalone --nproc-per-node 4 advcl.py         on 4 GPUs, 128 of the 512 images on each
     python advcl.py --views x1+d x2+d x1 x2                   another row of Table 4
     python eval.py runs/advcl/encoder.pt --preset advcl-slf robustssl-alf
 """
@@ -67,7 +68,8 @@ def strong(x, rng, size):
 
 
 def augment(x, rng, size, views):
-    """x1, x2, x, and noise (A + 1, B, 3, size, size) in [-1, 1] for the attacks, of clusters and A views."""
+    """Of uint8 images x (B, 3, H, W): x1, x2, x (B, 3, size, size), and noise (A + 1, B, 3, size, size) in
+    [-1, 1] that starts the attack on clusters and those on the A views to attack."""
     x1, x2 = (strong(x, rng, size) for _ in range(2))  # `rng` moves on between them
     x = data.random_flip(data.random_pad_crop(data.resize(x, size), rng, 4), rng)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -76,10 +78,9 @@ def augment(x, rng, size, views):
 
 
 def high_frequency(x, radius=8):
-    """x (B, C, H, W) without its frequencies (a, b), integers, of sqrt(a^2 + b^2) < radius, the mean among
-    them; neither clipped nor shifted."""
-    a, b = (torch.fft.fftfreq(n, 1 / n, device=x.device, dtype=x.dtype) for n in x.shape[2:])
-    return torch.fft.ifft2(torch.fft.fft2(x) * (a[:, None].hypot(b) >= radius)).real
+    """x (B, C, H, W) less its low frequencies, integers (a, b) with a^2 + b^2 < radius^2; not clipped."""
+    a, b = (torch.fft.fftfreq(n, 1 / n, device=x.device).round() for n in x.shape[2:])
+    return torch.fft.ifft2(torch.fft.fft2(x) * (a[:, None] ** 2 + b**2 >= radius**2)).real
 
 
 def choose(names, x1, x2, x, radius):
@@ -91,10 +92,10 @@ def choose(names, x1, x2, x, radius):
 
 
 def embed(net, x, bn):
-    """z of x (B, 3, S, S) through BatchNorm branch `bn`: (B, 128), fp32 under autocast too (fp64 stays)."""
-    with branch(net, bn):
+    """z of x (B, 3, S, S) through BatchNorm branch `bn`: (B, 128), at least fp32."""
+    with branch(net, bn), run.autocast(x.device):
         z = net["projector"](net["encoder"](x))
-    return z if z.dtype == torch.float64 else z.float()
+    return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
 def multiview_loss(views, temperature):
@@ -104,20 +105,19 @@ def multiview_loss(views, temperature):
     views: V tensors (B, D), normalised here to u; positives are the other V - 1 views of the image. Chance is
     ln(V B - 1) T / 0.07.
     """
-    u = F.normalize(torch.stack(list(views)), dim=2)  # (V, B, D)
+    u = F.normalize(torch.stack(views), dim=2)  # (V, B, D)
     pos = (u * (u.sum(0) - u)).sum(2) / temperature / (len(u) - 1)  # (V, B): the mean over the other views
     rows = u.flatten(0, 1)  # (V B, D)
-    with torch.autocast(rows.device.type, enabled=False):
-        scores = rows @ rows.T / temperature  # (V B, V B)
-    scores.fill_diagonal_(-math.inf)  # nothing is its own negative
+    scores = rows @ rows.T / temperature  # (V B, V B)
+    scores.fill_diagonal_(-math.inf)  # nothing is in its own denominator
     return (scores.logsumexp(1).mean() - pos.mean()) * temperature / BASE_TEMPERATURE
 
 
 def cluster_loss(net, x, labels, clusters):
     """Mean over the K in `clusters` of the cross-entropy of K logits with labels (B, len(clusters))."""
-    with branch(net, "adv_ce"):
+    with branch(net, "adv_ce"), run.autocast(x.device):
         logits = net["classifier"](net["encoder"](x))  # (B, sum of all K)
-    logits = (logits if logits.dtype == torch.float64 else logits.float()).split(clusters, dim=1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).split(clusters, dim=1)
     return sum(F.cross_entropy(part, y) for part, y in zip(logits, labels.T)) / len(clusters)
 
 
@@ -135,8 +135,8 @@ def contrast(net, x, constants, temperature):
 
 
 def train_step(net, opt, x1, x2, x, labels, clusters, noise, args):
-    """One iteration on two strong views and the weak one (B, 3, S, S), with pseudo-labels (B, len(clusters));
-    `noise` (A + 1, B, 3, S, S) in [-1, 1] starts the attacks, of clusters and of A views."""
+    """One iteration on two strong views and the weak one (B, 3, S, S); labels (B, len(clusters)), if any;
+    `noise` (A + 1, B, 3, S, S) in [-1, 1] starts the attack on clusters and those on the A views."""
     clean, to_attack = choose(args.views, x1, x2, x, args.radius)
     z = [embed(net, view, "clean") for view in clean]
     constants = [v.detach() for v in z]  # batch statistics: they depend on the clean views alone
@@ -153,7 +153,7 @@ def train_step(net, opt, x1, x2, x, labels, clusters, noise, args):
     loss.backward()
     run.average_grads(net.parameters())
     opt.step()
-    run.average_buffers(net)  # else each rank attacks a network of its own
+    run.average_buffers(net)  # else each rank has running statistics of its own
     return {"loss": loss, **losses}
 
 
@@ -162,20 +162,21 @@ def pseudo_labels(args, env, images):
 
     Kept in --out, and made anew where data, teacher, clusters or seed are not those they were made with.
     """
-    path, teacher = pathlib.Path(args.out) / "pseudo_labels.pt", encoders.load_encoder(args.teacher)
+    path, kind = pathlib.Path(args.out) / "pseudo_labels.pt", "AdvCL pseudo-label file"
+    hint, teacher = "move it away, and it is made again", encoders.load_encoder(args.teacher).to(env.device)
     weights = hashlib.sha256(pathlib.Path(args.teacher).read_bytes()).hexdigest()
     made_with = {"data": images.checksum(), "teacher": weights, "clusters": args.clusters, "seed": args.seed}
-    kind = "AdvCL pseudo-label file", "move it away, and it is made anew"
-    if env.rank == 0 and not (path.exists() and encoders.read(path, *kind)["made_with"] == made_with):
-        teacher, batches = teacher.to(env.device), torch.arange(len(images)).split(500)
+    if env.rank == 0 and not (path.exists() and encoders.read(path, kind, hint)["made_with"] == made_with):
         with torch.no_grad():
-            h = torch.cat([F.normalize(teacher(data.to_float(x)), dim=1) for x, _ in images.stream(batches)])
+            parts = images.stream(torch.arange(len(images)).split(500))
+            h = torch.cat([teacher(data.resize(x, args.image_size)) for x, _ in parts])
+        h = F.normalize(h, dim=1)  # (N, D)
         generator = torch.Generator().manual_seed(args.seed)
         labels = torch.stack([kmeans(h, k, generator) for k in args.clusters], 1).cpu()
-        torch.save({"format": kind[0], "made_with": made_with, "labels": labels}, f"{path}.tmp")
+        torch.save({"format": kind, "made_with": made_with, "labels": labels}, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
     run.barrier()
-    return encoders.read(path, *kind)["labels"].to(env.device)
+    return encoders.read(path, kind, hint)["labels"].to(env.device)
 
 
 def lr_at(step, steps, epochs, lr, warmup):
@@ -218,15 +219,17 @@ def check(args):
             raise ValueError(f"--views {' '.join(args.views)}: choose from {', '.join(VIEWS)}, each once")
     if len(args.views) < 2 or not any(view.endswith("+d") for view in args.views):
         raise ValueError(f"--views {' '.join(args.views)}: needs two views, one of them attacked (+d)")
+    if 0 < args.epochs <= args.warmup:
+        raise ValueError(f"--warmup {args.warmup}: must be less than --epochs {args.epochs}")
     if min(args.clusters) < 2:
         raise ValueError(f"--clusters {min(args.clusters)}: must be at least 2")
-    run.not_negative(args, "epochs", "lr", "warmup", "weight_decay", "cluster_weight", "radius")
-    run.not_negative(args, "eps", "step_size", "steps")
-    run.positive(args, "batch_size", "temperature", "image_size", "save_every")
+    run.not_negative(args, "epochs", "lr", "warmup", "weight_decay", "eps", "step_size", "steps", "radius")
+    run.positive(args, "batch_size", "cluster_weight", "temperature", "image_size", "save_every")
 
 
 def network(arch, clusters):
-    """Encoder with its BN branches, projector with one BN, and, given `clusters`, logits for all of them."""
+    """Encoder with BN branches, (B, 3, S, S) in [0, 1], not normalised, -> (B, D); projector D -> 128, its BN
+    without branches; given `clusters`, classifier D -> sum of all K."""
     branches = ("adv", "clean", "adv_ce") if clusters else ("adv", "clean")
     encoder = encoders.make(arch, branches, mean=(0, 0, 0), std=(1, 1, 1))
     projector = encoders.mlp(encoder.dim, encoder.dim, 128, norm=nn.BatchNorm1d)
@@ -238,7 +241,7 @@ def network(arch, clusters):
 
 def pictures(path, net, images, args):
     """Rows of up to eight: x1, x2, x, the high frequencies (about grey), then each attacked view and its
-    perturbation (grey is none, full scale is eps)."""
+    perturbation (grey is none, full scale is eps). Batch statistics here are those of these few."""
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
     x1, x2, x, noise = augment(x, rng, args.image_size, args.views)
     clean, to_attack = choose(args.views, x1, x2, x, args.radius)
@@ -258,7 +261,7 @@ def main(argv=None):
     device, out = env.device, pathlib.Path(args.out)
     images = data.load(args.data, args.data_dir, "train", device, args.limit, args.image_size, args.workers)
     steps = data.steps_per_epoch(len(images), args.batch_size, env.world)
-    clusters = args.clusters if args.teacher and args.cluster_weight else []
+    clusters = args.clusters if args.teacher else []
     if clusters:
         images.y = pseudo_labels(args, env, images)
 
@@ -272,7 +275,7 @@ def main(argv=None):
     step = run.resume(args, env, state)
     chance = math.log(len(args.views) * args.batch_size - 1) * args.temperature / BASE_TEMPERATURE
     log.start(step, f"chance loss_con ln(VB - 1) T / 0.07 = {chance:.3f}; "
-              + (f"pseudo-labels K = {clusters}" if clusters else "no pseudo-labels: no --teacher"))
+              + (f"pseudo-labels, K = {clusters}" if clusters else "no --teacher, so no pseudo-labels"))
 
     for epoch in range(step // steps, args.epochs):
         begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
@@ -280,8 +283,7 @@ def main(argv=None):
             run.interrupted(args, env, state, step)
             lr = opt.param_groups[0]["lr"] = lr_at(step, steps, args.epochs, args.lr, args.warmup)
             x1, x2, x, noise = augment(x, rng, args.image_size, args.views)
-            with run.autocast(device):
-                losses = train_step(net, opt, x1, x2, x, y, clusters, noise, args)
+            losses = train_step(net, opt, x1, x2, x, y, clusters, noise, args)
             log.step(step, len(x) * env.world, **losses)
             step += 1
         log.epoch(epoch, step, lr=lr)

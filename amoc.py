@@ -92,10 +92,10 @@ def augment(x, rng, size):
 
 
 def embed(net, x, bn):
-    """u(f(x)) through BatchNorm branch `bn`: (B, 128), unit rows, fp32 whatever the autocast (fp64 stays)."""
-    with branch(net, bn):
+    """u(f(x)) of x (B, 3, S, S) through BatchNorm branch `bn`: (B, 128), unit rows, at least fp32."""
+    with branch(net, bn), run.autocast(x.device):
         z = net(x)
-    return F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
+    return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
 
 
 def info_nce(q, k, bank, temperature):
@@ -114,8 +114,7 @@ def attack(net, target, x1, x2, noise, bank, args):
 
     L_CCC is constant in the perturbation, so L_* alone is maximised. Eval mode: an embedding then depends on
     its own image only, so the embedding of the view that stands still is a constant, and no running statistic
-    changes. That constant is detached rather than made under no_grad, where autocast would cache the cast
-    weights without their graph, and the training passes below would reuse them.
+    changes.
     """
     v, T = VARIANTS[args.variant], args.temperature
     eps, step_size, steps = args.eps / 255, args.step_size / 255, args.steps
@@ -221,7 +220,7 @@ def network(arch):
 
 
 def pictures(path, net, target, bank, images, args):
-    """Rows of up to eight: x1, x2, the attacked views, and their perturbations (grey is none, full scale is
+    """Rows of up to eight: x1, x2, then each attacked view and its perturbation (grey is none, full scale is
     eps)."""
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
     x1, x2 = (augment(x, rng, args.image_size) for _ in range(2))
@@ -262,8 +261,7 @@ def main(argv=None):
             run.interrupted(args, env, state, step)
             x1, x2 = (augment(x, rng, args.image_size) for _ in range(2))  # `rng` moves on between them
             noise = 2 * rng.uniform(2, *x1.shape[1:], device=device) - 1 if v.adversarial else None
-            with run.autocast(device):
-                losses = train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, args)
+            losses = train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, args)
             log.step(step, len(x) * env.world, **losses)
             step += 1
         log.epoch(epoch, step, lr=lr)

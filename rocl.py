@@ -10,7 +10,7 @@ BatchNorm for clean and attacked images alike, in-batch negatives; no bank, no m
     t(x), t'(x)                 x1, x2
     t(x)^adv                    x_adv
     L_con                       nt_xent of two views, which the attack maximises
-    L_RoCL                      nt_xent of the three views x1, x2, x_adv
+    L_RoCL                      loss_rocl: nt_xent of the three views x1, x2, x_adv
     L_reg, lambda               loss_reg, --reg-weight
 
 We know the equations from later restatements (Qi & Shah 2022, arXiv 2210.13463), all hyper-parameters from
@@ -57,9 +57,10 @@ def augment(x, rng, size):
 
 
 def embed(net, *views):
-    """z of each view (B, 3, S, S), all in one pass: (B, 128) each, fp32 under autocast too (fp64 stays)."""
-    z = net(torch.cat(views))
-    return (z if z.dtype == torch.float64 else z.float()).chunk(len(views))
+    """z of each view (B, 3, S, S), all in one pass: (B, 128) each, at least fp32."""
+    with run.autocast(views[0].device):
+        z = net(torch.cat(views))
+    return z.to(torch.promote_types(z.dtype, torch.float32)).chunk(len(views))
 
 
 def nt_xent(views, temperature):
@@ -68,22 +69,20 @@ def nt_xent(views, temperature):
     views: V tensors (B, D), normalised here to u. Every view of every image is an anchor; its positives are
     the other V - 1 views of the image, and stay in the denominator. Chance is (V - 1) ln(V B - 1).
     """
-    u = F.normalize(torch.stack(list(views)), dim=2)  # (V, B, D)
+    u = F.normalize(torch.stack(views), dim=2)  # (V, B, D)
     pos = (u * (u.sum(0) - u)).sum(2) / temperature  # (V, B): the sum over the other views
     rows = u.flatten(0, 1)  # (V B, D)
-    with torch.autocast(rows.device.type, enabled=False):
-        scores = rows @ rows.T / temperature  # (V B, V B)
-    scores.fill_diagonal_(-math.inf)  # nothing is its own negative
+    scores = rows @ rows.T / temperature  # (V B, V B)
+    scores.fill_diagonal_(-math.inf)  # nothing is in its own denominator
     return (len(u) - 1) * scores.logsumexp(1).mean() - pos.mean()
 
 
 def attack(net, x1, x2, noise, args):
-    """x1 moved within eps to maximise the loss of the pair (x_adv, target), target x2 unless --attack-to says
-    otherwise; all (B, 3, S, S). It starts at `noise` in [-1, 1], times eps.
+    """x_adv (B, 3, S, S): x1 moved within eps to maximise the loss of the pair (x_adv, target), target x2
+    unless --attack-to says otherwise. It starts at `noise`, shaped as x1 and in [-1, 1], times eps.
 
     Eval mode: an embedding then depends on its own image only, so the target's is a constant, and no running
-    statistic changes. That constant is detached rather than made under no_grad, where autocast would cache
-    the cast weights without their graph, and the training passes would reuse them.
+    statistic changes.
     """
     eps, step_size = args.eps / 255, args.step_size / 255
     with eval_mode(net):
@@ -99,10 +98,10 @@ def train_step(net, opt, x1, x2, noise, args):
 
     x_adv = attack(net, x1, x2, noise, args)
     losses = {}
-    if args.reg_weight:
+    if args.reg_weight:  # before the main pass: the running statistics hang on the order
         losses["loss_reg"] = loss_of(x_adv, x2 if args.regularize_to == "other" else x1)
-    losses["loss_con"] = loss_of(x1, x2, x_adv)
-    loss = losses["loss_con"] + args.reg_weight * losses.get("loss_reg", 0)
+    losses["loss_rocl"] = loss_of(x1, x2, x_adv)
+    loss = losses["loss_rocl"] + args.reg_weight * losses.get("loss_reg", 0)
 
     opt.zero_grad()
     loss.backward()
@@ -113,8 +112,8 @@ def train_step(net, opt, x1, x2, noise, args):
 
 
 def lr_at(epoch, epochs, lr, warmup):
-    """By epoch: linear over the first `warmup`, from a fifteenth of `lr`; then a cosine that would end
-    `warmup` epochs after the run."""
+    """By epoch: linear up to `lr` over the first `warmup`; then a cosine that would end `warmup` epochs after
+    the run."""
     if epoch < warmup:
         return lr / 15 * (1 + 14 * (epoch + 1) / warmup)
     return optim.cosine((epoch - warmup) / epochs, lr)
@@ -135,7 +134,7 @@ def parser():
     p.add_argument("--attack-to", default="other", help="target of the attack: other (x2) or original (x1)")
     p.add_argument("--regularize-to", default="other", help="partner of x_adv in the regulariser, likewise")
     p.add_argument("--eps", type=float, default=8.0, help="linf radius of the attack, in 1/255")
-    p.add_argument("--step-size", type=float, default=1.785, help="of the attack, in 1/255 (the code: .007)")
+    p.add_argument("--step-size", type=float, default=1.785, help="of the attack, in 1/255; in all .007")
     p.add_argument("--steps", type=int, default=7, help="of the attack")
     p.add_argument("--image-size", type=int, default=32, help="side of a view")
     return p
@@ -151,7 +150,8 @@ def check(args):
 
 
 def network(arch):
-    """Encoder and projector, one BN: images in [0, 1] (B, 3, S, S), not normalised further -> (B, 128)."""
+    """Encoder, without BN branches, and projector, without BN: (B, 3, S, S) in [0, 1] -> (B, 128). Images are
+    not normalised."""
     encoder = encoders.make(arch, mean=(0, 0, 0), std=(1, 1, 1))
     for m in encoder.modules():
         if isinstance(m, nn.Conv2d):
@@ -186,7 +186,7 @@ def main(argv=None):
     state = dict(net=net, opt=opt, log=log)
     step = run.resume(args, env, state)
     chance = 2 * math.log(3 * args.batch_size - 1), math.log(2 * args.batch_size - 1)
-    log.start(step, "chance: loss_con 2 ln(3B - 1) = {:.3f}, loss_reg ln(2B - 1) = {:.3f}".format(*chance))
+    log.start(step, "chance: loss_rocl 2 ln(3B - 1) = {:.3f}, loss_reg ln(2B - 1) = {:.3f}".format(*chance))
 
     for epoch in range(step // steps, args.epochs):
         lr = opt.param_groups[0]["lr"] = lr_at(epoch, args.epochs, args.lr, args.warmup)
@@ -195,8 +195,7 @@ def main(argv=None):
             run.interrupted(args, env, state, step)
             x1, x2 = (augment(x, rng, args.image_size) for _ in range(2))  # `rng` moves on between them
             noise = 2 * rng.uniform(*x1.shape[1:], device=device) - 1
-            with run.autocast(device):
-                losses = train_step(net, opt, x1, x2, noise, args)
+            losses = train_step(net, opt, x1, x2, noise, args)
             log.step(step, len(x) * env.world, **losses)
             step += 1
         log.epoch(epoch, step, lr=lr)

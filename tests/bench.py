@@ -296,11 +296,7 @@ def attack(s):
             agree(f"attack: {name}, {rival}", moved["ours"], moved[rival], 1e-6)
         a = make(s, torch.float32)
 
-        def cast(f, a=a):
-            with run.autocast(s.device):
-                return f(a)
-
-        t = race(s, {rival: lambda f=f: cast(f) for rival, f in rivals.items()}, budget=10)
+        t = race(s, {rival: lambda f=f, a=a: f(a) for rival, f in rivals.items()}, budget=10)
         ratios = [t[rival] / t["ours"] for rival in ("again", "weights")]
         lines.append([name, *(1e3 * t[rival] for rival in rivals), *ratios])
     table(f"attack: {s.arch}, batch {s.batch}, bank {s.bank}",
@@ -361,8 +357,7 @@ def amoc_step(s, variant, compiled):
         net.compile(), target.compile()
 
     def one():
-        with run.autocast(s.device):
-            amoc.train_step(net, target, opt, *banks, x1, x2, noise, args)
+        amoc.train_step(net, target, opt, *banks, x1, x2, noise, args)
 
     return one
 
@@ -376,8 +371,7 @@ def rocl_step(s, variant, compiled):
         net.compile()
 
     def one():
-        with run.autocast(s.device):
-            rocl.train_step(net, opt, x1, x2, noise, args)
+        rocl.train_step(net, opt, x1, x2, noise, args)
 
     return one
 
@@ -390,8 +384,7 @@ def acl_step(s, variant, compiled):
         net.compile()
 
     def one():
-        with run.autocast(s.device):
-            acl.train_step(net, opt, x1, x2, noise, args)
+        acl.train_step(net, opt, x1, x2, noise, args)
 
     return one
 
@@ -407,8 +400,7 @@ def advcl_step(s, variant, compiled):
         net["encoder"].compile()
 
     def one():
-        with run.autocast(s.device):
-            advcl.train_step(net, opt, x1, x2, x, y, clusters, noise, args)
+        advcl.train_step(net, opt, x1, x2, x, y, clusters, noise, args)
 
     return one
 

@@ -14,7 +14,7 @@ SCRIPTS = {
     "amoc": ["--bank-size", "48", "--steps", "1", "--warmup", "1"],
     "rocl": ["--steps", "1", "--warmup", "1"],
     "acl": ["--steps", "1", "--warmup", "1"],
-    "advcl": ["--steps", "1", "--warmup", "1"],
+    "advcl": ["--steps", "1", "--warmup", "0"],
 }
 TINY = ["--arch", "slim", "--batch-size", "16", "--epochs", "2", "--device", "cpu"]
 

@@ -60,13 +60,11 @@ def test_equal_rows_give_the_chance_value():
     assert 54.4580756118664 == pytest.approx(math.log(2047) * 0.5 / 0.07)
 
 
-def test_the_loss_is_the_same_under_autocast_and_finite_at_any_temperature():
+def test_the_loss_is_finite_at_any_temperature_in_float32():
     views = [v.float().requires_grad_() for v in columns(16, 16, 4, 4)]
-    with torch.autocast("cpu", torch.bfloat16):
-        cast, low = advcl.multiview_loss(views, 0.5), advcl.multiview_loss(views, 0.001)
-    assert cast == advcl.multiview_loss(views, 0.5)
-    low.backward()
-    assert low.isfinite() and all(v.grad.isfinite().all() for v in views)
+    loss = advcl.multiview_loss(views, 0.001)
+    loss.backward()
+    assert loss.isfinite() and all(v.grad.isfinite().all() for v in views)
 
 
 # The high-frequency view ------------------------------------------------------------------------------------
@@ -222,15 +220,6 @@ def test_views_select_the_rows_of_table_4(row):
     assert losses["loss"].item() == pytest.approx(slow_multiview_loss([v.double() for v in z], 0.5).item(), rel=1e-5)
 
 
-def test_autocast_loses_no_gradient():
-    net, x, y, noise, args = real()
-    with torch.autocast("cpu", torch.bfloat16):
-        one_step(net, x, y, noise, args)
-    for name, p in net.named_parameters():
-        if name != "projector.0.bias":  # before BatchNorm: it has none
-            assert p.grad is not None and p.grad.abs().sum() > 0, name
-
-
 @pytest.mark.parametrize("epoch, step, lr", [
     (0, 0, 0.01), (0, 97, 0.0584878020967), (4, 49, 0.2304445435531), (9, 97, 0.4993768892029),
     (10, 0, 0.4998508863517), (500, 0, 0.2494653885254), (999, 0, 0.0005)])
@@ -285,14 +274,14 @@ def test_a_run_with_a_teacher_uses_the_labels_of_its_images_and_says_so(tmp_path
     assert torch.equal(torch.cat([y for _, y, _ in seen]).sum(0), want.sum(0))
     advcl.main([*flags, "--epochs", "1", "--out", str(tmp_path / "without")])
     heads = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("with", "without")]
-    assert "K = [2, 5]" in heads[0][0] and '"loss_ce"' in heads[0][1]
-    assert "no pseudo-labels: no --teacher" in heads[1][0] and '"loss_ce"' not in heads[1][1]
+    assert "pseudo-labels, K = [2, 5]" in heads[0][0] and '"loss_ce"' in heads[0][1]
+    assert "no --teacher, so no pseudo-labels" in heads[1][0] and '"loss_ce"' not in heads[1][1]
 
 
 def test_a_spoilt_label_file_is_named(tmp_path):
     args, env, images = setting(tmp_path)
     (tmp_path / "pseudo_labels.pt").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"pseudo_labels\.pt.*made anew"):
+    with pytest.raises(ValueError, match=r"pseudo_labels\.pt.*made again"):
         advcl.pseudo_labels(args, env, images)
 
 
@@ -319,7 +308,8 @@ def test_defaults_are_the_papers_run():
     (["--views", "x1+d", "x1+d"], "--views.*each once"),
     (["--views", "x1", "x2"], "--views x1 x2: needs two views, one of them attacked"),
     (["--views", "x+d"], "needs two views"), (["--clusters", "1"], "--clusters 1: must be at least 2"),
-    (["--cluster-weight", "-1"], "--cluster-weight -1: must not be negative"),
+    (["--cluster-weight", "0"], "--cluster-weight 0: must be positive"),
+    (["--epochs", "10"], "--warmup 10: must be less than --epochs 10"),
     (["--eps", "-8"], "--eps -8: must not be negative"), (["--temperature", "0"], "--temperature 0")])
 def test_bad_flags_of_the_method_are_named(flags, words):
     with pytest.raises(ValueError, match=words):

@@ -193,6 +193,33 @@ def test_two_processes_resume_bit_for_bit(script, npz, tmp_path):
     same_result(tmp_path / "cut", tmp_path / "whole")
 
 
+def test_under_autocast_only_the_networks_are_cast(script, npz, tmp_path, monkeypatch):
+    """bf16 on CUDA: losses are fp32, no backward runs under autocast, no weight loses its gradient."""
+    module, steps = importlib.import_module(script), []
+    step, backward = module.train_step, torch.Tensor.backward
+
+    def watched(*args):
+        losses = step(*args)
+        nets = [a for a in args if isinstance(a, torch.nn.Module)]
+        steps.append((losses, [p.grad is not None for net in nets for p in net.parameters()]))
+        return losses
+
+    def outside(loss, *args, **kwargs):
+        assert not torch.is_autocast_enabled("cpu") and loss.dtype == torch.float32
+        backward(loss, *args, **kwargs)
+
+    monkeypatch.setattr(module, "train_step", watched)
+    monkeypatch.setattr(torch.Tensor, "backward", outside)
+    main(script, npz, tmp_path / "plain", "--epochs", "1")
+    monkeypatch.setattr(run, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    main(script, npz, tmp_path / "cast", "--epochs", "1")
+    plain, cast = steps[0], steps[len(steps) // 2]
+    assert cast[1] == plain[1] and any(cast[1])
+    assert cast[0]["loss"] != plain[0]["loss"] and cast[0]["loss"].item() == pytest.approx(
+        plain[0]["loss"].item(), rel=0.05)
+    assert all(v.dtype == torch.float32 for v in cast[0].values())
+
+
 def test_another_configuration_in_the_same_folder_is_refused(script, npz, tmp_path):
     out = main(script, npz, tmp_path, "--epochs", "1")
     before = (out / "last.pt").read_bytes(), (out / "log.jsonl").read_bytes()

@@ -60,16 +60,11 @@ def test_the_loss_is_symmetric_in_the_views_and_blind_to_lengths():
     assert rocl.nt_xent([7 * v for v in THIRDS], 0.5).item() == pytest.approx(value.item(), rel=1e-12)
 
 
-def test_the_loss_is_finite_at_any_temperature_in_float32_and_bfloat16_autocast():
+def test_the_loss_is_finite_at_any_temperature_in_float32():
     views = [v.float().requires_grad_() for v in THIRDS]
-    with torch.autocast("cpu", torch.bfloat16):
-        low = rocl.nt_xent(views, 0.001)
-        assert low.dtype == torch.float32 and rocl.nt_xent(views, 0.5) == rocl.nt_xent([*views], 0.5)
-    low.backward()
-    assert low.isfinite() and all(v.grad.isfinite().all() for v in views)
-    exact = rocl.nt_xent(views, 0.5)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert rocl.nt_xent(views, 0.5) == exact
+    loss = rocl.nt_xent(views, 0.001)
+    loss.backward()
+    assert loss.isfinite() and all(v.grad.isfinite().all() for v in views)
 
 
 class Linear(nn.Module):
@@ -114,7 +109,7 @@ def step(net, **flags):
 def test_train_step_has_the_printed_losses_and_gradient():
     net, slow = Linear(), Linear()
     losses = step(net)
-    assert [losses[k].item() for k in ("loss_con", "loss", "loss_reg")] == pytest.approx(
+    assert [losses[k].item() for k in ("loss_rocl", "loss", "loss_reg")] == pytest.approx(
         [4.600039701166239, 4.607435181055207, 256 * 0.007395479888968728], rel=1e-9)
     assert net.W.grad.norm().item() == pytest.approx(0.7802878309127637, rel=1e-9)
     assert [net.W.grad[0, 0].item(), net.W.grad[5, 47].item()] == pytest.approx(
@@ -131,7 +126,7 @@ def test_flags_choose_the_targets_and_switch_the_regulariser_off():
     x_adv = rocl.attack(net, x1, x2, 0 * noise, arguments())
     assert losses["loss_reg"].item() == pytest.approx(slow_nt_xent([net(x_adv), net(x1)], 0.5).item(), rel=1e-9)
     off = step(Linear(), reg_weight=0.0)
-    assert "loss_reg" not in off and off["loss"] == off["loss_con"]
+    assert "loss_reg" not in off and off["loss"] == off["loss_rocl"]
     original = rocl.attack(net, x1, x2, noise, arguments(attack_to="original"))
     assert torch.equal(original, rocl.attack(net, x1, x1, noise, arguments()))
     assert not torch.equal(original, rocl.attack(net, x1, x2, noise, arguments()))
@@ -174,13 +169,6 @@ def test_batchnorm_sees_the_views_of_a_pass_together():
     net, x1, x2, _ = real()
     z = torch.cat(rocl.embed(net, x1, x2))
     assert torch.equal(z, net(torch.cat([x1, x2]))) and not torch.allclose(z[:8], net(x1), atol=1e-4)
-
-
-def test_autocast_loses_no_gradient():
-    net, x1, x2, noise = real()
-    with torch.autocast("cpu", torch.bfloat16):
-        rocl.train_step(net, torch.optim.SGD(net.parameters(), 0.1), x1, x2, noise, arguments(steps=2))
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
 
 
 @pytest.mark.parametrize("epoch, lr", [
