@@ -1,7 +1,7 @@
 """AdvCL: contrastive pre-training that keeps its robustness (Fan et al. 2021, arXiv 2111.01124).
 
-Robustness learnt without labels should survive a plain linear classifier. To SimCLR are added views made from
-the whole image (an attacked and a high-frequency copy), beside the two strong crops, and an adversarial
+Robustness learnt without labels should survive a linear classifier. To SimCLR are added views made from the
+whole image (an attacked and a high-frequency copy), beside the two strong crops, and an adversarial
 classification loss on k-means pseudo-labels, so that pre-training already resembles the task. Clean views, the
 contrastive attack and the classification attack have a BatchNorm branch each.
 
