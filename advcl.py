@@ -2,8 +2,8 @@
 
 Robustness learnt without labels should survive a linear classifier. To SimCLR are added views made from the
 whole image (an attacked and a high-frequency copy), beside the two strong crops, and an adversarial
-classification loss on k-means pseudo-labels, so that pre-training already resembles the task. Clean views, the
-contrastive attack and the classification attack have a BatchNorm branch each.
+classification loss on k-means pseudo-labels, so that pre-training already resembles the task. Clean views,
+the contrastive attack and the classification attack have a BatchNorm branch each.
 
     paper                       here
     f, g, classifier            net["encoder"], net["projector"], net["classifier"]
