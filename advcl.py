@@ -32,10 +32,13 @@ attack; their BatchNorms see their own images.
 
     python acl.py --variant s2s --out runs/s2s                a teacher
     python advcl.py --teacher runs/s2s/encoder.pt             CIFAR-10, ResNet-18, 1000 epochs
-    python advcl.py                                           without pseudo-labels
-    torchrun --standalone --nproc-per-node 4 advcl.py         on 4 GPUs, 128 of the 512 images on each
+    torchrun --standalone --nproc-per-node 4 advcl.py         without pseudo-labels, on 4 GPUs
     python advcl.py --views x1+d x2+d x1 x2                   another row of Table 4
     python eval.py runs/advcl/encoder.pt --preset advcl-slf robustssl-alf
+
+Measured on a CPU thread (Intel Xeon), 0.3 M-parameter encoder, 10,000 images of CIFAR-10 (JPEG), 4.5 minutes
+(11 epochs, 2 attack steps, no pseudo-labels): linear probe 44.8 standard, 13.3 under PGD-20 at 8/255; SimCLR
+in that time 46.7 and 0.1. Not yet run on a GPU; the paper has 77.73 and 48.89 (1000 epochs; with them 50.45).
 """
 import hashlib
 import math
@@ -72,7 +75,6 @@ def augment(x, rng, size, views):
     [-1, 1] that starts the attack on clusters and those on the A views to attack."""
     x1, x2 = (strong(x, rng, size) for _ in range(2))  # `rng` moves on between them
     x = data.random_flip(data.random_pad_crop(data.resize(x, size), rng, 4), rng)
-    x = x.contiguous(memory_format=torch.channels_last)
     noise = rng.uniform(1 + sum(name.endswith("+d") for name in views), *x.shape[1:], device=x.device)
     return x1, x2, x, 2 * noise.transpose(0, 1) - 1
 
@@ -158,10 +160,8 @@ def train_step(net, opt, x1, x2, x, labels, clusters, noise, args):
 
 
 def pseudo_labels(args, env, images):
-    """(N, len(--clusters)): k-means on the teacher's normalised features of the un-augmented images.
-
-    Kept in --out, and made anew where data, teacher, clusters or seed are not those they were made with.
-    """
+    """(N, len(--clusters)): k-means on the teacher's normalised features of the un-augmented images. Kept in
+    --out, and made anew where data, teacher, clusters or seed are not those they were made with."""
     path, kind = pathlib.Path(args.out) / "pseudo_labels.pt", "AdvCL pseudo-label file"
     hint, teacher = "move it away, and it is made again", encoders.load_encoder(args.teacher).to(env.device)
     weights = hashlib.sha256(pathlib.Path(args.teacher).read_bytes()).hexdigest()
@@ -247,8 +247,8 @@ def pictures(path, net, images, args):
     clean, to_attack = choose(args.views, x1, x2, x, args.radius)
     with frozen_stats(net):
         z = [embed(net, view, "clean").detach() for view in clean]
-    x_adv = attack(net, lambda x: contrast(net, x, z, args.temperature), to_attack, noise[1:], args)
     rows = [x1, x2, x, 0.5 + high_frequency(x, args.radius)]
+    x_adv = attack(net, lambda x: contrast(net, x, z, args.temperature), to_attack, noise[1:], args)
     for view, adv in zip(to_attack, x_adv):
         rows += [adv, 0.5 + (adv - view) / (2 * max(args.eps / 255, 1e-8))]
     save_image(torch.cat(rows), path, nrow=len(x))
