@@ -16,6 +16,7 @@ SCRIPTS = {
     "acl": ["--steps", "1", "--warmup", "1"],
     "advcl": ["--steps", "1", "--warmup", "1"],
     "adco": ["--bank-size", "48", "--fill-steps", "3"],
+    "caco": ["--bank-size", "48", "--fill-steps", "3"],
 }
 TINY = ["--arch", "slim", "--batch-size", "16", "--epochs", "2", "--device", "cpu"]
 
