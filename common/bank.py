@@ -61,6 +61,20 @@ def bank_logsumexp(q, bank, temperature):
     return _BankLogSumExp.apply(q, bank, temperature)
 
 
+@torch.no_grad()
+def bank_argmax(q, bank):
+    """(N,) int64: for each row of q (N, D) the row of bank (K, D) of largest inner product, the first of several.
+    Products are in fp32 (float64: in that)."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    best = torch.full((len(q),), -torch.inf, dtype=wide, device=q.device)
+    index = torch.zeros(len(q), dtype=torch.int64, device=q.device)
+    for rows, b in _chunks(q, bank):
+        top, at = _scores(q, b, 1.0).max(1)
+        index = torch.where(top > best, at + rows.start, index)
+        best = torch.maximum(top, best)
+    return index
+
+
 class _BankLogSumExp(torch.autograd.Function):
     """With P_ij = exp(q_i . b_j / T - y_i), whose rows sum to 1, and the incoming gradient g (N,): dq_i =
     (g_i / T) sum_j P_ij b_j and db_j = (1 / T) sum_i g_i P_ij q_i. P is made again, chunk by chunk."""

@@ -15,6 +15,8 @@ SCRIPTS = {
     "rocl": ["--steps", "1", "--warmup", "1"],
     "acl": ["--steps", "1", "--warmup", "1"],
     "advcl": ["--steps", "1", "--warmup", "0"],
+    "adco": ["--bank-size", "48", "--fill-steps", "3"],
+    "caco": ["--bank-size", "48", "--fill-steps", "3"],
 }
 TINY = ["--arch", "slim", "--batch-size", "16", "--epochs", "2", "--device", "cpu"]
 

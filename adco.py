@@ -1,0 +1,299 @@
+"""AdCo: a memory bank of trained, adversarial negatives (Hu et al. 2021, arXiv 2011.08435).
+
+MoCo, but the bank is no queue of old keys: its K rows are free vectors that climb the contrastive loss while
+the network descends it, both from one pass through the network. The aim is better features, not robustness.
+The hybrid (--eps; Qi & Shah 2022, arXiv 2210.13463, Section 6.1) attacks the query's pixels as well.
+
+    paper (equations: the survey's)   here
+    f_q, f_k                          net, target: encoder and head; embed() adds u(z) = z / |z|
+    {z_neg}                           n, the unit rows of bank.rows, which are free in length
+    Eq. 3     contrastive loss        contrastive_loss
+    Eq. 5, 6  attack of the query     attack
+    Eq. 7     ascent of the bank      the gradient of contrastive_loss in the bank; bank_step
+
+The body of the paper was not at hand: the equations are the survey's, ImageNet's numbers the authors' code's,
+CIFAR-10's (the defaults) and the hybrid's ours. The code also has the derivative through the cosine (Eq. 7 is
+that of a free vector), the bank's own temperature, momentum and decay, and takes both gradients at one point
+(the paper alternates). Departures from it:
+    - only the bank gives negatives, as in the paper; the code has the batch's keys too, --batch-negatives;
+    - 256 steps of MoCo fill the bank, whatever its size (there bank size / batch size). The keys of a network
+      that still moves fast are soon where no query goes: no softmax mass, no gradient, a dead bank;
+    - BatchNorm sees groups of at most 32 images, keys in random order, as on the 8 GPUs of the code: with
+      common statistics the network could tell a query's key by its batch;
+    - the multi-crop fill has keys of full size (there 96 pixels); all processes have one bank.
+Logged of the bank: mass, its share of the softmax; bank_gain, what its step adds to its loss; rotation,
+radians a step; norm; accuracy, how often a query's key is nearer than all rows: 0.99 means a dead bank.
+
+    python adco.py                                       CIFAR-10, ResNet-18, 200 epochs
+    torchrun --standalone --nproc-per-node 2 adco.py     the same on 2 GPUs, 128 of the 256 images on each
+    python adco.py --eps 8 --bank-temperature 0.12       the hybrid
+    python eval.py runs/adco/encoder.pt --preset knn amoc-slf
+    python adco.py --data imagenet --arch resnet50 --stem imagenet --image-size 224 --blur 0.5 --lr 0.03 \
+--lr-final 6e-4 --weight-decay 1e-4 --ema 0.999 --bank-size 65536 --bank-temperature 0.02 --bank-lr 3
+"""
+import argparse
+import itertools
+import math
+import pathlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.utils import save_image
+
+from common import data, encoders, optim, run
+from common.bank import Bank, bank_argmax, bank_logsumexp
+from common.pgd import eval_mode, pgd
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, from the authors' code
+CROPS = {224: (0.2, 1.0), 192: (0.172, 0.86), 160: (0.143, 0.715), 128: (0.114, 0.571), 96: (0.086, 0.429)}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The method
+# ----------------------------------------------------------------------------------------------------------
+class GroupedNorm(nn.BatchNorm2d):
+    """BatchNorm that sees groups of 2 to 32 images, at least two groups where it can."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        parts = x.tensor_split(min(max(2, math.ceil(len(x) / 32)), len(x) // 2))
+        return torch.cat([F.batch_norm(part, self.running_mean, self.running_var, self.weight, self.bias,
+                                       True, self.momentum / len(parts), self.eps) for part in parts])
+
+
+def augment(x, rng, side, args):
+    """One view of the uint8 images x (B, 3, H, W), of `side` where --image-size is 224: floats in [0, 1]."""
+    x = data.random_resized_crop(x, rng, round(args.image_size * side / 224), scale=CROPS[side], flip=0.5)
+    x = data.random_color_jitter(x, rng, 0.4, 0.4, 0.4, 0.1, p=0.8)
+    x = data.random_grayscale(x, rng, p=0.2)
+    x = data.random_gaussian_blur(x, rng, sigma=(0.1, 2.0), p=args.blur, kernel_size=13)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def views(x, rng, args):
+    """Images for the queries, and for the key of each (in multi-crop one for all): two lists."""
+    *x_q, x_k = (augment(x, rng, side, args) for side in ([*CROPS, 224] if args.multi_crop else [224, 224]))
+    return (x_q + [x_k], [x_k] + x_q) if args.symmetric else (x_q, [x_k])
+
+
+def embed(net, x):
+    """u(f(x)) of x (B, 3, S, S): (B, 128), unit rows, at least fp32."""
+    with run.autocast(x.device):
+        z = net(x)
+    return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+
+
+def contrastive_loss(q, k, bank, temperature, keys=None):
+    """Eq. 3: -mean_i log( e^(q_i.k_i/T) / (e^(q_i.k_i/T) + sum_j e^(q_i.n_j/T)) ), n_j = bank_j / |bank_j|.
+    q, k (N, D) unit rows, bank (K, D) any rows. With `keys` (M, D), all of the batch and so among them the
+    own ones, sum_m e^(q_i.keys_m/T) replaces the first term of the denominator. Chance is ln(K + 1).
+    """
+    positive = (q * k).sum(1) / temperature  # (N,)
+    own = positive if keys is None else bank_logsumexp(q, keys, temperature)
+    return (torch.logaddexp(own, bank_logsumexp(q, F.normalize(bank, dim=1), temperature)) - positive).mean()
+
+
+def bank_step(bank, velocity, grad, lr, momentum, weight_decay):
+    """A step of SGD up `grad` whose decay still shrinks, all (K, D): the new bank and velocity."""
+    velocity = momentum * velocity - grad + weight_decay * bank
+    return bank - lr * velocity, velocity
+
+
+def objective(pairs, bank, temperature, args):
+    """Eq. 3 of all (q, k) in `pairs`: the mean of a symmetric loss's two, the sum of multi-crop's."""
+    losses = [contrastive_loss(q, k, bank, temperature, run.gather(k) if args.batch_negatives else None)
+              for q, k in pairs]
+    return sum(losses) / (len(losses) if args.symmetric else 1)
+
+
+def attack(net, x, k, bank, noise, args):
+    """The query's images x (B, 3, S, S) moved within eps to maximise Eq. 3, k and bank constant, from `noise`
+    in [-1, 1] times eps. Eval mode: an image does not change another's embedding, nor a running statistic."""
+    eps, n = args.eps / 255, F.normalize(bank, dim=1)
+    with eval_mode(net):
+        return pgd(lambda x: objective([(embed(net, x), k)], n, args.temperature, args),
+                   x, eps, args.step_size / 255, args.steps, start=(x + eps * noise).clamp(0, 1))
+
+
+@torch.no_grad()
+def embed_keys(target, x_k, order):
+    """Keys (B, 128) of each of x_k (B, 3, S, S), which BatchNorm groups in `order`, a permutation of B."""
+    return [embed(target, x[order])[order.argsort()] for x in x_k]
+
+
+def train_step(net, target, opt, bank, x_q, x_k, order, noise, args):
+    """One iteration on lists: images of queries, of keys, noise for attacks. `order` as in embed_keys."""
+    optim.ema(target, net, args.ema)
+    k = embed_keys(target, x_k, order) * (len(x_q) // len(x_k))  # in multi-crop all queries have one
+    if args.eps:
+        x_q = [attack(net, x, k, bank.rows, start, args) for x, k, start in zip(x_q, k, noise)]
+    q, w = [embed(net, x) for x in x_q], bank.rows.detach().requires_grad_()
+    loss = objective(zip(q, k), bank.rows, args.temperature, args)
+    pairs = [(q.detach(), k) for q, k in zip(q, k)]
+    loss_bank = objective(pairs, w, args.bank_temperature, args)  # the same features, other temperature
+
+    opt.zero_grad()
+    (loss + loss_bank).backward()  # the first has no gradient in the bank, the second none in the network
+    run.average_grads([*net.parameters(), w])
+    opt.step()
+    bank.rows, bank.velocity = bank_step(w.detach(), bank.velocity, w.grad, args.bank_lr,
+                                         args.bank_momentum, args.bank_decay)
+    run.average_buffers(net, target)  # else each rank attacks a network of its own
+    return {"loss": loss, **alarms(pairs, loss_bank, w, bank.rows, args)}
+
+
+@torch.no_grad()
+def alarms(pairs, loss_bank, before, bank, args):
+    """How alive the `bank` is after its step, which began at `before` with `loss_bank`."""
+    T, n, (q, k) = args.bank_temperature, F.normalize(bank, dim=1), pairs[0]
+    positive, nearest = (q * k).sum(1), (q * n[bank_argmax(q, n)]).sum(1)
+    own = bank_logsumexp(q, run.gather(k), T) if args.batch_negatives else positive / T
+    return {"mass": (bank_logsumexp(q, n, T) - own).sigmoid().mean(),
+            "bank_gain": objective(pairs, bank, T, args) - loss_bank,
+            "rotation": (n - F.normalize(before, dim=1)).norm(dim=1).mean(),
+            "norm": bank.norm(dim=1).mean(), "accuracy": (positive > nearest).float().mean()}
+
+
+def fill(net, target, opt, bank, images, args, env):
+    """The bank before epoch 0: the last keys of --fill-steps steps of MoCo. A signal waits until it ends."""
+    opt.param_groups[0]["lr"] = args.lr
+    batches = (batch for epoch in itertools.count(args.epochs)  # those the run does not reach
+               for batch in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world))
+    for x, _, rng in itertools.islice(batches, args.fill_steps):
+        (x1, *_), (x2, *_) = views(x, rng, args)
+        optim.ema(target, net, args.ema)
+        (k,) = embed_keys(target, [x2], rng.uniform(1, device=env.device)[:, 0].argsort())
+        loss = objective([(embed(net, x1), k)], bank.rows, args.temperature, args)
+        opt.zero_grad()
+        loss.backward()
+        run.average_grads(net.parameters())
+        opt.step()
+        bank.push(k)
+    run.average_buffers(net)
+    target.load_state_dict(net.state_dict())
+
+
+def lr_at(epoch, epochs, lr, final):
+    """By epoch: a cosine from `lr` towards `final`."""
+    return optim.cosine(epoch / epochs, lr, final)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------------------
+def parser():
+    p = run.parser(__doc__, name="adco", arch="resnet18")
+    switch = dict(action=argparse.BooleanOptionalAction, default=False)
+    p.add_argument("--stem", help="cifar, imagenet, small; default: the architecture's own")
+    p.add_argument("--symmetric", help="both views are queries and keys", **switch)
+    p.add_argument("--multi-crop", help="five crops of falling size are queries", **switch)
+    p.add_argument("--batch-negatives", help="the batch's keys are negatives too", **switch)
+    p.add_argument("--epochs", type=int, default=200, help="0 exports the random encoder")
+    p.add_argument("--batch-size", type=int, default=256, help="images a step, over all processes")
+    p.add_argument("--lr", type=float, default=0.06)
+    p.add_argument("--lr-final", type=float, default=0.0)
+    p.add_argument("--weight-decay", type=float, default=5e-4)
+    p.add_argument("--ema", type=float, default=0.99, help="of the key network")
+    p.add_argument("--temperature", type=float, default=0.12, help="of the network's loss, and of the attack")
+    p.add_argument("--bank-temperature", type=float, default=0.05, help="of the loss that the bank climbs")
+    p.add_argument("--bank-size", type=int, default=4096, help="K")
+    p.add_argument("--bank-lr", type=float, default=0.5, help="constant over the run")
+    p.add_argument("--bank-momentum", type=float, default=0.9)
+    p.add_argument("--bank-decay", type=float, default=1e-4)
+    p.add_argument("--fill-steps", type=int, default=256, help="of MoCo, before epoch 0")
+    p.add_argument("--eps", type=float, default=0.0, help="linf radius of the attack, in 1/255; 0: none")
+    p.add_argument("--step-size", type=float, default=2.0, help="of the attack, in 1/255")
+    p.add_argument("--steps", type=int, default=5, help="of the attack")
+    p.add_argument("--blur", type=float, default=0.0, help="probability; 0.5 on ImageNet")
+    p.add_argument("--image-size", type=int, default=32, help="side of a view")
+    return p
+
+
+def check(args):
+    run.not_negative(args, "epochs", "lr", "lr_final", "weight_decay", "bank_lr", "bank_decay", "eps")
+    run.positive(args, "batch_size", "temperature", "bank_temperature", "bank_size")
+    run.positive(args, "step_size", "image_size", "save_every")
+    for flag in ("ema", "bank_momentum", "blur"):
+        if not 0 <= getattr(args, flag) <= 1:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must be from 0 to 1")
+    if args.symmetric and args.multi_crop:
+        raise ValueError("--symmetric and --multi-crop: choose one")
+    if args.eps and args.steps < 1:
+        raise ValueError(f"--steps {args.steps}: --eps {args.eps:g} needs at least 1 attack step")
+    if args.fill_steps < args.bank_size / args.batch_size:
+        raise ValueError(f"--fill-steps {args.fill_steps}: must be at least --bank-size / --batch-size")
+
+
+def network(arch, stem=None):
+    """Encoder with grouped BatchNorm, and head without BatchNorm: (B, 3, S, S) -> (B, 128)."""
+    encoder = encoders.make(arch, stem=stem, mean=MEAN, std=STD)
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = GroupedNorm  # the same state, another forward
+    head = encoders.mlp(encoder.dim, encoder.dim, 128)
+    return nn.Sequential(encoder, head).to(memory_format=torch.channels_last)
+
+
+def pictures(path, net, target, bank, images, args):
+    """Rows of up to eight: x1, x2; of the hybrid x1_adv and perturbation (grey: none, full scale: eps)."""
+    x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
+    (x1, *_), (x2, *_) = views(x, rng, args)
+    rows = [x1, x2]
+    if args.eps:
+        with eval_mode(target):
+            x_adv = attack(net, x1, embed(target, x2).detach(), bank.rows, torch.zeros_like(x1), args)
+        rows += [x_adv, 0.5 + (x_adv - x1) / (2 * args.eps / 255)]
+    save_image(torch.cat(rows), path, nrow=len(x))
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    check(args)
+    env = run.setup(args)
+    device, out = env.device, pathlib.Path(args.out)
+    images = data.load(args.data, args.data_dir, "train", device, args.limit, args.image_size, args.workers)
+    steps = data.steps_per_epoch(len(images), args.batch_size, env.world)
+
+    net, target = (network(args.arch, args.stem).to(device) for _ in range(2))
+    target.requires_grad_(False).load_state_dict(net.state_dict())
+    bank = Bank(args.bank_size, 128).to(device)
+    bank.register_buffer("velocity", torch.zeros_like(bank.rows))
+    opt = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    if args.compile:
+        net.compile(), target.compile()
+
+    log = run.Log(args, env, steps * args.epochs)
+    state = dict(net=net, target=target, bank=bank, opt=opt, log=log)
+    step = run.resume(args, env, state)
+    log.start(step, f"chance loss ln(K + 1) = {math.log(args.bank_size + 1):.3f}")
+    if args.epochs and not (out / "last.pt").exists():
+        fill(net, target, opt, bank, images, args, env)
+
+    for epoch in range(step // steps, args.epochs):
+        lr = opt.param_groups[0]["lr"] = lr_at(epoch, args.epochs, args.lr, args.lr_final)
+        begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
+        for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
+            run.interrupted(args, env, state, step)
+            x_q, x_k = views(x, rng, args)
+            order = rng.uniform(1, device=device)[:, 0].argsort()
+            noise = [2 * rng.uniform(*v.shape[1:], device=device) - 1 for v in x_q] if args.eps else None
+            losses = train_step(net, target, opt, bank, x_q, x_k, order, noise, args)
+            log.step(step, len(x) * env.world, **losses)
+            step += 1
+        mass = log.sums["mass"] / log.count
+        log.epoch(epoch, step, lr=lr)
+        if env.rank == 0 and mass < 0.05:  # it is 0.2 to 0.99 where the bank lives
+            print(f"the bank is dead: mass {mass:.3f}; try more --fill-steps, a higher --bank-temperature")
+        if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+            run.save(args, env, state, step)
+            if env.rank == 0:
+                pictures(out / "views.png", net, target, bank, images, args)
+    if env.rank == 0:
+        encoders.export(net[0], None, out / "encoder.pt")
+        print(f"{out / 'encoder.pt'} holds the encoder")
+
+
+if __name__ == "__main__":
+    run.cli(main)

@@ -1,0 +1,298 @@
+"""CaCo: cooperative positives and adversarial negatives from one bank (Wang et al. 2022, arXiv 2203.14370).
+
+As in AdCo a bank of free vectors gives the negatives and climbs the loss while the network descends it. Here
+it gives the positive too: the row nearest to the key of the *other* view. Its positive moves towards a query,
+as that lowers the loss, and its negatives do, as that raises it: every row moves towards the queries. An
+adversarial positive would flee (--positives adversarial, a published ablation that must fail).
+
+    paper (equations: the survey's)     here
+    f_q, f_k                            net, target: encoder and head; embed() adds u(z) = z / |z|
+    the memory bank                     n, the unit rows of bank.rows, which are free in length
+    the positive, picked in the bank    positives
+    contrastive loss over the bank      contrastive_loss
+    Eq. 12 for positives, Eq. 7 else    the bank's gradient of cooperative_loss; bank_step
+    Eq. 13 for positives, Eq. 7 else    that of contrastive_loss
+
+The body of the paper was not at hand: the equations are Qi & Shah's (2022, arXiv 2210.13463), ImageNet's
+numbers the authors' code's, CIFAR-10's (the defaults) ours. The code also has the choice by largest cosine,
+the derivative through the cosine (Eqs. 7, 12 are those of free vectors), the loss as *sum* of both views, and
+the bank's rate, momentum and warm-up. Departures from it:
+    - one temperature, as in the paper (there two flags, equal in every recipe), so that one backward gives
+      the gradients of both players;
+    - 256 steps of MoCo fill the bank, with the key network's momentum (there bank size / batch size, .999);
+    - the batch is that of all processes (there, of each host), and all have one bank (there not quite).
+Logged of the bank: bank_change, what its step adds to a view's loss (below 0: it cooperates); rotation, in
+radians; norm; unique, the rows that are positives of a view; p, the mean probability of a positive; cosine,
+the mean largest one of a query with any row: near 0 the bank is out of reach.
+
+    python caco.py                                       CIFAR-10, ResNet-18, 200 epochs
+    torchrun --standalone --nproc-per-node 2 caco.py     the same on 2 GPUs, 128 of the 256 images on each
+    python caco.py --positives adversarial               Eq. 13
+    python eval.py runs/caco/encoder.pt --preset knn amoc-slf
+    python caco.py --data imagenet --arch resnet50 --stem imagenet --image-size 224 --blur --batch-size 1024 \
+--optimizer lars --lr 1.2 --lr-final 0.012 --warmup 10 --weight-decay 1.5e-6 --dim 256 --bank-size 65536 \
+--bank-lr 3 --fill-steps 64
+"""
+import argparse
+import itertools
+import math
+import pathlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.utils import save_image
+
+from common import data, encoders, optim, run
+from common.bank import Bank, bank_argmax, bank_logsumexp
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, from the authors' code
+
+
+TWO_VIEWS = [  # side where --image-size is 224, area of the crop, saturation, p of blur (--blur), of solarise
+    (224, (0.2, 1.0), 0.2, 1.0, 0.0), (224, (0.2, 1.0), 0.2, 0.1, 0.2)]
+MULTI_CROP = 2 * [(224, (0.14, 1.0), 0.4, 0.5, 0.0)] + 6 * [(96, (0.05, 0.14), 0.4, 0.5, 0.0)]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The method
+# ----------------------------------------------------------------------------------------------------------
+def augment(x, rng, view, args):
+    """One view of the uint8 images x (B, 3, H, W), a row of the tables above: floats in [0, 1]."""
+    side, scale, saturation, blur, solarize = view
+    x = data.random_resized_crop(x, rng, round(args.image_size * side / 224), scale=scale, flip=0.5)
+    x = data.random_color_jitter(x, rng, 0.4, 0.4, saturation, 0.1, p=0.8)
+    x = data.random_grayscale(x, rng, p=0.2)
+    x = data.random_gaussian_blur(x, rng, sigma=(0.1, 2.0), p=blur * args.blur, kernel_size=13)
+    return data.random_solarize(x, rng, p=solarize).contiguous(memory_format=torch.channels_last)
+
+
+def views(x, rng, args):
+    """The views of x, a list: two that have keys, then (--multi-crop) six small ones."""
+    return [augment(x, rng, view, args) for view in (MULTI_CROP if args.multi_crop else TWO_VIEWS)]
+
+
+def embed(net, x):
+    """u(f(x)) of x (B, 3, S, S): (B, D), unit rows, at least fp32."""
+    with run.autocast(x.device):
+        z = net(x)
+    return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+
+
+def positives(k, bank):
+    """For each key of k (N, D) the row of bank (K, D) with the largest cosine, the first of several: (N,)."""
+    return bank_argmax(k, F.normalize(bank, dim=1))
+
+
+def nll(q, positive, n, temperature):
+    """-ln p_i of each query, p_i the softmax probability of its positive among the unit rows n: (N,)."""
+    return bank_logsumexp(q, n, temperature) - (q * n[positive]).sum(1) / temperature
+
+
+def contrastive_loss(q, positive, bank, temperature):
+    """-mean_i log( e^(q_i.n_y/T) / sum_j e^(q_i.n_j/T) ), y = positive_i, n_j = bank_j / |bank_j|.
+    q (N, D) unit rows, positive (N,), bank (K, D) any rows. Chance is ln K. In `bank`: Eq. 7, and Eq. 13.
+    """
+    return nll(q, positive, F.normalize(bank, dim=1), temperature).mean()
+
+
+def cooperative_loss(q, positive, bank, temperature):
+    """`contrastive_loss`, with the gradient of the positives in `bank` reversed: Eq. 12, (1 - p_i) q_i/T. A
+    step that climbs `bank`'s gradient brings all rows nearer to the queries."""
+    n = F.normalize(bank, dim=1)
+    losses = nll(q, positive, n, temperature)
+    c = -2 * torch.expm1(-losses.detach()) / temperature  # 2 (1 - p_i) / T
+    s = (q.detach() * n[positive]).sum(1)
+    return (losses + c * (s - s.detach())).mean()
+
+
+LOSSES = {"cooperative": cooperative_loss, "adversarial": contrastive_loss}  # of --positives
+
+
+def bank_step(bank, velocity, grad, lr, momentum):
+    """A step of SGD up `grad`, all (K, D): the new bank and velocity."""
+    velocity = momentum * velocity - grad
+    return bank - lr * velocity, velocity
+
+
+def train_step(net, target, opt, bank, x, ema, bank_lr, args):
+    """One iteration on the views x, a list: two that have keys, and any number of small ones."""
+    q, T, loss_of = [embed(net, view) for view in x], args.temperature, LOSSES[args.positives]
+    optim.ema(target, net, ema)
+    k1, k2 = (embed(target, view) for view in x[:2])  # without gradient: no parameter of target asks for one
+    w = bank.rows.detach().requires_grad_()
+    y1, y2 = positives(k2, w), positives(k1, w)  # swapped
+    rows = torch.cat(q[:2]), torch.cat([y1, y2])  # both views as one batch: twice its mean is their sum
+    loss_view = loss_of(*rows, w, T)
+    small = len(x) - 2  # each meets both positives
+    loss = loss_view + (loss_of(torch.cat(2 * q[2:]), torch.cat(small * [y1] + small * [y2]), w, T)
+                        if small else loss_view)
+    opt.zero_grad()
+    loss.backward()  # the network will descend it, the bank climb
+    run.average_grads([*net.parameters(), w])
+    opt.step()
+    bank.rows, bank.velocity = bank_step(w.detach(), bank.velocity, w.grad, bank_lr, args.bank_momentum)
+    run.average_buffers(net, target)
+    return {"loss": loss, **alarms(*rows, loss_view, w, bank.rows, T)}
+
+
+@torch.no_grad()
+def alarms(q, positive, loss, before, bank, temperature):
+    """How alive the `bank` is after its step, which began at `before` with `loss`."""
+    n = F.normalize(bank, dim=1)
+    losses = nll(q, positive, n, temperature)
+    first = positive[: len(positive) // 2].sort().values  # of one view
+    return {"bank_change": losses.mean() - loss, "p": losses.neg().exp().mean(),
+            "unique": 1.0 + (first.diff() != 0).sum(), "cosine": (q * n[bank_argmax(q, n)]).sum(1).mean(),
+            "rotation": (n - F.normalize(before, dim=1)).norm(dim=1).mean(), "norm": bank.norm(dim=1).mean()}
+
+
+def fill(net, target, opt, bank, images, args, env):
+    """The bank before epoch 0: the last keys of --fill-steps steps of MoCo. A signal waits until it ends."""
+    opt.param_groups[0]["lr"] = opt.param_groups[-1]["lr"] = args.lr
+    batches = (batch for epoch in itertools.count(args.epochs)  # those the run does not reach
+               for batch in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world))
+    for x, _, rng in itertools.islice(batches, args.fill_steps):
+        x1, x2, *_ = views(x, rng, args)
+        optim.ema(target, net, args.ema)
+        q, k, T = embed(net, x1), embed(target, x2), args.fill_temperature
+        loss = F.softplus(bank_logsumexp(q, bank.rows, T) - (q * k).sum(1) / T).mean()
+        opt.zero_grad()
+        loss.backward()
+        run.average_grads(net.parameters())
+        opt.step()
+        bank.push(k)
+    run.average_buffers(net)
+    target.load_state_dict(net.state_dict())
+
+
+def lr_at(epoch, epochs, lr, warmup, final):
+    """By epoch: `warmup` equal steps up to `lr`, then a cosine towards `final`."""
+    if epoch < warmup:
+        return lr * (epoch + 1) / warmup
+    return optim.cosine((epoch - warmup) / (epochs - warmup), lr, final)
+
+
+def ema_at(epoch, epochs, start):
+    """Momentum of the key network by epoch: half a cosine from `start` to 1."""
+    return optim.cosine(epoch / epochs, start, 1.0)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------------------
+def parser():
+    p = run.parser(__doc__, name="caco", arch="resnet18")
+    switch = dict(action=argparse.BooleanOptionalAction, default=False)
+    p.add_argument("--stem", help="cifar, imagenet, small; default: the architecture's own")
+    p.add_argument("--positives", default="cooperative", help=" ".join(LOSSES))
+    p.add_argument("--multi-crop", help="six small views more", **switch)
+    p.add_argument("--epochs", type=int, default=200, help="0 exports the random encoder")
+    p.add_argument("--batch-size", type=int, default=256, help="images a step, over all processes")
+    p.add_argument("--optimizer", default="sgd", help="sgd lars")
+    p.add_argument("--lr", type=float, default=0.06)
+    p.add_argument("--lr-final", type=float, default=0.0)
+    p.add_argument("--warmup", type=int, default=0, help="epochs")
+    p.add_argument("--weight-decay", type=float, default=5e-4)
+    p.add_argument("--ema", type=float, default=0.99, help="of the key network, at first")
+    p.add_argument("--temperature", type=float, default=0.08)
+    p.add_argument("--dim", type=int, default=128, help="D, length of the rows")
+    p.add_argument("--bank-size", type=int, default=4096, help="K")
+    p.add_argument("--bank-lr", type=float, default=0.3)
+    p.add_argument("--bank-warmup", type=int, default=10, help="epochs")
+    p.add_argument("--bank-momentum", type=float, default=0.9)
+    p.add_argument("--fill-steps", type=int, default=256, help="of MoCo, before epoch 0")
+    p.add_argument("--fill-temperature", type=float, default=0.2)
+    p.add_argument("--blur", help="as on ImageNet", **switch)
+    p.add_argument("--image-size", type=int, default=32, help="side of a view")
+    return p
+
+
+def check(args):
+    for flag, known in (("positives", LOSSES), ("optimizer", ("sgd", "lars"))):
+        if getattr(args, flag) not in known:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: choose one of {', '.join(known)}")
+    run.not_negative(args, "epochs", "lr", "lr_final", "warmup", "weight_decay", "bank_lr", "bank_warmup")
+    run.positive(args, "batch_size", "temperature", "fill_temperature", "dim", "bank_size")
+    run.positive(args, "image_size", "save_every")
+    for flag in ("ema", "bank_momentum"):
+        if not 0 <= getattr(args, flag) <= 1:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must be from 0 to 1")
+    if args.fill_steps < args.bank_size / args.batch_size:
+        raise ValueError(f"--fill-steps {args.fill_steps}: must be at least --bank-size / --batch-size")
+
+
+def network(arch, stem=None, dim=128):
+    """Encoder, and head with BatchNorm between its three layers: (B, 3, S, S) -> (B, dim)."""
+    encoder = encoders.make(arch, stem=stem, mean=MEAN, std=STD)
+    d = encoder.dim
+    hidden = [m for _ in range(2) for m in (nn.Linear(d, d, bias=False), nn.BatchNorm1d(d), nn.ReLU())]
+    hidden.append(nn.Linear(d, dim, bias=False))
+    return nn.Sequential(encoder, nn.Sequential(*hidden)).to(memory_format=torch.channels_last)
+
+
+def optimizer(net, args):
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    vectors = {"params": [p for p in net.parameters() if p.dim() == 1], "trust": None, "weight_decay": 0.0}
+    return optim.LARS([{"params": [p for p in net.parameters() if p.dim() > 1]}, vectors], args.lr,
+                      weight_decay=args.weight_decay)
+
+
+def pictures(path, images, args):
+    x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
+    save_image(torch.cat(views(x, rng, args)[:2]), path, nrow=len(x))  # x1, x2
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    check(args)
+    env = run.setup(args)
+    device, out = env.device, pathlib.Path(args.out)
+    images = data.load(args.data, args.data_dir, "train", device, args.limit, args.image_size, args.workers)
+    steps = data.steps_per_epoch(len(images), args.batch_size, env.world)
+
+    net, target = (network(args.arch, args.stem, args.dim).to(device) for _ in range(2))
+    if env.world > 1 and device.type == "cuda":  # on CPUs each process has its own statistics
+        net, target = (nn.SyncBatchNorm.convert_sync_batchnorm(f) for f in (net, target))
+    target.requires_grad_(False).load_state_dict(net.state_dict())
+    bank = Bank(args.bank_size, args.dim).to(device)
+    bank.register_buffer("velocity", torch.zeros_like(bank.rows))
+    opt = optimizer(net, args)
+    if args.compile:
+        net.compile(), target.compile()
+
+    log = run.Log(args, env, steps * args.epochs)
+    state = dict(net=net, target=target, bank=bank, opt=opt, log=log)
+    step = run.resume(args, env, state)
+    log.start(step, f"chance loss 2 ln K = {2 * math.log(args.bank_size):.3f}")
+    if args.epochs and not (out / "last.pt").exists():
+        fill(net, target, opt, bank, images, args, env)
+
+    for epoch in range(step // steps, args.epochs):
+        lr = lr_at(epoch, args.epochs, args.lr, args.warmup, args.lr_final)
+        opt.param_groups[0]["lr"] = opt.param_groups[-1]["lr"] = lr  # of LARS there are two groups
+        ema = ema_at(epoch, args.epochs, args.ema)
+        bank_lr = lr_at(epoch, args.epochs, args.bank_lr, args.bank_warmup, args.bank_lr)  # then constant
+        begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
+        for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
+            run.interrupted(args, env, state, step)
+            x_views = views(x, rng, args)
+            losses = train_step(net, target, opt, bank, x_views, ema, bank_lr, args)
+            log.step(step, len(x) * env.world, **losses)
+            step += 1
+        cosine, unique = (log.sums[key] / log.count for key in ("cosine", "unique"))
+        log.epoch(epoch, step, lr=lr, bank_lr=bank_lr, ema=ema)
+        if env.rank == 0 and (cosine < 0.2 or unique < 0.05 * args.batch_size / env.world):
+            print(f"the bank is dead: cosine {cosine:.3f}, {unique:.1f} positives; try more --fill-steps")
+        if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+            run.save(args, env, state, step)
+            if env.rank == 0:
+                pictures(out / "views.png", images, args)
+    if env.rank == 0:
+        encoders.export(net[0], None, out / "encoder.pt")
+        print(f"{out / 'encoder.pt'} holds the encoder")
+
+
+if __name__ == "__main__":
+    run.cli(main)
