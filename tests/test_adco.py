@@ -306,17 +306,6 @@ def test_a_step_of_the_hybrid_moves_running_statistics_once():
     assert net[0].bn1.running_mean.sign().eq(first.mean((0, 2, 3)).sign()).float().mean() > 0.8
 
 
-@pytest.mark.parametrize("flags", [{}, {"eps": 0.0}, {"symmetric": True, "batch_negatives": True}])
-def test_autocast_loses_no_gradient(flags):
-    net, target, bank, x1, x2, noise = real()
-    x_q, x_k = ([x1, x2], [x2, x1]) if "symmetric" in flags else ([x1], [x2])
-    with torch.autocast("cpu", torch.bfloat16):
-        adco.train_step(net, target, torch.optim.SGD(net.parameters(), 0.1), bank, x_q, x_k, torch.arange(8),
-                        [noise] * len(x_q), arguments(steps=2, **flags))
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
-    assert bank.velocity.abs().sum() > 0 and bank.rows.dtype == torch.float32
-
-
 def on_ranks(rank, world):
     """Three steps on this process's share of eight images, linear networks and a bank."""
     x, g = X(8, 3, 4, 4).chunk(world)[rank], torch.arange(8 // world)

@@ -230,15 +230,6 @@ def test_each_network_sees_each_view_once_and_the_keys_come_after_the_momentum_u
     assert all(p.grad is None for p in target.parameters())
 
 
-@pytest.mark.parametrize("positives", caco.LOSSES)
-def test_autocast_loses_no_gradient(positives):
-    net, target, bank, x = real()
-    with torch.autocast("cpu", torch.bfloat16):
-        step(net, target, x, bank, positives=positives)
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
-    assert bank.velocity.abs().sum() > 0 and bank.rows.dtype == torch.float32
-
-
 def on_ranks(rank, world):
     """Three steps on this process's share of eight images, linear networks and a bank."""
     x = X(8, 3, 4, 4).chunk(world)[rank]
