@@ -16,8 +16,8 @@ CIFAR-10's (the defaults) and the hybrid's ours. The code also has the derivativ
 that of a free vector), the bank's own temperature, momentum and decay, and takes both gradients at one point
 (the paper alternates). Departures from it:
     - only the bank gives negatives, as in the paper; the code has the batch's keys too, --batch-negatives;
-    - 256 steps of MoCo fill the bank, whatever its size (there bank size / batch size). The keys of a network
-      that still moves fast are soon where no query goes: no softmax mass, no gradient, a dead bank;
+    - 256 steps of MoCo, then keys of the network that they leave fill the bank (there a queue): rows that
+      no query comes near, as an older network's keys, have no softmax mass, no gradient: a dead bank;
     - BatchNorm sees groups of at most 32 images, keys in random order, as on the 8 GPUs of the code: with
       common statistics the network could tell a query's key by its batch;
     - the multi-crop fill has keys of full size (there 96 pixels); all processes have one bank.
@@ -157,7 +157,7 @@ def alarms(pairs, loss_bank, before, bank, args):
 
 
 def fill(net, target, opt, bank, images, args, env):
-    """The bank before epoch 0: the last keys of --fill-steps steps of MoCo. A signal waits until it ends."""
+    """Before epoch 0, --fill-steps steps of MoCo, then keys of the network that they leave: the bank."""
     opt.param_groups[0]["lr"] = args.lr
     batches = (batch for epoch in itertools.count(args.epochs)  # those the run does not reach
                for batch in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world))
@@ -173,6 +173,9 @@ def fill(net, target, opt, bank, images, args, env):
         bank.push(k)
     run.average_buffers(net)
     target.load_state_dict(net.state_dict())
+    for x, _, rng in itertools.islice(batches, math.ceil(args.bank_size / args.batch_size)):
+        _, (x2, *_) = views(x, rng, args)
+        bank.push(*embed_keys(target, [x2], rng.uniform(1, device=env.device)[:, 0].argsort()))
 
 
 def lr_at(epoch, epochs, lr, final):
@@ -212,9 +215,9 @@ def parser():
 
 
 def check(args):
-    run.not_negative(args, "epochs", "lr", "lr_final", "weight_decay", "bank_lr", "bank_decay", "eps")
-    run.positive(args, "batch_size", "temperature", "bank_temperature", "bank_size")
-    run.positive(args, "step_size", "image_size", "save_every")
+    run.not_negative(args, "epochs", "lr", "lr_final", "weight_decay", "bank_lr", "bank_decay", "fill_steps")
+    run.not_negative(args, "eps", "step_size"), run.positive(args, "save_every")
+    run.positive(args, "batch_size", "temperature", "bank_temperature", "bank_size", "image_size")
     for flag in ("ema", "bank_momentum", "blur"):
         if not 0 <= getattr(args, flag) <= 1:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must be from 0 to 1")
@@ -222,8 +225,6 @@ def check(args):
         raise ValueError("--symmetric and --multi-crop: choose one")
     if args.eps and args.steps < 1:
         raise ValueError(f"--steps {args.steps}: --eps {args.eps:g} needs at least 1 attack step")
-    if args.fill_steps < args.bank_size / args.batch_size:
-        raise ValueError(f"--fill-steps {args.fill_steps}: must be at least --bank-size / --batch-size")
 
 
 def network(arch, stem=None):

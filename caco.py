@@ -19,7 +19,8 @@ the derivative through the cosine (Eqs. 7, 12 are those of free vectors), the lo
 the bank's rate, momentum and warm-up. Departures from it:
     - one temperature, as in the paper (there two flags, equal in every recipe), so that one backward gives
       the gradients of both players;
-    - 256 steps of MoCo fill the bank, with the key network's momentum (there bank size / batch size, .999);
+    - 256 steps of MoCo with the key network's momentum (there bank size / batch size, .999), then keys of the
+      network that they leave (there MoCo's queue, which may be out of its reach) fill the bank;
     - the batch is that of all processes (there, of each host), and all have one bank (there not quite).
 Logged of the bank: bank_change, what its step adds to a view's loss (below 0: it cooperates); rotation, in
 radians; norm; unique, the rows that are positives of a view; p, the mean probability of a positive; cosine,
@@ -47,8 +48,6 @@ from common import data, encoders, optim, run
 from common.bank import Bank, bank_argmax, bank_logsumexp
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, from the authors' code
-
-
 TWO_VIEWS = [  # side where --image-size is 224, area of the crop, saturation, p of blur (--blur), of solarise
     (224, (0.2, 1.0), 0.2, 1.0, 0.0), (224, (0.2, 1.0), 0.2, 0.1, 0.2)]
 MULTI_CROP = 2 * [(224, (0.14, 1.0), 0.4, 0.5, 0.0)] + 6 * [(96, (0.05, 0.14), 0.4, 0.5, 0.0)]
@@ -148,7 +147,7 @@ def alarms(q, positive, loss, before, bank, temperature):
 
 
 def fill(net, target, opt, bank, images, args, env):
-    """The bank before epoch 0: the last keys of --fill-steps steps of MoCo. A signal waits until it ends."""
+    """Before epoch 0, --fill-steps steps of MoCo, then keys of the network that they leave: the bank."""
     opt.param_groups[0]["lr"] = opt.param_groups[-1]["lr"] = args.lr
     batches = (batch for epoch in itertools.count(args.epochs)  # those the run does not reach
                for batch in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world))
@@ -164,6 +163,9 @@ def fill(net, target, opt, bank, images, args, env):
         bank.push(k)
     run.average_buffers(net)
     target.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        for x, _, rng in itertools.islice(batches, math.ceil(args.bank_size / args.batch_size)):
+            bank.push(embed(target, views(x, rng, args)[1]))
 
 
 def lr_at(epoch, epochs, lr, warmup, final):
@@ -213,13 +215,12 @@ def check(args):
         if getattr(args, flag) not in known:
             raise ValueError(f"--{flag} {getattr(args, flag)}: choose one of {', '.join(known)}")
     run.not_negative(args, "epochs", "lr", "lr_final", "warmup", "weight_decay", "bank_lr", "bank_warmup")
+    run.not_negative(args, "fill_steps")
     run.positive(args, "batch_size", "temperature", "fill_temperature", "dim", "bank_size")
     run.positive(args, "image_size", "save_every")
     for flag in ("ema", "bank_momentum"):
         if not 0 <= getattr(args, flag) <= 1:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must be from 0 to 1")
-    if args.fill_steps < args.bank_size / args.batch_size:
-        raise ValueError(f"--fill-steps {args.fill_steps}: must be at least --bank-size / --batch-size")
 
 
 def network(arch, stem=None, dim=128):

@@ -326,20 +326,31 @@ def test_two_ranks_keep_equal_banks_and_take_the_steps_of_one(tmp_path):
         torch.testing.assert_close(a, c, rtol=1e-9, atol=1e-12)
 
 
-def test_the_fill_leaves_keys_of_the_last_steps_and_equal_networks(tmp_path, monkeypatch):
-    seen = {}
-    fill = adco.fill
+def test_the_fill_leaves_equal_networks_and_a_bank_of_their_keys(tmp_path, monkeypatch):
+    """An older network's keys would be out of the queries' reach."""
+    seen, keys = {}, []
+    fill, embed_keys = adco.fill, adco.embed_keys
+
+    def spy_keys(target, x_k, order):
+        keys.append(([p.clone() for p in target.parameters()], embed_keys(target, x_k, order)))
+        return keys[-1][1]
 
     def spy(net, target, opt, bank, images, args, env):
+        monkeypatch.setattr(adco, "embed_keys", spy_keys)
         fill(net, target, opt, bank, images, args, env)
+        monkeypatch.setattr(adco, "embed_keys", embed_keys)
         seen["mass"] = opt.state_dict()["state"][0]["momentum_buffer"].abs().sum()
-        seen["nets"] = all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), target.state_dict().values()))
+        seen["nets"] = all(torch.equal(a, b) for a, b in zip(net.parameters(), target.parameters()))
         seen["bank"] = copy.deepcopy(bank)
+        assert len(keys) == 4 + 3 and all(
+            all(map(torch.equal, weights, net.parameters())) for weights, _ in keys[4:])
+        rows = {tuple(row) for row in bank.rows.tolist()}
+        assert rows <= {tuple(row) for _, (k,) in keys[4:] for row in k.tolist()} and len(rows) == 40
 
     monkeypatch.setattr(adco, "fill", spy)
     adco.main(["--data", "shapes", "--limit", "32", "--arch", "slim", "--batch-size", "16", "--epochs", "1",
                "--bank-size", "40", "--fill-steps", "4", "--device", "cpu", "--out", str(tmp_path)])
-    assert seen["mass"] > 0 and seen["nets"] and seen["bank"].pointer == 4 * 16 % 40
+    assert seen["mass"] > 0 and seen["nets"] and seen["bank"].pointer == (4 + 3) * 16 % 40
     assert seen["bank"].velocity.abs().sum() == 0
     torch.testing.assert_close(seen["bank"].rows.norm(dim=1), torch.ones(40))
 
@@ -389,7 +400,7 @@ def test_defaults():
 @pytest.mark.parametrize("flags, words", [
     (["--symmetric", "--multi-crop"], "--symmetric and --multi-crop: choose one"),
     (["--eps", "-8"], "--eps -8: must not be negative"), (["--eps", "8", "--steps", "0"], "--steps 0: --eps 8 needs"),
-    (["--bank-size", "65792"], "--fill-steps 256: must be at least"),
+    (["--fill-steps", "-1"], "--fill-steps -1: must not be negative"),
     (["--bank-temperature", "0"], "--bank-temperature 0: must be positive"),
     (["--bank-momentum", "1.5"], "--bank-momentum 1.5: must be from 0 to 1"),
     (["--bank-lr", "-1"], "--bank-lr -1: must not be negative")])

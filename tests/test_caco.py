@@ -330,7 +330,7 @@ def test_defaults():
 @pytest.mark.parametrize("flags, words", [
     (["--positives", "eq13"], "--positives eq13: choose one of cooperative, adversarial"),
     (["--optimizer", "adam"], "--optimizer adam: choose one of sgd, lars"),
-    (["--bank-size", "65792"], "--fill-steps 256: must be at least"),
+    (["--fill-steps", "-1"], "--fill-steps -1: must not be negative"),
     (["--temperature", "0"], "--temperature 0: must be positive"),
     (["--ema", "1.5"], "--ema 1.5: must be from 0 to 1"),
     (["--bank-lr", "-1"], "--bank-lr -1: must not be negative")])
