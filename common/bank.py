@@ -1,7 +1,20 @@
-"""The memory bank: a ring of old keys, and a differentiable op over them that keeps no (N, K) matrix."""
+"""The memory bank: a ring of old keys, and a differentiable op over them that keeps no (N, K) matrix.
+
+`bank_logsumexp` comes twice: in PyTorch, chunk by chunk, and as Triton kernels, used on CUDA for banks large
+enough to be worth it. The environment's BANK_OP=torch forces the first, BANK_OP=triton the second.
+"""
+import math
+import os
+
 import torch
 import torch.distributed as dist
 from torch import nn
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a PyTorch for CPUs comes without
+    triton = None
 
 
 class Bank(nn.Module):
@@ -47,10 +60,10 @@ class Bank(nn.Module):
 def bank_logsumexp(q, bank, temperature):
     """y_i = ln sum_j exp(q_i . bank_j / temperature), differentiable (once) in q and in bank.
 
-    q (N, D), bank (K, D), any rows (nothing is normalised here) -> (N,). Products are in q's dtype, sums and
-    y in fp32 (float64: all through), each gradient in its argument's dtype. Only q, bank and y are kept for
-    backward. Raises ValueError for a temperature that is not positive, an empty bank, rows of different
-    lengths, or fp16 (where small probabilities vanish).
+    q (N, D), bank (K, D), any rows (nothing is normalised here) -> (N,). Products are of rows in q's dtype,
+    sums and y in fp32 (float64: all through), each gradient in its argument's dtype. Only q, bank and y are
+    kept for backward. Raises ValueError for a temperature that is not positive, an empty bank, rows of
+    different lengths, fp16 (where small probabilities vanish), or a BANK_OP that is unknown or impossible.
     """
     if not temperature > 0:
         raise ValueError(f"temperature {temperature}: must be positive")
@@ -58,38 +71,30 @@ def bank_logsumexp(q, bank, temperature):
         raise ValueError(f"q {tuple(q.shape)} and bank {tuple(bank.shape)}: must be (N, D) and (K, D), K > 0")
     if q.dtype == torch.float16:
         raise ValueError("q is float16: use bfloat16 or float32")
-    return _BankLogSumExp.apply(q, bank, temperature)
+    return _BankLogSumExp.apply(q, bank, float(temperature))
 
 
 @torch.no_grad()
 def bank_argmax(q, bank):
-    """(N,) int64: for each row of q (N, D) the row of bank (K, D) of largest inner product, the first of several.
-    Products are in fp32 (float64: in that)."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    best = torch.full((len(q),), -torch.inf, dtype=wide, device=q.device)
+    """For each row of q (N, D) the row of bank (K, D) with the largest inner product, the first of several:
+    (N,) int64. No gradient."""
+    top = torch.full((len(q),), -torch.inf, dtype=_wide(q), device=q.device)
     index = torch.zeros(len(q), dtype=torch.int64, device=q.device)
     for rows, b in _chunks(q, bank):
-        top, at = _scores(q, b, 1.0).max(1)
-        index = torch.where(top > best, at + rows.start, index)
-        best = torch.maximum(top, best)
+        best, at = _scores(q, b, 1.0).max(1)
+        index = torch.where(best > top, at + rows.start, index)
+        top = torch.maximum(best, top)
     return index
 
 
 class _BankLogSumExp(torch.autograd.Function):
     """With P_ij = exp(q_i . b_j / T - y_i), whose rows sum to 1, and the incoming gradient g (N,): dq_i =
-    (g_i / T) sum_j P_ij b_j and db_j = (1 / T) sum_i g_i P_ij q_i. P is made again, chunk by chunk."""
+    (g_i / T) sum_j P_ij b_j and db_j = (1 / T) sum_i g_i P_ij q_i. P is made again, tile by tile."""
 
     @staticmethod
     def forward(ctx, q, bank, temperature):
-        wide = torch.promote_types(q.dtype, torch.float32)
-        top = torch.full((len(q),), -torch.inf, dtype=wide, device=q.device)
-        total = torch.zeros_like(top)
-        for _, b in _chunks(q, bank):
-            s = _scores(q, b, temperature)
-            new = torch.maximum(top, s.amax(1))
-            total = total * (top - new).exp() + (s - new[:, None]).exp_().sum(1)
-            top = new
-        y = top + total.log()
+        ctx.op = _Kernels if _use_kernels(q, bank) else _Chunks
+        y = ctx.op.logsumexp(q, bank, temperature)
         ctx.save_for_backward(q, bank, y)
         ctx.temperature = temperature
         return y
@@ -98,27 +103,204 @@ class _BankLogSumExp(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         q, bank, y = ctx.saved_tensors
-        T, wide = ctx.temperature, y.dtype
-        dq = torch.zeros(q.shape, dtype=wide, device=q.device) if ctx.needs_input_grad[0] else None
-        dbank = torch.empty_like(bank) if ctx.needs_input_grad[1] else None
+        T, dq, dbank = ctx.temperature, None, None
+        if ctx.needs_input_grad[0]:
+            dq = (ctx.op.weighted_rows(q, bank, y, T) * (g / T)[:, None]).to(q.dtype)
+        if ctx.needs_input_grad[1]:
+            dbank = ctx.op.weighted_queries(q, bank, y, T, g / T)
+        return dq, dbank, None
+
+
+class _Chunks:
+    """The three products in PyTorch, over chunks of the bank."""
+
+    @staticmethod
+    def logsumexp(q, bank, T):
+        top = torch.full((len(q),), -torch.inf, dtype=_wide(q), device=q.device)
+        total = torch.zeros_like(top)
+        for _, b in _chunks(q, bank):
+            s = _scores(q, b, T)
+            new = torch.maximum(top, s.amax(1))
+            total = total * (top - new).exp() + (s - new[:, None]).exp_().sum(1)
+            top = new
+        return top + total.log()
+
+    @staticmethod
+    def weighted_rows(q, bank, y, T):
+        """sum_j P_ij b_j, (N, D)"""
+        out = torch.zeros(q.shape, dtype=y.dtype, device=q.device)
+        with torch.autocast(q.device.type, enabled=False):
+            for _, b in _chunks(q, bank):
+                out += (_scores(q, b, T) - y[:, None]).exp_() @ b
+        return out
+
+    @staticmethod
+    def weighted_queries(q, bank, y, T, weight):
+        """sum_i weight_i P_ij q_i, (K, D), in the bank's dtype"""
+        out = torch.empty_like(bank)
         with torch.autocast(q.device.type, enabled=False):
             for rows, b in _chunks(q, bank):
-                p = (_scores(q, b, T) - y[:, None]).exp_()
-                if dq is not None:
-                    dq += (p.to(q.dtype) @ b).to(wide)
-                if dbank is not None:
-                    dbank[rows] = (p.mul_((g / T)[:, None]).to(q.dtype).T @ q).to(bank.dtype)
-        return None if dq is None else (dq * (g / T)[:, None]).to(q.dtype), dbank, None
+                p = (_scores(q, b, T) - y[:, None]).exp_().mul_(weight[:, None])
+                out[rows] = (p.T @ q.to(p.dtype)).to(bank.dtype)
+        return out
+
+
+def _wide(q):
+    return torch.promote_types(q.dtype, torch.float32)
 
 
 def _chunks(q, bank):
-    """`(slice, rows in q's dtype)` of the bank, so that N x chunk stays below 2^24 numbers."""
+    """`(slice, those rows)` of the bank, rounded to q's dtype but held in the wide one, in which products are
+    exact; N x chunk stays below 2^24 numbers."""
     size = max(1, 2**24 // max(1, len(q)))
     for start in range(0, len(bank), size):
         rows = slice(start, start + size)
-        yield rows, bank[rows].to(q.dtype)
+        yield rows, bank[rows].to(q.dtype).to(_wide(q))
 
 
 def _scores(q, b, temperature):
     with torch.autocast(q.device.type, enabled=False):
-        return (q @ b.T).to(torch.promote_types(q.dtype, torch.float32)) / temperature
+        return q.to(b.dtype) @ b.T / temperature
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Triton
+# ----------------------------------------------------------------------------------------------------------
+KERNEL_ROWS = 16384  # from this many rows of bank; below, launches cost more than the work
+
+
+def _use_kernels(q, bank):
+    choice = os.environ.get("BANK_OP", "")
+    if choice not in ("", "torch", "triton"):
+        raise ValueError(f"BANK_OP={choice}: must be torch, triton or unset")
+    if choice == "torch":
+        return False
+    possible = (triton is not None and len(q) > 0 and 16 <= q.shape[1] <= 512
+                and {q.dtype, bank.dtype} <= {torch.float32, torch.bfloat16}
+                and (_interpreted() or q.is_cuda and torch.version.hip is None
+                     and torch.cuda.get_device_capability(q.device) >= (8, 0)))
+    if choice == "triton" and not possible:
+        raise ValueError("BANK_OP=triton needs Triton, CUDA (or TRITON_INTERPRET=1), fp32 or bf16, D from "
+                         f"16 to 512; got {q.device.type}, {q.dtype}, {bank.dtype}, {tuple(q.shape)}")
+    return possible and (choice == "triton" or q.is_cuda and len(bank) >= KERNEL_ROWS)
+
+
+def _interpreted():
+    return os.environ.get("TRITON_INTERPRET") == "1"  # as it was when Triton was imported
+
+
+def _tiles(width):
+    """Queries and bank rows of a tile, warps, stages: a tile of fp32 rows is 32 KiB."""
+    return (64 if width <= 256 else 32), min(64, 8192 // width), 4, 2
+
+
+class _Kernels:
+    """The three products as Triton kernels. A program of the first two has a tile of queries and a part of
+    the bank, so that few queries still fill the GPU; one of the third a tile of the bank and all queries.
+    Each number has one writer, and partial sums are added in a fixed order: the same bits every time."""
+
+    @staticmethod
+    def logsumexp(q, bank, T):
+        grid, per_part, common = _launch(q, bank, T)
+        top, total = torch.empty(2, grid[1], len(q), device=q.device)
+        with _on(q):
+            _logsumexp_kernel[grid](q.contiguous(), bank.contiguous(), top, total, *per_part, **common)
+        return torch.logsumexp((top + total.log2()) * math.log(2), 0)
+
+    @staticmethod
+    def weighted_rows(q, bank, y, T):
+        grid, per_part, common = _launch(q, bank, T)
+        out = torch.empty(grid[1], *q.shape, device=q.device)
+        with _on(q):
+            _weighted_rows_kernel[grid](q.contiguous(), bank.contiguous(), y, out, *per_part, **common)
+        return out.sum(0)
+
+    @staticmethod
+    def weighted_queries(q, bank, y, T, weight):
+        _, (N, K, *rest), common = _launch(q, bank, T)
+        out = torch.empty(bank.shape, dtype=bank.dtype, device=bank.device)
+        with _on(q):
+            _weighted_queries_kernel[(triton.cdiv(K, common["ROWS"]),)](
+                q.contiguous(), bank.contiguous(), y, weight.contiguous(), out, N, K, *rest, **common)
+        return out
+
+
+def _on(q):
+    return torch.cuda.device(q.device if q.is_cuda else -1)  # Triton launches on the current one; -1: none
+
+
+def _launch(q, bank, T):
+    """Grid (query tiles, parts of the bank), arguments, and options, of the kernels."""
+    (N, D), K = q.shape, len(bank)
+    width = max(16, triton.next_power_of_2(D))
+    queries, rows, warps, stages = _tiles(width)
+    programs = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 6
+    tiles = triton.cdiv(N, queries)
+    per_part = rows * triton.cdiv(triton.cdiv(K, rows), max(1, programs // tiles))
+    bf16 = q.dtype == torch.bfloat16 and not _interpreted()  # which multiplies bf16 as if they were integers
+    common = dict(QUERIES=queries, ROWS=rows, WIDTH=width, OPERAND=tl.bfloat16 if bf16 else tl.float32,
+                  num_warps=warps, num_stages=stages)
+    return (tiles, triton.cdiv(K, per_part)), (N, K, D, math.log2(math.e) / T, per_part), common
+
+
+if triton is not None:
+    @triton.jit
+    def _load(rows, first, n, D, TILE: tl.constexpr, WIDTH: tl.constexpr):
+        """Rows `first` to first + TILE of (n, D); zeros beyond both."""
+        i, d = first + tl.arange(0, TILE).to(tl.int64)[:, None], tl.arange(0, WIDTH)[None, :]
+        return tl.load(rows + i * D + d, mask=(i < n) & (d < D), other=0.0)
+
+    @triton.jit
+    def _dot(a, b):
+        return tl.dot(a, b, input_precision="tf32x3")  # of fp32; nearly its precision, on tensor cores
+
+    @triton.jit
+    def _logsumexp_kernel(q, bank, top, total, N, K, D, scale, per_part, QUERIES: tl.constexpr,
+                          ROWS: tl.constexpr, WIDTH: tl.constexpr, OPERAND: tl.constexpr):
+        """Of each query over a part of the bank: the largest score (in ln 2) and sum 2^(score - it)."""
+        n, part = tl.program_id(0) * QUERIES, tl.program_id(1)
+        queries = _load(q, n, N, D, QUERIES, WIDTH).to(OPERAND)
+        best = tl.full([QUERIES], float("-inf"), tl.float32)
+        s = tl.zeros([QUERIES], tl.float32)
+        for k in range(part * per_part, tl.minimum((part + 1) * per_part, K), ROWS):
+            b = _load(bank, k, K, D, ROWS, WIDTH).to(q.dtype.element_ty).to(OPERAND)
+            scores = _dot(queries, tl.trans(b)) * scale
+            scores = tl.where(k + tl.arange(0, ROWS)[None, :] < K, scores, float("-inf"))
+            new = tl.maximum(best, tl.max(scores, 1))
+            s = s * tl.exp2(best - new) + tl.sum(tl.exp2(scores - new[:, None]), 1)
+            best = new
+        i = n + tl.arange(0, QUERIES)
+        tl.store(top + part * N + i, best, mask=i < N)
+        tl.store(total + part * N + i, s, mask=i < N)
+
+    @triton.jit
+    def _weighted_rows_kernel(q, bank, y, out, N, K, D, scale, per_part, QUERIES: tl.constexpr,
+                              ROWS: tl.constexpr, WIDTH: tl.constexpr, OPERAND: tl.constexpr):
+        n, part = tl.program_id(0) * QUERIES, tl.program_id(1)
+        i, d = n + tl.arange(0, QUERIES), tl.arange(0, WIDTH)
+        queries = _load(q, n, N, D, QUERIES, WIDTH).to(OPERAND)
+        y2 = tl.load(y + i, mask=i < N, other=0.0) * 1.4426950408889634  # log2(e)
+        sums = tl.zeros([QUERIES, WIDTH], tl.float32)
+        for k in range(part * per_part, tl.minimum((part + 1) * per_part, K), ROWS):
+            b = _load(bank, k, K, D, ROWS, WIDTH).to(q.dtype.element_ty).to(OPERAND)
+            p = tl.exp2(_dot(queries, tl.trans(b)) * scale - y2[:, None])
+            p = tl.where(k + tl.arange(0, ROWS)[None, :] < K, p, 0.0)
+            sums += _dot(p.to(q.dtype.element_ty).to(OPERAND), b)
+        at = part * N * D + i[:, None] * D + d[None, :]
+        tl.store(out + at, sums, mask=(i[:, None] < N) & (d[None, :] < D))
+
+    @triton.jit
+    def _weighted_queries_kernel(q, bank, y, weight, out, N, K, D, scale, per_part, QUERIES: tl.constexpr,
+                                 ROWS: tl.constexpr, WIDTH: tl.constexpr, OPERAND: tl.constexpr):
+        k = tl.program_id(0) * ROWS
+        b = _load(bank, k, K, D, ROWS, WIDTH).to(q.dtype.element_ty).to(OPERAND)
+        sums = tl.zeros([ROWS, WIDTH], tl.float32)
+        for n in range(0, N, QUERIES):
+            i = n + tl.arange(0, QUERIES)
+            queries = _load(q, n, N, D, QUERIES, WIDTH).to(OPERAND)
+            y2 = tl.load(y + i, mask=i < N, other=0.0) * 1.4426950408889634
+            w = tl.load(weight + i, mask=i < N, other=0.0)
+            p = tl.exp2(_dot(b, tl.trans(queries)) * scale - y2[None, :]) * w[None, :]
+            sums += _dot(p.to(q.dtype.element_ty).to(OPERAND), queries)
+        i, d = k + tl.arange(0, ROWS).to(tl.int64)[:, None], tl.arange(0, WIDTH)[None, :]
+        tl.store(out + i * D + d, sums, mask=(i < K) & (d < D))

@@ -3,9 +3,11 @@ import copy
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import adco
@@ -14,6 +16,7 @@ from common.bank import Bank
 from common.pgd import eval_mode, pgd
 from tests.processes import in_two_processes
 from tests.recipes import X, Z, unit
+from tests.test_readme import commands
 
 
 def S(n, d, p):
@@ -407,3 +410,30 @@ def test_defaults():
 def test_bad_flags_of_the_method_are_named(flags, words):
     with pytest.raises(ValueError, match=words):
         adco.check(adco.parser().parse_args(flags))
+
+
+def imagenet_commands(script):
+    """The flags of each command line on ImageNet in the docstring."""
+    return [flags for _, flags in commands(script.__doc__) if "imagenet" in flags]
+
+
+def run_on_jpegs(script, flags, folder):
+    """Two steps of a command line, on a tree of JPEGs and with a slim encoder; returns the run's folder."""
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        path = folder / "tree" / "train" / f"class{i % 2}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (240, 300 - i, 3), dtype=np.uint8)).save(path)
+    script.main([*flags, "--data", str(folder / "tree"), "--arch", "slim", "--batch-size", "4", "--epochs", "1",
+                 "--bank-size", "16", "--fill-steps", "4", "--workers", "0", "--device", "cpu", "--out",
+                 str(folder / "run")])
+    return folder / "run"
+
+
+@pytest.mark.parametrize("more", [[], ["--multi-crop"], ["--symmetric"], ["--eps", "4", "--steps", "1"]])
+def test_the_imagenet_command_runs_on_jpegs(more, tmp_path):
+    ((*flags,),) = imagenet_commands(adco)
+    assert adco.parser().parse_args(flags).bank_size == 65536
+    out = run_on_jpegs(adco, [*flags, *more], tmp_path)
+    exported = torch.load(out / "encoder.pt", weights_only=True)
+    assert exported["stem"] == "imagenet" and Image.open(out / "views.png").size[0] > 4 * 224

@@ -11,7 +11,7 @@ import caco
 from common import optim
 from tests.processes import in_two_processes
 from tests.recipes import X, Z, unit
-from tests.test_adco import S, W, Linear, memory
+from tests.test_adco import S, W, Linear, imagenet_commands, memory, run_on_jpegs
 
 q1, q2, k1, k2 = (unit(S(4, 6, p)) for p in (0, 0.4, 0.1, 0.5))
 POSITIVE = torch.tensor([2, 0, 1, 2])
@@ -337,3 +337,12 @@ def test_defaults():
 def test_bad_flags_of_the_method_are_named(flags, words):
     with pytest.raises(ValueError, match=words):
         caco.check(caco.parser().parse_args(flags))
+
+
+@pytest.mark.parametrize("more", [[], ["--multi-crop"]])
+def test_the_imagenet_command_runs_on_jpegs(more, tmp_path):
+    ((*flags,),) = imagenet_commands(caco)
+    args = caco.parser().parse_args(flags)
+    assert (args.bank_size, args.lr, args.fill_steps) == (65536, 0.3 * args.batch_size / 256, 65536 / args.batch_size)
+    out = run_on_jpegs(caco, [*flags, *more], tmp_path)
+    assert torch.load(out / "encoder.pt", weights_only=True)["stem"] == "imagenet"

@@ -12,7 +12,11 @@ from tests.scripts import SCRIPTS, TINY, tiny_npz
 
 DEVICES = ["cuda"] if torch.cuda.is_available() else []
 RUNS = [*((script, []) for script in SCRIPTS), *(("amoc", ["--variant", v]) for v in amoc.VARIANTS),
-        *(("acl", ["--variant", v]) for v in acl.VARIANTS)]
+        *(("acl", ["--variant", v]) for v in acl.VARIANTS),
+        *(("adco", ["--bank-size", "16384", *more]) for more in (
+            [], ["--eps", "8", "--batch-negatives"], ["--symmetric"], ["--multi-crop"])),  # large: by the kernels
+        *(("caco", ["--bank-size", "16384", *more]) for more in (
+            [], ["--positives", "adversarial"], ["--multi-crop", "--optimizer", "lars"]))]
 
 
 @pytest.mark.parametrize("device", DEVICES)
