@@ -192,7 +192,7 @@ def load_classifier(path):
     logits, which any attack library can call. Raises FileNotFoundError, or ValueError that names what is
     wrong."""
     saved = encoders.read(path, FORMAT, "eval.py writes classifier-<preset>-<BN>.pt")
-    encoder = encoders.make(saved["arch"], (), saved["stem"], saved["mean"], saved["std"])
+    encoder = encoders.rebuild(saved)
     net = Classifier(encoder, saved["classes"])
     encoders.load_strict(net, saved["state"], path)
     net.encoder.branch = saved["branch"]
