@@ -79,29 +79,17 @@ class MAE(nn.Module):
 
     def __init__(self, encoder, decoder):
         super().__init__()
-        width, depth, heads = decoder
-        self.encoder = encoder
-        self.decoder_embed = nn.Linear(encoder.dim, width)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        self.decoder_blocks = nn.ModuleList(encoders.TransformerBlock(width, heads) for _ in range(depth))
-        self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
-        self.decoder_pred = nn.Linear(width, 3 * encoder.patch**2)
-        for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
-            encoders.xavier(part)
+        self.encoder, self.decoder = encoder, encoders.PatchDecoder(encoder, *decoder)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder[0]))
         nn.init.normal_(self.mask_token, std=0.02)
-        positions = F.pad(encoders.sincos_2d(width, *encoder.grid), (0, 0, 1, 0)).float()  # zero for cls
-        self.register_buffer("decoder_positions", positions, persistent=False)
 
     def forward(self, v, ids_keep, ids_restore):
         """Visible patches v (B, Lk, D) in pixels -> all patches (B, L, D), as they are for the loss."""
         (B, L), kept = ids_restore.shape, ids_keep.shape[1]
         h = self.encoder.encode(self.encoder.embed(v) + self.encoder.pos_embed[0, 1:][ids_keep])
-        h = self.decoder_embed(h)  # (B, 1 + Lk, width)
+        h = self.decoder.embed(h)  # (B, 1 + Lk, width)
         tokens = torch.cat([h[:, 1:], self.mask_token.expand(B, L - kept, -1)], 1)
-        h = torch.cat([h[:, :1], take(tokens, ids_restore)], 1) + self.decoder_positions
-        for block in self.decoder_blocks:
-            h = block(h)
-        return self.decoder_pred(self.decoder_norm(h))[:, 1:]
+        return self.decoder(torch.cat([h[:, :1], take(tokens, ids_restore)], 1))
 
 
 def mae_loss(pred, target, mask, norm_pix=True):
@@ -177,23 +165,13 @@ def parser():
 
 
 def check(args):
-    if args.arch not in encoders.VITS:
-        raise ValueError(f"--arch {args.arch}: choose one of {', '.join(encoders.VITS)}")
-    patch, (width, _, heads) = encoders.VITS[args.arch][0], args.decoder
     if args.norm not in ("linf", "l2"):
         raise ValueError(f"--norm {args.norm}: choose linf or l2")
-    if min(args.decoder) < 1 or width % 4 or width % heads:
-        raise ValueError(f"--decoder {' '.join(map(str, args.decoder))}: all must be positive, the width a "
-                         "multiple of 4 and of the heads")
     run.not_negative(args, "epochs", "lr", "warmup", "weight_decay", "eps", "steps")
     run.positive(args, "batch_size", "image_size", "save_every")
     if args.step_size is not None:
         run.not_negative(args, "step_size")
-    if args.image_size % patch:
-        raise ValueError(f"--image-size {args.image_size}: no multiple of {args.arch}'s patch size, {patch}")
-    patches = (args.image_size // patch) ** 2
-    if not 1 <= int(patches * (1 - args.mask_ratio)) < patches:
-        raise ValueError(f"--mask-ratio {args.mask_ratio:g}: of {patches} patches some must stay, some go")
+    encoders.check_masked(args)
 
 
 def network(args):

@@ -197,11 +197,12 @@ def lookup_weights(offsets, K):
 
 
 def lookup(table, offsets):
-    """Bilinear reading (C, ...) of table (C, 2K+1, 2K+1) at real `offsets` (..., 2), as (row, column) in table
-    units from its centre, clamped to [-K, K]; differentiable in both."""
+    """Bilinear reading (C, ...) of table (C, 2K+1, 2K+1) at real `offsets` (..., 2), as (row, column) in
+    table units from its centre, clamped to [-K, K]; differentiable in both."""
     weights = lookup_weights(offsets, table.shape[1] // 2)
     with torch.autocast(table.device.type, enabled=False):  # it is small
-        return (table.flatten(1) @ weights.flatten(0, -2).T).unflatten(1, offsets.shape[:-1])
+        found = table.flatten(1) @ weights.reshape(-1, table[0].numel()).T
+    return found.view(len(table), *offsets.shape[:-1])
 
 
 class Relative(nn.Module):
@@ -345,6 +346,44 @@ class ViT(nn.Module):
             biases = [lambda q, r=r: relative_logits(q, r) for r in rows]
         tokens = self.embed(patchify(x, self.patch)) + positions[:, 1:]
         return self.fc_norm(self.encode(tokens, biases)[:, 1:].mean(1))
+
+
+class PatchDecoder(nn.Module):
+    """The light decoder of a masked autoencoder: `embed` takes the encoder's tokens to its `width`, `forward`
+    a whole grid of them, cls first, (B, 1 + L, width), to patches (B, L, 3 patch^2). Sine-cosine positions,
+    relative ones besides if the encoder has them."""
+
+    def __init__(self, encoder, width, depth, heads):
+        super().__init__()
+        self.embed = nn.Linear(encoder.dim, width)
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads, encoder.relative) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.pred = nn.Linear(width, 3 * encoder.patch**2)
+        xavier(self)
+        positions = F.pad(sincos_2d(width, *encoder.grid), (0, 0, 1, 0)).float()  # zero for cls
+        self.register_buffer("positions", positions, persistent=False)
+
+    def forward(self, h, biases=None):
+        h = h + self.positions
+        for i, block in enumerate(self.blocks):
+            h = block(h, biases[i] if biases else None)
+        return self.pred(self.norm(h))[:, 1:]
+
+
+def check_masked(args):
+    """ValueError that names the first flag of a masked autoencoder, of --arch, --image-size, --decoder (width,
+    blocks, heads) and --mask-ratio, which does not fit."""
+    if args.arch not in VITS:
+        raise ValueError(f"--arch {args.arch}: choose one of {', '.join(VITS)}")
+    patch, (width, _, heads) = VITS[args.arch][0], args.decoder
+    if args.image_size % patch:
+        raise ValueError(f"--image-size {args.image_size}: no multiple of {args.arch}'s patch size, {patch}")
+    if min(args.decoder) < 1 or width % 4 or width % heads:
+        raise ValueError(f"--decoder {' '.join(map(str, args.decoder))}: all must be positive, the width a "
+                         "multiple of 4 and of the heads")
+    patches = (args.image_size // patch) ** 2
+    if not 1 <= int(patches * (1 - args.mask_ratio)) < patches:
+        raise ValueError(f"--mask-ratio {args.mask_ratio:g}: of {patches} patches some must stay, some go")
 
 
 VITS = {  # patch, width, blocks, heads, image size

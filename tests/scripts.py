@@ -15,9 +15,10 @@ SCRIPTS = {
     "rocl": ["--steps", "1", "--warmup", "1"],
     "acl": ["--steps", "1", "--warmup", "1"],
     "advcl": ["--steps", "1", "--warmup", "1"],
+    "adpe": ["--arch", "vit_slim", "--decoder", "16", "1", "2", "--warmup", "1"],
     "adv_mae": ["--arch", "vit_slim", "--decoder", "16", "1", "2", "--warmup", "1"],
 }
-PICTURES = {"adv_mae": "recon.png"}  # the others write views.png
+PICTURES = {"adv_mae": "recon.png", "adpe": "positions.png"}  # the others write views.png
 TINY = ["--arch", "slim", "--batch-size", "16", "--epochs", "2", "--device", "cpu"]
 
 

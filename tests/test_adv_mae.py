@@ -150,13 +150,13 @@ def slow_forward(net, x, ids_keep, order):
     h = torch.stack(rows)[None]
     for block in encoder.blocks:
         h = block(h)
-    h = net.decoder_embed(encoder.norm(h))[0]
+    h = net.decoder.embed(encoder.norm(h))[0]
     place = {i: h[1 + n] for n, i in enumerate(seen)}
     rows = [h[0], *(place.get(i, net.mask_token[0, 0]) for i in range(L))]
-    h = (torch.stack(rows) + net.decoder_positions)[None]
-    for block in net.decoder_blocks:
+    h = (torch.stack(rows) + net.decoder.positions)[None]
+    for block in net.decoder.blocks:
         h = block(h)
-    return net.decoder_pred(net.decoder_norm(h))[0, 1:]
+    return net.decoder.pred(net.decoder.norm(h))[0, 1:]
 
 
 def test_the_network_sees_the_visible_patches_alone_each_at_its_place():
@@ -165,7 +165,7 @@ def test_the_network_sees_the_visible_patches_alone_each_at_its_place():
     pred = net(v, ids_keep, ids_restore)
     want = torch.stack([slow_forward(net, *row) for row in zip(x, ids_keep, order)])
     torch.testing.assert_close(pred, want, rtol=1e-4, atol=1e-4)
-    assert net.decoder_positions[0].abs().sum() == 0 and net.decoder_positions[1:].abs().sum() > 0
+    assert net.decoder.positions[0].abs().sum() == 0 and net.decoder.positions[1:].abs().sum() > 0
 
 
 def test_a_removed_pixel_has_exactly_no_gradient_and_a_visible_one_has():
