@@ -24,13 +24,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torchvision import transforms
 
+import adpe
+import adv_mae
 import amoc
-from common import data, run
+from common import data, optim, run
 from common.bank import Bank
 from common.pgd import eval_mode
 
-SCRIPTS = {"amoc": ("CCC", "ACC", "ACA", "AAC", "CAC")}  # variants, the base first; made by <script>_step
-COMPILED = {"amoc": "ACC"}  # on CUDA, once more with --compile
+SCRIPTS = {  # variants, the base first; made by <script>_step. Those of the masked autoencoders are flags
+    "amoc": ("CCC", "ACC", "ACA", "AAC", "CAC"),
+    "adv_mae": ("--eps 0", "--steps 1", "--steps 2", "--steps 2 --norm l2"),
+    "adpe": ("--radius 0", "--adversary persistent", "--adversary pgd", "--position absolute --radius 0",
+             "--position absolute"),
+}
+COMPILED = {  # on CUDA, once more with --compile
+    "amoc": "ACC", "adv_mae": "--steps 2", "adpe": "--adversary persistent"}
+VITS = {"slim": "vit_slim", "resnet18": "vit_tiny"}  # what the masked autoencoders have instead
 
 
 class Setting(NamedTuple):
@@ -278,6 +287,39 @@ def amoc_step(s, variant, compiled):
     return one
 
 
+def adv_mae_step(s, variant, compiled):
+    args = adv_mae.parser().parse_args(["--arch", VITS[s.arch], *variant.split()])
+    net = adv_mae.network(args).to(s.device)
+    opt = torch.optim.AdamW(optim.groups(net.named_parameters(), args.weight_decay), 0.0, betas=(0.9, 0.95))
+    x, rng = torch.rand(s.batch, 3, 32, 32, device=s.device), data.Rng((0, 0, 0), s.batch, slice(None))
+    order, noise = adv_mae.random_numbers(rng, net.encoder, args, s.device)
+    if compiled:
+        net.compile()
+
+    def one():
+        with run.autocast(s.device):
+            adv_mae.train_step(net, opt, x, order, noise, args)
+
+    return one
+
+
+def adpe_step(s, variant, compiled):
+    args = adpe.parser().parse_args(["--arch", VITS[s.arch], *variant.split()])
+    net = adpe.network(args).to(s.device)
+    opt = torch.optim.AdamW([p for p in net.parameters() if p is not net.delta], 0.0)
+    opt_delta = torch.optim.AdamW([net.delta], 0.0, maximize=True)
+    x, rng = torch.rand(s.batch, 3, 32, 32, device=s.device), data.Rng((0, 0, 0), s.batch, slice(None))
+    order, start = adpe.random_numbers(rng, net, args, s.device)
+    if compiled:
+        net.compile()
+
+    def one():
+        with run.autocast(s.device):
+            adpe.train_step(net, opt, opt_delta, x, order, start, args)
+
+    return one
+
+
 def step(s):
     for script, variants in SCRIPTS.items():
         steps, flops, mib = {}, {}, {}
@@ -293,7 +335,8 @@ def step(s):
                 one(), one()  # the optimizer's state, cuDNN's choices
             mib[name] = peak(s, one, above=before)
         t, base = race(s, steps, budget=30), variants[0]
-        table(f"step: {script}, {s.arch}, batch {s.batch}, bank {s.bank}",
+        network = f"{s.arch}, bank {s.bank}" if script == "amoc" else VITS[s.arch]
+        table(f"step: {script}, {network}, batch {s.batch}",
               ["", "ms", "images/s", "GFLOP", "TFLOP/s", "peak MiB", f"time / {base}"],
               [[name, 1e3 * t[name], s.batch / t[name], flops[name] / 1e9, flops[name] / 1e12 / t[name],
                 mib[name], t[name] / t[base]] for name in steps])
