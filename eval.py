@@ -10,8 +10,13 @@ wins over it. The last epoch is used, never one chosen on the test set. A frozen
 throughout; under full fine-tuning the attack sees eval mode and the update train mode. PGD alone flatters: on
 frozen encoders it reads 4 to 11 points above AutoAttack.
 
+Masked-image models are judged by fine-tuning on clean images (mae-tune; it works for ResNets too): AdamW, a
+lower rate for earlier blocks, and for a ViT a new LayerNorm after the mean of its tokens. MAE's recipe has
+RandAugment and random erasing besides, which are not here.
+
     python eval.py runs/amoc/encoder.pt --preset knn amoc-slf amoc-alf
     python eval.py runs/amoc/encoder.pt --preset amoc-aff --attacks clean pgd20 pgd50-l2-amoc
+    python eval.py runs/adv_mae/encoder.pt --preset mae-tune-cifar mae-slf-cifar
 
 Each evaluation appends a line to eval.jsonl beside the encoder; each training writes
 classifier-<preset>-<BN>.pt.
@@ -26,13 +31,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.transforms import v2
 
 from common import data, encoders, optim, run
 from common.pgd import eval_mode, pgd
 
 
 class Preset(NamedTuple):
-    """How a classifier is trained: SGD, momentum 0.9; rate x0.1 at `milestones`, or a cosine per step."""
+    """How a classifier is trained: rate x0.1 at `milestones`; or linear over `warmup`, then a cosine."""
 
     trains: str  # "linear" (encoder frozen) or "all"
     loss: str  # "clean", "pgd" or "trades"
@@ -42,10 +48,20 @@ class Preset(NamedTuple):
     weight_decay: float
     batch_size: int
     zero: bool  # the classifier starts at zero, else at PyTorch's default
-    augment: str  # "reflect" or "constant" (pad 4, crop, flip), or "none"
+    augment: str  # "reflect" or "constant" (pad 4, crop, flip), "rrc" (resized crop, flip), or "none"
     step_size: float = 2 / 255  # of the training attack: linf 8/255, 10 steps
     nesterov: bool = False
     uniform: bool = True  # start of the training attack: uniform in the ball, else TRADES' Gaussian of 0.001
+    optimizer: str = "sgd"  # momentum 0.9; "lars", which leaves biases alone; "adamw", betas 0.9 and 0.999
+    warmup: int = 0  # epochs
+    layer_decay: float = 1.0  # adamw: rate of a block over that of the next
+    drop_path: float = 0.0  # of the last block (encoders.drop_path)
+    smoothing: float = 0.0  # of the labels, with loss "clean"; likewise
+    mixup: float = 0.0  # parameter of its Beta distribution; 0: off. With both, each batch takes one
+    cutmix: float = 0.0
+    head_std: float = 0.0  # after `zero`, of the weights
+    renew_norm: bool = False  # encoders.renew_norm
+    batch_norm: bool = False  # a BatchNorm without affine before the classifier
 
 
 PRESETS = {
@@ -67,6 +83,18 @@ PRESETS = {
     # The RobustSSL benchmark
     "robustssl-slf": Preset("linear", "clean", 25, (15, 20), 0.01, 2e-4, 512, True, "constant"),
     "robustssl-alf": Preset("linear", "pgd", 25, (15, 20), 0.01, 2e-4, 512, True, "constant"),
+    # He et al. 2021 (2111.06377) and its code, ViT-B; the probe reads our features, not the cls token
+    "mae-tune": Preset("all", "clean", 100, (), 2e-3, 0.05, 1024, True, "rrc", optimizer="adamw", warmup=5,
+                       layer_decay=0.65, drop_path=0.1, smoothing=0.1, mixup=0.8, cutmix=1.0,
+                       head_std=2e-5, renew_norm=True),
+    "mae-slf": Preset("linear", "clean", 90, (), 6.4, 0.0, 16384, True, "rrc", optimizer="lars", warmup=10,
+                      head_std=0.01, batch_norm=True),
+    # Ours, for CIFAR-10; not tuned
+    "mae-tune-cifar": Preset("all", "clean", 100, (), 1e-3, 0.05, 256, True, "constant", optimizer="adamw",
+                             warmup=5, layer_decay=0.75, drop_path=0.1, smoothing=0.1,
+                             head_std=2e-5, renew_norm=True),
+    "mae-slf-cifar": Preset("linear", "clean", 25, (15, 20), 0.1, 0.0, 128, True, "constant",
+                            batch_norm=True),
 }
 
 
@@ -98,12 +126,13 @@ ATTACKS = {
 class Classifier(nn.Module):
     """Images in [0, 1] (B, 3, H, W) -> logits (B, classes)."""
 
-    def __init__(self, encoder, classes):
+    def __init__(self, encoder, classes, batch_norm=False):
         super().__init__()
         self.encoder, self.head = encoder, nn.Linear(encoder.dim, classes)
+        self.norm = nn.BatchNorm1d(encoder.dim, eps=1e-6, affine=False) if batch_norm else nn.Identity()
 
     def forward(self, x):
-        return self.head(self.encoder(x))
+        return self.head(self.norm(self.encoder(x)))
 
 
 def trades(logits, logits_adv, y, beta=6.0):
@@ -116,9 +145,10 @@ def kl(logits, logits_adv):
 
 
 def classifier_loss(net, x, y, p, noise):
-    """The loss of preset `p` on a batch; `noise` (B, 3, H, W) is uniform in [0, 1) and starts its attack."""
+    """The loss of preset `p` on a batch; `noise` (B, 3, H, W) is uniform in [0, 1) and starts its attack. y
+    (B,) or, mixed, (B, classes)."""
     if p.loss == "clean":
-        return F.cross_entropy(net(x), y)
+        return F.cross_entropy(net(x), y, label_smoothing=p.smoothing)
     eps = 8 / 255
     noise = 2 * noise - 1
     start = x + (noise * eps if p.uniform else 0.001 * 2**0.5 * torch.erfinv(0.9999 * noise))
@@ -141,7 +171,39 @@ def lr_at(p, epoch, progress):
     """The learning rate of preset `p` in `epoch`, `progress` epochs into the run."""
     if p.milestones:
         return p.lr * 0.1 ** sum(epoch >= m for m in p.milestones)
-    return optim.cosine(progress / p.epochs, p.lr, 1e-6)
+    return optim.warmup_cosine(progress, p.epochs, p.warmup, p.lr, 1e-6)
+
+
+def optimizer(net, p):
+    """That of preset `p` for the classifier; every group has a `scale` for its rate."""
+    named = [(name, w) for name, w in net.named_parameters() if w.requires_grad]
+    if p.optimizer == "adamw":
+        stages = [[f"encoder.{part}" for part in parts] for parts in encoders.stages(net.encoder)]
+        exempt = "encoder.cls_token", "encoder.pos_embed"
+        return torch.optim.AdamW(optim.groups(named, p.weight_decay, exempt, stages, p.layer_decay), p.lr)
+    if p.optimizer == "lars":
+        groups = [{"params": [w], "scale": 1.0, "trust": None if w.dim() < 2 else 0.001} for _, w in named]
+        return optim.LARS(groups, p.lr, momentum=0.9, weight_decay=p.weight_decay)
+    group = {"params": [w for _, w in named], "scale": 1.0}
+    return torch.optim.SGD([group], p.lr, momentum=0.9, weight_decay=p.weight_decay, nesterov=p.nesterov)
+
+
+def augment(x, y, rng, p, mix):
+    """A training batch of preset `p` from uint8 images: x (B, 3, H, W) in [0, 1], y as `mix` leaves it."""
+    if p.augment == "rrc":
+        x = data.random_resized_crop(x, rng, x.shape[2], scale=(0.08, 1.0), flip=0.5, filter="bicubic")
+    elif p.augment != "none":
+        x = data.random_flip(data.random_pad_crop(data.to_float(x), rng, 4, p.augment), rng)
+    x, y = mix(data.to_float(x), y)
+    return x.contiguous(memory_format=torch.channels_last), y
+
+
+def mixer(p, classes):
+    """Mixup or cutmix, at random, as a function of (x, y); of nothing where the preset has neither. Random
+    numbers are the global generator's."""
+    kinds = [kind(alpha=alpha, num_classes=classes)
+             for kind, alpha in ((v2.MixUp, p.mixup), (v2.CutMix, p.cutmix)) if alpha]
+    return v2.RandomChoice(kinds) if kinds else lambda x, y: (x, y)
 
 
 def train(net, images, p, seed):
@@ -150,19 +212,22 @@ def train(net, images, p, seed):
     net.head.reset_parameters()
     if p.zero:
         nn.init.zeros_(net.head.weight), nn.init.zeros_(net.head.bias)
+    if p.head_std:
+        nn.init.normal_(net.head.weight, std=p.head_std)
+    if p.renew_norm:
+        encoders.renew_norm(net.encoder)
+    encoders.drop_path(net.encoder, p.drop_path)
     net.encoder.requires_grad_(p.trains == "all")
-    net.train(p.trains == "all")
-    params = [w for w in net.parameters() if w.requires_grad]
-    opt = torch.optim.SGD(params, p.lr, momentum=0.9, weight_decay=p.weight_decay, nesterov=p.nesterov)
+    net.train().encoder.train(p.trains == "all")
+    opt, mix = optimizer(net, p), mixer(p, net.head.out_features)
     steps = data.steps_per_epoch(len(images), p.batch_size)
     for epoch in range(p.epochs):
         total = 0.0
         for i, (x, y, rng) in enumerate(data.batches(images, p.batch_size, seed, epoch)):
-            lr = opt.param_groups[0]["lr"] = lr_at(p, epoch, epoch + i / steps)
-            x = data.to_float(x)
-            if p.augment != "none":
-                x = data.random_flip(data.random_pad_crop(x, rng, 4, p.augment), rng)
-            x = x.contiguous(memory_format=torch.channels_last)
+            lr = lr_at(p, epoch, epoch + i / steps)
+            for group in opt.param_groups:
+                group["lr"] = lr * group["scale"]
+            x, y = augment(x, y, rng, p, mix)
             noise = None if p.loss == "clean" else rng.uniform(*x.shape[1:], device=x.device)
             loss = classifier_loss(net, x, y, p, noise)
             opt.zero_grad()
@@ -180,7 +245,8 @@ def train(net, images, p, seed):
 def save_classifier(net, path):
     """Write the classifier: how to build it, and its weights."""
     torch.save({"format": FORMAT, **net.encoder.recipe, "branch": net.encoder.branch,
-                "classes": net.head.out_features, "state": net.state_dict()}, f"{path}.tmp")
+                "classes": net.head.out_features, "state": net.state_dict(),
+                "batch_norm": isinstance(net.norm, nn.BatchNorm1d)}, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 
@@ -192,8 +258,8 @@ def load_classifier(path):
     logits, which any attack library can call. Raises FileNotFoundError, or ValueError that names what is
     wrong."""
     saved = encoders.read(path, FORMAT, "eval.py writes classifier-<preset>-<BN>.pt")
-    encoder = encoders.make(saved["arch"], (), saved["stem"], saved["mean"], saved["std"])
-    net = Classifier(encoder, saved["classes"])
+    encoder = encoders.rebuild(saved)
+    net = Classifier(encoder, saved["classes"], saved.get("batch_norm", False))
     encoders.load_strict(net, saved["state"], path)
     net.encoder.branch = saved["branch"]
     return net.eval()
@@ -264,7 +330,17 @@ def parser():
     g.add_argument("--lr", type=float)
     g.add_argument("--weight-decay", type=float)
     g.add_argument("--batch-size", type=int)
+    g.add_argument("--warmup", type=int, help="epochs")
+    g.add_argument("--layer-decay", type=float)
+    g.add_argument("--drop-path", type=float)
+    g.add_argument("--smoothing", type=float)
+    g.add_argument("--mixup", type=float)
+    g.add_argument("--cutmix", type=float)
     return p
+
+
+OVER = ("epochs", "milestones", "lr", "weight_decay", "batch_size",
+        "warmup", "layer_decay", "drop_path", "smoothing", "mixup", "cutmix")
 
 
 def check(args):
@@ -274,16 +350,32 @@ def check(args):
                 raise ValueError(f"--{flag} {name}: choose from {', '.join(known)}")
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed {args.seed}: must be from 0 to 2^32 - 1")
-    if (args.weight_decay or 0) < 0:
-        raise ValueError(f"--weight-decay {args.weight_decay:g}: must not be negative")
+    for flag in ("weight_decay", "warmup", "mixup", "cutmix"):
+        if (getattr(args, flag) or 0) < 0:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must not be negative")
+    for flag in ("layer_decay", "drop_path", "smoothing"):
+        if not 0 <= (getattr(args, flag) or 0) <= 1:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must be from 0 to 1")
     for flag in ("epochs", "lr", "batch_size", "image_size"):
         if getattr(args, flag) is not None and getattr(args, flag) <= 0:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must be positive")
+    for name in args.preset:
+        if name == "knn":
+            continue
+        p = chosen(args, name)
+        if p.warmup >= p.epochs:
+            raise ValueError(f"--epochs {p.epochs}: preset {name} warms up for {p.warmup}; lower --warmup")
+        clean = p.loss == "clean"
+        place = dict(warmup=not p.milestones, layer_decay=p.optimizer == "adamw",
+                     drop_path=p.trains == "all", smoothing=clean, mixup=clean, cutmix=clean)
+        for flag in place:
+            if getattr(args, flag) is not None and not place[flag]:
+                raise ValueError(f"--{flag.replace('_', '-')}: preset {name} has no place for it")
 
 
 def chosen(args, name):
     """Preset `name` with what the flags change."""
-    given = {f: getattr(args, f) for f in ("epochs", "milestones", "lr", "weight_decay", "batch_size")}
+    given = {f: getattr(args, f) for f in OVER}
     given = {f: tuple(v) if f == "milestones" else v for f, v in given.items() if v is not None}
     return PRESETS[name]._replace(**given)
 
@@ -298,7 +390,7 @@ def evaluate(path, name, args, env, train_images, test_images):
     else:
         p = chosen(args, name)
         line["recipe"] = p._asdict()
-        net = Classifier(encoder, train_images.classes).to(env.device)
+        net = Classifier(encoder, train_images.classes, p.batch_norm).to(env.device)
         train(net, train_images, p, args.seed)
         suffix = f"-{encoder.branch}" if encoder.branch else ""
         save_classifier(net, pathlib.Path(path).parent / f"classifier-{name}{suffix}.pt")

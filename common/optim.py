@@ -22,6 +22,24 @@ def ema(target, net, m):
     torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), 1 - m)
 
 
+def groups(named, weight_decay, exempt=(), stages=(), gamma=1.0):
+    """Parameter groups for AdamW from (name, parameter) pairs `named`.
+
+    No weight decay for vectors (biases, norms) and for names in `exempt`. `stages` lists names by depth, input
+    first; a parameter of, or under, one of stages[i] gets scale gamma^(len(stages) - i), any other 1. The
+    scale is only noted: the rate of a group is to be set to lr * group["scale"].
+    """
+    found = {}
+    for name, w in named:
+        if w.requires_grad:
+            at = [i for i, parts in enumerate(stages) if any(f"{name}.".startswith(f"{p}.") for p in parts)]
+            scale = gamma ** (len(stages) - at[0]) if at else 1.0
+            decay = 0.0 if w.dim() < 2 or name in exempt else weight_decay
+            group = dict(params=[], weight_decay=decay, scale=scale)
+            found.setdefault((scale, decay), group)["params"].append(w)
+    return list(found.values())
+
+
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888) around SGD with momentum.
 

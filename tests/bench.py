@@ -28,6 +28,8 @@ from torchvision import transforms
 
 import acl
 import adco
+import adpe
+import adv_mae
 import advcl
 import amoc
 import caco
@@ -36,16 +38,21 @@ from common import data, optim, run
 from common.bank import Bank
 from common.pgd import eval_mode, frozen_stats, pgd
 
-SCRIPTS = {  # variants, the base first; made by <script>_step
+SCRIPTS = {  # variants, the base first; made by <script>_step. Those of the masked autoencoders are flags
     "amoc": ("CCC", "ACC", "ACA", "AAC", "CAC"),
     "rocl": ("without regulariser", "with"),
     "acl": ("s2s", "a2s", "a2a", "ds"),
     "advcl": ("without pseudo-labels", "with"),
     "adco": ("bank", "batch-negatives", "symmetric", "hybrid"),
     "caco": ("cooperative",),
+    "adv_mae": ("--eps 0", "--steps 1", "--steps 2", "--steps 2 --norm l2"),
+    "adpe": ("--radius 0", "--adversary persistent", "--adversary pgd", "--position absolute --radius 0",
+             "--position absolute"),
 }
 COMPILED = {  # on CUDA, once more with --compile
-    "amoc": "ACC", "rocl": "with", "acl": "ds", "advcl": "with", "adco": "bank", "caco": "cooperative"}
+    "amoc": "ACC", "rocl": "with", "acl": "ds", "advcl": "with", "adco": "bank", "caco": "cooperative",
+    "adv_mae": "--steps 2", "adpe": "--adversary persistent"}
+VITS = {"slim": "vit_slim", "resnet18": "vit_tiny"}  # what the masked autoencoders have instead
 
 
 class Setting(NamedTuple):
@@ -467,6 +474,39 @@ def bank_step(s, script, args, compiled):
     return one
 
 
+def adv_mae_step(s, variant, compiled):
+    args = adv_mae.parser().parse_args(["--arch", VITS[s.arch], *variant.split()])
+    net = adv_mae.network(args).to(s.device)
+    opt = torch.optim.AdamW(optim.groups(net.named_parameters(), args.weight_decay), 0.0, betas=(0.9, 0.95))
+    x, rng = torch.rand(s.batch, 3, 32, 32, device=s.device), data.Rng((0, 0, 0), s.batch, slice(None))
+    order, noise = adv_mae.random_numbers(rng, net.encoder, args, s.device)
+    if compiled:
+        net.compile()
+
+    def one():
+        with run.autocast(s.device):
+            adv_mae.train_step(net, opt, x, order, noise, args)
+
+    return one
+
+
+def adpe_step(s, variant, compiled):
+    args = adpe.parser().parse_args(["--arch", VITS[s.arch], *variant.split()])
+    net = adpe.network(args).to(s.device)
+    opt = torch.optim.AdamW([p for p in net.parameters() if p is not net.delta], 0.0)
+    opt_delta = torch.optim.AdamW([net.delta], 0.0, maximize=True)
+    x, rng = torch.rand(s.batch, 3, 32, 32, device=s.device), data.Rng((0, 0, 0), s.batch, slice(None))
+    order, start = adpe.random_numbers(rng, net, args, s.device)
+    if compiled:
+        net.compile()
+
+    def one():
+        with run.autocast(s.device):
+            adpe.train_step(net, opt, opt_delta, x, order, start, args)
+
+    return one
+
+
 def step(s):
     for script, variants in SCRIPTS.items():
         steps, flops, mib = {}, {}, {}
@@ -482,8 +522,10 @@ def step(s):
                 one(), one()  # the optimizer's state, cuDNN's choices
             mib[name] = peak(s, one, above=before)
         t, base = race(s, steps, budget=30), variants[0]
-        bank = f", bank {s.bank}" if hasattr(globals()[script].parser().parse_args([]), "bank_size") else ""
-        table(f"step: {script}, {s.arch}, batch {s.batch}{bank}",
+        flags = globals()[script].parser().parse_args([])
+        arch = VITS[s.arch] if flags.arch.startswith("vit") else s.arch
+        bank = f", bank {s.bank}" if hasattr(flags, "bank_size") else ""
+        table(f"step: {script}, {arch}, batch {s.batch}{bank}",
               ["", "ms", "images/s", "GFLOP", "TFLOP/s", "peak MiB", f"time / {base}"],
               [[name, 1e3 * t[name], s.batch / t[name], flops[name] / 1e9, flops[name] / 1e12 / t[name],
                 mib[name], t[name] / t[base]] for name in steps])

@@ -17,7 +17,10 @@ SCRIPTS = {
     "advcl": ["--steps", "1", "--warmup", "0"],
     "adco": ["--bank-size", "48", "--fill-steps", "3"],
     "caco": ["--bank-size", "48", "--fill-steps", "3"],
+    "adpe": ["--arch", "vit_slim", "--decoder", "16", "1", "2", "--warmup", "1"],
+    "adv_mae": ["--arch", "vit_slim", "--decoder", "16", "1", "2", "--warmup", "1"],
 }
+PICTURES = {"adv_mae": "recon.png", "adpe": "positions.png"}  # the others write views.png
 TINY = ["--arch", "slim", "--batch-size", "16", "--epochs", "2", "--device", "cpu"]
 
 

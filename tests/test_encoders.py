@@ -1,5 +1,8 @@
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision import models
 
@@ -75,6 +78,260 @@ def test_an_mlp_has_relu_and_norm_between_its_layers_only():
     assert with_norm(torch.rand(6, 5)).shape == (6, 3)
 
 
+# Vision transformer -----------------------------------------------------------------------------------------
+def fill(*shape):
+    """0, 1, 2, ... in row-major order, float64."""
+    return torch.arange(math.prod(shape), dtype=torch.float64).view(shape)
+
+
+def test_patchify_has_the_printed_order_and_unpatchify_inverts_it():
+    patches = encoders.patchify(fill(1, 3, 4, 4), 2)
+    assert patches[0, 0].tolist() == [0, 16, 32, 1, 17, 33, 4, 20, 36, 5, 21, 37]
+    assert patches[0, 3, :4].tolist() == [10, 26, 42, 11]
+    for x, patch in ((fill(1, 3, 4, 4), 2), (fill(2, 3, 12, 12), 4), (fill(2, 1, 6, 6), 3)):
+        assert torch.equal(encoders.unpatchify(encoders.patchify(x, patch), patch), x)
+
+
+def test_patchify_takes_oblong_images_and_refuses_what_does_not_divide():
+    x = fill(2, 3, 4, 6)
+    patches = encoders.patchify(x, 2)
+    assert patches.shape == (2, 6, 12)
+    for token in range(6):
+        i, j = divmod(token, 3)
+        want = [x[1, c, 2 * i + a, 2 * j + b].item() for a in range(2) for b in range(2) for c in range(3)]
+        assert patches[1, token].tolist() == want
+    with pytest.raises(ValueError, match="4 x 6.*patch size 4"):
+        encoders.patchify(x, 4)
+
+
+def test_sine_cosine_positions_equal_the_printed_values_and_a_slow_loop():
+    table = encoders.sincos_2d(8, 2)
+    assert table[1].tolist() == pytest.approx(
+        [0.84147098, 0.00999983, 0.54030231, 0.99995, 0, 0, 1, 1], abs=5e-9)
+    table = encoders.sincos_2d(192, 8)
+    assert table.sum().item() == pytest.approx(5979.796474, rel=1e-9)
+    assert table.square().sum().item() == pytest.approx(6144, rel=1e-12)
+    assert table[21, [0, 48, 96, 144]].tolist() == pytest.approx(
+        [-0.95892427, 0.28366219, 0.90929743, -0.41614684], abs=5e-9)
+    at = torch.tensor([0.5, -0.25], dtype=torch.float64)
+    assert encoders.sincos_at(at, 8).tolist() == pytest.approx(
+        [-0.24740396, -0.0025, 0.96891242, 0.99999688, 0.47942554, 0.00499998, 0.87758256, 0.9999875], abs=5e-9)
+    for dim, height, width in ((8, 2, 2), (12, 3, 5)):
+        q, want = dim // 4, []
+        for i in range(height):
+            for j in range(width):
+                angles = [[at / 10000 ** (k / q) for k in range(q)] for at in (j, i)]
+                want.append([f(a) for half in angles for f in (math.sin, math.cos) for a in half])
+        got = encoders.sincos_2d(dim, height, width)
+        torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=1e-14)
+    with pytest.raises(ValueError, match="width 6"):
+        encoders.sincos_2d(6, 2)
+
+
+@pytest.mark.parametrize("arch, patch, side, parameters", [  # of timm's ViTs without head, or by counting
+    ("vit_tiny", 4, 32, None), ("vit_small", 4, 32, None),
+    ("vit_base", 16, 224, 85_798_656), ("vit_large", 16, 224, 303_301_632)])
+def test_a_vits_sizes(arch, patch, side, parameters):
+    with torch.device("meta"):
+        net = make(arch)
+    d, n, L = net.dim, len(net.blocks), (side // patch) ** 2
+    want = (d + (1 + L) * d) + (3 * patch**2 + 1) * d + n * (12 * d * d + 13 * d) + 2 * d
+    assert size(net) == want == (parameters or want) and net.patch == patch and net.recipe["size"] == side
+
+
+def slow_vit(net, x):
+    """One image and one head at a time, from the state dict."""
+    s, heads = net.state_dict(), net.blocks[0].attn.heads
+    x, (C, H, W), p = (x - s_mean(net)) / s_std(net), x.shape, net.patch
+
+    def norm(t, name):
+        t = (t - t.mean(1, keepdim=True)) / (t.var(1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+        return t * s[f"{name}.weight"] + s[f"{name}.bias"]
+
+    def linear(t, name):
+        return t @ s[f"{name}.weight"].T + s[f"{name}.bias"]
+
+    tokens = [s["cls_token"][0, 0]]
+    for i in range(H // p):
+        for j in range(W // p):
+            cut = x[:, i * p:(i + 1) * p, j * p:(j + 1) * p]
+            tokens.append((s["patch_embed.proj.weight"] * cut).sum((1, 2, 3)) + s["patch_embed.proj.bias"])
+    t = torch.stack(tokens) + s["pos_embed"][0]
+    for b in range(len(net.blocks)):
+        n = f"blocks.{b}"
+        q, k, v = linear(norm(t, f"{n}.norm1"), f"{n}.attn.qkv").chunk(3, 1)
+        out = []
+        for h in range(heads):
+            d = q.shape[1] // heads
+            at = slice(h * d, (h + 1) * d)
+            out.append((q[:, at] @ k[:, at].T / d**0.5).softmax(1) @ v[:, at])
+        t = t + linear(torch.cat(out, 1), f"{n}.attn.proj")
+        t = t + linear(F.gelu(linear(norm(t, f"{n}.norm2"), f"{n}.mlp.fc1")), f"{n}.mlp.fc2")
+    if net.recipe["fc_norm"]:
+        return norm(t[1:].mean(0, keepdim=True), "fc_norm")[0]
+    return norm(t, "norm")[1:].mean(0)
+
+
+def s_mean(net):
+    return torch.tensor(net.recipe["mean"], dtype=torch.float64).view(3, 1, 1)
+
+
+def s_std(net):
+    return torch.tensor(net.recipe["std"], dtype=torch.float64).view(3, 1, 1)
+
+
+def random_vit(arch="vit_slim", **options):
+    """All weights random, those too that start at 0 or 1."""
+    torch.manual_seed(0)
+    net = make(arch, **options)
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.05 * torch.randn_like(p)
+    return net.eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"fc_norm": True}, {"positions": "learned", "size": 16}])
+def test_a_vit_equals_slow_loops(options):
+    net = random_vit(mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3), **options).double()
+    x = pictures(2, options.get("size", 32)).double()
+    want = torch.stack([slow_vit(net, image) for image in x])
+    torch.testing.assert_close(net(x), want, rtol=1e-6, atol=1e-6)  # mean and std are float32
+
+
+def test_relative_positions_enter_the_logits_as_printed_in_their_definition():
+    """q_i . (k_j + r_ij), r from the rounded index where the offset is an index, and its own vector for cls."""
+    torch.manual_seed(0)
+    block = encoders.TransformerBlock(8, 2, relative=True).double()
+    nn.init.normal_(block.attn.relative.table), nn.init.normal_(block.attn.relative.cls)
+    x, seen = torch.randn(2, 5, 8, dtype=torch.float64), []
+    r = block.attn.relative(2, 2)
+
+    def bias(q):
+        seen.append(q)
+        return encoders.relative_logits(q, r)
+
+    out = block.attn(x, bias)
+    q, k, v = block.attn.qkv(x).view(2, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    table, cls = block.attn.relative.table, block.attn.relative.cls
+    logits = torch.zeros(2, 2, 5, 5, dtype=torch.float64)
+    for i in range(5):
+        for j in range(5):
+            if i and j:  # offsets of a 2 x 2 grid are integers below 1.9
+                (a, b), (c, d) = divmod(i - 1, 2), divmod(j - 1, 2)
+                r_ij = table[:, 3 + a - c, 3 + b - d]
+            else:
+                r_ij = cls
+            logits[:, :, i, j] = (q[:, :, i] * (k[:, :, j] + r_ij)).sum(-1) / 2
+    want = block.attn.proj((logits.softmax(-1) @ v).transpose(1, 2).reshape(2, 5, 8))
+    torch.testing.assert_close(out, want, rtol=1e-10, atol=1e-12)
+    assert torch.equal(seen[0], q / 2)
+
+
+def test_relative_tables_start_without_effect_and_then_matter_at_any_size():
+    net, x = random_vit(), pictures()
+    relative = make("vit_slim", relative=True).eval()
+    missing = relative.load_state_dict(net.state_dict(), strict=False).missing_keys
+    assert len(missing) == 8 and all("relative" in key for key in missing)
+    torch.testing.assert_close(relative(x), net(x), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        relative.blocks[1].attn.relative.table.normal_()
+    assert not torch.allclose(relative(x), net(x), atol=1e-3)
+    assert relative(pictures(2, 48)).shape == (2, 96)
+
+
+def test_another_size_gets_the_positions_of_its_own_grid_unless_they_were_learned():
+    small, large = random_vit(), make("vit_slim", size=64).eval()
+    state = small.state_dict()
+    large.load_state_dict({**state, "pos_embed": large.pos_embed})
+    with torch.no_grad():  # sine positions, but for the row of cls
+        large.pos_embed[:, :1] = small.pos_embed[:, :1]
+    x = pictures(2, 64)
+    assert torch.equal(small(x), large(x))
+    with pytest.raises(ValueError, match="64 x 64.*learned for 32 x 32"):
+        make("vit_slim", positions="learned")(x)
+
+
+def test_sine_positions_are_fixed_until_all_is_trained_and_learned_ones_are_not():
+    assert not make("vit_slim").pos_embed.requires_grad
+    assert make("vit_slim").requires_grad_().pos_embed.requires_grad
+    assert make("vit_slim", positions="learned").pos_embed.requires_grad
+
+
+def test_a_vit_starts_as_mae_does():
+    torch.manual_seed(0)
+    net = make("vit_tiny")
+    assert all((m.bias == 0).all() for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+    for weight, fans in ((net.patch_embed["proj"].weight, 48 + 192), (net.blocks[3].attn.qkv.weight, 4 * 192)):
+        bound = (6 / fans) ** 0.5
+        assert 0.98 * bound < weight.abs().max() <= bound
+    assert 0.015 < net.cls_token.std() < 0.025
+    assert torch.equal(net.pos_embed[0, 0], torch.zeros(192))
+
+
+@pytest.mark.parametrize("flags, words", [
+    (dict(arch="vit"), "'vit': choose one of slim, resnet18, .*vit_slim, vit_tiny"),
+    (dict(arch="vit_tiny", size=30), "image size 30.*patch size 4"),
+    (dict(arch="vit_tiny", positions="none"), "'none': choose sincos or learned")])
+def test_a_network_that_cannot_be_made_is_named(flags, words):
+    with pytest.raises(ValueError, match=words):
+        make(**flags)
+
+
+# For fine-tuning --------------------------------------------------------------------------------------------
+def test_stages_name_every_parameter_but_the_last_norm_in_order():
+    for arch in ("vit_slim", "resnet18", "resnet50"):
+        net = make(arch)
+        stages, seen = encoders.stages(net), []
+        for name, _ in net.named_parameters():
+            at = [i for i, parts in enumerate(stages) if any(f"{name}.".startswith(f"{p}.") for p in parts)]
+            assert len(at) == (0 if name.startswith("norm.") else 1), name
+            seen += at
+        assert seen == sorted(seen) and set(seen) == set(range(len(stages)))
+        assert len(stages) == 1 + {"vit_slim": 4, "resnet18": 8, "resnet50": 16}[arch]
+
+
+@pytest.mark.parametrize("arch", ["vit_slim", "slim"])
+def test_drop_path_skips_branches_of_single_images_in_train_mode_only(arch):
+    torch.manual_seed(0)
+    net, x = random_vit() if arch == "vit_slim" else make("slim").eval(), pictures()
+    want = net(x)
+    encoders.drop_path(net, 0.3)
+    rates = [m.drop for m in net.modules() if hasattr(m, "drop")]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert torch.equal(net(x), want)
+    block = next(m for m in reversed(list(net.modules())) if hasattr(m, "drop")).train()
+    h = torch.randn(1, 17, 96) if arch == "vit_slim" else torch.rand(1, 64, 4, 4)
+    for m in block.modules():
+        m.training = m is block  # BatchNorm as in eval mode
+    block.drop = 0.0
+    whole = block(h)
+    block.drop = 1.0
+    skipped = block(h)
+    torch.testing.assert_close(skipped, h if arch == "vit_slim" else block.downsample(h).relu())
+    block.drop = 0.4
+    many = block(h.expand(1000, *h.shape[1:]))
+    like = [(many - one).abs().flatten(1).amax(1).lt(1e-4).float().mean().item() for one in (skipped, whole)]
+    assert like == pytest.approx([0.16, 0] if arch == "vit_slim" else [0.4, 0], abs=0.05)  # the kept grow
+
+
+def test_a_renewed_norm_follows_the_mean_and_is_exported(tmp_path):
+    net, x = random_vit(), pictures()
+    tokens = []
+    net.blocks[-1].register_forward_hook(lambda _, __, out: tokens.append(out))
+    before = net(x)
+    encoders.renew_norm(net)
+    want = F.layer_norm(tokens[0][:, 1:].mean(1), (96,), eps=1e-6)
+    torch.testing.assert_close(net(x), want)
+    assert not torch.allclose(net(x), before, atol=1e-2)
+    assert [k for k in net.state_dict() if "norm." in k and "blocks" not in k] == ["fc_norm.weight", "fc_norm.bias"]
+    export(net, None, tmp_path / "encoder.pt")
+    assert torch.equal(load_encoder(tmp_path / "encoder.pt")(x), net(x))
+    other = make("slim").eval()
+    state = dict(other.state_dict())
+    encoders.renew_norm(other)
+    assert state.keys() == other.state_dict().keys()
+
+
 # BatchNorm branches -----------------------------------------------------------------------------------------
 def test_a_branch_uses_and_updates_its_own_statistics_only():
     net, x = trained(), pictures(seed=2)
@@ -138,6 +395,61 @@ def test_an_exported_encoder_is_torchvisions_resnet_without_fc(tmp_path, arch):
     with torch.no_grad(), branch(net, "adv"):
         ours, theirs = net(x), theirs.eval()((x - mean) / std)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+
+
+def in_torchvisions_names(state):
+    names = {"class_token": "cls_token", "encoder.pos_embedding": "pos_embed", "conv_proj": "patch_embed.proj",
+             "encoder.ln": "norm"}
+    for i in range(12):
+        layer, block = f"encoder.layers.encoder_layer_{i}", f"blocks.{i}"
+        for theirs, ours in (("ln_1", "norm1"), ("ln_2", "norm2"), ("self_attention.out_proj", "attn.proj"),
+                             ("mlp.0", "mlp.fc1"), ("mlp.3", "mlp.fc2")):
+            names[f"{layer}.{theirs}"] = f"{block}.{ours}"
+        names[f"{layer}.self_attention.in_proj_"] = f"{block}.attn.qkv."
+    found = {}
+    for key, tensor in state.items():
+        theirs = next(t for t, o in names.items() if key == o or key.startswith(o if o[-1] == "." else f"{o}."))
+        found[theirs + key[len(names[theirs]):]] = tensor
+    return found
+
+
+def exported_vit(path, **options):
+    net = random_vit("vit_tiny", mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3), **options)
+    export(net, None, path)
+    saved = torch.load(path, weights_only=True)
+    x = pictures(2)
+    normalised = (x - torch.tensor(saved["mean"]).view(3, 1, 1)) / torch.tensor(saved["std"]).view(3, 1, 1)
+    return net(x), saved["state"], normalised
+
+
+def test_an_exported_vit_gives_the_features_of_torchvisions(tmp_path):
+    ours, state, x = exported_vit(tmp_path / "encoder.pt")
+    theirs = models.VisionTransformer(32, 4, 12, 3, 192, 768).eval()
+    theirs.heads = nn.Identity()
+    theirs.load_state_dict(in_torchvisions_names(state))
+    tokens = torch.cat([theirs.class_token.expand(2, -1, -1), theirs._process_input(x)], 1)
+    with torch.no_grad():
+        torch.testing.assert_close(ours, theirs.encoder(tokens)[:, 1:].mean(1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fc_norm", [False, True])
+def test_an_exported_vit_loads_into_timms_and_gives_the_same_features(tmp_path, fc_norm):
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    ours, state, x = exported_vit(tmp_path / "encoder.pt", fc_norm=fc_norm)
+    theirs = timm.VisionTransformer(32, 4, embed_dim=192, depth=12, num_heads=3, num_classes=0,
+                                    global_pool="avg", fc_norm=fc_norm).eval()
+    theirs.load_state_dict(state)
+    with torch.no_grad():
+        torch.testing.assert_close(ours, theirs(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"size": 16, "positions": "learned"}, {"relative": True, "fc_norm": True}])
+def test_a_loaded_vit_gives_the_exported_features_to_the_bit(tmp_path, options):
+    net, path = random_vit(**options, mean=(0.4, 0.5, 0.6)), tmp_path / "encoder.pt"
+    export(net, None, path)
+    encoder, x = load_encoder(path), pictures(4, options.get("size", 32))
+    assert torch.equal(encoder(x), net(x)) and encoder.recipe == net.recipe and encoder.branch is None
 
 
 @pytest.mark.parametrize("branches", [(), BRANCHES])

@@ -140,6 +140,116 @@ def test_learning_rate_steps_and_cosine():
     assert [evaluation.lr_at(p, 0, t) for t in (0, 50, 100)] == pytest.approx([0.1, (0.1 + 1e-6) / 2, 1e-6])
 
 
+@pytest.mark.parametrize("epoch, lr", [
+    (0, 0), (2.5, 0.001), (5, 0.002), (28.75, 0.00170725), (52.5, 0.0010005), (100, 1e-6)])
+def test_fine_tuning_rate_equals_printed_values(epoch, lr):
+    assert evaluation.lr_at(evaluation.PRESETS["mae-tune"], int(epoch), epoch) == pytest.approx(lr, rel=1e-5)
+
+
+def test_fine_tuning_groups_are_maes():
+    net = evaluation.Classifier(encoders.make("vit_slim").requires_grad_(), 3)
+    encoders.renew_norm(net.encoder)
+    groups = evaluation.optimizer(net, evaluation.PRESETS["mae-tune"]).param_groups
+    found = {id(w): (g["scale"], g["weight_decay"]) for g in groups for w in g["params"]}
+    for name, w in net.named_parameters():
+        scale, decay = found.pop(id(w))
+        part = name.removeprefix("encoder.")
+        if part.startswith(("cls_token", "pos_embed", "patch_embed")):
+            depth = 0
+        else:
+            depth = int(part.split(".")[1]) + 1 if part.startswith("blocks") else 5
+        assert scale == pytest.approx(0.65 ** (5 - depth)), name
+        assert decay == (0 if w.dim() == 1 or part in ("cls_token", "pos_embed") else 0.05), name
+    assert not found and groups[0]["betas"] == (0.9, 0.999)
+
+
+@pytest.mark.parametrize("arch", ["vit_slim", "slim"])
+def test_an_encoder_is_fine_tuned_block_by_block_at_its_own_rate(arch):
+    torch.manual_seed(0)
+    net = evaluation.Classifier(encoders.make(arch).eval(), 3)
+    net.encoder.branch = None
+    before = {k: v.clone() for k, v in net.named_parameters()}
+    p = evaluation.PRESETS["mae-tune-cifar"]._replace(epochs=2, warmup=1, batch_size=16, lr=1e-2, weight_decay=0.0,
+                                                      layer_decay=0.1)
+    evaluation.train(net, coloured(32), p, seed=0)
+    moved = {k: (v - before[k]).abs().max().item() for k, v in net.named_parameters() if k in before}
+    blocks = ["encoder.blocks.{}.mlp.fc1.weight" if arch == "vit_slim" else "encoder.layer{}.0.conv2.weight"][0]
+    sizes = [moved[blocks.format(i + (arch == "slim"))] for i in range(4)]
+    assert all(b > 5 * a > 0 for a, b in zip(sizes, sizes[1:])) and moved["head.weight"] > 5 * sizes[-1]
+    if arch == "vit_slim":
+        assert moved["encoder.pos_embed"] > 0 and net.encoder.recipe["fc_norm"]
+        assert "encoder.fc_norm.weight" in net.state_dict() and "encoder.norm.weight" not in net.state_dict()
+    assert [m.drop for m in net.modules() if hasattr(m, "drop")] == pytest.approx([0, 0.1 / 3, 0.2 / 3, 0.1])
+
+
+def test_labels_are_smoothed_and_mixed_as_written():
+    net, p = evaluation.Classifier(Pixels(), 3), evaluation.PRESETS["mae-tune"]
+    x, y = torch.rand(8, 3, 32, 32), torch.arange(8) % 3
+    log_p = net(x).log_softmax(1)
+    slow = -sum((0.9 * (c == y[i]) + 0.1 / 3) * log_p[i, c] for i in range(8) for c in range(3)) / 8
+    assert evaluation.classifier_loss(net, x, y, p, None).item() == pytest.approx(slow.item(), rel=1e-5)
+    for kinds in (dict(mixup=0.0), dict(cutmix=0.0)):
+        torch.manual_seed(0)
+        mixed, soft = evaluation.mixer(p._replace(**kinds), 3)(x, y)
+        assert soft.shape == (8, 3) and torch.allclose(soft.sum(1), torch.ones(8))
+        lam = soft[1, 1].item()  # labels 0 and 1 are neighbours: each image meets the one before it
+        assert 0 < lam < 1 and soft[1, 0].item() == pytest.approx(1 - lam, abs=1e-6)
+        if kinds == dict(cutmix=0.0):
+            torch.testing.assert_close(mixed, lam * x + (1 - lam) * x.roll(1, 0))
+        else:
+            own, other = (mixed == x).all(1), (mixed == x.roll(1, 0)).all(1)
+            assert (own | other).all() and own[0].float().mean().item() == pytest.approx(lam, abs=1e-6)
+    same = evaluation.mixer(p._replace(mixup=0.0, cutmix=0.0), 3)(x, y)
+    assert same[0] is x and same[1] is y
+
+
+def test_a_batchnorm_before_the_probe_learns_its_statistics_and_the_encoder_none(tmp_path):
+    torch.manual_seed(0)
+    net = evaluation.Classifier(encoders.make("slim").eval(), 3, batch_norm=True)
+    net.encoder.branch = None
+    before = {k: v.clone() for k, v in net.encoder.state_dict().items()}
+    p = evaluation.PRESETS["mae-slf-cifar"]._replace(epochs=2, milestones=(), batch_size=16)
+    images = coloured(32)
+    evaluation.train(net, images, p, seed=0)
+    assert all(torch.equal(v, before[k]) for k, v in net.encoder.state_dict().items())
+    assert net.norm.num_batches_tracked == 4 and not net.norm.training
+    h = net.encoder(images.x.float() / 255)
+    want = (h - net.norm.running_mean) / (net.norm.running_var + 1e-6).sqrt()
+    torch.testing.assert_close(net(images.x.float() / 255), net.head(want))
+    evaluation.save_classifier(net, tmp_path / "c.pt")
+    assert torch.equal(evaluation.load_classifier(tmp_path / "c.pt")(images.x / 255), net(images.x / 255))
+
+
+def test_lars_leaves_the_bias_alone():
+    net = evaluation.Classifier(Pixels(), 3)
+    weight, bias = evaluation.optimizer(net, evaluation.PRESETS["mae-slf"]).param_groups
+    assert weight["params"] == [net.head.weight] and weight["trust"] == 0.001
+    assert bias["params"] == [net.head.bias] and bias["trust"] is None
+
+
+def test_the_command_fine_tunes_a_vit_and_its_classifier_can_be_loaded(tmp_path, capsys):
+    encoders.export(encoders.make("vit_slim"), None, tmp_path / "encoder.pt")
+    lines = run_main(tmp_path, "--preset", "mae-tune", "mae-slf-cifar", "knn", "--epochs", "2", "--warmup", "1",
+                     "--milestones", "--mixup", "0.8", "--lr", "0.01", "--attacks", "clean", "pgd20-4")
+    assert [line["preset"] for line in lines] == ["mae-tune", "mae-slf-cifar", "knn"]
+    assert lines[0]["recipe"]["warmup"] == 1 and lines[0]["recipe"]["layer_decay"] == 0.65
+    images = data.load(str(tmp_path / "tiny.npz"), split="test")
+    for name, line in zip(("mae-tune", "mae-slf-cifar"), lines):
+        net = evaluation.load_classifier(tmp_path / f"classifier-{name}.pt")
+        assert evaluation.accuracy(net, images) == line["results"]["clean"]["accuracy"]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--preset", "mae-tune", "--epochs", "5"], "--epochs 5: preset mae-tune warms up for 5; lower --warmup"),
+    (["--warmup", "-1"], "--warmup -1"), (["--drop-path", "2"], "--drop-path 2: must be from 0 to 1"),
+    (["--layer-decay", "0.5"], "--layer-decay: preset amoc-slf has no place for it"),
+    (["--preset", "amoc-aff", "--mixup", "0.5"], "--mixup: preset amoc-aff has no place for it"),
+    (["--preset", "amoc-slf", "--warmup", "2"], "--warmup: preset amoc-slf")])
+def test_flags_of_fine_tuning_that_fit_no_preset_are_named(flags, words):
+    with pytest.raises(ValueError, match=words):
+        evaluation.check(evaluation.parser().parse_args(["encoder.pt", *flags]))
+
+
 def test_accuracy_under_attack_is_exact_on_a_linear_classifier():
     """Two classes, logits +-(mean red - 1/2): exactly the images within eps of 1/2 change sides."""
 

@@ -77,3 +77,39 @@ def test_lars_without_trust_is_sgd():
         a.grad, b.grad = A(3, 3, p), A(3, 3, p)
         ours.step(), sgd.step()
     torch.testing.assert_close(a, b)
+
+
+def names_of(depth):
+    stages = [["cls_token", "pos_embed", "patch_embed"], *([f"blocks.{i}"] for i in range(depth))]
+    named = {"cls_token": (1, 1, 4), "pos_embed": (1, 5, 4), "patch_embed.proj.weight": (4, 3, 2, 2),
+             "patch_embed.proj.bias": (4,), "fc_norm.weight": (4,), "head.weight": (3, 4), "head.bias": (3,),
+             **{f"blocks.{i}.mlp.fc1.weight": (8, 4) for i in range(depth)}}
+    return stages, {name: nn.Parameter(torch.zeros(shape)) for name, shape in named.items()}
+
+
+@pytest.mark.parametrize("gamma, want", [
+    (0.65, {0: 0.003697, 1: 0.005688, 2: 0.008751, 3: 0.013463, 4: 0.020712, 5: 0.031864, 6: 0.049022, 7: 0.075419,
+            8: 0.116029, 9: 0.178506, 10: 0.274625, 11: 0.4225, 12: 0.65, 13: 1}),
+    (0.75, {0: 0.023757, 1: 0.031676, 6: 0.133484, 12: 0.75, 13: 1})])
+def test_layer_wise_rates_equal_printed_values(gamma, want):
+    stages, named = names_of(12)
+    groups = optim.groups(named.items(), 0.05, ("cls_token", "pos_embed"), stages, gamma)
+    scale = {n: g["scale"] for g in groups for n, w in named.items() if any(w is p for p in g["params"])}
+    assert scale.keys() == named.keys()
+    depth = {"cls_token": 0, "pos_embed": 0, "patch_embed": 0, "fc_norm": 13, "head": 13}
+    for name, found in scale.items():
+        i = int(name.split(".")[1]) + 1 if name.startswith("blocks") else depth[name.split(".")[0]]
+        if i in want:
+            assert found == pytest.approx(want[i], abs=5e-7), name
+
+
+def test_groups_hold_each_trained_parameter_once_and_decay_no_vector():
+    stages, named = names_of(3)
+    named["pos_embed"].requires_grad_(False)
+    groups = optim.groups(named.items(), 0.05, ("cls_token",))
+    held = [p for g in groups for p in g["params"]]
+    assert len(held) == len({id(p) for p in held}) == len(named) - 1
+    for g in groups:
+        for p in g["params"]:
+            assert g["weight_decay"] == (0 if p.dim() < 2 or p is named["cls_token"] else 0.05)
+    assert {g["scale"] for g in groups} == {1.0} and len(groups) == 2

@@ -1,0 +1,300 @@
+"""AdPE: adversarial positional embeddings (Wang et al. 2023, arXiv 2303.07598), on a masked autoencoder.
+
+A masked patch is easily copied from its neighbours. Here masked tokens are told wrong positions, shifted so
+that rebuilding gets hard: local correlation no longer helps, the whole image must. The adversary is a handful
+of numbers, delta, shared by all images. The aim is better features, not robustness.
+
+    paper                       here
+    MAE+                        MAEPlus: mask tokens enter before the encoder, which sees all positions
+    p[u, v], g                  Relative.table and relative_index in common.encoders (iRPE, arXiv 2107.14222)
+    delta in p[g(x), g(y)]      MAEPlus.biases: masked queries i read the offset pos_i - pos_j + delta
+    four kinds of delta         --position, --mode; DELTAS
+    max over delta              ascend (--adversary persistent) or attack (--adversary pgd)
+    projection, epsilon         common.pgd.project, --radius
+
+absolute: a masked token's sine-cosine embedding is moved by delta, or is that of position + delta.
+relative: those stay, and every block of encoder and decoder has a table of relative positions and a delta of
+its own. The table starts at zero, so a shift has no gradient before the table has moved.
+
+We had the abstract, a survey of the same group (Qi & Shah 2022, arXiv 2210.13463) and the code. They describe
+two adversaries: a delta that lasts and makes one step of Adam uphill each update, in the weights' backward
+(the code; "memory-based"), or PGD each batch. eps is the code's default. Where we depart from the code:
+    - L2 projection is finite at delta = 0; delta is added to the mask token (there, in absolute embedding, it
+      replaces it);
+    - integer offsets hit the table's entries exactly, far ones the last (there: shifted, fading to zero);
+    - relative embedding: one delta for each entry of the table (there one d-vector for all entries, which the
+      softmax cancels: no effect, no gradient).
+
+Ours, for CIFAR-10, are the defaults that differ from the ImageNet recipe (the first command).
+
+    torchrun --standalone --nproc-per-node 8 adpe.py --data path/to/imagenet --arch vit_base \
+--image-size 112 --crops 4 --min-scale 0.08 --decoder 512 8 16 --batch-size 4096 --lr 2.4e-3 --adv-lr 2.4e-3
+    python adpe.py                                            relative coordinates, persistent
+    python adpe.py --adversary pgd --position absolute --mode embedding
+    python adpe.py --radius 0                                 MAE+, the clean base
+    python eval.py runs/adpe/encoder.pt --preset mae-tune-cifar mae-slf-cifar knn
+"""
+import pathlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.utils import save_image
+
+from common import data, encoders, optim, run
+from common.encoders import patchify, relative_logits, sincos_at
+from common.pgd import pgd, project, uniform
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in MAE's code
+DELTAS = {  # shape of delta for encoder width D and `heads`, the width of a head in each of n blocks
+    ("absolute", "embedding"): lambda D, heads: (1, D),
+    ("absolute", "coordinate"): lambda D, heads: (1, 2),
+    ("relative", "embedding"): lambda D, heads: (len(heads), max(heads), 7, 7),  # narrower ones use the first
+    ("relative", "coordinate"): lambda D, heads: (len(heads), 2),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The method
+# ----------------------------------------------------------------------------------------------------------
+def augment(x, rng, size, min_scale, crops):
+    """Crops of the uint8 images x (B, 3, H, W): floats (crops B, 3, size, size) in [0, 1]."""
+    return torch.cat([data.random_resized_crop(x, rng, size, (min_scale, 1.0), flip=0.5, filter="bicubic")
+                      for _ in range(crops)])
+
+
+def random_masking(noise, ratio):
+    """(B, L) bool: all but the int(L (1 - ratio)) patches of smallest `noise` (B, L) are masked."""
+    return noise.argsort(1).argsort(1) >= int(noise.shape[1] * (1 - ratio))
+
+
+class MAEPlus(nn.Module):
+    """Encoder of all tokens and light decoder (width, blocks, heads); `delta` moves the masked ones."""
+
+    def __init__(self, encoder, decoder, position, mode):
+        super().__init__()
+        self.encoder, self.position, self.mode = encoder, position, mode
+        self.decoder = encoders.PatchDecoder(encoder, *decoder)
+        self.blocks = [*self.encoder.blocks, *self.decoder.blocks]
+        self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.dim))
+        nn.init.normal_(self.mask_token, std=0.02)
+        self.register_buffer("at", encoders.coordinates(*encoder.grid).float(), persistent=False)  # (L, 2)
+        widths = [block.attn.d for block in self.blocks]
+        self.delta = nn.Parameter(torch.zeros(DELTAS[position, mode](encoder.dim, widths)))
+        used = torch.ones(self.delta.shape)
+        for row, d in zip(used, widths) if used.dim() == 4 else ():
+            row[d:] = 0
+        self.register_buffer("used", used, persistent=False)
+
+    def tokens(self, patches):
+        """Patches (B, L, D) of pixels -> (B, L, dim) at their positions, none masked."""
+        return self.encoder.embed(patches) + self.encoder.pos_embed[:, 1:]
+
+    def rows(self):
+        """r_ij of each block, clean: (1 + L, 1 + L, d) each; none in the absolute modes."""
+        return [b.attn.relative(*self.encoder.grid) for b in self.blocks if self.position == "relative"]
+
+    def masked_token(self, delta):
+        """What stands at masked places: (1, L, dim)."""
+        positions = self.encoder.pos_embed[:, 1:]
+        if self.position == "absolute" and delta is not None:
+            coordinate = self.mode == "coordinate"
+            positions = sincos_at(self.at + delta, positions.shape[2]) if coordinate else positions + delta
+        return self.mask_token + positions
+
+    def biases(self, rows, masked, delta):
+        """For each block, the function from queries to their relative logits (encoders.TransformerBlock)."""
+        if delta is None or not rows:
+            return [lambda q, r=r: relative_logits(q, r) for r in rows]
+        queries, found = F.pad(masked, (1, 0))[:, None, :, None], []  # cls is not masked
+        for block, clean, shift in zip(self.blocks, rows, delta):
+            how = {"shift": shift} if self.mode == "coordinate" else {"extra": shift[:block.attn.d]}
+            moved = block.attn.relative(*self.encoder.grid, **how)
+            found.append(lambda q, clean=clean, moved=moved: torch.where(
+                queries, relative_logits(q, moved), relative_logits(q, clean)))
+        return found
+
+    def forward(self, tokens, rows, masked, delta=None):
+        """`tokens` (B, L, dim) and `rows` as above, `masked` (B, L) bool -> all patches (B, L, 3 patch^2)."""
+        biases, n = self.biases(rows, masked, delta), len(self.encoder.blocks)
+        h = torch.where(masked[:, :, None], self.masked_token(delta), tokens)
+        return self.decoder(self.decoder.embed(self.encoder.encode(h, biases[:n])), biases[n:])
+
+
+def mae_loss(pred, target, masked):
+    """Squared error of pred against target (B, L, D), each target patch standardised over its D values; mean
+    over D, then over the patches that are `masked` (B, L)."""
+    target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 1e-6).sqrt()
+    error = (pred.to(target.dtype) - target).square().mean(2)  # (B, L)
+    return (error * masked).sum() / masked.sum()
+
+
+def attack(net, tokens, rows, masked, target, start, args):
+    """The pgd adversary: a new delta for this batch, from `start` in the unit ball, times the radius. All
+    processes use that of the first, whose gradient is then the sum of theirs."""
+    tokens, rows = tokens.detach(), [r.detach() for r in rows]
+
+    def loss(delta):
+        return mae_loss(net(tokens, rows, masked, run.gather(delta)[:len(delta)]), target, masked)
+
+    delta = pgd(loss, torch.zeros_like(start), args.radius, args.step_size, args.steps, args.norm,
+                start=args.radius * start, lo=-torch.inf, hi=torch.inf)
+    return run.gather(delta)[:len(delta)]
+
+
+@torch.no_grad()
+def ascend(delta, opt, radius, norm):
+    """The persistent adversary: a step of `opt`, which maximises, then each row of delta into its ball."""
+    opt.step()
+    delta.copy_(project(delta, radius, norm))
+
+
+def train_step(net, opt, opt_delta, x, order, start, args):
+    """One iteration on images x (B, 3, S, S); `order` (B, L) draws the mask, `start` starts the attack."""
+    patches = patchify(x, net.encoder.patch)  # (B, L, D)
+    target, masked = net.encoder.normalise(patches), random_masking(order, args.mask_ratio)
+    tokens, rows = net.tokens(patches), net.rows()
+    delta = net.delta if args.radius else None
+    if args.radius and args.adversary == "pgd":
+        delta = attack(net, tokens, rows, masked, target, start, args)
+        net.delta.data.copy_(delta)  # for the picture
+    loss = mae_loss(net(tokens, rows, masked, delta), target, masked)
+
+    opt.zero_grad(), opt_delta.zero_grad()
+    loss.backward()  # one backward for the weights, which descend, and for delta, which ascends
+    run.average_grads(net.parameters())
+    opt.step()
+    if args.radius and args.adversary == "persistent":
+        ascend(net.delta, opt_delta, args.radius, args.norm)
+    return {"loss": loss}
+
+
+def lr_at(epoch, epochs, lr, warmup):
+    """At the fractional `epoch`: linear from 0 over the first `warmup`, then a cosine to 0."""
+    return optim.warmup_cosine(epoch, epochs, warmup, lr)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------------------
+def parser():
+    p = run.parser(__doc__, name="adpe", arch="vit_tiny")
+    p.add_argument("--position", default="relative", help="relative or absolute")
+    p.add_argument("--mode", default="coordinate", help="coordinate or embedding")
+    p.add_argument("--adversary", default="persistent", help="persistent or pgd")
+    p.add_argument("--norm", default="linf", help="of delta: linf or l2")
+    p.add_argument("--radius", type=float, default=1.0, help="eps: patches or embedding units; 0: MAE+")
+    p.add_argument("--adv-lr", type=float, default=1e-3, help="of the persistent adversary, at its peak")
+    p.add_argument("--steps", type=int, default=2, help="of the pgd adversary")
+    p.add_argument("--step-size", type=float, default=0.625, help="of the pgd adversary")
+    p.add_argument("--decoder", type=int, nargs=3, default=[128, 4, 4], metavar=("WIDTH", "BLOCKS", "HEADS"))
+    p.add_argument("--mask-ratio", type=float, default=0.75, help="part of the patches that is masked")
+    p.add_argument("--epochs", type=int, default=400, help="0 exports the random encoder")
+    p.add_argument("--batch-size", type=int, default=512, help="images a step, over all processes")
+    p.add_argument("--lr", type=float, default=1e-3, help="of AdamW, at its peak")
+    p.add_argument("--warmup", type=int, default=20, help="epochs, also of --adv-lr")
+    p.add_argument("--weight-decay", type=float, default=0.05)
+    p.add_argument("--image-size", type=int, default=32, help="side of a crop")
+    p.add_argument("--crops", type=int, default=1, help="of an image, a step")
+    p.add_argument("--min-scale", type=float, default=0.2, help="smallest area of a crop, of the image's")
+    return p
+
+
+def check(args):
+    for flag, known in (("position", ("relative", "absolute")), ("mode", ("coordinate", "embedding")),
+                        ("adversary", ("persistent", "pgd")), ("norm", ("linf", "l2"))):
+        if getattr(args, flag) not in known:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: choose {' or '.join(known)}")
+    if not 0 < args.min_scale <= 1:
+        raise ValueError(f"--min-scale {args.min_scale:g}: must be above 0, at most 1")
+    run.not_negative(args, "epochs", "lr", "warmup", "weight_decay", "radius", "adv_lr", "steps", "step_size")
+    run.positive(args, "batch_size", "image_size", "save_every", "crops")
+    encoders.check_masked(args)
+
+
+def network(args):
+    encoder = encoders.make(args.arch, mean=MEAN, std=STD, size=args.image_size,
+                            relative=args.position == "relative")
+    return MAEPlus(encoder, args.decoder, args.position, args.mode)
+
+
+def random_numbers(rng, net, args, device):
+    """`order` (crops B, L) of the patches, and for pgd a point of the unit ball for each row of delta."""
+    order = rng.uniform(args.crops, len(net.at), device=device).transpose(0, 1).flatten(0, 1)
+    seed = int(2**24 * rng.uniform(1)[0, 0])  # the first image's
+    generator = torch.Generator(device).manual_seed(seed)
+    return order, net.used * uniform(net.delta, 1.0, args.norm, generator)
+
+
+@torch.no_grad()
+def pictures(path, net, images, args):
+    """A panel a row of delta, the encoder's blocks first: an image, its masked patches dark, a white dot
+    where each is, a red one where it is told it is. Embeddings tell no place: a relative one's panel is the
+    length of delta over the table, an absolute one's the likeness of masked places (rows) to all."""
+    if net.mode == "embedding":
+        clean = net.encoder.pos_embed[0, 1:]
+        relative = net.position == "relative"
+        table = net.delta.norm(dim=1, keepdim=True) if relative else (clean + net.delta) @ clean.T[None, None]
+        return save_image(F.interpolate(table / table.max().clamp_min(1e-8), scale_factor=8), path, nrow=4)
+    x, _, rng = next(data.batches(images, 2, args.seed, 0))
+    masked = random_masking(rng.uniform(len(net.at), device=x.device), args.mask_ratio)[0]
+    patches = patchify(augment(x, rng, args.image_size, args.min_scale, 1)[:1], net.encoder.patch)
+    patches[:, masked] *= 0.3
+    zoom = max(1, 256 // args.image_size)
+    panels = encoders.unpatchify(patches, net.encoder.patch).repeat(len(net.delta), 1, 1, 1)
+    panels = F.interpolate(panels, scale_factor=zoom)
+    for panel, delta in zip(panels, net.delta):
+        for at, green_and_blue in ((net.at, 1.0), (net.at + delta, 0.2)):
+            at = ((at[masked] + 0.5) * zoom * net.encoder.patch).round().long()
+            for i, j in at.clamp(3, panel.shape[1] - 3).tolist():
+                panel[0, i - 3:i + 3, j - 3:j + 3] = 1
+                panel[1:, i - 3:i + 3, j - 3:j + 3] = green_and_blue
+    save_image(panels, path, nrow=4)
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    check(args)
+    env = run.setup(args)
+    device, out = env.device, pathlib.Path(args.out)
+    images = data.load(args.data, args.data_dir, "train", device, args.limit, args.image_size, args.workers)
+    steps = data.steps_per_epoch(len(images), args.batch_size, env.world)
+
+    net = network(args).to(device)
+    weights = [(name, w) for name, w in net.named_parameters() if w is not net.delta]
+    opt = torch.optim.AdamW(optim.groups(weights, args.weight_decay), args.lr, betas=(0.9, 0.95))
+    opt_delta = torch.optim.AdamW([net.delta], args.adv_lr, betas=(0.9, 0.95), weight_decay=0, maximize=True)
+    if args.compile:
+        net.compile()
+
+    log = run.Log(args, env, steps * args.epochs)
+    state = dict(net=net, opt=opt, opt_delta=opt_delta, log=log)
+    step = run.resume(args, env, state)
+    log.start(step, f"predicting each patch's mean: loss 1 - 1/D = {1 - 1 / (3 * net.encoder.patch**2):.3f}")
+
+    for epoch in range(step // steps, args.epochs):
+        begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
+        for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
+            run.interrupted(args, env, state, step)
+            lr = lr_at(step / steps, args.epochs, args.lr, args.warmup)
+            for group in opt.param_groups:
+                group["lr"] = lr
+            opt_delta.param_groups[0]["lr"] = lr_at(step / steps, args.epochs, args.adv_lr, args.warmup)
+            x = augment(x, rng, args.image_size, args.min_scale, args.crops)
+            order, start = random_numbers(rng, net, args, device)
+            with run.autocast(device):
+                losses = train_step(net, opt, opt_delta, x, order, start, args)
+            log.step(step, len(x) * env.world, **losses)
+            step += 1
+        log.epoch(epoch, step, lr=lr)
+        if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+            run.save(args, env, state, step)
+            if env.rank == 0:
+                pictures(out / "positions.png", net, images, args)
+    if env.rank == 0:
+        encoders.export(net.encoder, None, out / "encoder.pt")
+        print(f"{out / 'encoder.pt'} holds the encoder")
+
+
+if __name__ == "__main__":
+    run.cli(main)
