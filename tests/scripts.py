@@ -15,7 +15,9 @@ SCRIPTS = {
     "rocl": ["--steps", "1", "--warmup", "1"],
     "acl": ["--steps", "1", "--warmup", "1"],
     "advcl": ["--steps", "1", "--warmup", "1"],
+    "byorl": ["--steps", "1", "--warmup", "1", "--hidden", "64"],
 }
+PICTURES = {}  # of those that do not write views.png
 TINY = ["--arch", "slim", "--batch-size", "16", "--epochs", "2", "--device", "cpu"]
 
 

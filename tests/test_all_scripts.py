@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from common import encoders, run
-from tests.scripts import ROOT, SCRIPTS, TINY, command, environment, launch, tiny_npz
+from tests.scripts import PICTURES, ROOT, SCRIPTS, TINY, command, environment, launch, tiny_npz
 
 pytestmark = pytest.mark.parametrize("script", SCRIPTS)
 
@@ -78,7 +78,7 @@ def test_a_run_writes_log_checkpoint_encoder_and_pictures(script, npz, tmp_path)
     x = torch.rand(2, 3, 32, 32)
     encoder = encoders.load_encoder(out / "encoder.pt")
     assert encoder(x).shape == (2, encoder.dim)
-    assert (out / "views.png").stat().st_size > 1000 and not list(out.glob("*tmp*"))
+    assert (out / PICTURES.get(script, "views.png")).stat().st_size > 1000 and not list(out.glob("*tmp*"))
     assert torch.load(out / "last.pt", weights_only=True)["step"] == 6
 
 
