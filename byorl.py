@@ -175,14 +175,6 @@ def pictures(path, net, target, images, args):
     save_image(torch.cat(rows), path, nrow=len(x1))
 
 
-@torch.no_grad()
-def spread(net, images, args):
-    """`run.spread` of the projections of some images, as they are, in eval mode."""
-    x, _, _ = next(data.batches(images, min(256, len(images)), args.seed, 0))
-    with eval_mode(net):
-        return run.spread(embed(net[:2], data.resize(x, args.image_size)), args)
-
-
 def main(argv=None):
     args = parser().parse_args(argv)
     check(args)
@@ -201,6 +193,7 @@ def main(argv=None):
     log = run.Log(args, env, steps * args.epochs)
     state = dict(net=net, target=target, opt=opt, log=log)
     step = run.resume(args, env, state)
+    sample, _, _ = next(data.batches(images, min(256, len(images)), args.seed, 0))
     log.start(step, "loss: 4 where predictions know nothing of the image, 0 where they are right")
 
     for epoch in range(step // steps, args.epochs):
@@ -208,8 +201,7 @@ def main(argv=None):
         for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
             run.interrupted(args, env, state, step)
             lr = lr_at(step, steps * args.epochs, args.lr, steps * args.warmup)
-            for group in opt.param_groups:
-                group["lr"] = lr
+            optim.set_lr(opt, lr)
             tau = tau_at(step, steps * args.epochs, args.ema)
             x1, x2 = (augment(x, rng, args.image_size, p) for p in (0, 0.2))  # `rng` moves on between them
             noise = in_ball(rng.uniform(2, 1 + x1[0].numel(), device=device), args.norm)
@@ -217,7 +209,9 @@ def main(argv=None):
                 losses = train_step(net, target, opt, x1, x2, noise, tau, args)
             log.step(step, len(x) * env.world, **losses)
             step += 1
-        log.epoch(epoch, step, lr=lr, **spread(net, images, args))
+        with eval_mode(net), torch.no_grad():
+            z = net[:2](data.resize(sample, args.image_size))
+        log.epoch(epoch, step, lr=lr, **run.spread(z, args))
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
             run.save(args, env, state, step)
             if env.rank == 0:

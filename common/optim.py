@@ -22,6 +22,12 @@ def ema(target, net, m):
     torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), 1 - m)
 
 
+def set_lr(opt, lr):
+    """Let all parameter groups of the optimizer `opt` have the learning rate `lr`."""
+    for group in opt.param_groups:
+        group["lr"] = lr
+
+
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888) around SGD with momentum.
 

@@ -16,8 +16,9 @@ SCRIPTS = {
     "acl": ["--steps", "1", "--warmup", "1"],
     "advcl": ["--steps", "1", "--warmup", "1"],
     "byorl": ["--steps", "1", "--warmup", "1", "--hidden", "64"],
+    "adios": ["--warmup", "1", "--masks", "2", "--mask-width", "8"],
 }
-PICTURES = {}  # of those that do not write views.png
+PICTURES = {"adios": "masks.png"}  # the others write views.png
 TINY = ["--arch", "slim", "--batch-size", "16", "--epochs", "2", "--device", "cpu"]
 
 
