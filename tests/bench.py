@@ -24,13 +24,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torchvision import transforms
 
+import adios
 import amoc
-from common import data, run
+import byorl
+from common import data, optim, run
 from common.bank import Bank
 from common.pgd import eval_mode
+from common.unet import UNet
 
-SCRIPTS = {"amoc": ("CCC", "ACC", "ACA", "AAC", "CAC")}  # variants, the base first; made by <script>_step
-COMPILED = {"amoc": "ACC"}  # on CUDA, once more with --compile
+SCRIPTS = {  # variants, the base first; made by <script>_step
+    "amoc": ("CCC", "ACC", "ACA", "AAC", "CAC"),
+    "byorl": ("BYOL", "K = 2", "K = 5", "K = 10"),
+    "adios": ("SimCLR", "ADIOS", "ADIOS-s"),
+}
+COMPILED = {"amoc": "ACC", "byorl": "K = 5", "adios": "ADIOS"}  # on CUDA, once more with --compile
 
 
 class Setting(NamedTuple):
@@ -278,6 +285,42 @@ def amoc_step(s, variant, compiled):
     return one
 
 
+def byorl_step(s, variant, compiled):
+    args = byorl.parser().parse_args(["--eps", "0"] if variant == "BYOL" else ["--steps", variant.split()[-1]])
+    net = byorl.network(s.arch, args.hidden).to(s.device)
+    target = copy.deepcopy(net[:2]).requires_grad_(False)
+    x1, x2 = inputs(s)[2:]
+    opt = optim.LARS(optim.lars_groups(net), 0.0, weight_decay=args.weight_decay)
+    noise = 2 * torch.rand(s.batch, 2, 3 * 32 * 32, device=s.device) - 1
+    if compiled:
+        net.compile(), target.compile()
+
+    def one():
+        with run.autocast(s.device):
+            byorl.train_step(net, target, opt, x1, x2, noise, 1.0, args)
+
+    return one
+
+
+def adios_step(s, variant, compiled):
+    flags = {"SimCLR": ["--masker", "none"], "ADIOS": [], "ADIOS-s": ["--single"]}[variant]
+    args = adios.parser().parse_args(flags)
+    net = adios.network(s.arch, args.objective, 32).to(s.device)
+    masker = UNet(args.masks, args.mask_width, 32).to(s.device)
+    x1, x2 = inputs(s)[2:]
+    opts = [optim.LARS(optim.lars_groups(part), 0.0, trust=0.02, clip=True) for part in (net, masker)]
+    pick = torch.rand(s.batch, 2, device=s.device)
+    given = x2.new_zeros(s.batch, 1, 32, 32) if variant == "SimCLR" else None
+    if compiled:
+        net[0].compile(), masker.compile()
+
+    def one():
+        with run.autocast(s.device):
+            adios.train_step(net, None, masker, *opts, x1, x2, given, pick, 1.0, args)
+
+    return one
+
+
 def step(s):
     for script, variants in SCRIPTS.items():
         steps, flops, mib = {}, {}, {}
@@ -293,7 +336,7 @@ def step(s):
                 one(), one()  # the optimizer's state, cuDNN's choices
             mib[name] = peak(s, one, above=before)
         t, base = race(s, steps, budget=30), variants[0]
-        table(f"step: {script}, {s.arch}, batch {s.batch}, bank {s.bank}",
+        table(f"step: {script}, {s.arch}, batch {s.batch}" + (f", bank {s.bank}" if script == "amoc" else ""),
               ["", "ms", "images/s", "GFLOP", "TFLOP/s", "peak MiB", f"time / {base}"],
               [[name, 1e3 * t[name], s.batch / t[name], flops[name] / 1e9, flops[name] / 1e12 / t[name],
                 mib[name], t[name] / t[base]] for name in steps])
