@@ -40,6 +40,12 @@ def groups(named, weight_decay, exempt=(), stages=(), gamma=1.0):
     return list(found.values())
 
 
+def set_lr(opt, lr):
+    """Let all parameter groups of the optimizer `opt` have the learning rate `lr`."""
+    for group in opt.param_groups:
+        group["lr"] = lr
+
+
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888) around SGD with momentum.
 
@@ -47,11 +53,13 @@ class LARS(torch.optim.Optimizer):
         ratio = trust |w| / (|g| + weight_decay |w|), or 1 where |w| or |g| is 0
         v <- momentum v + lr ratio (g + weight_decay w)
         w <- w - v
+    With `clip` the ratio is divided by lr and then at most 1: no tensor steps faster than plain SGD.
     Biases and BatchNorm count as tensors too; a group with `trust=None, weight_decay=0` leaves them out.
     """
 
-    def __init__(self, params, lr, momentum=0.9, weight_decay=1e-6, trust=0.001):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
+    def __init__(self, params, lr, momentum=0.9, weight_decay=1e-6, trust=0.001, clip=False):
+        super().__init__(
+            params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust, clip=clip))
 
     @torch.no_grad()
     def step(self):
@@ -64,8 +72,17 @@ class LARS(torch.optim.Optimizer):
                 if trust is not None:
                     w_norm, g_norm = w.norm(), w.grad.norm()
                     ratio = trust * w_norm / (g_norm + decay * w_norm)
+                    if group["clip"]:
+                        ratio = (ratio / group["lr"]).clamp_max(1)
                     update *= torch.where((w_norm > 0) & (g_norm > 0), ratio, 1.0)
                 state = self.state[w]
                 if not state:
                     state["momentum"] = torch.zeros_like(w)
                 w -= state["momentum"].mul_(group["momentum"]).add_(update)
+
+
+def lars_groups(net):
+    """Parameter groups for LARS: all tensors of `net`; and its vectors (biases, norms), which are neither
+    scaled nor decayed (BYOL, Grill et al. 2020, arXiv 2006.07733)."""
+    tensors, vectors = ([w for w in net.parameters() if (w.dim() < 2) == few] for few in (False, True))
+    return [{"params": tensors}, {"params": vectors, "trust": None, "weight_decay": 0.0}]

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import torchvision
 
 
@@ -361,6 +362,21 @@ class Log:
         self.count, self.images = state["count"], state["images"]
         self.epochs, self.seconds = state["epochs"], state["seconds"]
         self.elapsed, self.cpu_elapsed = state["elapsed"], state["cpu_elapsed"]
+
+
+@torch.no_grad()
+def spread(z, args):
+    """How the embeddings z (B, D) lie, to be logged: "std", the deviation of the unit rows from their mean,
+    from 0 (all equal) to 1; "rank", e to the entropy of the singular values of these deviations (Roy &
+    Vetterli 2007), at most B - 1 and D. Waits for the device. Raises ValueError where std is below 0.01."""
+    u = F.normalize(z.double(), dim=1)
+    u = u - u.mean(0)
+    std = u.square().sum(1).mean().sqrt().item()
+    if std < 0.01:
+        raise ValueError(f"the embeddings have collapsed: their deviation is {std:.1g} of at most 1; "
+                         f"{_last_good(args)}")
+    s = torch.linalg.svdvals(u)
+    return {"std": std, "rank": torch.special.entr(s / s.sum()).sum().exp().item()}
 
 
 def header(args, env):

@@ -28,15 +28,18 @@ from torchvision import transforms
 
 import acl
 import adco
+import adios
 import adpe
 import adv_mae
 import advcl
 import amoc
+import byorl
 import caco
 import rocl
 from common import data, optim, run
 from common.bank import Bank
 from common.pgd import eval_mode, frozen_stats, pgd
+from common.unet import UNet
 
 SCRIPTS = {  # variants, the base first; made by <script>_step. Those of the masked autoencoders are flags
     "amoc": ("CCC", "ACC", "ACA", "AAC", "CAC"),
@@ -48,10 +51,12 @@ SCRIPTS = {  # variants, the base first; made by <script>_step. Those of the mas
     "adv_mae": ("--eps 0", "--steps 1", "--steps 2", "--steps 2 --norm l2"),
     "adpe": ("--radius 0", "--adversary persistent", "--adversary pgd", "--position absolute --radius 0",
              "--position absolute"),
+    "byorl": ("BYOL", "K = 2", "K = 5", "K = 10"),
+    "adios": ("SimCLR", "ADIOS", "ADIOS-s"),
 }
 COMPILED = {  # on CUDA, once more with --compile
     "amoc": "ACC", "rocl": "with", "acl": "ds", "advcl": "with", "adco": "bank", "caco": "cooperative",
-    "adv_mae": "--steps 2", "adpe": "--adversary persistent"}
+    "adv_mae": "--steps 2", "adpe": "--adversary persistent", "byorl": "K = 5", "adios": "ADIOS"}
 VITS = {"slim": "vit_slim", "resnet18": "vit_tiny"}  # what the masked autoencoders have instead
 
 
@@ -503,6 +508,42 @@ def adpe_step(s, variant, compiled):
     def one():
         with run.autocast(s.device):
             adpe.train_step(net, opt, opt_delta, x, order, start, args)
+
+    return one
+
+
+def byorl_step(s, variant, compiled):
+    args = byorl.parser().parse_args(["--eps", "0"] if variant == "BYOL" else ["--steps", variant.split()[-1]])
+    net = byorl.network(s.arch, args.hidden).to(s.device)
+    target = copy.deepcopy(net[:2]).requires_grad_(False)
+    x1, x2 = inputs(s)[2:]
+    opt = optim.LARS(optim.lars_groups(net), 0.0, weight_decay=args.weight_decay)
+    noise = 2 * torch.rand(s.batch, 2, 3 * 32 * 32, device=s.device) - 1
+    if compiled:
+        net.compile(), target.compile()
+
+    def one():
+        with run.autocast(s.device):
+            byorl.train_step(net, target, opt, x1, x2, noise, 1.0, args)
+
+    return one
+
+
+def adios_step(s, variant, compiled):
+    flags = {"SimCLR": ["--masker", "none"], "ADIOS": [], "ADIOS-s": ["--single"]}[variant]
+    args = adios.parser().parse_args(flags)
+    net = adios.network(s.arch, args.objective, 32).to(s.device)
+    masker = UNet(args.masks, args.mask_width, 32).to(s.device)
+    x1, x2 = inputs(s)[2:]
+    opts = [optim.LARS(optim.lars_groups(part), 0.0, trust=0.02, clip=True) for part in (net, masker)]
+    pick = torch.rand(s.batch, 2, device=s.device)
+    given = x2.new_zeros(s.batch, 1, 32, 32) if variant == "SimCLR" else None
+    if compiled:
+        net[0].compile(), masker.compile()
+
+    def one():
+        with run.autocast(s.device):
+            adios.train_step(net, None, masker, *opts, x1, x2, given, pick, 1.0, args)
 
     return one
 

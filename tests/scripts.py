@@ -19,8 +19,10 @@ SCRIPTS = {
     "caco": ["--bank-size", "48", "--fill-steps", "3"],
     "adpe": ["--arch", "vit_slim", "--decoder", "16", "1", "2", "--warmup", "1"],
     "adv_mae": ["--arch", "vit_slim", "--decoder", "16", "1", "2", "--warmup", "1"],
+    "byorl": ["--steps", "1", "--warmup", "1", "--hidden", "64"],
+    "adios": ["--warmup", "1", "--masks", "2", "--mask-width", "8"],
 }
-PICTURES = {"adv_mae": "recon.png", "adpe": "positions.png"}  # the others write views.png
+PICTURES = {"adv_mae": "recon.png", "adpe": "positions.png", "adios": "masks.png"}  # the others write views.png
 TINY = ["--arch", "slim", "--batch-size", "16", "--epochs", "2", "--device", "cpu"]
 
 

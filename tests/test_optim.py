@@ -113,3 +113,43 @@ def test_groups_hold_each_trained_parameter_once_and_decay_no_vector():
         for p in g["params"]:
             assert g["weight_decay"] == (0 if p.dim() < 2 or p is named["cls_token"] else 0.05)
     assert {g["scale"] for g in groups} == {1.0} and len(groups) == 2
+
+
+@pytest.mark.parametrize("options, grads, values", [
+    (dict(lr=2.0, weight_decay=5e-4, trust=1e-3), [(0.6, 0.8), (-0.3, 0.4)],
+     [(2.994, 3.992), (2.99452854, 3.97681600)]),
+    (dict(lr=0.5, weight_decay=0.01, trust=0.02, clip=True), [(0.6, 0.8), (-0.3, 0.4)],
+     [(2.94, 3.92), (2.93430383, 3.76960000)])])
+def test_lars_equals_printed_values(options, grads, values):
+    w = nn.Parameter(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
+    opt = optim.LARS([w], **options)
+    for g, want in zip(grads, values):
+        w.grad = w.new_tensor([g])
+        opt.step()
+        assert w[0].tolist() == pytest.approx(want, abs=5e-9)
+
+
+def test_clipped_lars_never_steps_faster_than_sgd():
+    w, v = (nn.Parameter(50 * A(3, 2, 0)) for _ in range(2))  # a large tensor, a small gradient
+    a, b = optim.LARS([w], 0.5, weight_decay=1e-5, clip=True), torch.optim.SGD([v], 0.5, 0.9, weight_decay=1e-5)
+    for p in (1, 2, 3):
+        w.grad, v.grad = 1e-3 * A(3, 2, p), 1e-3 * A(3, 2, p)
+        a.step(), b.step()
+    torch.testing.assert_close(w, v, rtol=1e-12, atol=0)
+    w.grad = A(3, 2, 1)
+    a.param_groups[0]["lr"] = 0.0
+    before = w - 0.9 * a.state[w]["momentum"]
+    a.step()
+    torch.testing.assert_close(w, before)  # no 0 / 0
+
+
+def test_groups_of_lars_leave_vectors_alone():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2)).double()
+    opt = optim.LARS(optim.lars_groups(net), 0.5, weight_decay=0.1)
+    nn.init.constant_(net[1].weight, 1.0)
+    for w in net.parameters():
+        w.grad = torch.ones_like(w)
+    opt.step()
+    assert net[1].weight.tolist() == [0.5] * 4  # a step of lr g: neither scaled nor decayed
+    assert [w.dim() for w in opt.param_groups[0]["params"]] == [4, 2]
+    assert sum(len(g["params"]) for g in opt.param_groups) == 6

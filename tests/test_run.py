@@ -1,6 +1,7 @@
 import argparse
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,3 +153,17 @@ def test_a_checkpoint_of_another_network_is_named(tmp_path):
     run.save(args, env, {"net": nn.Linear(2, 2)}, 1)
     with pytest.raises(ValueError, match="net does not fit"):
         run.resume(args, env, {"net": nn.Linear(3, 2)})
+
+
+def test_spread_of_embeddings_is_known_in_closed_form():
+    e = 7 * torch.eye(8)
+    found = run.spread(e, None)
+    assert found["std"] == pytest.approx((7 / 8) ** 0.5, rel=1e-6) and found["rank"] == pytest.approx(7, rel=1e-6)
+    line = torch.tensor([[1.0, 0.0], [-2.0, 0.0], [3.0, 0.0], [-1.0, 0.0]])
+    assert run.spread(line, None) == pytest.approx({"std": 1, "rank": 1})
+
+
+def test_collapsed_embeddings_raise(tmp_path):
+    z = torch.ones(16, 8) + 1e-3 * torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="collapsed: .*no checkpoint was saved yet"):
+        run.spread(z, SimpleNamespace(out=tmp_path))

@@ -1,0 +1,300 @@
+"""ADIOS: adversarial masking for self-supervised learning (Shi et al. 2022, arXiv 2201.13100).
+
+A small U-Net, the masker, draws N soft masks over an image. The encoder must recognise the image with each of
+them cut out; the masker learns to make that as hard as possible. What is missed most is an object, and so
+masks come to follow objects. A penalty forbids masks that hide everything or nothing.
+
+    paper                       here
+    encoder; occlusion model    net, with its heads; masker: propose() gives the removed part of each pixel
+    the min-max objective       disagreement, in both steps of train_step
+    penalty, lambda             mask_penalty, --mask-weight
+    ADIOS-s                     --single: each image is shown with one of its masks, drawn at random
+
+--objective is simclr (arXiv 2002.05709), byol (2006.07733), simsiam (2011.10566) or mae: pixels, rebuilt by a
+ViT and an MLP on each token (Qi & Shah 2022, 2210.13463, Eq. 11). simclr and byol mask the second view,
+simsiam both. --masker random (hard, smooth, of equal mean area) and none are controls. We know the abstract,
+and the rest from the authors' code; our numbers for CIFAR-10 are no paper's. Departures from that code:
+    - the sine of the penalty is floored at 1e-4 (there 1e-10 is added to it, and in float32 a mask that hides
+      everything is rewarded); the entropy of areas, seldom on there, is left out;
+    - running statistics move in the encoder's step only; simsiam's predictor follows the schedule too;
+    - masks, BYOL's target and whole views are made once for all N, the first two for both steps: else equal,
+      and 24 instead of 38 forwards for simclr, N 4 (a backward to the pixels counts 1, a whole one 2).
+A removed pixel becomes the mean colour. BatchNorm: train mode in both steps, one pass per input. Processes
+share their negatives. A run whose embeddings are all alike ends.
+
+    python adios.py                                      SimCLR + ADIOS: CIFAR-10, ResNet-18, 200 epochs
+    torchrun --standalone --nproc-per-node 2 adios.py    the same on 2 GPUs, 128 of the 256 images on each
+    python adios.py --masker none                        SimCLR, the base
+    python adios.py --objective byol --mask-weight 0.4 --weight-decay 1e-5
+    python eval.py runs/adios/encoder.pt --preset knn amoc-slf --attacks clean
+"""
+import argparse
+import copy
+import math
+import pathlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.utils import save_image
+
+from common import data, encoders, optim, run
+from common.pgd import eval_mode, frozen_stats
+from common.unet import UNet
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's
+
+MASKED = {"simclr": (1,), "byol": (1,), "simsiam": (0, 1), "mae": (0,)}  # by objective, which of x1, x2
+HEADS = {  # sizes of the layers of projector and predictor
+    "simclr": [(2048, 128)], "byol": [(4096, 256), (8192, 256)], "simsiam": [(2048, 2048, 2048), (512, 2048)]}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The method
+# ----------------------------------------------------------------------------------------------------------
+def augment(x, rng, size):
+    """One view of the uint8 images x (B, 3, H, W): floats (B, 3, size, size) in [0, 1]."""
+    x = data.random_resized_crop(x, rng, size, scale=(0.08, 1.0), flip=0.5)
+    x = data.random_color_jitter(x, rng, 0.8, 0.8, 0.8, 0.2, p=0.8)
+    x = data.random_grayscale(x, rng, p=0.2)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def embed(net, x):
+    """net(x) in the precision of x, whatever the autocast."""
+    return net(x).to(x.dtype)
+
+
+def propose(masker, x):
+    """Masks (B, N, S, S) of x (B, 3, S, S): positive, and their sum is 1 at every pixel."""
+    return embed(masker, x).softmax(1)
+
+
+def occlude(x, mask, fill):
+    """x (B, 3, H, W) with the part `mask` (B, H, W) of each pixel replaced by the colour `fill` (3, 1, 1)."""
+    return x * (1 - mask[:, None]) + fill * mask[:, None]
+
+
+def mask_penalty(masks):
+    """Sum over n, mean over images, of 1 / sin(pi s_n), s_n the area of mask n as a part of the image, the
+    sine floored at 1e-4. masks (B, N, H, W). The minimum, at equal areas, is N / sin(pi / N)."""
+    return (1 / (math.pi * masks.mean((2, 3))).sin().clamp_min(1e-4)).sum(1).mean()
+
+
+def simclr_loss(z1, z2, temperature):
+    """Mean over all 2B anchors i of -log( e^(u_i.u_p/T) / sum_k!=i e^(u_i.u_k/T) ), p the other view of i.
+    z1, z2 (B, D) are normalised here to u. Chance is ln(2B - 1)."""
+    u1, u2 = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
+    rows = torch.cat([u1, u2])  # (2B, D)
+    with torch.autocast(rows.device.type, enabled=False):
+        scores = rows @ rows.T / temperature  # (2B, 2B)
+    scores.fill_diagonal_(-math.inf)  # nothing is its own negative
+    return scores.logsumexp(1).mean() - (u1 * u2).sum(1).mean() / temperature
+
+
+def simsiam_loss(p, z):
+    """Mean over the batch of -cos(p, z); p, z (B, D). z is taken as a constant."""
+    return -(F.normalize(p, dim=1) * F.normalize(z.detach(), dim=1)).sum(1).mean()
+
+
+def byol_loss(p, z):
+    """Mean over the batch of 2 - 2 cos(p, z); p, z (B, D). z is taken as a constant."""
+    return 2 + 2 * simsiam_loss(p, z)
+
+
+def rebuild(net, x):
+    """Encoder (a ViT) and decoder of each token: x (B, 3, H, W) -> (B, 3, H, W)."""
+    tokens = net[0].embed(encoders.patchify(x, net[0].patch)) + net[0].pos_embed[:, 1:]
+    return encoders.unpatchify(net[1](net[0].encode(tokens))[:, 1:].to(x.dtype), net[0].patch)
+
+
+def disagreement(net, target, x1, x2, z1_target, occluded, for_masker, args):
+    """Minimised by the encoder, maximised by the masker: the sum over N masks of the objective, between
+    whole views x1, x2 (B, 3, S, S) and `occluded`, N times the V masked views (V B, 3, S, S). `for_masker`:
+    without what is constant in the masks."""
+    if args.objective == "mae":
+        return sum((rebuild(net, x) - x1).square().mean() for x in occluded)  # Eq. 11 of the survey
+    if args.objective == "simclr":
+        z1 = run.gather(embed(net, x1))
+        return sum(simclr_loss(z1, run.gather(embed(net, x)), args.temperature) for x in occluded)
+    if args.objective == "byol":
+        loss = sum(byol_loss(embed(net, x), z1_target) for x in occluded)
+        if for_masker:
+            return loss
+        p1 = embed(net, x1)
+        return loss + sum(byol_loss(p1, embed(target, x)) for x in occluded)
+    f, q = net[:2], net[2]
+    z1, z2 = embed(f, x1), embed(f, x2)
+    p1, p2, loss = embed(q, z1), embed(q, z2), 0
+    for x in occluded:
+        z1m, z2m = (embed(f, view) for view in x.chunk(2))
+        p1m, p2m = embed(q, z1m), embed(q, z2m)
+        pairs = (p1m, z2), (p2m, z1), (p2, z1m), (p1, z2m), (p1, z2), (p2, z1), (p1m, z2m), (p2m, z1m)
+        loss = loss + sum(simsiam_loss(p, z) for p, z in pairs) / len(pairs)
+    return loss
+
+
+def train_step(net, target, masker, opt, opt_mask, x1, x2, given, pick, tau, args):
+    """One iteration on two views (B, 3, S, S): the encoder's step and, unless masks are `given`, the
+    masker's. Under --single `pick` (B, 2) in [0, 1) chooses the mask of an image, for either step."""
+    views = [(x1, x2)[i] for i in MASKED[args.objective]]
+    x = torch.cat(views)  # (V B, 3, S, S)
+    masks = propose(masker, x) if given is None else given  # (V B, N, S, S)
+
+    def loss_of(masks, u, for_masker):
+        if args.single:
+            n = (u * masks.shape[1]).long().repeat(len(views))
+            masks = masks[torch.arange(len(masks), device=n.device), n][:, None]
+        occluded = [occlude(x, m, masker.mean) for m in masks.unbind(1)]
+        return disagreement(net, target, x1, x2, z1_target, occluded, for_masker, args)
+
+    z1_target = embed(target, x1) if target else None
+    loss = loss_of(masks.detach(), pick[:, 0], False)
+    opt.zero_grad()
+    loss.backward()
+    run.average_grads(net.parameters())
+    opt.step()
+    run.average_buffers(net)
+    losses = {"loss": loss}
+    if given is None:
+        torch.clear_autocast_cache()  # it holds the weights before the step
+        with frozen_stats(net):
+            loss_mask = loss_of(masks, pick[:, 1], True)
+        penalty = len(views) * mask_penalty(masks)  # of both views, where both are masked
+        opt_mask.zero_grad()
+        (args.mask_weight * penalty - loss_mask).backward(inputs=list(masker.parameters()))
+        run.average_grads(masker.parameters())
+        opt_mask.step()
+        losses |= {"loss_mask": loss_mask, "penalty": penalty}
+    if target:
+        optim.ema(target, net[:2], tau)
+    return losses
+
+
+def lr_at(epoch, epochs, lr, warmup):
+    """By epoch: linear over the first `warmup`, from 0.003 (`lr` where that is less), then a cosine to 0."""
+    if epoch < warmup:
+        return lr + (min(lr, 0.003) - lr) * (1 - epoch / warmup)
+    return optim.cosine((epoch - warmup) / (epochs - warmup), lr)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------------------
+def parser():
+    p = run.parser(__doc__, name="adios", arch="resnet18")
+    p.add_argument("--objective", default="simclr", help=" ".join(MASKED))
+    p.add_argument("--masker", default="learned", help="learned; controls: random, none")
+    p.add_argument("--masks", type=int, default=4, help="N")
+    p.add_argument("--single", action=argparse.BooleanOptionalAction, default=False, help="ADIOS-s")
+    p.add_argument("--mask-weight", type=float, default=0.9, help="lambda (byol .4, simsiam .2)")
+    p.add_argument("--mask-width", type=int, default=16, help="c, channels of the masker")
+    p.add_argument("--mask-lr", type=float, default=0.03, help="of the masker's LARS, at its peak")
+    p.add_argument("--epochs", type=int, default=200, help="0 exports the random encoder")
+    p.add_argument("--batch-size", type=int, default=256, help="images a step, over all processes")
+    p.add_argument("--lr", type=float, default=0.2, help="of the encoder's LARS, at its peak")
+    p.add_argument("--warmup", type=int, default=10, help="epochs")
+    p.add_argument("--weight-decay", type=float, default=1e-4, help="of both (byol, simsiam 1e-5)")
+    p.add_argument("--temperature", type=float, default=0.2, help="of simclr")
+    p.add_argument("--ema", type=float, default=0.99, help="tau of byol, at the start")
+    p.add_argument("--image-size", type=int, default=32, help="side of a view")
+    return p
+
+
+def check(args):
+    for flag, choices in (("objective", MASKED), ("masker", ("learned", "random", "none"))):
+        if getattr(args, flag) not in choices:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: choose one of {', '.join(choices)}")
+    if args.masks < 2:
+        raise ValueError(f"--masks {args.masks}: must be at least 2; a single one would remove everything")
+    if not 0 <= args.ema <= 1:
+        raise ValueError(f"--ema {args.ema:g}: must be from 0 to 1")
+    if args.objective == "mae" and args.arch not in encoders.VITS:
+        raise ValueError(f"--arch {args.arch}: --objective mae needs one of {', '.join(encoders.VITS)}")
+    run.not_negative(args, "mask_weight", "mask_lr", "epochs", "lr", "warmup", "weight_decay")
+    run.positive(args, "batch_size", "temperature", "image_size", "save_every")
+
+
+def network(arch, objective, size):
+    """Encoder and heads: images (B, 3, S, S) -> features (B, dim) -> projections (-> predictions)."""
+    encoder = encoders.make(arch, mean=MEAN, std=STD, **({"size": size} if objective == "mae" else {}))
+    net, dim, norm = nn.Sequential(encoder), encoder.dim, nn.BatchNorm1d
+    for sizes in HEADS.get(objective) or [(512, 3 * encoder.patch**2)]:
+        net.append(encoders.mlp(dim, *sizes, norm=norm if objective in ("byol", "simsiam") else None))
+        dim = sizes[-1]
+    if objective == "simsiam":
+        net[1].append(norm(dim, affine=False))
+    return net.to(memory_format=torch.channels_last)
+
+
+def control(rng, args, device):
+    """Masks (V B, N, S, S) of V views that nobody learns, random or none; None for the masker's own."""
+    if args.masker == "learned":
+        return None
+    u = rng.uniform(len(MASKED[args.objective]), args.masks, 4, 4, device=device)
+    fields = F.interpolate(u.transpose(0, 1).flatten(0, 1), size=2 * [args.image_size], mode="bicubic")
+    masks = F.one_hot(fields.argmax(1), args.masks).movedim(3, 1).float()  # the largest of smooth fields
+    return masks if args.masker == "random" else torch.zeros_like(masks[:, :1])
+
+
+@torch.no_grad()
+def pictures(path, masker, images, args):
+    """Rows of up to eight: views, the N masks (white is removed), the views without each."""
+    x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
+    x, given = augment(x, rng, args.image_size), control(rng, args, x.device)
+    masks = propose(masker, x) if given is None else given[: len(x)]
+    rows = [m[:, None].expand_as(x) for m in masks.unbind(1)]
+    rows += [occlude(x, m, masker.mean) for m in masks.unbind(1)]
+    save_image(torch.cat([x, *rows]), path, nrow=len(x))
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    check(args)
+    env = run.setup(args)
+    device, out = env.device, pathlib.Path(args.out)
+    images = data.load(args.data, args.data_dir, "train", device, args.limit, args.image_size, args.workers)
+    steps = data.steps_per_epoch(len(images), args.batch_size, env.world)
+
+    net = network(args.arch, args.objective, args.image_size).to(device)
+    target = copy.deepcopy(net[:2]).requires_grad_(False) if args.objective == "byol" else None
+    masker = UNet(args.masks, args.mask_width, args.image_size, MEAN, STD).to(device)
+    opt, opt_mask = (optim.LARS(optim.lars_groups(part), 0.0, weight_decay=args.weight_decay, trust=0.02,
+                                clip=True) for part in (net, masker))
+    if args.compile:
+        net[0].compile(), masker.compile()
+
+    log = run.Log(args, env, steps * args.epochs)
+    state = dict(net=net, masker=masker, opt=opt, opt_mask=opt_mask, log=log)
+    state |= {"target": target} if target else {}
+    step = run.resume(args, env, state)
+    sample, _, _ = next(data.batches(images, min(256, len(images)), args.seed, 0))
+    log.start(step, f"chance loss of simclr, a mask: ln(2B - 1) = {math.log(2 * args.batch_size - 1):.3f}")
+
+    for epoch in range(step // steps, args.epochs):
+        lr, mask_lr = (lr_at(epoch, args.epochs, peak, args.warmup) for peak in (args.lr, args.mask_lr))
+        optim.set_lr(opt, lr), optim.set_lr(opt_mask, mask_lr)
+        begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
+        for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
+            run.interrupted(args, env, state, step)
+            tau = optim.cosine(step / (steps * args.epochs), args.ema, 1.0)
+            x1, x2 = (augment(x, rng, args.image_size) for _ in range(2))  # `rng` moves on between them
+            given, pick = control(rng, args, device), rng.uniform(2, device=device)
+            with run.autocast(device):
+                losses = train_step(net, target, masker, opt, opt_mask, x1, x2, given, pick, tau, args)
+            log.step(step, len(x) * env.world, **losses)
+            step += 1
+        with eval_mode(net), torch.no_grad():
+            z = net[: 1 if args.objective == "mae" else 2](data.resize(sample, args.image_size))
+        log.epoch(epoch, step, lr=lr, **run.spread(z, args))
+        if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+            run.save(args, env, state, step)
+            if env.rank == 0:
+                pictures(out / "masks.png", masker, images, args)
+    if env.rank == 0:
+        encoders.export(net[0], None, out / "encoder.pt")
+        print(f"{out / 'encoder.pt'} holds the encoder")
+
+
+if __name__ == "__main__":
+    run.cli(main)

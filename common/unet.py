@@ -1,0 +1,50 @@
+"""The U-Net of GENESIS (Engelcke et al. 2020, arXiv 1907.13052), for images of a fixed size."""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class UNet(nn.Module):
+    """Images (B, 3, S, S) in [0, 1] -> (B, channels, S, S); normalisation is its first layer.
+
+    k = int(log2 S - 1) blocks (3x3 convolution, GroupNorm of 8, ReLU) down and as many up, with `width`
+    channels at first and twice that below; between them an MLP. Raises ValueError where S is below 16 or no
+    multiple of 2^(k - 1), or 8 does not divide `width`.
+    """
+
+    def __init__(self, channels, width, size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)):
+        super().__init__()
+        k, c = int(math.log2(max(size, 4)) - 1), width
+        if size < 16 or size % 2 ** (k - 1):
+            raise ValueError(f"image size {size} of a U-Net: 16 or more, and a multiple of {2 ** (k - 1)}")
+        if c < 1 or c % 8:
+            raise ValueError(f"width {c} of a U-Net: must be a multiple of 8")
+        side, down, up = size // 2 ** (k - 1), (k - 3) * [c] + 3 * [2 * c], 2 * [2 * c] + (k - 2) * [c]
+        joined = [below + skip for below, skip in zip([2 * c, *up], reversed(down))]
+
+        def blocks(channels_in, channels_out):
+            return nn.ModuleList(
+                nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.GroupNorm(8, o), nn.ReLU())
+                for i, o in zip(channels_in, channels_out))
+
+        self.down, self.up = blocks([3, *down], down), blocks(joined, up)
+        flat = 2 * c * side**2
+        self.bottom = nn.Sequential(
+            nn.Flatten(), nn.Linear(flat, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(),
+            nn.Linear(128, flat), nn.ReLU(), nn.Unflatten(1, (2 * c, side, side)))
+        self.head = nn.Conv2d(c, channels, 1)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, x):
+        x, skips = (x - self.mean) / self.std, []
+        for block in self.down:
+            x = block(F.interpolate(x, scale_factor=0.5) if skips else x)
+            skips.append(x)
+        x = self.bottom(x)
+        for i, block in enumerate(self.up):
+            x = F.interpolate(x, scale_factor=2.0) if i else x
+            x = block(torch.cat([x, skips.pop()], 1))
+        return self.head(x)

@@ -1,0 +1,50 @@
+"""Do the masks of ADIOS separate figure from ground? The data set `shapes` knows the truth.
+
+    python -m tests.masks runs/adios ...     the masker of each run's last.pt, on 1000 images it has not seen
+
+A pixel belongs to the largest of its N masks; of each image's masks the best counts, by intersection over union
+with the true figure; the mean over images is printed, as is that of random masks (`adios.control`).
+"""
+import json
+import pathlib
+import sys
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+import adios
+from common import data, run
+from common.unet import UNet
+
+
+def best_iou(masks, figure):
+    """Mean over images of the largest IoU of one of the masks (B, N, H, W), made hard, with figure (B, H, W), bool."""
+    hard, figure = F.one_hot(masks.argmax(1), masks.shape[1]).movedim(3, 1).bool(), figure[:, None]
+    both, either = (hard & figure).sum((2, 3)), (hard | figure).sum((2, 3))
+    return (both / either).amax(1).mean().item()
+
+
+@torch.no_grad()
+def measure(out, n=1000):
+    """{"masker": IoU, "random": IoU} of the run in `out`. Raises OSError where there is none."""
+    path = pathlib.Path(out) / "last.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; adios.py writes it")
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    args = SimpleNamespace(**{**saved["flags"], "masker": "random"})
+    masker = UNet(args.masks, args.mask_width, args.image_size, adios.MEAN, adios.STD)
+    masker.load_state_dict(saved["state"]["masker"])
+    x, _, covered = data.shapes(n, seed=2)
+    x, figure = data.resize(x, args.image_size), F.interpolate(covered[:, None], 2 * [args.image_size])[:, 0] > 0.5
+    random = adios.control(data.Rng((args.seed,), n, slice(n)), args, "cpu")[:n]
+    return {"masker": best_iou(adios.propose(masker, x), figure), "random": best_iou(random, figure)}
+
+
+def main(paths):
+    for out in paths:
+        print(json.dumps({"run": out, **measure(out)}))
+
+
+if __name__ == "__main__":
+    run.cli(lambda: main(sys.argv[1:]))
