@@ -210,7 +210,7 @@ def main(argv=None):
         for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
             run.interrupted(args, env, state, step)
             lr = lr_at(step + 1, steps * args.epochs, args.lr, steps * args.warmup)
-            opt.param_groups[0]["lr"] = lr
+            optim.set_lr(opt, lr)
             x1, x2 = (augment(x, rng, args.image_size) for _ in range(2))  # `rng` moves on between them
             noise = 2 * rng.uniform(2, *x1.shape[1:], device=device) - 1
             losses = train_step(net, opt, x1, x2, noise, args)

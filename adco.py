@@ -158,7 +158,7 @@ def alarms(pairs, loss_bank, before, bank, args):
 
 def fill(net, target, opt, bank, images, args, env):
     """Before epoch 0, --fill-steps steps of MoCo, then keys of the network that they leave: the bank."""
-    opt.param_groups[0]["lr"] = args.lr
+    optim.set_lr(opt, args.lr)
     batches = (batch for epoch in itertools.count(args.epochs)  # those the run does not reach
                for batch in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world))
     for x, _, rng in itertools.islice(batches, args.fill_steps):

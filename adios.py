@@ -61,8 +61,9 @@ def augment(x, rng, size):
 
 
 def embed(net, x):
-    """net(x) in the precision of x, whatever the autocast."""
-    return net(x).to(x.dtype)
+    """net(x), in the precision of x."""
+    with run.autocast(x.device):
+        return net(x).to(x.dtype)
 
 
 def propose(masker, x):
@@ -86,9 +87,8 @@ def simclr_loss(z1, z2, temperature):
     z1, z2 (B, D) are normalised here to u. Chance is ln(2B - 1)."""
     u1, u2 = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
     rows = torch.cat([u1, u2])  # (2B, D)
-    with torch.autocast(rows.device.type, enabled=False):
-        scores = rows @ rows.T / temperature  # (2B, 2B)
-    scores.fill_diagonal_(-math.inf)  # nothing is its own negative
+    scores = rows @ rows.T / temperature  # (2B, 2B)
+    scores.fill_diagonal_(-math.inf)  # nothing is in its own denominator
     return scores.logsumexp(1).mean() - (u1 * u2).sum(1).mean() / temperature
 
 
@@ -104,8 +104,10 @@ def byol_loss(p, z):
 
 def rebuild(net, x):
     """Encoder (a ViT) and decoder of each token: x (B, 3, H, W) -> (B, 3, H, W)."""
-    tokens = net[0].embed(encoders.patchify(x, net[0].patch)) + net[0].pos_embed[:, 1:]
-    return encoders.unpatchify(net[1](net[0].encode(tokens))[:, 1:].to(x.dtype), net[0].patch)
+    with run.autocast(x.device):
+        tokens = net[0].embed(encoders.patchify(x, net[0].patch)) + net[0].pos_embed[:, 1:]
+        patches = net[1](net[0].encode(tokens))[:, 1:]
+    return encoders.unpatchify(patches.to(x.dtype), net[0].patch)
 
 
 def disagreement(net, target, x1, x2, z1_target, occluded, for_masker, args):
@@ -157,7 +159,6 @@ def train_step(net, target, masker, opt, opt_mask, x1, x2, given, pick, tau, arg
     run.average_buffers(net)
     losses = {"loss": loss}
     if given is None:
-        torch.clear_autocast_cache()  # it holds the weights before the step
         with frozen_stats(net):
             loss_mask = loss_of(masks, pick[:, 1], True)
         penalty = len(views) * mask_penalty(masks)  # of both views, where both are masked
@@ -280,8 +281,7 @@ def main(argv=None):
             tau = optim.cosine(step / (steps * args.epochs), args.ema, 1.0)
             x1, x2 = (augment(x, rng, args.image_size) for _ in range(2))  # `rng` moves on between them
             given, pick = control(rng, args, device), rng.uniform(2, device=device)
-            with run.autocast(device):
-                losses = train_step(net, target, masker, opt, opt_mask, x1, x2, given, pick, tau, args)
+            losses = train_step(net, target, masker, opt, opt_mask, x1, x2, given, pick, tau, args)
             log.step(step, len(x) * env.world, **losses)
             step += 1
         with eval_mode(net), torch.no_grad():

@@ -88,7 +88,8 @@ class MAEPlus(nn.Module):
 
     def tokens(self, patches):
         """Patches (B, L, D) of pixels -> (B, L, dim) at their positions, none masked."""
-        return self.encoder.embed(patches) + self.encoder.pos_embed[:, 1:]
+        with run.autocast(patches.device):
+            return self.encoder.embed(patches) + self.encoder.pos_embed[:, 1:]
 
     def rows(self):
         """r_ij of each block, clean: (1 + L, 1 + L, d) each; none in the absolute modes."""
@@ -118,7 +119,8 @@ class MAEPlus(nn.Module):
         """`tokens` (B, L, dim) and `rows` as above, `masked` (B, L) bool -> all patches (B, L, 3 patch^2)."""
         biases, n = self.biases(rows, masked, delta), len(self.encoder.blocks)
         h = torch.where(masked[:, :, None], self.masked_token(delta), tokens)
-        return self.decoder(self.decoder.embed(self.encoder.encode(h, biases[:n])), biases[n:])
+        with run.autocast(h.device):
+            return self.decoder(self.decoder.embed(self.encoder.encode(h, biases[:n])), biases[n:])
 
 
 def mae_loss(pred, target, masked):
@@ -277,13 +279,11 @@ def main(argv=None):
         for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
             run.interrupted(args, env, state, step)
             lr = lr_at(step / steps, args.epochs, args.lr, args.warmup)
-            for group in opt.param_groups:
-                group["lr"] = lr
-            opt_delta.param_groups[0]["lr"] = lr_at(step / steps, args.epochs, args.adv_lr, args.warmup)
+            optim.set_lr(opt, lr)
+            optim.set_lr(opt_delta, lr_at(step / steps, args.epochs, args.adv_lr, args.warmup))
             x = augment(x, rng, args.image_size, args.min_scale, args.crops)
             order, start = random_numbers(rng, net, args, device)
-            with run.autocast(device):
-                losses = train_step(net, opt, opt_delta, x, order, start, args)
+            losses = train_step(net, opt, opt_delta, x, order, start, args)
             log.step(step, len(x) * env.world, **losses)
             step += 1
         log.epoch(epoch, step, lr=lr)

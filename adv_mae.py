@@ -86,10 +86,11 @@ class MAE(nn.Module):
     def forward(self, v, ids_keep, ids_restore):
         """Visible patches v (B, Lk, D) in pixels -> all patches (B, L, D), as they are for the loss."""
         (B, L), kept = ids_restore.shape, ids_keep.shape[1]
-        h = self.encoder.encode(self.encoder.embed(v) + self.encoder.pos_embed[0, 1:][ids_keep])
-        h = self.decoder.embed(h)  # (B, 1 + Lk, width)
-        tokens = torch.cat([h[:, 1:], self.mask_token.expand(B, L - kept, -1)], 1)
-        return self.decoder(torch.cat([h[:, :1], take(tokens, ids_restore)], 1))
+        with run.autocast(v.device):
+            h = self.encoder.encode(self.encoder.embed(v) + self.encoder.pos_embed[0, 1:][ids_keep])
+            h = self.decoder.embed(h)  # (B, 1 + Lk, width)
+            tokens = torch.cat([h[:, 1:], self.mask_token.expand(B, L - kept, -1)], 1)
+            return self.decoder(torch.cat([h[:, :1], take(tokens, ids_restore)], 1))
 
 
 def mae_loss(pred, target, mask, norm_pix=True):
@@ -241,12 +242,10 @@ def main(argv=None):
         for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
             run.interrupted(args, env, state, step)
             lr = lr_at(step / steps, args.epochs, args.lr, args.warmup)
-            for group in opt.param_groups:
-                group["lr"] = lr
+            optim.set_lr(opt, lr)
             x = augment(x, rng, args.image_size)
             order, noise = random_numbers(rng, net.encoder, args, device)
-            with run.autocast(device):
-                losses = train_step(net, opt, x, order, noise, args)
+            losses = train_step(net, opt, x, order, noise, args)
             log.step(step, len(x) * env.world, **losses)
             step += 1
         log.epoch(epoch, step, lr=lr)

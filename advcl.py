@@ -262,8 +262,7 @@ def main(argv=None):
     images = data.load(args.data, args.data_dir, "train", device, args.limit, args.image_size, args.workers)
     steps = data.steps_per_epoch(len(images), args.batch_size, env.world)
     clusters = args.clusters if args.teacher else []
-    if clusters:
-        images.y = pseudo_labels(args, env, images)
+    images.y = pseudo_labels(args, env, images) if clusters else images.y
 
     net = network(args.arch, clusters).to(device)
     opt = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
@@ -281,7 +280,8 @@ def main(argv=None):
         begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
         for x, y, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
             run.interrupted(args, env, state, step)
-            lr = opt.param_groups[0]["lr"] = lr_at(step, steps, args.epochs, args.lr, args.warmup)
+            lr = lr_at(step, steps, args.epochs, args.lr, args.warmup)
+            optim.set_lr(opt, lr)
             x1, x2, x, noise = augment(x, rng, args.image_size, args.views)
             losses = train_step(net, opt, x1, x2, x, y, clusters, noise, args)
             log.step(step, len(x) * env.world, **losses)

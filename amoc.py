@@ -255,7 +255,8 @@ def main(argv=None):
     log.start(step, f"chance loss ln(K + 1) = {math.log(args.bank_size + 1):.3f}")
 
     for epoch in range(step // steps, args.epochs):
-        lr = opt.param_groups[0]["lr"] = lr_at(epoch, args.epochs, args.lr, args.warmup)
+        lr = lr_at(epoch, args.epochs, args.lr, args.warmup)
+        optim.set_lr(opt, lr)
         begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
         for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
             run.interrupted(args, env, state, step)

@@ -64,9 +64,10 @@ def augment(x, rng, size, solarize):
 
 
 def embed(net, x):
-    """net(x) of x (B, 3, S, S): (B, 256), un-normalised, fp32 whatever the autocast (fp64 stays)."""
-    z = net(x)
-    return z if z.dtype == torch.float64 else z.float()
+    """net(x) of x (B, 3, S, S): (B, 256), un-normalised, at least fp32."""
+    with run.autocast(x.device):
+        z = net(x)
+    return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
 def byol_loss(p, z):
@@ -205,8 +206,7 @@ def main(argv=None):
             tau = tau_at(step, steps * args.epochs, args.ema)
             x1, x2 = (augment(x, rng, args.image_size, p) for p in (0, 0.2))  # `rng` moves on between them
             noise = in_ball(rng.uniform(2, 1 + x1[0].numel(), device=device), args.norm)
-            with run.autocast(device):
-                losses = train_step(net, target, opt, x1, x2, noise, tau, args)
+            losses = train_step(net, target, opt, x1, x2, noise, tau, args)
             log.step(step, len(x) * env.world, **losses)
             step += 1
         with eval_mode(net), torch.no_grad():

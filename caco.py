@@ -148,7 +148,7 @@ def alarms(q, positive, loss, before, bank, temperature):
 
 def fill(net, target, opt, bank, images, args, env):
     """Before epoch 0, --fill-steps steps of MoCo, then keys of the network that they leave: the bank."""
-    opt.param_groups[0]["lr"] = opt.param_groups[-1]["lr"] = args.lr
+    optim.set_lr(opt, args.lr)
     batches = (batch for epoch in itertools.count(args.epochs)  # those the run does not reach
                for batch in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world))
     for x, _, rng in itertools.islice(batches, args.fill_steps):
@@ -272,7 +272,7 @@ def main(argv=None):
 
     for epoch in range(step // steps, args.epochs):
         lr = lr_at(epoch, args.epochs, args.lr, args.warmup, args.lr_final)
-        opt.param_groups[0]["lr"] = opt.param_groups[-1]["lr"] = lr  # of LARS there are two groups
+        optim.set_lr(opt, lr)
         ema = ema_at(epoch, args.epochs, args.ema)
         bank_lr = lr_at(epoch, args.epochs, args.bank_lr, args.bank_warmup, args.bank_lr)  # then constant
         begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch

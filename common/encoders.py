@@ -18,8 +18,8 @@ from torchvision.ops import stochastic_depth
 
 
 class BranchNorm(nn.Module):
-    """BatchNorm in several named branches; the first is used unless `branch` says otherwise. `norm`: of images
-    (nn.BatchNorm2d) or, in a head, of rows (nn.BatchNorm1d)."""
+    """BatchNorm in several named branches; the first is used unless `branch` says otherwise. `norm`: of
+    images (nn.BatchNorm2d) or, in a head, of rows (nn.BatchNorm1d)."""
 
     def __init__(self, channels, branches, norm=nn.BatchNorm2d):
         super().__init__()
@@ -371,8 +371,8 @@ class PatchDecoder(nn.Module):
 
 
 def check_masked(args):
-    """ValueError that names the first flag of a masked autoencoder, of --arch, --image-size, --decoder (width,
-    blocks, heads) and --mask-ratio, which does not fit."""
+    """ValueError that names the first flag of a masked autoencoder, of --arch, --image-size, --decoder
+    (width, blocks, heads) and --mask-ratio, which does not fit."""
     if args.arch not in VITS:
         raise ValueError(f"--arch {args.arch}: choose one of {', '.join(VITS)}")
     patch, (width, _, heads) = VITS[args.arch][0], args.decoder

@@ -25,9 +25,9 @@ def ema(target, net, m):
 def groups(named, weight_decay, exempt=(), stages=(), gamma=1.0):
     """Parameter groups for AdamW from (name, parameter) pairs `named`.
 
-    No weight decay for vectors (biases, norms) and for names in `exempt`. `stages` lists names by depth, input
-    first; a parameter of, or under, one of stages[i] gets scale gamma^(len(stages) - i), any other 1. The
-    scale is only noted: the rate of a group is to be set to lr * group["scale"].
+    No weight decay for vectors (biases, norms) and for names in `exempt`. `stages` lists names by depth,
+    input first; a parameter of, or under, one of stages[i] gets scale gamma^(len(stages) - i), any other 1.
+    The scale is only noted: the rate of a group is to be set to lr * group["scale"].
     """
     found = {}
     for name, w in named:

@@ -489,8 +489,7 @@ def adv_mae_step(s, variant, compiled):
         net.compile()
 
     def one():
-        with run.autocast(s.device):
-            adv_mae.train_step(net, opt, x, order, noise, args)
+        adv_mae.train_step(net, opt, x, order, noise, args)
 
     return one
 
@@ -506,8 +505,7 @@ def adpe_step(s, variant, compiled):
         net.compile()
 
     def one():
-        with run.autocast(s.device):
-            adpe.train_step(net, opt, opt_delta, x, order, start, args)
+        adpe.train_step(net, opt, opt_delta, x, order, start, args)
 
     return one
 
@@ -523,8 +521,7 @@ def byorl_step(s, variant, compiled):
         net.compile(), target.compile()
 
     def one():
-        with run.autocast(s.device):
-            byorl.train_step(net, target, opt, x1, x2, noise, 1.0, args)
+        byorl.train_step(net, target, opt, x1, x2, noise, 1.0, args)
 
     return one
 
@@ -542,8 +539,7 @@ def adios_step(s, variant, compiled):
         net[0].compile(), masker.compile()
 
     def one():
-        with run.autocast(s.device):
-            adios.train_step(net, None, masker, *opts, x1, x2, given, pick, 1.0, args)
+        adios.train_step(net, None, masker, *opts, x1, x2, given, pick, 1.0, args)
 
     return one
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import adios
-from common import data, encoders, optim
+from common import data, encoders, optim, run
 from common.unet import UNet
 from tests import masks as figure_ground
 from tests.processes import in_two_processes
@@ -83,10 +83,14 @@ def test_a_removed_pixel_is_zero_to_the_encoder():
     torch.testing.assert_close((x - net[0].mean) / net[0].std, torch.zeros_like(x), rtol=0, atol=1e-6)
 
 
-def test_masks_sum_to_one_in_float32_whatever_the_autocast():
-    masker, x = UNet(4, 8, 32), torch.rand(2, 3, 32, 32)
-    with torch.autocast("cpu", torch.bfloat16):
-        masks = adios.propose(masker, x)
+@pytest.fixture
+def bfloat16(monkeypatch):
+    """What CUDA has, on a CPU."""
+    monkeypatch.setattr(run, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+
+
+def test_masks_sum_to_one_in_float32_whatever_the_autocast(bfloat16):
+    masks = adios.propose(UNet(4, 8, 32), torch.rand(2, 3, 32, 32))
     assert masks.dtype == torch.float32 and masks.shape == (2, 4, 32, 32) and masks.min() > 0
     torch.testing.assert_close(masks.sum(1), torch.ones(2, 32, 32))
 
@@ -147,13 +151,6 @@ def test_simclr_equals_slow_loops_and_printed_values(z1, z2, T, value):
 def test_equal_rows_give_the_chance_value():
     z = torch.ones(6, 4, dtype=torch.float64)
     assert adios.simclr_loss(z, z, 0.2).item() == pytest.approx(math.log(11), rel=1e-12)
-
-
-def test_simclr_is_the_same_under_autocast():
-    z1, z2 = Z1.float(), Z2.float()
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = adios.simclr_loss(z1, z2, 0.2)
-    assert cast == adios.simclr_loss(z1, z2, 0.2)
 
 
 @pytest.mark.parametrize("loss_of, slow, value", [
@@ -303,31 +300,17 @@ def test_the_maskers_step_climbs():
     assert J == sorted(J) and J[-1] > J[0]
 
 
-def test_under_autocast_the_masker_meets_the_updated_encoder():
+def test_under_autocast_the_masker_meets_the_updated_encoder(bfloat16):
     net, _, masker, opt, opt_mask, x1, x2 = real()
     opt.param_groups[0]["lr"], u = 1.0, torch.rand(8, 2)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad():
         masks = adios.propose(masker, x2)
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = adios.train_step(net, None, masker, opt, opt_mask, x1, x2, None, u, 0.9, arguments())
+    losses = adios.train_step(net, None, masker, opt, opt_mask, x1, x2, None, u, 0.9, arguments())
     occluded = [adios.occlude(x2, m, masker.mean) for m in masks.unbind(1)]
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad():
         want = adios.disagreement(net, None, x1, x2, None, occluded, True, arguments())
     assert losses["loss_mask"].item() == pytest.approx(want.item(), rel=1e-6)
     assert abs(losses["loss_mask"] - losses["loss"]) > 1e-3 * losses["loss"]
-
-
-@pytest.mark.parametrize("objective", ["simclr", "byol", "simsiam"])
-def test_autocast_loses_no_gradient(objective):
-    net, target, masker, *rest = real(objective)
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = adios.train_step(net, target, masker, *rest, None, torch.rand(8, 2), 0.9,
-                                  arguments(objective=objective))
-    assert all(v.dtype == torch.float32 for v in losses.values())
-    before_norm = {f"{i}.{j}.bias" for i in (1, 2) for j in (0, 3, 6)} if objective != "simclr" else set()
-    for name, p in [*net.named_parameters(), *masker.named_parameters()]:
-        if name not in before_norm:
-            assert p.grad is not None and p.grad.abs().sum() > 0, name
 
 
 def test_without_a_mask_it_is_simclr():

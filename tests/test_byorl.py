@@ -215,17 +215,6 @@ def test_a_step_moves_the_running_statistics_once_a_view():
     assert counts == {2} and net[0].bn1.running_mean.abs().sum() > 0
 
 
-def test_autocast_loses_no_gradient():
-    net, target, x1, x2, u = real()
-    opt = torch.optim.SGD(net.parameters(), 0.1)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = byorl.train_step(net, target, opt, x1, x2, byorl.in_ball(u, "linf"), 0.99, arguments(steps=2))["loss"]
-    assert loss.dtype == torch.float32
-    for name, p in net.named_parameters():
-        if name not in ("1.0.bias", "2.0.bias"):  # before BatchNorm: they have none
-            assert p.grad is not None and p.grad.abs().sum() > 0, name
-
-
 def test_network_sizes_and_heads():
     net = byorl.network("resnet18", 4096)
     d, h = 512, 4096
