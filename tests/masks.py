@@ -3,7 +3,8 @@
     python -m tests.masks runs/adios ...     the masker of each run's last.pt, on 1000 images it has not seen
 
 A pixel belongs to the largest of its N masks; of each image's masks the best counts, by intersection over union
-with the true figure; the mean over images is printed, as is that of random masks (`adios.control`).
+with the true figure; the mean over images is printed. Its rivals see no image: random masks (`adios.control`),
+and the one central square that is best over all images.
 """
 import json
 import pathlib
@@ -25,9 +26,16 @@ def best_iou(masks, figure):
     return (both / either).amax(1).mean().item()
 
 
+def squares(size):
+    """The central squares of an image, as (square, rest): (R, 2, size, size)."""
+    at = (torch.arange(size) - (size - 1) / 2).abs()
+    inside = torch.maximum(at[:, None], at) < torch.arange(1, size // 2 + 1)[:, None, None]
+    return torch.stack([inside, ~inside], 1).float()
+
+
 @torch.no_grad()
 def measure(out, n=1000):
-    """{"masker": IoU, "random": IoU} of the run in `out`. Raises OSError where there is none."""
+    """{"masker": IoU, "random": IoU, "square": IoU} of the run in `out`. Raises OSError where there is none."""
     path = pathlib.Path(out) / "last.pt"
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; adios.py writes it")
@@ -38,7 +46,8 @@ def measure(out, n=1000):
     x, _, covered = data.shapes(n, seed=2)
     x, figure = data.resize(x, args.image_size), F.interpolate(covered[:, None], 2 * [args.image_size])[:, 0] > 0.5
     random = adios.control(data.Rng((args.seed,), n, slice(n)), args, "cpu")[:n]
-    return {"masker": best_iou(adios.propose(masker, x), figure), "random": best_iou(random, figure)}
+    square = max(best_iou(m.expand(n, -1, -1, -1), figure) for m in squares(args.image_size))
+    return {"masker": best_iou(adios.propose(masker, x), figure), "random": best_iou(random, figure), "square": square}
 
 
 def main(paths):
