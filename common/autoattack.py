@@ -52,8 +52,10 @@ def autoattack(net, x, y, eps, norm="linf", version="standard", seed=0, batch_si
         raise ValueError(f"eps and batch_size must be positive, got {eps} and {batch_size}")
     if len(x) != len(y) or not len(x):
         raise ValueError(f"{len(x)} images and {len(y)} labels: as many of both, and at least one")
-    if not x.is_floating_point() or x.min() < 0 or x.max() > 1:
-        raise ValueError("images must be floats in [0, 1]; normalisation is the network's first layer")
+    if not x.is_floating_point() or x.dim() != 4 or x.shape[2] != x.shape[3] or x.shape[2] < 5:
+        raise ValueError(f"images are {x.dtype} {tuple(x.shape)}; they must be float (N, C, H, H), H >= 5")
+    if not (x.min() >= 0 and x.max() <= 1):
+        raise ValueError("images must be in [0, 1]; normalisation is the network's first layer")
     x, y = x.detach(), y.to(x.device)
     found, report = [], {"norm": norm, "eps": eps, "seed": seed, "batch_size": batch_size, "images": len(x),
                          "precision": "bf16 search, fp32 verified" if fast else "fp32"}
@@ -63,6 +65,8 @@ def autoattack(net, x, y, eps, norm="linf", version="standard", seed=0, batch_si
             logits = torch.cat([judge(part) for part in x.split(batch_size)])
         if logits.dim() != 2 or not logits.isfinite().all():
             raise ValueError("the network must give finite logits (N, C)")
+        if y.min() < 0 or y.max() >= logits.shape[1]:
+            raise ValueError(f"labels go from {y.min()} to {y.max()}; the network has {logits.shape[1]} classes")
         if logits.shape[1] < 4 and "apgd-t" in stages:
             found.append("fewer than 4 classes: the targeted DLR loss does not exist, apgd-t is left out")
             stages = tuple(s for s in stages if s != "apgd-t")
@@ -411,9 +415,9 @@ def square_l2(z, x, eps, s, position, sign, generator):
     n, c = x.shape[:2]
     d = z - x
     to, source = ((..., slice(a, a + s), slice(b, b + s)) for a, b in (position(s), position(s)))
-    union = torch.zeros_like(d)
-    union[to] = union[source] = 1
-    available = (d * union).square().sum((2, 3), keepdim=True)
+    moved = torch.zeros_like(d)
+    moved[to], moved[source] = d[to], d[source]
+    available = moved.square().sum((2, 3), keepdim=True)
     unused = (eps**2 - length(d, "l2").square()).clamp_min(0)
     pattern = eta(s, generator).to(x) * sign(n, c, 1, 1) + unit(d[to])
     pattern = unit(pattern) * (unused / c + available).sqrt()
