@@ -59,8 +59,10 @@ def autoattack(net, x, y, eps, norm="linf", version="standard", seed=0, batch_si
     x, y = x.detach(), y.to(x.device)
     found, report = [], {"norm": norm, "eps": eps, "seed": seed, "batch_size": batch_size, "images": len(x),
                          "precision": "bf16 search, fp32 verified" if fast else "fp32"}
+    sizes = [math.ceil(batch_size * part / 16) for part in (1, 2, 3, 4, 6, 8, 12, 16)]
+    sizes = () if x.device.type == "cpu" else sizes
     with eval_mode(net):
-        search, judge = Queries(net, batch_size, fast), Queries(net, batch_size)
+        search, judge = Queries(net, sizes, fast), Queries(net, sizes)
         with torch.no_grad():
             logits = torch.cat([judge(part) for part in x.split(batch_size)])
         if logits.dim() != 2 or not logits.isfinite().all():
@@ -117,18 +119,19 @@ def misuse(net, x, y, logits):
 
 
 class Queries:
-    """`net` as an attack asks it: logits in float32 or finer, in few batch shapes on an accelerator (else
-    every fallen point starts cuDNN's and the compiler's tuning again), and passes of images counted."""
+    """`net` as an attack asks it: logits in float32 or finer, and passes of images counted.
 
-    def __init__(self, net, batch_size, fast=False):
-        self.net, self.fast, self.forwards, self.backwards = net, fast, 0, 0
-        self.sizes = [math.ceil(batch_size * part / 16) for part in (1, 2, 3, 4, 6, 8, 12, 16)]
+    sizes  batches are filled up with zeros to the next of them (ascending). On an accelerator each new shape
+           starts cuDNN's and a compiler's tuning again, and every point that falls makes a new shape.
+    fast   under bf16 autocast.
+    """
+
+    def __init__(self, net, sizes=(), fast=False):
+        self.net, self.sizes, self.fast, self.forwards, self.backwards = net, sizes, fast, 0, 0
 
     def __call__(self, x):
         self.forwards += len(x)
-        size = len(x)
-        if x.device.type != "cpu":
-            size = next((s for s in self.sizes if s >= len(x)), len(x))
+        size = next((s for s in self.sizes if s >= len(x)), len(x))
         padded = x if size == len(x) else torch.cat([x, x.new_zeros(size - len(x), *x.shape[1:])])
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.fast):
             logits = self.net(padded)[: len(x)]
@@ -353,7 +356,7 @@ def share(i):
     return 0.8 / 2 ** sum(i > at for at in (10, 50, 200, 500, 1000, 2000, 4000))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def square(net, x, y, eps, norm, generator, queries=5000):
     """Random search by squares (Alg. 1 with Alg. 2 or 3): keep what lowers the margin. Stops at the first
     success. Position and size are those of the whole batch."""
