@@ -10,6 +10,8 @@
     bank     InfoNCE over a memory bank, forward and backward: bank_logsumexp as it is used, its plain form
              (BANK_OP=torch), logsumexp of the matrix, that compiled, MoCo's concatenation and cross-entropy
     step     one train_step of each variant
+    autoattack  the standard version against the PyPI package pyautoattack, where that is installed, on the same
+             classifier (trained here) and images; once, so its times are single readings
 """
 import argparse
 import copy
@@ -36,7 +38,8 @@ import amoc
 import byorl
 import caco
 import rocl
-from common import data, optim, run
+from common import autoattack as aa
+from common import data, encoders, optim, run
 from common.bank import Bank
 from common.pgd import eval_mode, frozen_stats, pgd
 from common.unet import UNet
@@ -568,7 +571,87 @@ def step(s):
                 mib[name], t[name] / t[base]] for name in steps])
 
 
-SECTIONS = {"augment": augment, "attack": attack, "bank": bank, "step": step}
+class Counted(torch.nn.Module):
+    """`net`, counting forward passes of images: a backward to the input counts as one, a backward to the
+    weights as another."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.units = net, 0
+        next(net.parameters()).register_hook(lambda g: self.add(self.images))
+
+    def add(self, images):
+        self.units += images
+
+    def forward(self, x):
+        self.images = len(x)
+        self.add(len(x))
+        if x.requires_grad:
+            x.register_hook(lambda g: self.add(len(g)))
+        return self.net(x)
+
+
+def robust_classifier(s):
+    """Eval mode, contiguous weights; trained on shapes against PGD-2 at 4/255 for two epochs."""
+    encoder = encoders.make("slim" if s.flush is None else s.arch)
+    net = torch.nn.Sequential(encoder, torch.nn.Linear(encoder.dim, 10)).to(s.device)
+    opt = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
+    images = data.load("shapes", device=s.device, limit=128 if s.quick else None)
+    for epoch in range(1 if s.quick else 2):
+        for x, y, _ in data.batches(images, 64, 0, epoch):
+            x = data.to_float(x)
+            with eval_mode(net):
+                x = pgd(lambda v, y=y: F.cross_entropy(net(v), y), x, 4 / 255, 3 / 255, 2)
+            loss = F.cross_entropy(net(x), y)
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+    return net.eval()
+
+
+def autoattack(s):
+    try:
+        import pyautoattack
+    except ImportError:
+        pyautoattack = None
+    net, eps = Counted(robust_classifier(s)), 8 / 255
+    n = 4 if s.quick else 64 if s.flush is None else 1000
+    x = data.to_float(data.load("shapes", split="test", device=s.device, limit=n).x)
+    last = x.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        net(last)
+        y = net(x).argmax(1)  # its own answers: every image is worth an attack
+    stages = ("apgd-ce",) if s.quick else aa.VERSIONS["standard"]
+
+    def ours(x, **options):
+        return aa.autoattack(net, x, y, eps, version=stages, **options)[0]
+
+    def theirs(x):
+        attack = pyautoattack.AutoAttack(net, norm="Linf", eps=eps, seed=0, device=str(s.device))
+        attack.attacks_to_run = list(stages)
+        out = attack.run_standard_evaluation(x, y, batch_size=250)
+        net.zero_grad(set_to_none=True)
+        return out[0] if isinstance(out, tuple) else out
+
+    rivals = {"ours": lambda: ours(x), "ours, channels last": lambda: ours(last),
+              "ours, channels last, bf16 search": lambda: ours(last, fast=True)}
+    if pyautoattack:
+        rivals = {"pyautoattack": lambda: theirs(x), **rivals}
+    lines, standing = [], {}
+    for name, f in rivals.items():
+        net.units, out = 0, []
+        t = seconds(s, lambda f=f: out.append(f()))
+        units = net.units
+        with torch.no_grad():
+            standing[name] = net(out[0]).argmax(1) == y
+        first = next(iter(standing))
+        lines.append([name, str(int(standing[name].sum())), int((standing[name] != standing[first]).sum()), t,
+                      units, lines[0][3] / t if lines else 1.0, lines[0][4] / units if lines else 1.0])
+    table(f"autoattack: {'+'.join(stages)}, linf 8/255, {n} images, one reading",
+          ["", "standing", "judged otherwise", "s", "forward units", "speed-up", "fewer units"], lines)
+
+
+SECTIONS = {"autoattack": autoattack, "augment": augment, "attack": attack, "bank": bank, "step": step}
 
 
 def main(argv=None):

@@ -1,0 +1,43 @@
+"""DeepFool (Moosavi-Dezfooli et al. 2016, arXiv 1511.04599) in linf, by foolbox' rule, which AMOC used.
+
+A weak attack next to PGD on most models: report it beside PGD, never alone.
+"""
+import torch
+
+
+def deepfool(net, x, y, eps=None, steps=50, overshoot=0.02, candidates=10):
+    """Walk to the nearest linearised boundary until misclassified.
+
+    net         x (B, ...) -> logits (B, C), in eval mode.
+    x, y        images in [0, 1], labels (B,). What is misclassified already comes back as it is.
+    eps         radius of the linf ball that the result is cut to, in units of x; None: not cut.
+    candidates  classes considered: the highest of the clean logits, among them the first, i0.
+
+    Each step takes, over the classes k, the nearest of the boundaries at |f_k - f_i0| / |g_k|_1, f the logits
+    and g_k the gradient of f_k - f_i0, and adds that distance (+ 1e-4) along sign(g_k) to a total; the image is
+    x + (1 + overshoot) total, clipped to [0, 1]. One forward and `candidates` - 1 backward passes a step.
+
+    Returns x_adv (B, ...), detached; with eps, it must be classified again: the cut may undo the success.
+    """
+    x, rows, order = x.detach(), torch.arange(len(x), device=x.device), None
+    x_adv, total = x.clone(), torch.zeros_like(x)
+    for step in range(steps + 1):
+        with torch.enable_grad():
+            z = x_adv[rows].requires_grad_()
+            f = net(z)  # (b, C)
+            if order is None:
+                order = f.argsort(1, descending=True)[:, :candidates]
+            standing = f.argmax(1) == y[rows]
+            if step == steps or not standing.any():
+                break
+            gaps = f.gather(1, order[rows, 1:]) - f.gather(1, order[rows, :1])  # (b, candidates - 1)
+            last = gaps.shape[1] - 1
+            g = [torch.autograd.grad(gaps[:, k].sum(), z, retain_graph=k < last)[0] for k in range(last + 1)]
+        g = torch.stack(g, 1).flatten(2)  # (b, candidates - 1, D)
+        distance = gaps.detach().abs() / (g.abs().sum(2) + 1e-8)
+        near, k = distance.min(1)
+        move = (near + 1e-4)[:, None] * g[torch.arange(len(g), device=g.device), k].sign()
+        rows, move = rows[standing], move[standing]
+        total[rows] += move.view_as(x[rows])
+        x_adv[rows] = (x[rows] + (1 + overshoot) * total[rows]).clamp(0, 1)
+    return x_adv if eps is None else x + (x_adv - x).clamp(-eps, eps)
