@@ -15,7 +15,6 @@ from tests import masks as figure_ground
 from tests.processes import in_two_processes
 from tests.recipes import A, X, Z
 
-needs_vit = pytest.mark.skipif(not hasattr(encoders, "VITS"), reason="no ViT")
 Z1 = torch.tensor([[1, 0], [0, 1], [1, 1]], dtype=torch.float64)
 Z2 = torch.tensor([[1, 0.5], [-0.5, 1], [0.2, 1]], dtype=torch.float64)
 
@@ -336,7 +335,6 @@ def test_two_processes_equal_one(tmp_path):
         torch.testing.assert_close(found, one, rtol=1e-9, atol=1e-12)
 
 
-@needs_vit
 def test_mae_is_the_mean_over_pixels_and_moves_both_networks():
     torch.manual_seed(0)
     net, masker, x = adios.network("vit_slim", "mae", 32), UNet(3, 8, 32), torch.rand(4, 3, 32, 32)
@@ -395,7 +393,7 @@ def test_defaults():
     (["--masks", "1"], "--masks 1: must be at least 2"), (["--ema", "2"], "--ema 2: must be from 0 to 1"),
     (["--mask-weight", "-1"], "--mask-weight -1: must not be negative"),
     (["--temperature", "0"], "--temperature 0: must be positive"),
-    pytest.param(["--objective", "mae"], "--arch resnet18: --objective mae needs one of vit", marks=needs_vit)])
+    (["--objective", "mae"], "--arch resnet18: --objective mae needs one of vit")])
 def test_bad_flags_of_the_method_are_named(flags, words):
     with pytest.raises(ValueError, match=words):
         adios.check(adios.parser().parse_args(flags))
@@ -403,7 +401,7 @@ def test_bad_flags_of_the_method_are_named(flags, words):
 
 @pytest.mark.parametrize("more", [
     ["--objective", "byol", "--single"], ["--objective", "simsiam"], ["--masker", "random"], ["--masker", "none"],
-    pytest.param(["--objective", "mae", "--arch", "vit_slim"], marks=needs_vit)])
+    ["--objective", "mae", "--arch", "vit_slim"]])
 def test_every_kind_of_run_ends_and_its_masks_can_be_measured(more, tmp_path):
     flags = ["--data", "shapes", "--limit", "16", "--arch", "slim", "--batch-size", "8", "--epochs", "1"]
     adios.main([*flags, "--mask-width", "8", "--device", "cpu", "--out", str(tmp_path), *more])
