@@ -259,7 +259,6 @@ def test_delta_has_a_gradient_through_masked_rows_only_and_in_what_is_used(posit
 def test_a_table_of_zeros_gives_a_shift_no_gradient_and_the_adversary_survives_it():
     net, x, order, start, args = real("--norm", "l2", trained=False)
     opt = torch.optim.AdamW([p for p in net.parameters() if p is not net.delta], 1e-3)
-    _, opt_delta = adversary([0.0], 0.1)
     opt_delta = torch.optim.AdamW([net.delta], 0.1, betas=(0.9, 0.95), weight_decay=0, maximize=True)
     adpe.train_step(net, opt, opt_delta, x, order, start, args)
     assert (net.delta == 0).all()
