@@ -139,7 +139,7 @@ def contrast(net, x, constants, temperature):
 def train_step(net, opt, x1, x2, x, labels, clusters, noise, args):
     """One iteration on two strong views and the weak one (B, 3, S, S); labels (B, len(clusters)), if any;
     `noise` (A + 1, B, 3, S, S) in [-1, 1] starts the attack on clusters and those on the A views."""
-    clean, to_attack = choose(args.views, x1, x2, x, args.radius)
+    clean, to_attack = choose(args.views, x1, x2, x, args.cutoff)
     z = [embed(net, view, "clean") for view in clean]
     constants = [v.detach() for v in z]  # batch statistics: they depend on the clean views alone
     x_adv = attack(net, lambda x: contrast(net, x, constants, args.temperature), to_attack, noise[1:], args)
@@ -199,7 +199,7 @@ def parser():
     p.add_argument("--teacher", help="exported encoder, for the pseudo-labels")
     p.add_argument("--clusters", type=int, nargs="+", default=[2, 10, 50, 100, 500], help="K of each k-means")
     p.add_argument("--cluster-weight", type=float, default=0.2, help="lambda")
-    p.add_argument("--radius", type=float, default=8.0, help="lowest frequency in xh, periods an image")
+    p.add_argument("--cutoff", type=float, default=8.0, help="lowest frequency in xh, periods an image")
     p.add_argument("--epochs", type=int, default=1000, help="0 exports the random encoder")
     p.add_argument("--batch-size", type=int, default=512, help="images a step, over all processes")
     p.add_argument("--lr", type=float, default=0.5)
@@ -223,7 +223,7 @@ def check(args):
         raise ValueError(f"--warmup {args.warmup}: must be less than --epochs {args.epochs}")
     if min(args.clusters) < 2:
         raise ValueError(f"--clusters {min(args.clusters)}: must be at least 2")
-    run.not_negative(args, "epochs", "lr", "warmup", "weight_decay", "eps", "step_size", "steps", "radius")
+    run.not_negative(args, "epochs", "lr", "warmup", "weight_decay", "eps", "step_size", "steps", "cutoff")
     run.positive(args, "batch_size", "cluster_weight", "temperature", "image_size", "save_every")
 
 
@@ -244,10 +244,10 @@ def pictures(path, net, images, args):
     perturbation (grey is none, full scale is eps). Batch statistics here are those of these few."""
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
     x1, x2, x, noise = augment(x, rng, args.image_size, args.views)
-    clean, to_attack = choose(args.views, x1, x2, x, args.radius)
+    clean, to_attack = choose(args.views, x1, x2, x, args.cutoff)
     with frozen_stats(net):
         z = [embed(net, view, "clean").detach() for view in clean]
-    rows = [x1, x2, x, 0.5 + high_frequency(x, args.radius)]
+    rows = [x1, x2, x, 0.5 + high_frequency(x, args.cutoff)]
     x_adv = attack(net, lambda x: contrast(net, x, z, args.temperature), to_attack, noise[1:], args)
     for view, adv in zip(to_attack, x_adv):
         rows += [adv, 0.5 + (adv - view) / (2 * max(args.eps / 255, 1e-8))]

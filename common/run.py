@@ -36,7 +36,8 @@ def parser(doc, name, arch):
     g.add_argument("--data", default="cifar10", help="cifar10, cifar100, stl10, shapes, an .npz, a folder")
     g.add_argument("--data-dir", default="data", help="where torchvision's files are, or go")
     g.add_argument("--limit", type=int, help="use the first so many images of a fixed shuffle")
-    g.add_argument("--arch", default=arch, help="slim (for CPUs), resnet18, resnet34, resnet50")
+    g.add_argument("--arch", default=arch,
+                   help="slim (for CPUs), resnet18, resnet34, resnet50; vit_slim (for CPUs), vit_tiny, ...")
     g.add_argument("--out", default=f"runs/{name}", help="the run's folder")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--device", help="default: cuda if there is one, else cpu")

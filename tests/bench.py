@@ -267,7 +267,7 @@ def advcl_attack(s, dtype):
     args, net = advcl.parser().parse_args([]), advcl.network(s.arch, []).to(s.device, dtype)
     x1, x2, x = (x.to(dtype) for x in (*views(s), views(s)[0]))
     start, noise = start_of(x, args.eps / 255)
-    clean, to_attack = advcl.choose(args.views, x1, x2, x, args.radius)
+    clean, to_attack = advcl.choose(args.views, x1, x2, x, args.cutoff)
 
     def embed_clean():
         return [advcl.embed(net, view, "clean") for view in clean]

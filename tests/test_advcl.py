@@ -296,7 +296,7 @@ def test_network_sizes_and_that_pixels_are_not_normalised():
 
 
 def test_defaults_are_the_papers_run():
-    want = dict(views=["x+d", "x1", "x2", "xh"], clusters=[2, 10, 50, 100, 500], cluster_weight=0.2, radius=8,
+    want = dict(views=["x+d", "x1", "x2", "xh"], clusters=[2, 10, 50, 100, 500], cluster_weight=0.2, cutoff=8,
                 epochs=1000, batch_size=512, lr=0.5, warmup=10, weight_decay=1e-4, temperature=0.5, eps=8,
                 step_size=2, steps=5, arch="resnet18", data="cifar10", teacher=None)
     args = vars(advcl.parser().parse_args([]))

@@ -27,7 +27,7 @@ def gradients(script, rank, world):
     net = nn.Sequential(nn.Flatten(), linear(6, 48))
     if script is advcl:
         net = nn.ModuleDict({"encoder": nn.Flatten(), "projector": linear(6, 48), "classifier": linear(5, 48)})
-        args.radius, labels = 2.0, torch.stack([torch.arange(8) % k for k in (2, 3)], 1).chunk(world)[rank]
+        args.cutoff, labels = 2.0, torch.stack([torch.arange(8) % k for k in (2, 3)], 1).chunk(world)[rank]
         views += [x, labels, [2, 3]]
     opt = torch.optim.SGD(net.parameters(), 0.0)
     losses = script.train_step(net, opt, *views, noise[0] if script is rocl else noise.transpose(0, 1)
