@@ -16,8 +16,9 @@ CIFAR-10's (the defaults) and the hybrid's ours. The code also has the derivativ
 that of a free vector), the bank's own temperature, momentum and decay, and takes both gradients at one point
 (the paper alternates). Departures from it:
     - only the bank gives negatives, as in the paper; the code has the batch's keys too, --batch-negatives;
-    - 256 steps of MoCo fill the bank, whatever its size (there bank size / batch size). The keys of a network
-      that still moves fast are soon where no query goes: no softmax mass, no gradient, a dead bank;
+    - 256 steps of MoCo fill the bank, whatever its size (there bank size / batch size), and leave the key
+      network as it is (there it becomes the query's). Rows from where no key is any more, be it that the
+      network moves fast or that the key network jumps, have no softmax mass and so no gradient: a dead bank;
     - BatchNorm sees groups of at most 32 images, keys in random order, as on the 8 GPUs of the code: with
       common statistics the network could tell a query's key by its batch;
     - the multi-crop fill has keys of full size (there 96 pixels); all processes have one bank.
@@ -172,7 +173,6 @@ def fill(net, target, opt, bank, images, args, env):
         opt.step()
         bank.push(k)
     run.average_buffers(net)
-    target.load_state_dict(net.state_dict())
 
 
 def lr_at(epoch, epochs, lr, final):

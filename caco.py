@@ -19,7 +19,8 @@ the derivative through the cosine (Eqs. 7, 12 are those of free vectors), the lo
 the bank's rate, momentum and warm-up. Departures from it:
     - one temperature, as in the paper (there two flags, equal in every recipe), so that one backward gives
       the gradients of both players;
-    - 256 steps of MoCo fill the bank, with the key network's momentum (there bank size / batch size, .999);
+    - 256 steps of MoCo fill the bank, with the key network's momentum (there bank size / batch size, .999),
+      and leave the key network as it is (there it becomes the query's, which killed AdCo's bank);
     - the batch is that of all processes (there, of each host), and all have one bank (there not quite).
 Logged of the bank: bank_change, what its step adds to a view's loss (below 0: it cooperates); rotation, in
 radians; norm; unique, the rows that are positives of a view; p, the mean probability of a positive; cosine,
@@ -163,7 +164,6 @@ def fill(net, target, opt, bank, images, args, env):
         opt.step()
         bank.push(k)
     run.average_buffers(net)
-    target.load_state_dict(net.state_dict())
 
 
 def lr_at(epoch, epochs, lr, warmup, final):

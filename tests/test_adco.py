@@ -340,22 +340,28 @@ def test_two_ranks_keep_equal_banks_and_take_the_steps_of_one(tmp_path):
         torch.testing.assert_close(a, c, rtol=1e-9, atol=1e-12)
 
 
-def test_the_fill_leaves_keys_of_the_last_steps_and_equal_networks(tmp_path, monkeypatch):
-    seen = {}
-    fill = adco.fill
+def test_the_fill_ends_with_a_bank_of_the_last_keys_and_a_key_network_that_only_follows(tmp_path, monkeypatch):
+    fill, embed_keys, keys, seen = adco.fill, adco.embed_keys, [], {}
 
-    def spy(net, target, opt, bank, images, args, env):
-        fill(net, target, opt, bank, images, args, env)
-        seen["mass"] = opt.state_dict()["state"][0]["momentum_buffer"].abs().sum()
-        seen["nets"] = all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), target.state_dict().values()))
-        seen["bank"] = copy.deepcopy(bank)
+    def spy_keys(*inputs):
+        keys.append(embed_keys(*inputs)[0])
+        return [keys[-1]]
 
+    def spy(net, target, opt, bank, *rest):
+        start = [p.clone() for p in target.parameters()]
+        fill(net, target, opt, bank, *rest)
+        seen.update(bank=copy.deepcopy(bank), momentum=opt.state_dict()["state"][0]["momentum_buffer"].abs().sum())
+        seen["moved"] = [(a - b).norm() < (c - b).norm() for a, b, c in zip(target.parameters(), start, net.parameters())]
+        seen["keys"] = torch.cat(keys)
+
+    monkeypatch.setattr(adco, "embed_keys", spy_keys)
     monkeypatch.setattr(adco, "fill", spy)
     adco.main(["--data", "shapes", "--limit", "32", "--arch", "slim", "--batch-size", "16", "--epochs", "1",
                "--bank-size", "40", "--fill-steps", "4", "--device", "cpu", "--out", str(tmp_path)])
-    assert seen["mass"] > 0 and seen["nets"] and seen["bank"].pointer == 4 * 16 % 40
-    assert seen["bank"].velocity.abs().sum() == 0
-    torch.testing.assert_close(seen["bank"].rows.norm(dim=1), torch.ones(40))
+    bank = seen["bank"]
+    assert all(seen["moved"]) and seen["momentum"] > 0 and bank.velocity.abs().sum() == 0
+    assert len(seen["keys"]) == 64 and bank.pointer == 24
+    torch.testing.assert_close(torch.cat([bank.rows[24:], bank.rows[:24]]), seen["keys"][-40:])
 
 
 @pytest.mark.parametrize("mass, lines", [(0.01, 1), (0.5, 0)])
