@@ -191,7 +191,7 @@ def _interpreted():
 
 def _tiles(width):
     """Queries and bank rows of a tile, warps, stages: a tile of fp32 rows is 32 KiB."""
-    return (64 if width <= 256 else 32), min(64, 8192 // width), 4, 2
+    return (64 if width <= 128 else 32), min(64, 8192 // width), 4, 2
 
 
 class _Kernels:
@@ -201,18 +201,18 @@ class _Kernels:
 
     @staticmethod
     def logsumexp(q, bank, T):
-        grid, per_part, common = _launch(q, bank, T)
+        grid, numbers, common = _launch(q, bank, T)
         top, total = torch.empty(2, grid[1], len(q), device=q.device)
         with _on(q):
-            _logsumexp_kernel[grid](q.contiguous(), bank.contiguous(), top, total, *per_part, **common)
+            _logsumexp_kernel[grid](q.contiguous(), bank.contiguous(), top, total, *numbers, **common)
         return torch.logsumexp((top + total.log2()) * math.log(2), 0)
 
     @staticmethod
     def weighted_rows(q, bank, y, T):
-        grid, per_part, common = _launch(q, bank, T)
+        grid, numbers, common = _launch(q, bank, T)
         out = torch.empty(grid[1], *q.shape, device=q.device)
         with _on(q):
-            _weighted_rows_kernel[grid](q.contiguous(), bank.contiguous(), y, out, *per_part, **common)
+            _weighted_rows_kernel[grid](q.contiguous(), bank.contiguous(), y, out, *numbers, **common)
         return out.sum(0)
 
     @staticmethod
