@@ -43,7 +43,7 @@ from torchvision.utils import save_image
 
 from common import data, encoders, optim, run
 from common.encoders import patchify, unpatchify
-from common.pgd import pgd
+from common.pgd import in_ball, pgd
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in MAE's code
 
@@ -100,15 +100,6 @@ def mae_loss(pred, target, mask, norm_pix=True):
         target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 1e-6).sqrt()
     error = (pred.to(target.dtype) - target).square().mean(2)  # (B, L)
     return (error * mask).sum() / mask.sum()
-
-
-def in_ball(u, norm):
-    """Points (B, n) of the unit ball from numbers u (B, 1 + n) in [0, 1): uniform in it."""
-    u, n = 2 * u - 1, u.shape[1] - 1
-    if norm == "linf":
-        return u[:, 1:]
-    direction = F.normalize(torch.erfinv(u[:, 1:].clamp(-0.999999, 0.999999)), dim=1)  # of a Gaussian
-    return direction * ((u[:, :1] + 1) / 2) ** (1 / n)
 
 
 def attack(net, v, noise, ids_keep, ids_restore, target, mask, args):

@@ -45,7 +45,7 @@ from torch import nn
 from torchvision.utils import save_image
 
 from common import data, encoders, optim, run
-from common.pgd import eval_mode, frozen_stats, pgd
+from common.pgd import eval_mode, frozen_stats, in_ball, pgd
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's
 
@@ -73,15 +73,6 @@ def embed(net, x):
 def byol_loss(p, z):
     """Eq. 4: mean over the batch of 2 - 2 cos(p, z), from 0 to 4; p, z (B, D), z a constant."""
     return (2 - 2 * (F.normalize(p, dim=1) * F.normalize(z, dim=1)).sum(1)).mean()
-
-
-def in_ball(u, norm):
-    """Points (..., n) of the unit ball from numbers u (..., 1 + n) in [0, 1): uniform in it."""
-    radius, u = u[..., :1], 2 * u[..., 1:] - 1
-    if norm == "linf":
-        return u
-    gaussian = torch.erfinv(u.clamp(-0.999999, 0.999999))
-    return F.normalize(gaussian, dim=-1) * radius ** (1 / u.shape[-1])
 
 
 def attack(net, x, z, noise, args):

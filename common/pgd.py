@@ -121,6 +121,16 @@ def uniform(x, eps, norm, generator=None):
     return noise * _per_image(eps * radius / length.clamp_min(1e-12), x)
 
 
+def in_ball(u, norm):
+    """Points (..., n) of the unit ball, uniform in it, from numbers u (..., 1 + n) uniform in [0, 1): where the
+    noise is to be a function of each image's own numbers. norm "linf" or "l2"."""
+    radius, u = u[..., :1], 2 * u[..., 1:] - 1
+    if norm == "linf":
+        return u
+    gaussian = torch.erfinv(u.clamp(-0.999999, 0.999999))
+    return gaussian / gaussian.norm(dim=-1, keepdim=True).clamp_min(1e-12) * radius ** (1 / u.shape[-1])
+
+
 @contextlib.contextmanager
 def eval_mode(*nets):
     """Eval mode for all modules of `nets` inside the block; each gets its own back, exception or not."""
