@@ -122,8 +122,8 @@ def uniform(x, eps, norm, generator=None):
 
 
 def in_ball(u, norm):
-    """Points (..., n) of the unit ball, uniform in it, from numbers u (..., 1 + n) uniform in [0, 1): where the
-    noise is to be a function of each image's own numbers. norm "linf" or "l2"."""
+    """Points (..., n) of the unit ball, uniform in it, from numbers u (..., 1 + n) uniform in [0, 1): where
+    the noise is to be a function of each image's own numbers. norm "linf" or "l2"."""
     radius, u = u[..., :1], 2 * u[..., 1:] - 1
     if norm == "linf":
         return u
