@@ -1,9 +1,10 @@
 """Common corruptions of 32 x 32 images (Hendrycks & Dietterich 2019, arXiv 1903.12261).
 
-`read` gives the public CIFAR-10-C or CIFAR-100-C (Zenodo 2535967, 3555552) where the user has them. `corrupt`
-makes 13 of the 19 kinds anew, on whole batches on the device, with the constants of the public files: call the
-result "-C-like", as those files are one unseeded run and glass, motion and elastic blur, frost, snow and
-spatter are missing. On images that are JPEG already, noise and JPEG are not comparable either.
+`read` gives the public CIFAR-10-C or CIFAR-100-C (Zenodo 2535967, 3555552) where the user has them.
+`corrupt` makes 13 of the 19 kinds anew, on whole batches on the device, with the constants of the public
+files: call the result "-C-like", as those files are one unseeded run, and glass and motion blur, elastic
+transform, frost, snow and spatter are missing. On images that are JPEG already, noise and JPEG are not
+comparable either.
 
 The standard score is the mean accuracy over the 15 kinds of MAIN and the five severities.
 """
@@ -16,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image  # torchvision needs it too
 
-MAIN = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur",
-        "snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression")
+MAIN = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur",
+        "zoom_blur", "snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression")
 EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 
 
@@ -39,7 +40,7 @@ def read(folder, name, severity):
             raise ValueError(f"{path}: not a readable .npy file ({e})") from None
     x, y = arrays
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or len(x) % 5 or y.shape != (len(x),):
-        raise ValueError(f"{folder}: {name}.npy is {x.dtype} {x.shape} and labels.npy {y.shape}; they must be "
+        raise ValueError(f"{folder}: {name}.npy is {x.dtype} {x.shape}, labels.npy {y.shape}; they must be "
                          "uint8 (5 N, H, W, 3), one severity after the other, and (5 N,)")
     rows = slice((severity - 1) * (len(x) // 5), severity * (len(x) // 5))
     x, y = np.array(x[rows]), np.array(y[rows]).astype(np.int64)
@@ -51,8 +52,8 @@ def corrupt(x, name, severity, generator=None):
 
     generator  on the device of x, for the noises and fog; None: the global one.
 
-    Returns the like of x on 8-bit levels: cut down, not rounded, as in the public files. Raises ValueError for
-    an unknown name or severity.
+    Returns the like of x on 8-bit levels: cut down, not rounded, as in the public files. Raises ValueError
+    for an unknown name or severity.
     """
     _check(name, severity, LIKE)
     f, constants = LIKE[name]
@@ -133,8 +134,8 @@ def zoom_blur(x, c):
     for factor in factors:
         crop = math.ceil(side / factor)
         at = (side - crop) // 2
-        big = F.interpolate(x[:, :, at : at + crop, at : at + crop], size=round(crop * factor), mode="bilinear",
-                            align_corners=True)
+        big = F.interpolate(x[:, :, at : at + crop, at : at + crop], size=round(crop * factor),
+                            mode="bilinear", align_corners=True)
         at = (big.shape[2] - side) // 2
         total = total + big[:, :, at : at + side, at : at + side]
     return total / (len(factors) + 1)

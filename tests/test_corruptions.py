@@ -51,10 +51,11 @@ def test_noises_have_their_moments():
         assert g.std().item() == pytest.approx(c["speckle_noise"] / 2, rel=0.02)
         g = corruptions.shot_noise(flat, c["shot_noise"], seeded())
         assert g.mean().item() == pytest.approx(0.5, abs=2e-3)
-        assert g.var().item() == pytest.approx(0.5 / c["shot_noise"], rel=0.03)  # variance = mean of a Poisson
+        assert g.var().item() == pytest.approx(0.5 / c["shot_noise"], rel=0.03)  # a Poisson's is its mean
         g = corruptions.impulse_noise(flat, c["impulse_noise"], seeded())
         for value in (0.0, 1.0):
-            assert (g == value).float().mean().item() == pytest.approx(c["impulse_noise"] / 2, rel=0.13)  # four standard errors
+            share = (g == value).float().mean().item()
+            assert share == pytest.approx(c["impulse_noise"] / 2, rel=0.13)  # four standard errors
         assert (g == 0.5).float().mean().item() == pytest.approx(1 - c["impulse_noise"], abs=2e-3)
 
 

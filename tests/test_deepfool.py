@@ -78,7 +78,8 @@ def test_agrees_with_foolbox():
     y = net(x).argmax(1)
     y[:3] = (y[:3] + 1) % 12
     attack = foolbox.attacks.LinfDeepFoolAttack(steps=50, overshoot=0.02, candidates=10)
-    raw, cut, fooled = attack(foolbox.PyTorchModel(net.eval(), bounds=(0, 1), device="cpu"), x, y, epsilons=[0.02])
+    model = foolbox.PyTorchModel(net.eval(), bounds=(0, 1), device="cpu")
+    raw, cut, fooled = attack(model, x, y, epsilons=[0.02])
     torch.testing.assert_close(deepfool(net, x, y), raw[0], rtol=0, atol=1e-6)
     ours = deepfool(net, x, y, eps=0.02)
     torch.testing.assert_close(ours, cut[0], rtol=0, atol=1e-6)
