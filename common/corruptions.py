@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from PIL import Image  # torchvision needs it too
 
 MAIN = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur",
-        "zoom_blur", "snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression")
+        "zoom_blur", "snow", "frost", "fog", "brightness", "contrast", "elastic_transform",
+        "pixelate", "jpeg_compression")
 EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 
 

@@ -15,7 +15,7 @@ def deepfool(net, x, y, eps=None, steps=50, overshoot=0.02, candidates=10):
 
     Each step takes, over the classes k, the nearest of the boundaries at |f_k - f_i0| / |g_k|_1, f the logits
     and g_k the gradient of f_k - f_i0, and adds that distance (+ 1e-4) along sign(g_k) to a total; the image
-    is x + (1 + overshoot) total, clipped to [0, 1]. A step is one forward and `candidates` - 1 backward passes.
+    is x + (1 + overshoot) total, clipped to [0, 1]. A step is 1 forward and `candidates` - 1 backward passes.
 
     Returns x_adv (B, ...), detached; with eps, it must be classified again: the cut may undo the success.
     """
