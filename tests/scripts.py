@@ -35,31 +35,19 @@ def tiny_npz(path, n=44):
     return str(path)
 
 
-def command(script, *flags, processes=1):
-    launcher = (
-        [sys.executable]
-        if processes == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(processes),
-        ]
-    )
-    return [*launcher, str(ROOT / f"{script}.py"), *flags]
+def command(script, *flags, processes=1, die_at=None):
+    """A command line for `processes` processes, which, with `die_at`, die without notice before that step."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    mortal = [] if die_at is None else [str(ROOT / "tests" / "mortal.py"), str(die_at)]
+    return [*launcher, *mortal, str(ROOT / f"{script}.py"), *flags]
 
 
 def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
 
 
-def launch(script, *flags, processes=1):
+def launch(script, *flags, **how):
     return subprocess.run(
-        command(script, *flags, processes=processes),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+        command(script, *flags, **how), env=environment(), capture_output=True, text=True, timeout=120)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import adios
-from common import data, encoders, optim, run
+from common import data, optim, run
 from common.unet import UNet
 from tests import masks as figure_ground
 from tests.processes import in_two_processes

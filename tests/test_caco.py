@@ -5,12 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
 import caco
 from common import optim
 from tests.processes import in_two_processes
-from tests.recipes import X, Z, unit
+from tests.recipes import X, unit
 from tests.test_adco import S, W, Linear, imagenet_commands, memory, run_on_jpegs
 
 q1, q2, k1, k2 = (unit(S(4, 6, p)) for p in (0, 0.4, 0.1, 0.5))

@@ -1,6 +1,8 @@
 import argparse
 import json
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ from common import run
 from common.bank import Bank
 from tests.processes import in_two_processes
 from tests.recipes import A, X
+from tests.scripts import ROOT, SCRIPTS
 
 
 def objective(z):
@@ -167,3 +170,9 @@ def test_collapsed_embeddings_raise(tmp_path):
     z = torch.ones(16, 8) + 1e-3 * torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="collapsed: .*no checkpoint was saved yet"):
         run.spread(z, SimpleNamespace(out=tmp_path))
+
+
+def test_importing_the_scripts_does_nothing():
+    done = subprocess.run([sys.executable, "-c", f"import {', '.join(SCRIPTS)}, eval"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout and not done.stderr
