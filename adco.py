@@ -25,11 +25,11 @@ Logged of the bank: mass, its share of the softmax; bank_gain, what its step add
 radians a step; norm; accuracy, how often a query's key is nearer than all rows: 0.99 means a dead bank.
 
     python adco.py                                       CIFAR-10, ResNet-18, 200 epochs
-    torchrun --standalone --nproc-per-node 2 adco.py     the same on 2 GPUs, 128 of the 256 images on each
     python adco.py --eps 8 --bank-temperature 0.12       the hybrid
-    python eval.py runs/adco/encoder.pt --preset knn amoc-slf
     python adco.py --data imagenet --arch resnet50 --stem imagenet --image-size 224 --blur 0.5 --lr 0.03 \
 --lr-final 6e-4 --weight-decay 1e-4 --ema 0.999 --bank-size 65536 --bank-temperature 0.02 --bank-lr 3
+Measured on a CPU thread, 0.3 M-parameter encoder, 10,000 images of CIFAR-10 (JPEG), 25 epochs: k-NN 39.3,
+mass 0.97; MoCo 40.1, random 25.3. Not yet on a GPU; the paper has 68.6 on ImageNet (linear, 200 epochs).
 """
 import argparse
 import itertools

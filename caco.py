@@ -27,12 +27,13 @@ radians; norm; unique, the rows that are positives of a view; p, the mean probab
 the mean largest one of a query with any row: near 0 the bank is out of reach.
 
     python caco.py                                       CIFAR-10, ResNet-18, 200 epochs
-    torchrun --standalone --nproc-per-node 2 caco.py     the same on 2 GPUs, 128 of the 256 images on each
     python caco.py --positives adversarial               Eq. 13
-    python eval.py runs/caco/encoder.pt --preset knn amoc-slf
     python caco.py --data imagenet --arch resnet50 --stem imagenet --image-size 224 --blur --batch-size 1024 \
 --optimizer lars --lr 1.2 --lr-final 0.012 --warmup 10 --weight-decay 1.5e-6 --dim 256 --bank-size 65536 \
 --bank-lr 3 --fill-steps 64
+
+Measured on a CPU thread, 0.3 M-parameter encoder, 10,000 images of CIFAR-10 (JPEG), 14 epochs: k-NN 39.1, 232
+of 256 positives unique. Not yet on a GPU; the paper has 71.3 on ImageNet (linear, 200 epochs).
 """
 import argparse
 import itertools
