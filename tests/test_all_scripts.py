@@ -65,6 +65,12 @@ def equal(x, y):
     return torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
 
+@pytest.fixture(scope="module")
+def undisturbed(npz, tmp_path_factory):
+    """The folder of a script's run that nothing disturbs, made once."""
+    return functools.cache(lambda script: main(script, npz, tmp_path_factory.mktemp(script)))
+
+
 def test_a_run_writes_log_checkpoint_encoder_and_pictures(script, npz, tmp_path):
     out = main(script, npz, tmp_path)
     head, *epochs = lines(out)
@@ -80,18 +86,18 @@ def test_a_run_writes_log_checkpoint_encoder_and_pictures(script, npz, tmp_path)
     assert torch.load(out / "last.pt", weights_only=True)["step"] == 6
 
 
-def test_same_seed_same_run_and_another_seed_another(script, npz, tmp_path):
-    a, b = main(script, npz, tmp_path / "a"), main(script, npz, tmp_path / "b")
+def test_same_seed_same_run_and_another_seed_another(script, npz, tmp_path, undisturbed):
+    a, b = undisturbed(script), main(script, npz, tmp_path / "b")
     same_result(a, b)
     c = main(script, npz, tmp_path / "c", "--seed", "1")
     assert lines(c)[1]["loss"] != lines(a)[1]["loss"]
 
 
-def test_a_finished_run_continues_to_the_same_end(script, npz, tmp_path):
-    a, b = main(script, npz, tmp_path / "a"), main(script, npz, tmp_path / "b")
+def test_a_finished_run_continues_to_the_same_end(script, npz, tmp_path, undisturbed):
+    a = main(script, npz, tmp_path / "a")
     (a / "encoder.pt").unlink()
     main(script, npz, a)
-    same_result(a, b)
+    same_result(a, undisturbed(script))
 
 
 class Killed(Exception):
@@ -99,10 +105,8 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("at_step", [1, 3, 4])
-def test_a_killed_run_resumes_bit_for_bit(script, npz, tmp_path, monkeypatch, at_step):
+def test_a_killed_run_resumes_bit_for_bit(script, npz, tmp_path, monkeypatch, undisturbed, at_step):
     """Death without notice after any step: the run goes on from the last checkpoint, and nothing shows."""
-    whole = main(script, npz, tmp_path / "whole")
-
     def die(args, env, state, step):
         if step == at_step:
             raise Killed
@@ -110,14 +114,13 @@ def test_a_killed_run_resumes_bit_for_bit(script, npz, tmp_path, monkeypatch, at
     with monkeypatch.context() as m, pytest.raises(Killed):
         m.setattr(run, "interrupted", die)
         main(script, npz, tmp_path / "cut")
-    same_result(main(script, npz, tmp_path / "cut"), whole)
+    same_result(main(script, npz, tmp_path / "cut"), undisturbed(script))
 
 
 @pytest.mark.parametrize("number, at_step", [(signal.SIGTERM, 2), (signal.SIGTERM, 3), (signal.SIGINT, 4)])
 def test_a_signal_saves_within_the_epoch_and_the_run_resumes_bit_for_bit(
-    script, npz, tmp_path, monkeypatch, number, at_step
+    script, npz, tmp_path, monkeypatch, undisturbed, number, at_step
 ):
-    whole = main(script, npz, tmp_path / "whole")
     ask = run.interrupted
 
     def after(args, env, state, step):
@@ -130,7 +133,7 @@ def test_a_signal_saves_within_the_epoch_and_the_run_resumes_bit_for_bit(
         main(script, npz, tmp_path / "cut")
     assert stopped.value.code == 128 + number
     assert torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["step"] == at_step
-    same_result(main(script, npz, tmp_path / "cut"), whole)
+    same_result(main(script, npz, tmp_path / "cut"), undisturbed(script))
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +149,9 @@ def by_two(npz, tmp_path_factory):
     return run_of
 
 
-def test_two_processes_run_and_start_about_where_one_does(script, npz, tmp_path, by_two):
+def test_two_processes_run_and_start_about_where_one_does(script, by_two, undisturbed):
     """The loss is a mean over the same views with the same attack; BatchNorm's batches differ, hence 'about'."""
-    one = main(script, npz, tmp_path, "--epochs", "2")
+    one = undisturbed(script)
     assert lines(by_two(script))[0]["world"] == 2
     assert lines(by_two(script))[1]["loss"] == pytest.approx(lines(one)[1]["loss"], rel=0.2)
 
