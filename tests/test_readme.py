@@ -52,7 +52,7 @@ def test_every_log_that_the_readme_names_is_there():
 def test_every_result_in_the_readme_is_in_a_log():
     """Rows `| [name](results/...) | CPU-seconds | k-NN | linear | PGD 4/255 | PGD 8/255 |`, and, where there are
     three more cells, the same of the adversarial linear probe. Of a masked autoencoder: `... | k-NN | linear |
-    fine-tuned | PGD 4/255 |`."""
+    fine-tuned | PGD 4/255 |`, or the first two of these."""
     rows = re.findall(r"^\| \[[^]]+\]\((results/[\w/-]+)\) \| (.*) \|$", README, re.M)
     assert rows
     for folder, cells in rows:
@@ -62,7 +62,7 @@ def test_every_result_in_the_readme_is_in_a_log():
         want = [round(log[-1].get("cpu_seconds", 0)), found["knn"]["clean"]]
         if "mae-slf-cifar" in found:
             want.append(found["mae-slf-cifar"]["clean"])
-            want += [found["mae-tune-cifar"][a] for a in ("clean", "pgd20-4")]
+            want += [found["mae-tune-cifar"][a] for a in ("clean", "pgd20-4")[: len(cells) - 3]]
             presets = ()
         want += [found[p][a] for p in presets[: (len(cells) - 2) // 3] for a in ("clean", "pgd20-4", "pgd20")]
         assert cells == pytest.approx(want, abs=0.5e-2), folder
