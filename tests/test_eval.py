@@ -265,6 +265,10 @@ def test_accuracy_under_attack_is_exact_on_a_linear_classifier():
     assert evaluation.accuracy(Red(), images) == 100
     assert evaluation.accuracy(Red(), images, evaluation.ATTACKS["pgd20"]) == 100 * far / 8
     assert evaluation.accuracy(Red(), images, evaluation.Attack("linf", 30 / 255, 8 / 255, 10)) == 0
+    assert evaluation.accuracy(Red(), images, evaluation.ATTACKS["deepfool"]) == 100 * far / 8
+    auto = evaluation.AutoAttack("linf", 8 / 255, ("apgd-ce",))
+    assert evaluation.accuracy(Red(), images, auto) == 100 * far / 8
+    assert evaluation.accuracy(Red(), images, auto, limit=2) == 100 * (red[:2] < 119.5).float().mean()
 
 
 @pytest.fixture
@@ -319,6 +323,28 @@ def test_the_command_writes_one_line_one_row_and_a_classifier(exported, capsys):
     assert not net.training and net.encoder.branch == "adv"
     images = data.load(str(exported / "tiny.npz"), split="test")
     assert evaluation.accuracy(net, images) == accuracy
+
+
+def test_a_finished_evaluation_is_not_made_again_and_another_one_is(exported, monkeypatch, capsys):
+    first = run_main(exported, "--preset", "knn", "amoc-slf", "--attacks", "clean", "pgd20-4")
+    table = capsys.readouterr().out.strip().splitlines()[-4:]
+    with monkeypatch.context() as m:
+        m.setattr(evaluation, "train", None)
+        m.setattr(evaluation, "knn", None)
+        assert run_main(exported, "--preset", "knn", "amoc-slf", "--attacks", "clean", "pgd20-4") == first
+        assert capsys.readouterr().out.strip().splitlines()[-4:] == table
+        for more in (["--attacks", "clean", "pgd20"], ["--attacks", "clean", "--seed", "1"],
+                     ["--attacks", "clean", "--lr", "0.2"], ["--attacks", "clean", "--bn", "clean"]):
+            with pytest.raises(TypeError):
+                run_main(exported, "--preset", "amoc-slf", *more)
+
+
+def test_aa_limit_is_recorded_with_its_standard_error(exported):
+    (line,) = run_main(exported, "--preset", "amoc-slf", "--attacks", "clean", "apgd", "--aa-limit", "5")
+    images = {attack: found["images"] for attack, found in line["results"].items()}
+    assert images == {"clean": 20, "apgd": 5}
+    v = line["results"]["apgd"]["accuracy"]
+    assert line["results"]["apgd"]["stderr"] == pytest.approx((v * (100 - v) / 5) ** 0.5, abs=0.01)
 
 
 def test_bn_chooses_the_branch_and_is_recorded(exported):
