@@ -236,9 +236,7 @@ def network(arch, stem=None, dim=128):
 def optimizer(net, args):
     if args.optimizer == "sgd":
         return torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    vectors = {"params": [p for p in net.parameters() if p.dim() == 1], "trust": None, "weight_decay": 0.0}
-    return optim.LARS([{"params": [p for p in net.parameters() if p.dim() > 1]}, vectors], args.lr,
-                      weight_decay=args.weight_decay)
+    return optim.LARS(optim.lars_groups(net), args.lr, weight_decay=args.weight_decay)
 
 
 def pictures(path, images, args):
