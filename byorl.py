@@ -36,6 +36,8 @@ projections are all alike ends.
     python byorl.py --eps 0                              BYOL, the clean base
     python byorl.py --steps 2 --step-size 5              the attack of Rebuffi et al. 2023, App. C: 5/8 eps
     python eval.py runs/byorl/encoder.pt --preset amoc-slf amoc-alf
+
+Not yet measured: no run was long enough to say more than that the loss falls. Not yet run on a GPU.
 """
 import pathlib
 
