@@ -1,26 +1,30 @@
-"""Evaluation of an exported encoder: k-NN, linear probes, fine-tuning, and accuracy under attack; one row per
-evaluation.
+"""Evaluation of exported encoders: k-NN, linear probes, fine-tuning, accuracy under attack; one table.
 
-It knows nothing of how the encoder was pretrained. Names of the field:
+It knows nothing of how an encoder was pretrained. Names of the field:
     SLF  standard linear:      encoder frozen, clean cross-entropy
     ALF  adversarial linear:   encoder frozen, cross-entropy on PGD-10 images (or TRADES)
     AFF  adversarial full:     everything is trained, likewise
-A preset is the recipe of a paper or of the RobustSSL benchmark (github.com/RobustSSL); a flag given by hand
-wins over it. The last epoch is used, never one chosen on the test set. A frozen encoder is in eval mode
-throughout; under full fine-tuning the attack sees eval mode and the update train mode. PGD alone flatters: on
-frozen encoders it reads 4 to 11 points above AutoAttack (aa).
+A preset is the recipe of a paper or of the RobustSSL benchmark (github.com/RobustSSL), which --protocol slf,
+alf, aff stand for; a flag given by hand wins over it. The last epoch is used, never one chosen on the test
+set. A frozen encoder is in eval mode throughout; under full fine-tuning the attack sees eval mode and the
+update train mode. PGD alone flatters: on frozen encoders it reads 4 to 11 points above AutoAttack (aa). With
+each AutoAttack comes a check that its figure means something (`sanity`).
 
 Masked-image models are judged by fine-tuning on clean images (mae-tune; it works for ResNets too): AdamW, a
 lower rate for earlier blocks, and for a ViT a new LayerNorm after the mean of its tokens. MAE's recipe has
 RandAugment and random erasing besides, which are not here.
 
     python eval.py runs/amoc/encoder.pt --preset knn amoc-slf amoc-alf
+    python eval.py runs/*/encoder.pt --protocol slf alf aff --attacks clean pgd20 aa --aa-limit 1000
     python eval.py runs/amoc/encoder.pt --preset amoc-aff --attacks clean pgd20 pgd50-l2-amoc
-    python eval.py runs/*/encoder.pt --preset robustssl-slf --attacks clean pgd20 aa --aa-limit 1000
     python eval.py runs/adv_mae/encoder.pt --preset mae-tune-cifar mae-slf-cifar
+    python eval.py runs/amoc/encoder.pt --data stl10 --image-size 32     another data set than its own
+    python eval.py runs/amoc/encoder.pt --attacks curve c-like --pictures
+    python eval.py runs/amoc/encoder.pt --attacks pgd20 --source runs/rocl/classifier-amoc-slf.pt    transfer
+    python eval.py results/*/encoder.pt --kept --preset amoc-slf         the table of what was measured
 
-Each evaluation appends a line to eval.jsonl beside the encoder, and is not made a second time; each training
-writes classifier-<preset>-<BN>.pt.
+Each figure, as soon as it is there, becomes a line of eval.jsonl beside the encoder, and is not measured a
+second time; each trained classifier is kept there too, as classifier-<preset>-<BN>.pt.
 """
 import argparse
 import contextlib
@@ -28,6 +32,7 @@ import hashlib
 import json
 import os
 import pathlib
+import statistics
 import time
 from typing import NamedTuple
 
@@ -35,8 +40,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import v2
+from torchvision.utils import save_image
 
-from common import data, encoders, optim, run
+from common import corruptions, data, encoders, optim, run, table
 from common.autoattack import autoattack
 from common.deepfool import deepfool
 from common.pgd import eval_mode, pgd
@@ -67,6 +73,7 @@ class Preset(NamedTuple):
     head_std: float = 0.0  # after `zero`, of the weights
     renew_norm: bool = False  # encoders.renew_norm
     batch_norm: bool = False  # a BatchNorm without affine before the classifier
+    dual: bool = False  # clean images go through BN branch "clean", attacked ones through "adv", if there are
 
 
 PRESETS = {
@@ -88,6 +95,8 @@ PRESETS = {
     # The RobustSSL benchmark
     "robustssl-slf": Preset("linear", "clean", 25, (15, 20), 0.01, 2e-4, 512, True, "constant"),
     "robustssl-alf": Preset("linear", "pgd", 25, (15, 20), 0.01, 2e-4, 512, True, "constant"),
+    "robustssl-aff": Preset("all", "trades", 25, (15, 20), 0.1, 2e-4, 128, True, "constant", uniform=False,
+                            dual=True),
     # He et al. 2021 (2111.06377) and its code, ViT-B; the probe reads our features, not the cls token
     "mae-tune": Preset("all", "clean", 100, (), 2e-3, 0.05, 1024, True, "rrc", optimizer="adamw", warmup=5,
                        layer_decay=0.65, drop_path=0.1, smoothing=0.1, mixup=0.8, cutmix=1.0,
@@ -126,9 +135,16 @@ class DeepFool(NamedTuple):
     eps: float
 
 
+class Corruptions(NamedTuple):
+    """No attack: the mean over these kinds of common.corruptions, and over severities 1 to 5."""
+
+    kinds: tuple
+    public: bool  # of the files CIFAR-10-C or CIFAR-100-C in --data-dir; else made anew
+
+
 ATTACKS = {
     "pgd20": Attack("linf", 8 / 255, 2 / 255, 20),  # ACL, AdvCL, RobustSSL
-    "pgd20-4": Attack("linf", 4 / 255, 1 / 255, 20),
+    **{f"pgd20-{e}": Attack("linf", e / 255, e / 4 / 255, 20) for e in (1, 2, 4, 6, 12, 16)},
     "pgd20-amoc": Attack("linf", 8 / 255, 0.0031, 20),  # AMOC, Tables 2 and 6
     "pgd20-rocl": Attack("linf", 8 / 255, 0.00314, 20),
     "pgd20-rocl-16": Attack("linf", 16 / 255, 0.00627, 20),
@@ -141,7 +157,31 @@ ATTACKS = {
     "aa-4": AutoAttack("linf", 4 / 255),
     "aa-l2": AutoAttack("l2", 0.5),
     "apgd": AutoAttack("linf", 8 / 255, "apgd"),  # its first two stages: not AutoAttack, and said so
+    "c": Corruptions(corruptions.MAIN, True),
+    "c-like": Corruptions(tuple(corruptions.LIKE), False),
 }
+CURVE = ("clean", "pgd20-1", "pgd20-2", "pgd20-4", "pgd20-6", "pgd20", "pgd20-12", "pgd20-16")
+PROTOCOLS = ("slf", "alf", "aff")  # robustssl-slf, ...
+
+GROUPS = {  # what is adversarial, and the scripts that attack it
+    "pixels": ("rocl", "acl", "advcl", "amoc", "byorl", "adv_mae"),
+    "bank": ("adco", "caco"),
+    "masks and positions": ("adpe", "adios"),
+}
+PUBLISHED = [  # script, flags that make it this run; accuracy, PGD-20, AutoAttack; all CIFAR-10, linf 8/255
+    ("rocl", {}, "RobustSSL benchmark, ResNet-18, 1000 epochs: SLF 77.90 / – / 26.12, ALF 75.62 / – / 29.69"),
+    ("acl", {"variant": "ds"},
+     "RobustSSL benchmark, ResNet-18, 1000 epochs: SLF 78.22 / – / 39.17, ALF 75.53 / – / 40.60"),
+    ("advcl", {"teacher": None}, "its paper, ResNet-18, 1000 epochs: SLF 77.73 / 48.89 / –"),
+    ("advcl", {},
+     "RobustSSL benchmark, ResNet-18, 1000 epochs, ImageNet: SLF 82.36 / – / 43.18, ALF 80.04 / – / 44.05"),
+    ("amoc", {"variant": "CCC"},
+     "AMOC's paper, ResNet-18, 200 epochs: SLF 82.01 / 0.14 / –, ALF 15.44 / 8.04 / –"),
+    ("amoc", {"variant": "ACC"},
+     "its paper, ResNet-18, 200 epochs: SLF 78.74 / 36.87 / –, ALF 74.84 / 44.16 / –"),
+    ("amoc", {"variant": "ACA"},
+     "its paper, ResNet-18, 200 epochs: SLF 77.52 / 37.01 / –, ALF 73.33 / 44.50 / –"),
+]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -176,19 +216,26 @@ def classifier_loss(net, x, y, p, noise):
     eps = 8 / 255
     noise = 2 * noise - 1
     start = x + (noise * eps if p.uniform else 0.001 * 2**0.5 * torch.erfinv(0.9999 * noise))
+
+    def logits(x, bn):
+        with encoders.branch(net, bn) if p.dual else contextlib.nullcontext():
+            return net(x)
+
     with eval_mode(net):
         if p.loss == "pgd":
             def climb(x_adv):
                 return F.cross_entropy(net(x_adv), y)
         else:
             with torch.no_grad():
-                clean = net(x)  # eval mode: constant in the perturbation
+                clean = logits(x, "clean")  # eval mode: constant in the perturbation
 
             def climb(x_adv):
-                return kl(clean, net(x_adv))
+                return kl(clean, logits(x_adv, "adv"))
 
         x_adv = pgd(climb, x, eps, p.step_size, 10, start=start.clamp(0, 1))
-    return F.cross_entropy(net(x_adv), y) if p.loss == "pgd" else trades(net(x), net(x_adv), y)
+    if p.loss == "pgd":
+        return F.cross_entropy(net(x_adv), y)
+    return trades(logits(x, "clean"), logits(x_adv, "adv"), y)
 
 
 def lr_at(p, epoch, progress):
@@ -266,11 +313,11 @@ def train(net, images, p, seed):
     return net.eval()
 
 
-def save_classifier(net, path):
-    """Write the classifier: how to build it, and its weights."""
-    torch.save({"format": FORMAT, **net.encoder.recipe, "branch": net.encoder.branch,
-                "classes": net.head.out_features, "state": net.state_dict(),
-                "batch_norm": isinstance(net.norm, nn.BatchNorm1d)}, f"{path}.tmp")
+def save_classifier(net, path, made=None):
+    """Write the classifier: how to build it, its weights, and of what it was `made`."""
+    torch.save({"format": FORMAT, **net.encoder.recipe, "branch": net.encoder.branch, "made": made,
+                "classes": net.head.out_features, "batch_norm": isinstance(net.norm, nn.BatchNorm1d),
+                "state": encoders.one_branch(net.state_dict(), net.encoder.branch)}, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 
@@ -285,7 +332,7 @@ def load_classifier(path):
     encoder = encoders.rebuild(saved)
     net = Classifier(encoder, saved["classes"], saved.get("batch_norm", False))
     encoders.load_strict(net, saved["state"], path)
-    net.encoder.branch = saved["branch"]
+    net.encoder.branch, net.made = saved["branch"], saved.get("made")
     return net.eval()
 
 
@@ -298,25 +345,74 @@ def in_order(images, batch_size=500, limit=None):
         yield data.to_float(x).contiguous(memory_format=torch.channels_last), y
 
 
-def accuracy(net, images, attack=None, seed=0, limit=None):
-    """Per cent of `images` (AutoAttack: of the first `limit`) that `net`, in eval mode inside, classifies
-    rightly, clean or under `attack`."""
+def attacked(net, x, y, attack, seed):
+    """x (B, 3, H, W) under `attack`, a row of ATTACKS (None: as it is), and what AutoAttack tells."""
     if isinstance(attack, AutoAttack):
-        x, y = (torch.cat(v) for v in zip(*in_order(images, limit=limit)))
         return autoattack(net, x, y, attack.eps, attack.norm, attack.version, seed,
-                          log=lambda text: print("  " + text, flush=True))[1]["robust"]
-    right = 0
-    with eval_mode(net):
-        for i, (x, y) in enumerate(in_order(images)):
-            if isinstance(attack, DeepFool):
-                x = deepfool(net, x, y, attack.eps)
-            elif attack:
-                generator = torch.Generator(x.device).manual_seed(seed * 100_003 + i)
-                x = pgd(lambda x: F.cross_entropy(net(x), y), x,
-                        attack.eps, attack.step_size, attack.steps, attack.norm, generator=generator)
-            with torch.no_grad():
-                right += (net(x).argmax(1) == y).sum()
-    return 100 * int(right) / len(images)
+                          log=lambda text: print("  " + text, flush=True))
+    if isinstance(attack, DeepFool):
+        return deepfool(net, x, y, attack.eps), {}
+    if attack:
+        generator = torch.Generator(x.device).manual_seed(seed)
+        x = pgd(lambda x: F.cross_entropy(net(x), y), x,
+                attack.eps, attack.step_size, attack.steps, attack.norm, generator=generator)
+    return x, {}
+
+
+def judge(net, images, attack=None, seed=0, limit=None, restarts=1, source=None):
+    """How many of `images` (of the first `limit`) `net`, in eval mode inside, classifies rightly, clean or
+    under `attack`, made on `source` (None: on itself). Under several restarts the worst counts, image by
+    image. Returns a dict: "accuracy" and its "stderr" in per cent, "images", and what AutoAttack tells."""
+    size, right, total, more = len(images) if isinstance(attack, AutoAttack) else 500, 0, 0, {}
+    with eval_mode(net), eval_mode(source or net):
+        for i, (x, y) in enumerate(in_order(images, size, limit)):
+            standing = torch.ones_like(y, dtype=torch.bool)
+            for r in range(restarts):
+                x_adv, report = attacked(source or net, x, y, attack, seed * 100_003 + i + 1_000_003 * r)
+                with torch.no_grad():
+                    standing &= torch.cat([net(part).argmax(1) for part in x_adv.split(500)]) == y
+            right, total = right + standing.sum(), total + len(y)
+            more = {k: report[k] for k in ("stages", "warnings") if k in report}
+    return figure(100 * int(right) / total, total) | more
+
+
+def figure(accuracy, images):
+    stderr = (accuracy * (100 - accuracy) / images) ** 0.5
+    return {"accuracy": accuracy, "stderr": round(stderr, 2), "images": images}
+
+
+def sanity(net, images, attack, seed, limit):
+    """Accuracies that show whether a robust figure means something: PGD of 100 steps must not be weaker than
+    PGD of 20, and at eight times the radius nothing may stand. In per cent; "doubts" says what is wrong."""
+    def under(eps, steps):
+        return judge(net, images, Attack(attack.norm, eps, eps / 4, steps), seed, limit)
+
+    few, many, far = under(attack.eps, 20), under(attack.eps, 100), under(8 * attack.eps, 20)
+    doubts = ["PGD-100 is weaker than PGD-20"] if many["accuracy"] > few["accuracy"] + few["stderr"] else []
+    doubts += ["images stand at 8 eps"] if far["accuracy"] > 0 else []
+    return {"pgd20": few["accuracy"], "pgd100": many["accuracy"], "pgd20 at 8 eps": far["accuracy"],
+            "doubts": doubts}
+
+
+def corrupted(net, images, kinds, folder=None, seed=0):
+    """`figure` of the mean over `kinds` and severities, as a dict, with the means of the "kinds". `folder`:
+    of the public files, of which as many images count as there are in `images`; None: made of those."""
+    means, device = {}, images.y.device
+    for k, kind in enumerate(kinds):
+        found = []
+        for severity in range(1, 6):
+            generator = torch.Generator(device).manual_seed(seed * 100_003 + 10 * k + severity)
+            right, there = 0, images
+            if folder:
+                x, y = (v[: len(images)].to(device) for v in corruptions.read(folder, kind, severity))
+                there = data.Images(x, y, images.classes)
+            for x, y in in_order(there):
+                x = x if folder else corruptions.corrupt(x, kind, severity, generator)
+                with eval_mode(net), torch.no_grad():
+                    right += (net(x).argmax(1) == y).sum()
+            found.append(100 * int(right) / len(images))
+        means[kind] = round(statistics.mean(found), 2)
+    return figure(round(statistics.mean(means.values()), 2), len(images)) | {"kinds": means}
 
 
 @torch.no_grad()
@@ -336,6 +432,17 @@ def knn(encoder, train_images, test_images, k=200, temperature=0.1):
     return 100 * int(right) / len(test_images)
 
 
+@torch.no_grad()
+def pictures(path, net, images, attack, seed):
+    """Rows of up to eight test images: clean, attacked, and the difference (grey is none, full scale is the
+    largest)."""
+    x, y = next(in_order(images, 8))
+    with eval_mode(net):
+        x_adv, _ = attacked(net, x, y, attack, seed)
+    far = (x_adv - x).abs().max().clamp_min(1e-8)
+    save_image(torch.cat([x, x_adv, 0.5 + (x_adv - x) / (2 * far)]), path, nrow=len(x))
+
+
 # ----------------------------------------------------------------------------------------------------------
 # The command
 # ----------------------------------------------------------------------------------------------------------
@@ -344,15 +451,22 @@ def parser():
         prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
     p.add_argument("paths", nargs="+", help="exported encoders")
-    p.add_argument("--preset", nargs="+", default=["amoc-slf"], help="knn " + " ".join(PRESETS))
-    p.add_argument("--attacks", nargs="+", default=["clean", "pgd20"], help="clean " + " ".join(ATTACKS))
+    p.add_argument("--preset", nargs="+", help="knn " + " ".join(PRESETS) + "; default: amoc-slf")
+    p.add_argument("--protocol", nargs="+", default=[], help="slf alf aff: the benchmark's, robustssl-...")
+    p.add_argument("--attacks", nargs="+", default=["clean", "pgd20"],
+                   help="curve (pgd20 at 0 to 16/255) clean " + " ".join(ATTACKS))
     p.add_argument("--bn", help="BN branch; default: the one the encoder was exported with")
     p.add_argument("--data", default="cifar10", help="cifar10, cifar100, stl10, shapes, an .npz, a folder")
-    p.add_argument("--data-dir", default="data", help="where torchvision's files are, or go")
+    p.add_argument("--data-dir", default="data", help="where torchvision's files are, or go, and CIFAR-10-C")
     p.add_argument("--limit", type=int, help="train on the first so many images of a fixed shuffle")
     p.add_argument("--test-limit", type=int, help="test on the first so many images of a fixed shuffle")
     p.add_argument("--aa-limit", type=int, help="AutoAttack on the first so many of these")
-    p.add_argument("--image-size", type=int, default=32, help="for a folder: side of the decoded square")
+    p.add_argument("--restarts", type=int, default=1, help="of each attack; the worst counts, image by image")
+    p.add_argument("--source", help="a classifier-*.pt: attacks are made on it, and transferred")
+    p.add_argument("--image-size", type=int, help="side to which images are brought; default: as they are, "
+                   "32 for a folder")
+    p.add_argument("--pictures", action="store_true", help="write attacked-<preset>-<attack>.png")
+    p.add_argument("--kept", action="store_true", help="measure nothing: the table of what was measured")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help="default: cuda if there is one, else cpu")
     p.add_argument("--workers", type=int, default=4, help="decoding processes, for an ImageFolder")
@@ -375,11 +489,23 @@ OVER = ("epochs", "milestones", "lr", "weight_decay", "batch_size",
         "warmup", "layer_decay", "drop_path", "smoothing", "mixup", "cutmix")
 
 
+def asked(args):
+    """The names of the presets, and of the attacks, that the flags ask for."""
+    presets = [f"robustssl-{name}" for name in args.protocol] + (args.preset or [])
+    attacks = [a for name in args.attacks for a in (CURVE if name == "curve" else [name])]
+    return list(dict.fromkeys(presets or ["amoc-slf"])), list(dict.fromkeys(attacks))
+
+
 def check(args):
-    for flag, known in (("preset", ["knn", *PRESETS]), ("attacks", ["clean", *ATTACKS])):
-        for name in getattr(args, flag):
+    for flag, known in (("preset", ["knn", *PRESETS]), ("protocol", PROTOCOLS),
+                        ("attacks", ["clean", "curve", *ATTACKS])):
+        for name in getattr(args, flag) or ():
             if name not in known:
                 raise ValueError(f"--{flag} {name}: choose from {', '.join(known)}")
+    presets, attacks = asked(args)
+    if "c" in attacks and args.data not in ("cifar10", "cifar100"):
+        raise ValueError(f"--attacks c: there is a CIFAR-10-C and a CIFAR-100-C, but none of {args.data}; "
+                         "c-like works for all")
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed {args.seed}: must be from 0 to 2^32 - 1")
     for flag in ("weight_decay", "warmup", "mixup", "cutmix"):
@@ -388,10 +514,10 @@ def check(args):
     for flag in ("layer_decay", "drop_path", "smoothing"):
         if not 0 <= (getattr(args, flag) or 0) <= 1:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must be from 0 to 1")
-    for flag in ("epochs", "lr", "batch_size", "image_size", "aa_limit"):
+    for flag in ("epochs", "lr", "batch_size", "image_size", "aa_limit", "restarts"):
         if getattr(args, flag) is not None and getattr(args, flag) <= 0:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must be positive")
-    for name in args.preset:
+    for name in presets:
         if name == "knn":
             continue
         p = chosen(args, name)
@@ -412,77 +538,123 @@ def chosen(args, name):
     return PRESETS[name]._replace(**given)
 
 
-def finished(path, line, attacks):
-    """What eval.jsonl beside `path` holds of the evaluation that begins as `line` does, with all `attacks`;
-    else None."""
-    for text in open(pathlib.Path(path).parent / "eval.jsonl"):
-        with contextlib.suppress(json.JSONDecodeError):
-            known = json.loads(text)
-            same = json.loads(json.dumps(line)).items() <= known.items()
-            if same and set(attacks) <= set(known["results"]):
-                return known
+def public_corruptions(args):
+    return pathlib.Path(args.data_dir) / ("CIFAR-10-C" if args.data == "cifar10" else "CIFAR-100-C")
+
+
+def conditions(attack, args, test_images):
+    """Of a result for `attack`: how many images, and what is not usual, else None."""
+    row, n = ATTACKS.get(attack), len(test_images)
+    auto, moves = isinstance(row, AutoAttack), isinstance(row, (Attack, AutoAttack, DeepFool))
+    return {"images": min(n, args.aa_limit or n) if auto else n,
+            "restarts": args.restarts if moves and args.restarts > 1 else None,
+            "source": digest(args.source) if moves and args.source else None}
+
+
+def digest(path):
+    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()[:16]
+
+
+def measure(net, test_images, attack, args, how):
+    """The result for `attack` under the conditions `how`, and what else it tells."""
+    row, device = ATTACKS.get(attack), test_images.y.device
+    if isinstance(row, Corruptions):
+        folder = public_corruptions(args) if row.public else None
+        return corrupted(net, test_images, row.kinds, folder, args.seed)
+    source = load_classifier(args.source).to(device) if how["source"] else None
+    found = judge(net, test_images, row, args.seed, how["images"], how["restarts"] or 1, source)
+    found |= {k: v for k, v in how.items() if v}
+    if isinstance(row, AutoAttack) and not source:
+        found["sanity"] = sanity(net, test_images, row, args.seed, how["images"])
+        print("  sanity:", ", ".join(f"{k} {v}" for k, v in found["sanity"].items()))
+    return found
+
+
+def classifier(encoder, file, what, p, train_images):
+    """The classifier of the evaluation `what` by preset `p`: the one kept in `file`, or one trained now."""
+    with contextlib.suppress(FileNotFoundError):
+        net = load_classifier(file).to(train_images.y.device, memory_format=torch.channels_last)
+        if net.made == json.dumps(what):
+            return net
+    net = Classifier(encoder, train_images.classes, p.batch_norm).to(train_images.y.device)
+    save_classifier(train(net, train_images, p, what["seed"]), file, json.dumps(what))
+    return net
 
 
 def evaluate(path, name, args, env, train_images, test_images):
-    """One evaluation: returns the object for eval.jsonl, which it extends, and writes the classifier. What
-    was evaluated before is not evaluated again."""
-    began = time.time()
-    encoder = encoders.load_encoder(path, args.bn).to(env.device, memory_format=torch.channels_last)
-    line = {"encoder": hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()[:16],
-            "preset": name, "bn": encoder.branch, "data": args.data, "seed": args.seed,
-            "train_images": len(train_images), "test_images": len(test_images), "aa_limit": args.aa_limit}
-    if name != "knn":
-        p = chosen(args, name)
-        line["recipe"] = p._asdict()
-    known = finished(path, line, args.attacks if name != "knn" else ["clean"])
-    if known:
-        return known
-    if name == "knn":
-        results = {"clean": knn(encoder, train_images, test_images)}
-    else:
-        net = Classifier(encoder, train_images.classes, p.batch_norm).to(env.device)
-        train(net, train_images, p, args.seed)
-        suffix = f"-{encoder.branch}" if encoder.branch else ""
-        save_classifier(net, pathlib.Path(path).parent / f"classifier-{name}{suffix}.pt")
-        results = {attack: accuracy(net, test_images, ATTACKS.get(attack), args.seed, args.aa_limit)
-                   for attack in args.attacks}
-    line["results"] = {}
-    for attack, v in results.items():
-        auto = isinstance(ATTACKS.get(attack), AutoAttack)
-        n = min(len(test_images), args.aa_limit or len(test_images)) if auto else len(test_images)
-        line["results"][attack] = {"accuracy": v, "stderr": round((v * (100 - v) / n) ** 0.5, 2), "images": n}
-    line |= {"path": str(path), "epoch": "last", "seconds": round(time.time() - began, 1),
-             **run.header(args, env)}
-    with open(pathlib.Path(path).parent / "eval.jsonl", "a") as f:
-        f.write(json.dumps(line) + "\n")
-    return line
+    """Every attack that is asked for on the encoder at `path` by preset `name`: {(name, attack): result}.
+    What eval.jsonl holds is not measured again; what is measured goes there at once."""
+    p = None if name == "knn" else chosen(args, name)
+    encoder = encoders.load_encoder(path, args.bn, keep=p is not None and p.dual)
+    encoder = encoder.to(env.device, memory_format=torch.channels_last)
+    what = {"encoder": digest(path), "preset": name, "bn": encoder.branch, "data": args.data,
+            "image_size": args.image_size, "train_images": len(train_images), "seed": args.seed,
+            "recipe": p and json.loads(json.dumps(p._asdict()))}
+    file = path.parent / "-".join(filter(None, ("classifier", name, encoder.branch)))
+    net, results = None, {}
+    for attack in asked(args)[1] if p else ["clean"]:
+        began, how = time.time(), conditions(attack, args, test_images)
+        found = table.kept(path.parent / "eval.jsonl", what, attack, how)
+        picture = p and args.pictures and isinstance(ATTACKS.get(attack), (Attack, DeepFool))
+        if p and not net and (picture or not found):
+            net = classifier(encoder, f"{file}.pt", what, p, train_images)
+        if not found:
+            found = (measure(net, test_images, attack, args, how) if p else
+                     figure(knn(encoder, train_images, test_images), len(test_images)))
+            line = what | {"results": {attack: found}, "path": str(path), "epoch": "last",
+                           "seconds": round(time.time() - began, 1), **run.header(args, env)}
+            with open(path.parent / "eval.jsonl", "a") as f:
+                f.write(json.dumps(line) + "\n")
+        results[name, attack] = found
+        print(f"{path} {name} {attack}: {table.cell([found])}", flush=True)
+        if picture:
+            there = path.parent / f"attacked-{name}-{attack}.png"
+            pictures(there, net, test_images, ATTACKS[attack], args.seed)
+    return results
+
+
+def resized(images, size):
+    """The data set `images`, on the device, at side `size`."""
+    if size is None or not hasattr(images, "x") or images.x.shape[2:] == (size, size):
+        return images
+    parts = [(data.resize(x, size) * 255).round().to(torch.uint8) for x in images.x.split(1000)]
+    return data.Images(torch.cat(parts), images.y, images.classes)
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
     check(args)
-    env = run.Env(run.device(args), 0, 1)
+    paths, (presets, attacks) = [pathlib.Path(path) for path in args.paths], asked(args)
+    titles = {(p, a): "k-NN" if p == "knn" else f"{p} {a}" for p in presets
+              for a in (["clean"] if p == "knn" else attacks)}
+    runs = [(path.parent, {}) for path in paths]
+    if args.kept:
+        for folder, results in runs:
+            for line in table.lines(folder / "eval.jsonl"):
+                results |= {(line["preset"], attack): found for attack, found in line["results"].items()}
+        return print(table.markdown(runs, titles, GROUPS, PUBLISHED, run.FREE))
+
+    env, size = run.Env(run.device(args), 0, 1), args.image_size
     train_images, test_images = (
-        data.load(args.data, args.data_dir, split, env.device, limit, args.image_size, args.workers)
+        resized(data.load(args.data, args.data_dir, split, env.device, limit, size or 32, args.workers), size)
         for split, limit in (("labelled", args.limit), ("test", args.test_limit)))
-    for path in args.paths:  # what would fail late fails now
+    for path in paths:  # what would fail late fails now
         encoders.load_encoder(path, args.bn)
-        open(pathlib.Path(path).parent / "eval.jsonl", "a").close()
-    for name in args.preset:
+        open(path.parent / "eval.jsonl", "a").close()
+    for name in presets:
         if name != "knn":
             data.steps_per_epoch(len(train_images), chosen(args, name).batch_size)
     for images in (train_images, test_images):
         if (images.y < 0).any():
             raise ValueError(f"{args.data}: some images have no label; an evaluation needs them all")
-    rows = [f"| encoder | preset | BN | {' | '.join(args.attacks)} |", "|---" * (3 + len(args.attacks)) + "|"]
-    for path in args.paths:
-        for name in args.preset:
-            line = evaluate(path, name, args, env, train_images, test_images)
-            found = [line["results"].get(attack) for attack in args.attacks]
-            found = [f"{v['accuracy']:.2f}" if v else "" for v in found]
-            rows.append(f"| {path} | {line['preset']} | {line['bn']} | {' | '.join(found)} |")
-            print(rows[-1], flush=True)
-    print("\n" + "\n".join(rows))
+    if args.source:
+        load_classifier(args.source)
+    for kind in corruptions.MAIN if "c" in attacks else ():
+        corruptions.read(public_corruptions(args), kind, 1)
+    for path, (_, results) in zip(paths, runs):
+        for name in presets:
+            results |= evaluate(path, name, args, env, train_images, test_images)
+    print("\n" + table.markdown(runs, titles, GROUPS, PUBLISHED, run.FREE))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ al. 2020, arXiv 1912.00049), 5000 queries. No number is to be tuned.
 It makes the decisions of the official code under the same seed and batches. To be faster than that, a point
 stops at its first success and leaves the batch, and no gradient of a weight is made. Points do not influence
 each other in eval mode, so this changes rounding only; `stop=False` in `apgd` and `fab` runs every point to
-the end as the official code does. A point that stands to the end costs 9,700 forward passes, a backward pass
-counted as one, of the official 10,700: where many stand, little is saved.
+the end as the official code does. FAB asks once, not twice, for a point that it has just tried. A point that
+stands to the end costs 8,900 passes, a backward one counted as one, of the official 10,700: where many stand,
+little is saved.
 """
 import contextlib
 import math
@@ -320,9 +321,13 @@ def fab(net, x, y, t, eps, norm, steps=100, stop=True):
 
     Returns (x_adv, fooled): x_adv the first misclassified iterate within eps, or the closest if not `stop`.
     """
+    def ask(z, y, t):
+        return net.gradient(z, lambda q: (q.gather(1, t[:, None]) - q.gather(1, y[:, None])).squeeze(1))
+
     out, fooled = x.clone(), torch.zeros_like(y, dtype=torch.bool)
     rows, z, adv = torch.arange(len(x), device=x.device), x, x
     best = torch.full_like(x[:, 0, 0, 0], torch.inf)
+    _, f, g = ask(z, y, t)
     for i in range(steps):
         near = best <= eps
         if stop and due(i, 5):
@@ -330,18 +335,21 @@ def fab(net, x, y, t, eps, norm, steps=100, stop=True):
             if near.all():
                 break
             if near.any():
-                rows, x, y, t, z, adv, best, near = (v[~near] for v in (rows, x, y, t, z, adv, best, near))
-        _, f, w = net.gradient(z, lambda q: (q.gather(1, t[:, None]) - q.gather(1, y[:, None])).squeeze(1))
-        w = w.flatten(1)
+                rows, x, y, t, z, f, g, adv, best, near = (
+                    v[~near] for v in (rows, x, y, t, z, f, g, adv, best, near))
+        w = g.flatten(1)
         b = (w * z.flatten(1)).sum(1, keepdim=True) - f[:, None]
         d1, d2 = (to_plane(v.flatten(1), w, b, norm).view_as(v) for v in (z, x))
         l1, l2 = (length(d, norm).clamp_min(1e-8) for d in (d1, d2))
         alpha = (l1 / (l1 + l2)).clamp_max(0.1)
         z = ((1 - alpha) * (z + 1.05 * d1) + alpha * (x + 1.05 * d2)).clamp(0, 1)
-        wrong, far = net(z).argmax(1) != y, length(z - x, norm).flatten()
+        logits, f, g = ask(z, y, t)  # the next step's too, but where z steps back
+        wrong, far = logits.argmax(1) != y, length(z - x, norm).flatten()
         closer = wrong & (far < best) & ~(near & stop)
         adv, best = torch.where(column(closer, z), z, adv), torch.where(closer, far, best)
         z = torch.where(column(wrong, z), x + 0.9 * (z - x), z)
+        if wrong.any():
+            _, f[wrong], g[wrong] = ask(z[wrong], y[wrong], t[wrong])
     near = best <= eps
     out[rows[near]], fooled[rows[near]] = adv[near], True
     return out, fooled

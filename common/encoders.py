@@ -486,32 +486,42 @@ def export(encoder, branch, path):
 FORMAT = "exported encoder, version 1"
 
 
-def load_encoder(path, branch=None):
+def load_encoder(path, branch=None, keep=False):
     """The exported encoder at `path`, in eval mode, with plain BatchNorm; `branch` None is the exported
-    choice.
+    choice. `keep`: with all its branches instead, that one in use.
 
     Its `branch` attribute names the one loaded. Raises FileNotFoundError, or ValueError that names what is
     wrong: not such a file, an unknown branch, or the first missing, unexpected or misshaped tensor.
     """
     saved = read(path, FORMAT, "pretraining writes encoder.pt when it ends")
-    state = dict(saved["state"])
-    if branch not in (None, saved["branch"]):
-        if branch not in saved["others"]:
-            raise ValueError(f"{path}: no BN branch {branch!r}; it has "
-                             f"{', '.join(str(b) for b in [saved['branch'], *saved['others']])}")
-        state.update(saved["others"][branch])
-    encoder = rebuild(saved)
+    parts = {saved["branch"]: saved["state"], **saved["others"]}
+    branch = branch or saved["branch"]
+    if branch not in parts:
+        raise ValueError(f"{path}: no BN branch {branch!r}; it has {', '.join(map(str, parts))}")
+    state = {**saved["state"], **parts[branch]}
+    keep = keep and len(parts) > 1
+    for key in next(iter(saved["others"].values())) if keep else ():  # each tensor of a BatchNorm
+        before, leaf = key.rsplit(".", 1)
+        del state[key]
+        state |= {f"{before}.branches.{name}.{leaf}": part[key] for name, part in parts.items()}
+    encoder = rebuild(saved, branches=sorted(parts, key=lambda name: name != branch) if keep else ())
     load_strict(encoder, state, path)
-    encoder.branch = branch or saved["branch"]
+    encoder.branch = branch
     return encoder.eval()
+
+
+def one_branch(state, branch):
+    """The state dict of a network with branches -> that of the like with plain BatchNorm, `branch` chosen."""
+    return {k.replace(f".branches.{branch}.", "."): v for k, v in state.items()
+            if ".branches." not in k or f".branches.{branch}." in k}
 
 
 RECIPE = ("arch", "stem", "mean", "std", "size", "positions", "relative", "fc_norm")
 
 
-def rebuild(saved):
-    """The encoder that the dict `saved` describes, with plain BatchNorm and random weights."""
-    return make(**{k: saved[k] for k in RECIPE if k in saved})
+def rebuild(saved, branches=()):
+    """The encoder that the dict `saved` describes, with random weights."""
+    return make(branches=branches, **{k: saved[k] for k in RECIPE if k in saved})
 
 
 def read(path, kind, hint):

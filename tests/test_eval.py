@@ -1,13 +1,15 @@
 import json
 import math
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 
 import eval as evaluation
-from common import data, encoders
+from common import corruptions, data, encoders
 from common.pgd import pgd
 from tests.recipes import A, X, Z
 from tests.scripts import launch, tiny_npz
@@ -93,7 +95,7 @@ def test_a_probe_learns_what_can_be_learnt_and_leaves_the_encoder_alone(name):
     net = evaluation.Classifier(Pixels(), 3)
     p = evaluation.PRESETS[name]._replace(epochs=6, milestones=(5,), batch_size=16, lr=1.0)
     evaluation.train(net, coloured(60), p, seed=0)
-    assert evaluation.accuracy(net, coloured(30, 1)) == 100
+    assert evaluation.judge(net, coloured(30, 1))["accuracy"] == 100
     assert not net.training and list(net.encoder.parameters()) == []
 
 
@@ -231,12 +233,12 @@ def test_the_command_fine_tunes_a_vit_and_its_classifier_can_be_loaded(tmp_path,
     encoders.export(encoders.make("vit_slim"), None, tmp_path / "encoder.pt")
     lines = run_main(tmp_path, "--preset", "mae-tune", "mae-slf-cifar", "knn", "--epochs", "2", "--warmup", "1",
                      "--milestones", "--mixup", "0.8", "--lr", "0.01", "--attacks", "clean", "pgd20-4")
-    assert [line["preset"] for line in lines] == ["mae-tune", "mae-slf-cifar", "knn"]
+    assert [line["preset"] for line in lines] == 2 * ["mae-tune"] + 2 * ["mae-slf-cifar"] + ["knn"]
     assert lines[0]["recipe"]["warmup"] == 1 and lines[0]["recipe"]["layer_decay"] == 0.65
     images = data.load(str(tmp_path / "tiny.npz"), split="test")
-    for name, line in zip(("mae-tune", "mae-slf-cifar"), lines):
+    for name, line in zip(("mae-tune", "mae-slf-cifar"), lines[::2]):
         net = evaluation.load_classifier(tmp_path / f"classifier-{name}.pt")
-        assert evaluation.accuracy(net, images) == line["results"]["clean"]["accuracy"]
+        assert evaluation.judge(net, images)["accuracy"] == line["results"]["clean"]["accuracy"]
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -250,25 +252,26 @@ def test_flags_of_fine_tuning_that_fit_no_preset_are_named(flags, words):
         evaluation.check(evaluation.parser().parse_args(["encoder.pt", *flags]))
 
 
+class Red(nn.Module):
+    def forward(self, x):
+        margin = x[:, 0].mean((1, 2)) - 0.5
+        return 50 * torch.stack([margin, -margin], 1)
+
+
 def test_accuracy_under_attack_is_exact_on_a_linear_classifier():
     """Two classes, logits +-(mean red - 1/2): exactly the images within eps of 1/2 change sides."""
-
-    class Red(nn.Module):
-        def forward(self, x):
-            margin = x[:, 0].mean((1, 2)) - 0.5
-            return 50 * torch.stack([margin, -margin], 1)
 
     red = torch.tensor([100, 118, 121, 126, 129, 133, 137, 150], dtype=torch.uint8)
     x = red.view(8, 1, 1, 1).repeat(1, 3, 8, 8)
     images = data.Images(x, (red < 127.5).long(), 2)
     far = ((red.float() - 127.5).abs() > 8).sum().item()
-    assert evaluation.accuracy(Red(), images) == 100
-    assert evaluation.accuracy(Red(), images, evaluation.ATTACKS["pgd20"]) == 100 * far / 8
-    assert evaluation.accuracy(Red(), images, evaluation.Attack("linf", 30 / 255, 8 / 255, 10)) == 0
-    assert evaluation.accuracy(Red(), images, evaluation.ATTACKS["deepfool"]) == 100 * far / 8
+    assert evaluation.judge(Red(), images)["accuracy"] == 100
+    assert evaluation.judge(Red(), images, evaluation.ATTACKS["pgd20"])["accuracy"] == 100 * far / 8
+    assert evaluation.judge(Red(), images, evaluation.Attack("linf", 30 / 255, 8 / 255, 10))["accuracy"] == 0
+    assert evaluation.judge(Red(), images, evaluation.ATTACKS["deepfool"])["accuracy"] == 100 * far / 8
     auto = evaluation.AutoAttack("linf", 8 / 255, ("apgd-ce",))
-    assert evaluation.accuracy(Red(), images, auto) == 100 * far / 8
-    assert evaluation.accuracy(Red(), images, auto, limit=2) == 100 * (red[:2] < 119.5).float().mean()
+    assert evaluation.judge(Red(), images, auto)["accuracy"] == 100 * far / 8
+    assert evaluation.judge(Red(), images, auto, limit=2)["accuracy"] == 100 * (red[:2] < 119.5).float().mean()
 
 
 @pytest.fixture
@@ -300,51 +303,198 @@ def run_main(folder, *more):
     return [json.loads(line) for line in open(folder / "eval.jsonl")]
 
 
-def test_the_command_writes_one_line_one_row_and_a_classifier(exported, capsys):
-    lines = run_main(
-        exported, "--preset", "knn", "amoc-slf", "--attacks", "clean", "pgd20", "pgd20-l2", "pgd20-l1"
-    )
-    assert [line["preset"] for line in lines] == ["knn", "amoc-slf"] and {line["bn"] for line in lines} == {
-        "adv"
-    }
-    assert (
-        lines[1]["recipe"]["epochs"] == 1 and lines[1]["recipe"]["lr"] == 0.1 and lines[1]["epoch"] == "last"
-    )
-    accuracy = lines[1]["results"]["clean"]["accuracy"]
-    assert lines[1]["results"]["clean"]["stderr"] == pytest.approx(
-        math.sqrt(accuracy * (100 - accuracy) / 20), abs=0.01
-    )
-    rows = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| ")]
-    assert f"| amoc-slf | adv | {accuracy:.2f} |" in rows[-1] and rows[-3].startswith(
-        "| encoder | preset | BN | clean"
-    )
+def last_row(capsys):
+    return [row for row in capsys.readouterr().out.splitlines() if row.startswith("| ")][-1]
+
+
+def test_the_command_writes_a_line_for_each_figure_a_row_and_a_classifier(exported, capsys):
+    attacks = ["clean", "pgd20", "pgd20-l2", "pgd20-l1", "deepfool"]
+    lines = run_main(exported, "--preset", "knn", "amoc-slf", "--attacks", *attacks)
+    assert [(line["preset"], *line["results"]) for line in lines] == [
+        ("knn", "clean"), *(("amoc-slf", attack) for attack in attacks)]
+    assert {line["bn"] for line in lines} == {"adv"}
+    assert lines[1]["recipe"]["epochs"] == 1 and lines[1]["recipe"]["lr"] == 0.1 and lines[1]["epoch"] == "last"
+    results = [line["results"][attack] for line, attack in zip(lines, ["clean", *attacks])]
+    for found in results:
+        v = found["accuracy"]
+        assert found["stderr"] == pytest.approx(math.sqrt(v * (100 - v) / 20), abs=0.01) and found["images"] == 20
+    cells = [f"{found['accuracy']:.2f} ({found['stderr']:.2f})" for found in results]
+    assert last_row(capsys).split(" | ")[2:-1] == cells
 
     net = evaluation.load_classifier(exported / "classifier-amoc-slf-adv.pt")
     assert not net.training and net.encoder.branch == "adv"
     images = data.load(str(exported / "tiny.npz"), split="test")
-    assert evaluation.accuracy(net, images) == accuracy
+    assert evaluation.judge(net, images)["accuracy"] == results[1]["accuracy"]
 
 
-def test_a_finished_evaluation_is_not_made_again_and_another_one_is(exported, monkeypatch, capsys):
-    first = run_main(exported, "--preset", "knn", "amoc-slf", "--attacks", "clean", "pgd20-4")
-    table = capsys.readouterr().out.strip().splitlines()[-4:]
+def test_a_figure_is_not_measured_again_nor_a_classifier_trained_again_and_another_one_is(
+        exported, monkeypatch, capsys):
+    flags = ["--preset", "knn", "amoc-slf", "--attacks", "clean", "pgd20-4"]
+    first, row = run_main(exported, *flags), last_row(capsys)
     with monkeypatch.context() as m:
         m.setattr(evaluation, "train", None)
         m.setattr(evaluation, "knn", None)
-        assert run_main(exported, "--preset", "knn", "amoc-slf", "--attacks", "clean", "pgd20-4") == first
-        assert capsys.readouterr().out.strip().splitlines()[-4:] == table
-        for more in (["--attacks", "clean", "pgd20"], ["--attacks", "clean", "--seed", "1"],
-                     ["--attacks", "clean", "--lr", "0.2"], ["--attacks", "clean", "--bn", "clean"]):
-            with pytest.raises(TypeError):
-                run_main(exported, "--preset", "amoc-slf", *more)
+        more = run_main(exported, "--preset", "amoc-slf", "--attacks", "clean", "pgd20", "--test-limit", "20")
+        assert more[:-1] == first and list(more[-1]["results"]) == ["pgd20"]
+        m.setattr(evaluation, "judge", None)
+        assert run_main(exported, *flags) == more and last_row(capsys) == row
+        for other in (["--test-limit", "5"], ["--attacks", "pgd20-4", "--restarts", "2"]):
+            with pytest.raises(TypeError):  # another figure of the same classifier
+                run_main(exported, "--preset", "amoc-slf", "--attacks", "clean", *other)
+    monkeypatch.setattr(evaluation, "train", None)
+    for other in (["--seed", "1"], ["--lr", "0.2"], ["--bn", "clean"], ["--limit", "16"], ["--image-size", "16"]):
+        with pytest.raises(TypeError):  # another classifier
+            run_main(exported, "--preset", "amoc-slf", "--attacks", "clean", *other)
 
 
-def test_aa_limit_is_recorded_with_its_standard_error(exported):
-    (line,) = run_main(exported, "--preset", "amoc-slf", "--attacks", "clean", "apgd", "--aa-limit", "5")
-    images = {attack: found["images"] for attack, found in line["results"].items()}
-    assert images == {"clean": 20, "apgd": 5}
-    v = line["results"]["apgd"]["accuracy"]
-    assert line["results"]["apgd"]["stderr"] == pytest.approx((v * (100 - v) / 5) ** 0.5, abs=0.01)
+def test_what_was_measured_makes_the_same_table_without_measuring(exported, capsys):
+    flags = ["--preset", "knn", "amoc-slf", "--attacks", "clean", "pgd20-4"]
+    run_main(exported, *flags)
+    row = last_row(capsys)
+    (exported / "encoder.pt").unlink()
+    run_main(exported, *flags, "--kept")
+    assert last_row(capsys) == row
+
+
+def test_autoattack_is_recorded_with_its_images_stages_and_sanity(exported):
+    (line, auto) = run_main(exported, "--preset", "amoc-slf", "--attacks", "clean", "apgd", "--aa-limit", "5")
+    assert line["results"]["clean"]["images"] == 20
+    found = auto["results"]["apgd"]
+    v = found["accuracy"]
+    assert found["images"] == 5 and found["stderr"] == pytest.approx((v * (100 - v) / 5) ** 0.5, abs=0.01)
+    assert list(found["stages"]) == ["apgd-ce", "apgd-t"] and found["stages"]["apgd-t"]["robust"] == v
+    assert found["sanity"].keys() == {"pgd20", "pgd100", "pgd20 at 8 eps", "doubts"}
+
+
+class Masked(nn.Module):
+    """Says 0 where the mean red is above 1/2, with a gradient that vanishes: PGD moves nothing."""
+
+    def forward(self, x):
+        margin = (x[:, 0].mean((1, 2)) - 0.5).sign() + 0 * x.sum((1, 2, 3))
+        return torch.stack([margin, -margin], 1)
+
+
+def test_sanity_doubts_a_network_that_hides_its_gradient_and_not_an_honest_one():
+    red = torch.tensor([20, 60, 120, 126, 129, 133, 180, 250], dtype=torch.uint8)
+    images = data.Images(red.view(8, 1, 1, 1).repeat(1, 3, 8, 8), (red < 127.5).long(), 2)
+    attack = evaluation.ATTACKS["aa"]
+    found = evaluation.sanity(Masked(), images, attack, 0, 8)
+    assert found["pgd20 at 8 eps"] > 0 and found["doubts"] == ["images stand at 8 eps"]
+    images = data.Images(images.x[2:6], images.y[2:6], 2)
+    honest = evaluation.sanity(Red(), images, attack, 0, 4)
+    assert honest["doubts"] == [] and honest["pgd20 at 8 eps"] == 0 and honest["pgd100"] <= honest["pgd20"]
+
+
+def test_under_restarts_the_worst_counts_image_by_image(monkeypatch):
+    """An attack that inverts the first half of the images under even seeds, the second under odd ones."""
+    red = torch.tensor([0, 0, 255, 255], dtype=torch.uint8)
+    images = data.Images(red.view(4, 1, 1, 1).repeat(1, 3, 8, 8), (red == 0).long(), 2)
+
+    def attacked(net, x, y, attack, seed):
+        rows = slice(0, 2) if seed % 2 == 0 else slice(2, 4)
+        x = x.clone()
+        x[rows] = 1 - x[rows]
+        return x, {}
+
+    monkeypatch.setattr(evaluation, "attacked", attacked)
+    assert [evaluation.judge(Red(), images, "any", 0, restarts=r)["accuracy"] for r in (1, 2, 3)] == [50, 0, 0]
+
+
+def test_a_transferred_attack_is_made_on_its_source(exported, tmp_path):
+    lines = run_main(exported, "--preset", "amoc-slf", "--attacks", "clean", "pgd20")
+    source = str(exported / "classifier-amoc-slf-adv.pt")
+    flags = ["--preset", "amoc-slf", "--attacks", "clean", "pgd20", "--source", source]
+    (line,) = run_main(exported, *flags)[len(lines):]  # "clean" has no source, and is there
+    assert line["results"]["pgd20"]["source"] == evaluation.digest(source)
+    own = lines[1]["results"]["pgd20"]["accuracy"]
+    assert line["results"]["pgd20"]["accuracy"] == own  # on itself it is the plain attack
+
+    class Blue(Red):
+        def forward(self, x):
+            return super().forward(x.flip(1))
+
+    red = torch.tensor([120, 126, 129, 133], dtype=torch.uint8)
+    images = data.Images(red.view(4, 1, 1, 1).repeat(1, 3, 8, 8), (red < 127.5).long(), 2)
+    attack = evaluation.ATTACKS["pgd20"]
+    assert evaluation.judge(Red(), images, attack)["accuracy"] == 0
+    assert evaluation.judge(Red(), images, attack, source=Blue())["accuracy"] == 100  # blue moves, red does not
+
+
+def test_corruptions_are_a_mean_over_kinds_and_severities(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (6, 3, 32, 32), generator=g, dtype=torch.uint8)
+    images = data.Images(x, torch.arange(6) % 2, 2)
+    kinds = ("contrast", "brightness")
+    net = Red()
+    slow = [(net(corruptions.corrupt(x / 255, kind, s)).argmax(1) == images.y).float().mean().item() * 100
+            for kind in kinds for s in range(1, 6)]
+    found = evaluation.corrupted(net, images, kinds)
+    assert found["accuracy"] == pytest.approx(sum(slow) / 10, abs=0.01) and found["images"] == 6
+    assert list(found["kinds"].values()) == pytest.approx([sum(slow[:5]) / 5, sum(slow[5:]) / 5], abs=0.01)
+
+    for kind in kinds:  # public files: ten images each
+        array = torch.randint(0, 256, (50, 32, 32, 3), generator=g, dtype=torch.uint8).numpy()
+        numpy.save(tmp_path / f"{kind}.npy", array)
+    numpy.save(tmp_path / "labels.npy", numpy.tile(numpy.arange(10) % 2, 5))
+    slow = []
+    for kind in kinds:
+        for s in range(1, 6):
+            x, y = corruptions.read(tmp_path, kind, s)
+            slow.append((net(x[:6] / 255).argmax(1) == y[:6]).float().mean().item() * 100)
+    found = evaluation.corrupted(net, images, kinds, tmp_path)
+    assert found["accuracy"] == pytest.approx(sum(slow) / 10, abs=0.01)
+
+
+def test_the_command_measures_corruptions_and_a_curve_and_draws(exported):
+    lines = run_main(exported, "--preset", "amoc-slf", "--attacks", "c-like", "curve", "--pictures",
+                     "--test-limit", "5")
+    assert len(lines[0]["results"]["c-like"]["kinds"]) == 13
+    curve = [line["results"] for line in lines[1:]]
+    assert [attack for found in curve for attack in found] == list(evaluation.CURVE)
+    radii = [getattr(evaluation.ATTACKS.get(a), "eps", 0) * 255 for a in evaluation.CURVE]
+    assert radii == pytest.approx([0, 1, 2, 4, 6, 8, 12, 16])
+    picture = torchvision.io.read_image(str(exported / "attacked-amoc-slf-pgd20.png"))
+    assert picture.shape[1:] == (3 * 34 + 2, 5 * 34 + 2)
+
+
+def test_images_are_brought_to_another_size(exported):
+    x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, 3, 1, 1)
+    images = evaluation.resized(data.Images(x, torch.zeros(2).long(), 1), 8)
+    want = F.interpolate(x.float(), size=8, mode="bilinear", antialias=True)
+    assert images.x.dtype == torch.uint8 and (images.x - want).abs().max() <= 1
+    assert evaluation.resized(images, None) is images and evaluation.resized(images, 8) is images
+    (line,) = run_main(exported, "--preset", "amoc-slf", "--attacks", "clean", "--image-size", "16")
+    assert line["image_size"] == 16
+
+
+def test_a_protocol_is_the_benchmarks_preset(exported):
+    lines = run_main(exported, "--protocol", "slf", "aff", "--attacks", "clean", "--milestones")
+    assert [line["preset"] for line in lines] == ["robustssl-slf", "robustssl-aff"]
+
+
+def test_dual_batchnorm_shows_each_branch_its_own_images_and_keeps_adv(exported):
+    """TRADES with a clean and an adversarial branch: slow, with two networks of plain BatchNorm."""
+    net = evaluation.Classifier(encoders.load_encoder(exported / "encoder.pt", keep=True), 3).train()
+    p = evaluation.PRESETS["robustssl-aff"]
+    x, y, noise = torch.rand(6, 3, 32, 32), torch.arange(6) % 3, torch.rand(6, 3, 32, 32)
+    clean, adv = (evaluation.Classifier(encoders.load_encoder(exported / "encoder.pt", bn), 3).train()
+                  for bn in ("clean", "adv"))
+    for other in (clean, adv):
+        other.head.load_state_dict(net.head.state_dict())
+    start = (x + 0.001 * 2**0.5 * torch.erfinv(0.9999 * (2 * noise - 1))).clamp(0, 1)
+    clean.eval(), adv.eval()
+    target = clean(x).detach()
+    x_adv = pgd(lambda v: evaluation.kl(target, adv(v)), x, 8 / 255, 2 / 255, 10, start=start)
+    clean.train(), adv.train()
+    want = evaluation.trades(clean(x), adv(x_adv), y)
+    loss = evaluation.classifier_loss(net, x, y, p, noise)
+    torch.testing.assert_close(loss, want)
+
+    loss.backward()
+    assert all(w.grad is not None for w in net.parameters())
+    evaluation.save_classifier(net, exported / "c.pt")
+    loaded = evaluation.load_classifier(exported / "c.pt")
+    torch.testing.assert_close(loaded(x), adv.eval()(x))
 
 
 def test_bn_chooses_the_branch_and_is_recorded(exported):
@@ -395,4 +545,4 @@ def test_a_random_encoder_does_not_solve_shapes():
     net.encoder.branch = None
     images, test = data.load("shapes", limit=4000), data.load("shapes", split="test", limit=1000)
     evaluation.train(net, images, evaluation.PRESETS["amoc-slf"]._replace(epochs=6, milestones=(4,)), seed=0)
-    assert 10 < evaluation.accuracy(net, test) < 35
+    assert 10 < evaluation.judge(net, test)["accuracy"] < 35

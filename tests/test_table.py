@@ -1,0 +1,60 @@
+import json
+
+import pytest
+
+from common import table
+
+GROUPS, PUBLISHED = {"pixels": ("rocl", "amoc")}, [("amoc", {"variant": "ACC"}, "70 in 200 epochs")]
+
+
+def folder(path, script, **flags):
+    path.mkdir()
+    log = {"command": f"python {script}.py --some", "flags": {"out": str(path), "epochs": 5, "seed": 0, **flags}}
+    (path / "log.jsonl").write_text(json.dumps(log) + "\n")
+    return path
+
+
+def found(accuracy, stderr=1.0):
+    return {"accuracy": accuracy, "stderr": stderr}
+
+
+def test_seeds_are_one_row_grouped_by_what_is_adversarial(tmp_path):
+    runs = [(folder(tmp_path / f"acc-{seed}", "amoc", variant="ACC", seed=seed), {"clean": found(v)})
+            for seed, v in enumerate((30, 34, 38))]
+    runs.append((folder(tmp_path / "ccc", "amoc", variant="CCC"), {"clean": found(40.125, 1.5), "pgd": found(2)}))
+    runs.append((folder(tmp_path / "init", "amoc", variant="CCC", epochs=0), {"clean": found(20)}))
+    runs.append((tmp_path / "elsewhere", {"clean": found(50)}))
+    columns = {"clean": "SA", "pgd": "RA", "aa": "AA"}  # none has the last
+    rows = table.markdown(runs, columns, GROUPS, PUBLISHED, {"out"}).splitlines()
+    assert rows[0] == "|  | seeds | SA | RA | published |"
+    assert rows[2:] == [
+        "| **pixels** |  |  |  |  |",
+        f"| [acc]({runs[0][0].as_posix()}) | 3 | 34.00 ± 4.00 |  | 70 in 200 epochs |",
+        f"| [ccc]({runs[3][0].as_posix()}) | 1 | 40.12 (1.50) | 2.00 (1.00) |  |",
+        "| **not pretrained** |  |  |  |  |",
+        f"| [init]({runs[4][0].as_posix()}) | 1 | 20.00 (1.00) |  |  |",
+        "| **other** |  |  |  |  |",
+        f"| [elsewhere]({runs[5][0].as_posix()}) | 1 | 50.00 (1.00) |  |  |",
+    ]
+
+
+@pytest.mark.parametrize("differ, rows", [({"seed": 1}, 1), ({"data_dir": "b"}, 1), ({"lr": 2}, 2)])
+def test_runs_of_other_flags_are_other_rows(tmp_path, differ, rows):
+    runs = [(folder(tmp_path / name, "rocl", **{"lr": 1, "data_dir": "a", **flags}), {"clean": found(1)})
+            for name, flags in (("x", {}), ("y", differ))]
+    text = table.markdown(runs, {"clean": "SA"}, GROUPS, PUBLISHED, {"out", "data_dir"})
+    assert len(text.splitlines()) == 3 + rows
+
+
+def test_a_result_is_kept_under_its_own_conditions_and_a_cut_line_is_none(tmp_path):
+    path = tmp_path / "eval.jsonl"
+    results = [{"preset": "a", "seed": s, "results": {"pgd": {"accuracy": a, **how}}} for s, a, how in (
+        (0, 1, {"images": 9}), (0, 2, {"images": 5}), (1, 3, {"images": 9}), (0, 4, {"images": 9, "restarts": 2}))]
+    path.write_text("\n".join(map(json.dumps, results)) + "\n" + '{"preset": "a", "se')
+
+    def kept(seed, images, restarts=None):
+        line = table.kept(path, {"preset": "a", "seed": seed}, "pgd", {"images": images, "restarts": restarts})
+        return line and line["accuracy"]
+
+    assert [kept(0, 9), kept(0, 5), kept(1, 9), kept(0, 9, 2), kept(1, 5), kept(1, 9, 2)] == [1, 2, 3, 4, None, None]
+    assert table.kept(tmp_path / "none.jsonl", {}, "pgd", {}) is None
