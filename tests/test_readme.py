@@ -17,12 +17,12 @@ def commands(text):
     """(script, flags) of every `... script.py flags` in `text`; what follows two spaces is a comment."""
     for line in re.split(r"\n|&&|;", text):
         found = re.search(r"(?:python|torchrun)\b[^|]*?\b(\w+)\.py\b(.*)", line)
-        if found and found[1] in (*SCRIPTS, "eval"):
+        if found and found[1] in (*SCRIPTS, "eval", "plot"):
             yield found[1], shlex.split(re.split(r"\s#|\s{3,}", found[2])[0])
 
 
 def all_commands():
-    for name in (*SCRIPTS, "eval"):
+    for name in (*SCRIPTS, "eval", "plot"):
         yield from commands(importlib.import_module(name).__doc__)
     yield from commands(BLOCKS)
 
@@ -36,7 +36,7 @@ def test_command_lines_are_accepted(script, flags):
 
 
 def test_there_are_commands_for_every_script():
-    assert {script for script, _ in commands(BLOCKS)} == {*SCRIPTS, "eval"}
+    assert {script for script, _ in commands(BLOCKS)} == {*SCRIPTS, "eval", "plot"}
 
 
 def test_ci_runs_the_readmes_test_command():
