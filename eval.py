@@ -630,6 +630,8 @@ def main(argv=None):
     runs = [(path.parent, {}) for path in paths]
     if args.kept:
         for folder, results in runs:
+            if not (folder / "eval.jsonl").exists():
+                raise FileNotFoundError(f"{folder / 'eval.jsonl'}: no such file; nothing was measured there")
             for line in table.lines(folder / "eval.jsonl"):
                 results |= {(line["preset"], attack): found for attack, found in line["results"].items()}
         return print(table.markdown(runs, titles, GROUPS, PUBLISHED, run.FREE))

@@ -354,6 +354,8 @@ def test_what_was_measured_makes_the_same_table_without_measuring(exported, caps
     (exported / "encoder.pt").unlink()
     run_main(exported, *flags, "--kept")
     assert last_row(capsys) == row
+    with pytest.raises(FileNotFoundError, match="nothing was measured there"):
+        evaluation.main([str(exported / "elsewhere" / "encoder.pt"), "--kept"])
 
 
 def test_autoattack_is_recorded_with_its_images_stages_and_sanity(exported):
