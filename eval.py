@@ -21,7 +21,7 @@ RandAugment and random erasing besides, which are not here.
     python eval.py runs/amoc/encoder.pt --data stl10 --image-size 32     another data set than its own
     python eval.py runs/amoc/encoder.pt --attacks curve c-like --pictures
     python eval.py runs/amoc/encoder.pt --attacks pgd20 --source runs/rocl/classifier-amoc-slf.pt    transfer
-    python eval.py results/*/encoder.pt --kept --preset amoc-slf         the table of what was measured
+    python eval.py results/cifar10-jpeg/* --kept --preset amoc-slf       the table of what was measured
 
 Each figure, as soon as it is there, becomes a line of eval.jsonl beside the encoder, and is not measured a
 second time; each trained classifier is kept there too, as classifier-<preset>-<BN>.pt.
@@ -450,7 +450,7 @@ def parser():
     p = argparse.ArgumentParser(
         prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
-    p.add_argument("paths", nargs="+", help="exported encoders")
+    p.add_argument("paths", nargs="+", help="exported encoders; with --kept the folders of runs")
     p.add_argument("--preset", nargs="+", help="knn " + " ".join(PRESETS) + "; default: amoc-slf")
     p.add_argument("--protocol", nargs="+", default=[], help="slf alf aff: the benchmark's, robustssl-...")
     p.add_argument("--attacks", nargs="+", default=["clean", "pgd20"],
@@ -627,7 +627,7 @@ def main(argv=None):
     paths, (presets, attacks) = [pathlib.Path(path) for path in args.paths], asked(args)
     titles = {(p, a): "k-NN" if p == "knn" else f"{p} {a}" for p in presets
               for a in (["clean"] if p == "knn" else attacks)}
-    runs = [(path.parent, {}) for path in paths]
+    runs = [(path if path.is_dir() else path.parent, {}) for path in paths]
     if args.kept:
         for folder, results in runs:
             if not (folder / "eval.jsonl").exists():

@@ -8,10 +8,11 @@ import statistics
 
 def lines(path):
     """The objects of a .jsonl file, if it is there; what is not JSON, as a last line cut off, is left out."""
-    if path.exists():
-        for text in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                yield json.loads(text)
+    found = []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(text))
+    return found
 
 
 def kept(path, what, attack, how):
@@ -26,33 +27,42 @@ def kept(path, what, attack, how):
 def markdown(runs, columns, groups, published, free):
     """The table of `runs`, pairs of a folder and its results {column: {"accuracy", "stderr"}}.
 
-    Each run's script and flags are in the folder's log.jsonl. Runs that differ in their seed, or in flags of
-    the set `free`, are one row: mean ± standard deviation. One alone has its standard error in brackets.
+    Each run's script, flags and time are in the folder's log.jsonl. Runs that differ in their seed, or in
+    flags of the set `free`, are one row: mean ± standard deviation. One alone has its standard error in
+    brackets.
 
-    columns    {column: title}; of those that some run has
+    columns    {column: title}; those that some run has
     groups     {title: scripts}: rows stand together under the title of their script
     published  (script, flags, text): the text of the first that agrees with a row's script and flags
     """
     columns = {c: title for c, title in columns.items() if any(c in results for _, results in runs)}
-    rows = {}
+    rows, spent = {}, {}
     for folder, results in runs:
-        log = next(lines(folder / "log.jsonl"), {"command": "? ?", "flags": {"folder": str(folder)}})
+        if not results.keys() & columns.keys():
+            continue
+        log, *epochs = lines(folder / "log.jsonl") or [{"command": "? ?", "flags": {"folder": str(folder)}}]
+        if epochs:
+            cpu = log["device"].endswith("threads")
+            spent[folder] = round(epochs[-1]["cpu_seconds" if cpu else "seconds"]), "CPU-s" if cpu else "s"
         script = pathlib.Path(log["command"].split()[1]).stem
         group = next((title for title, scripts in groups.items() if script in scripts), "other")
         if log["flags"].get("epochs") == 0:
             group = "not pretrained"
         flags = {k: v for k, v in log["flags"].items() if k not in free | {"seed"}}
         rows.setdefault(group, {}).setdefault(json.dumps([script, flags]), []).append((folder, results))
-    out = [["", "seeds", *columns.values(), "published"], ["---"] * (len(columns) + 3)]
-    for group in [*groups, "not pretrained", "other"]:
-        out += [[f"**{group}**"] + [""] * (len(columns) + 2)] if group in rows else []
+    out = [["", "seeds", "pretraining", *columns.values(), "published"], ["---"] * (len(columns) + 4)]
+    for group in ["not pretrained", *groups, "other"]:
+        out += [[f"**{group}**"] + [""] * (len(columns) + 3)] if group in rows else []
         for key, members in rows.get(group, {}).items():
             script, flags = json.loads(key)
             paper = next((text for s, want, text in published
                           if s == script and flags["epochs"] and want.items() <= flags.items()), "")
             name = os.path.commonprefix([folder.name for folder, _ in members]).rstrip("-_")
+            link = f"[{name}]({members[0][0].as_posix()})"
+            times = [spent[folder] for folder, _ in members if folder in spent]
+            time = f"{statistics.mean(t for t, _ in times):.0f} {times[0][1]}" if times else ""
             cells = [cell([results[c] for _, results in members if c in results]) for c in columns]
-            out.append([f"[{name}]({members[0][0].as_posix()})", str(len(members)), *cells, paper])
+            out.append([link, str(len(members)), time, *cells, paper])
     return "\n".join("| " + " | ".join(row) + " |" for row in out)
 
 

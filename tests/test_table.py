@@ -9,8 +9,10 @@ GROUPS, PUBLISHED = {"pixels": ("rocl", "amoc")}, [("amoc", {"variant": "ACC"}, 
 
 def folder(path, script, **flags):
     path.mkdir()
-    log = {"command": f"python {script}.py --some", "flags": {"out": str(path), "epochs": 5, "seed": 0, **flags}}
-    (path / "log.jsonl").write_text(json.dumps(log) + "\n")
+    flags = {"out": str(path), "epochs": 5, "seed": 0, **flags}
+    log = [{"command": f"python {script}.py --some", "flags": flags, "device": "a CPU, 2 threads"}]
+    log += [{"epoch": i, "cpu_seconds": 10 * i + flags["seed"]} for i in range(flags["epochs"])]
+    (path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     return path
 
 
@@ -24,17 +26,18 @@ def test_seeds_are_one_row_grouped_by_what_is_adversarial(tmp_path):
     runs.append((folder(tmp_path / "ccc", "amoc", variant="CCC"), {"clean": found(40.125, 1.5), "pgd": found(2)}))
     runs.append((folder(tmp_path / "init", "amoc", variant="CCC", epochs=0), {"clean": found(20)}))
     runs.append((tmp_path / "elsewhere", {"clean": found(50)}))
+    runs.append((folder(tmp_path / "other", "rocl"), {"knn": found(60)}))  # it has none of the columns
     columns = {"clean": "SA", "pgd": "RA", "aa": "AA"}  # none has the last
     rows = table.markdown(runs, columns, GROUPS, PUBLISHED, {"out"}).splitlines()
-    assert rows[0] == "|  | seeds | SA | RA | published |"
+    assert rows[0] == "|  | seeds | pretraining | SA | RA | published |"
     assert rows[2:] == [
-        "| **pixels** |  |  |  |  |",
-        f"| [acc]({runs[0][0].as_posix()}) | 3 | 34.00 ± 4.00 |  | 70 in 200 epochs |",
-        f"| [ccc]({runs[3][0].as_posix()}) | 1 | 40.12 (1.50) | 2.00 (1.00) |  |",
-        "| **not pretrained** |  |  |  |  |",
-        f"| [init]({runs[4][0].as_posix()}) | 1 | 20.00 (1.00) |  |  |",
-        "| **other** |  |  |  |  |",
-        f"| [elsewhere]({runs[5][0].as_posix()}) | 1 | 50.00 (1.00) |  |  |",
+        "| **not pretrained** |  |  |  |  |  |",
+        f"| [init]({runs[4][0].as_posix()}) | 1 |  | 20.00 (1.00) |  |  |",
+        "| **pixels** |  |  |  |  |  |",
+        f"| [acc]({runs[0][0].as_posix()}) | 3 | 41 CPU-s | 34.00 ± 4.00 |  | 70 in 200 epochs |",
+        f"| [ccc]({runs[3][0].as_posix()}) | 1 | 40 CPU-s | 40.12 (1.50) | 2.00 (1.00) |  |",
+        "| **other** |  |  |  |  |  |",
+        f"| [elsewhere]({runs[5][0].as_posix()}) | 1 |  | 50.00 (1.00) |  |  |",
     ]
 
 
