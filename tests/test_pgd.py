@@ -187,3 +187,19 @@ def test_projection_is_idempotent_and_keeps_what_is_inside(norm):
 def test_bad_arguments_are_named(bad, word):
     with pytest.raises(ValueError, match=word):
         pgd(ce, x0, **{"eps": 0.1, "step_size": 0.1, "steps": 1, **bad})
+
+
+@pytest.mark.parametrize("norm, eps, step", [("linf", 8 / 255, 2 / 255), ("l2", 0.5, 0.1), ("l1_dense", 12.0, 1.2)])
+def test_it_takes_foolbox_steps(norm, eps, step):
+    """From the same start, without randomness, the PyPI package foolbox moves every image to the same place."""
+    foolbox = pytest.importorskip("foolbox")
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, 2), torch.nn.ReLU(), torch.nn.Flatten(),
+                              torch.nn.Linear(8 * 7 * 7, 5)).eval()
+    x, y = torch.rand(6, 3, 16, 16), torch.arange(6) % 5
+    attacks = {"linf": foolbox.attacks.LinfPGD, "l2": foolbox.attacks.L2PGD, "l1_dense": foolbox.attacks.L1PGD}
+    theirs = attacks[norm](abs_stepsize=step, steps=7, random_start=False)
+    _, want, _ = theirs(foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu"), x, y, epsilons=eps)
+    ours = pgd(lambda v: F.cross_entropy(net(v), y, reduction="sum"), x, eps, step, 7, norm, random_start=False)
+    torch.testing.assert_close(ours, want, atol=1e-5, rtol=0)
+    assert (ours - x).abs().max() > 1e-3
