@@ -64,21 +64,26 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            decay, trust = group["weight_decay"], group["trust"]
-            for w in group["params"]:
-                if w.grad is None:
-                    continue
-                update = w.grad.add(w, alpha=decay).mul_(group["lr"])
-                if trust is not None:
-                    w_norm, g_norm = w.norm(), w.grad.norm()
-                    ratio = trust * w_norm / (g_norm + decay * w_norm)
-                    if group["clip"]:
-                        ratio = (ratio / group["lr"]).clamp_max(1)
-                    update *= torch.where((w_norm > 0) & (g_norm > 0), ratio, 1.0)
-                state = self.state[w]
-                if not state:
-                    state["momentum"] = torch.zeros_like(w)
-                w -= state["momentum"].mul_(group["momentum"]).add_(update)
+            lr, decay, trust = group["lr"], group["weight_decay"], group["trust"]
+            ws = [w for w in group["params"] if w.grad is not None]
+            if not ws:
+                continue
+            gs = [w.grad for w in ws]
+            updates = torch._foreach_add(gs, ws, alpha=decay)  # all tensors at once: few, long kernels
+            torch._foreach_mul_(updates, lr)
+            if trust is not None:
+                w_norm, g_norm = (torch.stack(torch._foreach_norm(v)) for v in (ws, gs))  # (tensors,)
+                ratio = trust * w_norm / (g_norm + decay * w_norm)
+                if group["clip"]:
+                    ratio = (ratio / lr).clamp_max(1)
+                torch._foreach_mul_(updates, torch.where((w_norm > 0) & (g_norm > 0), ratio, 1.0).unbind())
+            for w in ws:
+                if not self.state[w]:
+                    self.state[w]["momentum"] = torch.zeros_like(w)
+            momenta = [self.state[w]["momentum"] for w in ws]
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, updates)
+            torch._foreach_sub_(ws, momenta)
 
 
 def lars_groups(net):
