@@ -4,11 +4,12 @@ It knows nothing of how an encoder was pretrained. Names of the field:
     SLF  standard linear:      encoder frozen, clean cross-entropy
     ALF  adversarial linear:   encoder frozen, cross-entropy on PGD-10 images (or TRADES)
     AFF  adversarial full:     everything is trained, likewise
-A preset is the recipe of a paper or of the RobustSSL benchmark (github.com/RobustSSL), which --protocol slf,
-alf, aff stand for; a flag given by hand wins over it. The last epoch is used, never one chosen on the test
-set. A frozen encoder is in eval mode throughout; under full fine-tuning the attack sees eval mode and the
-update train mode. PGD alone flatters: on frozen encoders it reads 4 to 11 points above AutoAttack (aa). With
-each AutoAttack comes a check that its figure means something (`sanity`).
+A preset is the recipe of a paper or of the RobustSSL benchmark (github.com/RobustSSL); --protocol slf is
+short for --preset robustssl-slf, and so on. A flag given by hand wins over the preset. The last epoch is
+used, never one chosen on the test set. A frozen encoder is in eval mode throughout; under full fine-tuning
+the attack sees eval mode and the update train mode. PGD alone flatters: on the papers' frozen encoders it
+reads 4 to 11 points above AutoAttack (aa). With each AutoAttack comes a check that its figure means something
+(`sanity`). Everything is float32, without TF32.
 
 Masked-image models are judged by fine-tuning on clean images (mae-tune; it works for ResNets too): AdamW, a
 lower rate for earlier blocks, and for a ViT a new LayerNorm after the mean of its tokens. MAE's recipe has
@@ -23,16 +24,17 @@ RandAugment and random erasing besides, which are not here.
     python eval.py runs/amoc/encoder.pt --attacks pgd20 --source runs/rocl/classifier-amoc-slf.pt    transfer
     python eval.py results/cifar10-jpeg/* --kept --preset amoc-slf       the table of what was measured
 
-Each figure, as soon as it is there, becomes a line of eval.jsonl beside the encoder, and is not measured a
-second time; each trained classifier is kept there too, as classifier-<preset>-<BN>.pt.
+Each result, as soon as it is there, becomes a line of eval.jsonl beside the encoder, and is not measured a
+second time while encoder, data, recipe and attack are the same; the last classifier of each preset is kept
+there too, as classifier-<preset>-<BN>.pt.
 """
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
-import statistics
 import time
 from typing import NamedTuple
 
@@ -67,7 +69,7 @@ class Preset(NamedTuple):
     warmup: int = 0  # epochs
     layer_decay: float = 1.0  # adamw: rate of a block over that of the next
     drop_path: float = 0.0  # of the last block (encoders.drop_path)
-    smoothing: float = 0.0  # of the labels, with loss "clean"; likewise
+    smoothing: float = 0.0  # of the labels; this and the next two with loss "clean"
     mixup: float = 0.0  # parameter of its Beta distribution; 0: off. With both, each batch takes one
     cutmix: float = 0.0
     head_std: float = 0.0  # after `zero`, of the weights
@@ -92,7 +94,8 @@ PRESETS = {
     "acl-aff-100": Preset("all", "trades", 100, (40, 60), 0.1, 2e-4, 128, True, "constant", uniform=False),
     # Fan et al. 2021 (2111.01124)
     "advcl-slf": Preset("linear", "clean", 25, (15, 20), 0.01, 2e-4, 512, False, "constant"),
-    # The RobustSSL benchmark
+    # The RobustSSL benchmark, CIFAR-10. For ACL and DynACL its milestones are (10, 20), ACL's AFF takes 100
+    # epochs (40, 60); on CIFAR-100 and STL-10 it has other rates: give these by hand
     "robustssl-slf": Preset("linear", "clean", 25, (15, 20), 0.01, 2e-4, 512, True, "constant"),
     "robustssl-alf": Preset("linear", "pgd", 25, (15, 20), 0.01, 2e-4, 512, True, "constant"),
     "robustssl-aff": Preset("all", "trades", 25, (15, 20), 0.1, 2e-4, 128, True, "constant", uniform=False,
@@ -163,24 +166,37 @@ ATTACKS = {
 CURVE = ("clean", "pgd20-1", "pgd20-2", "pgd20-4", "pgd20-6", "pgd20", "pgd20-12", "pgd20-16")
 PROTOCOLS = ("slf", "alf", "aff")  # robustssl-slf, ...
 
-GROUPS = {  # what is adversarial, and the scripts that attack it
-    "pixels": ("rocl", "acl", "advcl", "amoc", "byorl", "adv_mae"),
-    "bank": ("adco", "caco"),
-    "masks and positions": ("adpe", "adios"),
+GROUPS = {  # what is adversarial: scripts, with the flags that make them so
+    "not pretrained": [(None, {"epochs": 0})],
+    "nothing adversarial": [
+        ("amoc", {"variant": "CCC"}), ("acl", {"variant": "s2s"}), ("byorl", {"eps": 0.0}),
+        ("adv_mae", {"eps": 0.0}), ("adpe", {"radius": 0.0}),
+        ("adios", {"masker": "none"}), ("adios", {"masker": "random"})],
+    "pixels": [(script, {}) for script in ("rocl", "acl", "advcl", "amoc", "byorl", "adv_mae")],
+    "bank": [(script, {}) for script in ("adco", "caco")],
+    "masks and positions": [(script, {}) for script in ("adpe", "adios")],
 }
-PUBLISHED = [  # script, flags that make it this run; accuracy, PGD-20, AutoAttack; all CIFAR-10, linf 8/255
-    ("rocl", {}, "RobustSSL benchmark, ResNet-18, 1000 epochs: SLF 77.90 / – / 26.12, ALF 75.62 / – / 29.69"),
-    ("acl", {"variant": "ds"},
-     "RobustSSL benchmark, ResNet-18, 1000 epochs: SLF 78.22 / – / 39.17, ALF 75.53 / – / 40.60"),
-    ("advcl", {"teacher": None}, "its paper, ResNet-18, 1000 epochs: SLF 77.73 / 48.89 / –"),
-    ("advcl", {},
-     "RobustSSL benchmark, ResNet-18, 1000 epochs, ImageNet: SLF 82.36 / – / 43.18, ALF 80.04 / – / 44.05"),
-    ("amoc", {"variant": "CCC"},
-     "AMOC's paper, ResNet-18, 200 epochs: SLF 82.01 / 0.14 / –, ALF 15.44 / 8.04 / –"),
-    ("amoc", {"variant": "ACC"},
-     "its paper, ResNet-18, 200 epochs: SLF 78.74 / 36.87 / –, ALF 74.84 / 44.16 / –"),
-    ("amoc", {"variant": "ACA"},
-     "its paper, ResNet-18, 200 epochs: SLF 77.52 / 37.01 / –, ALF 73.33 / 44.50 / –"),
+
+
+def cifar10(name):
+    return "cifar10" in str(name)
+
+
+PUBLISHED = [  # (script, flags, accuracy / PGD-20 / AutoAttack at linf 8/255)
+    ("rocl", {"data": cifar10},
+     "RobustSSL benchmark, CIFAR-10, ResNet-18, 1000 epochs: SLF 77.90 / – / 26.12, ALF 75.62 / – / 29.69"),
+    ("acl", {"data": cifar10, "variant": "ds"},
+     "RobustSSL benchmark, CIFAR-10, ResNet-18, 1000 epochs: SLF 78.22 / – / 39.17, ALF 75.53 / – / 40.60"),
+    ("advcl", {"data": cifar10, "teacher": None},
+     "its paper, CIFAR-10, ResNet-18, 1000 epochs: SLF 77.73 / 48.89 / –"),
+    ("advcl", {"data": cifar10}, "RobustSSL benchmark, CIFAR-10, ResNet-18, 1000 epochs, ImageNet's labels: "
+                                 "SLF 82.36 / – / 43.18, ALF 80.04 / – / 44.05"),
+    ("amoc", {"data": cifar10, "variant": "CCC"},
+     "AMOC's paper, CIFAR-10, ResNet-18, 200 epochs: SLF 82.01 / 0.14 / –, ALF 15.44 / 8.04 / –"),
+    ("amoc", {"data": cifar10, "variant": "ACC"},
+     "its paper, CIFAR-10, ResNet-18, 200 epochs: SLF 78.74 / 36.87 / –, ALF 74.84 / 44.16 / –"),
+    ("amoc", {"data": cifar10, "variant": "ACA"},
+     "its paper, CIFAR-10, ResNet-18, 200 epochs: SLF 77.52 / 37.01 / –, ALF 73.33 / 44.50 / –"),
 ]
 
 
@@ -362,7 +378,8 @@ def attacked(net, x, y, attack, seed):
 def judge(net, images, attack=None, seed=0, limit=None, restarts=1, source=None):
     """How many of `images` (of the first `limit`) `net`, in eval mode inside, classifies rightly, clean or
     under `attack`, made on `source` (None: on itself). Under several restarts the worst counts, image by
-    image. Returns a dict: "accuracy" and its "stderr" in per cent, "images", and what AutoAttack tells."""
+    image. Returns a dict: "accuracy" and its "stderr" in per cent, "images", and of AutoAttack its "stages"
+    and "warnings"."""
     size, right, total, more = len(images) if isinstance(attack, AutoAttack) else 500, 0, 0, {}
     with eval_mode(net), eval_mode(source or net):
         for i, (x, y) in enumerate(in_order(images, size, limit)):
@@ -372,47 +389,55 @@ def judge(net, images, attack=None, seed=0, limit=None, restarts=1, source=None)
                 with torch.no_grad():
                     standing &= torch.cat([net(part).argmax(1) for part in x_adv.split(500)]) == y
             right, total = right + standing.sum(), total + len(y)
-            more = {k: report[k] for k in ("stages", "warnings") if k in report}
-    return figure(100 * int(right) / total, total) | more
+            if report and not source and restarts == 1:
+                more = {k: report[k] for k in ("stages", "warnings")}
+    return score(100 * int(right) / total, total) | more
 
 
-def figure(accuracy, images):
+def score(accuracy, images):
     stderr = (accuracy * (100 - accuracy) / images) ** 0.5
     return {"accuracy": accuracy, "stderr": round(stderr, 2), "images": images}
 
 
 def sanity(net, images, attack, seed, limit):
-    """Accuracies that show whether a robust figure means something: PGD of 100 steps must not be weaker than
-    PGD of 20, and at eight times the radius nothing may stand. In per cent; "doubts" says what is wrong."""
+    """Accuracies that show whether a robust one means something: PGD of 100 steps must not be weaker than PGD
+    of 20, and at eight times the radius nothing may stand. In per cent; "doubts" says what is wrong by more
+    than a point."""
     def under(eps, steps):
-        return judge(net, images, Attack(attack.norm, eps, eps / 4, steps), seed, limit)
+        return judge(net, images, Attack(attack.norm, eps, eps / 4, steps), seed, limit)["accuracy"]
 
-    few, many, far = under(attack.eps, 20), under(attack.eps, 100), under(8 * attack.eps, 20)
-    doubts = ["PGD-100 is weaker than PGD-20"] if many["accuracy"] > few["accuracy"] + few["stderr"] else []
-    doubts += ["images stand at 8 eps"] if far["accuracy"] > 0 else []
-    return {"pgd20": few["accuracy"], "pgd100": many["accuracy"], "pgd20 at 8 eps": far["accuracy"],
-            "doubts": doubts}
+    pgd20, pgd100, at_8_eps = under(attack.eps, 20), under(attack.eps, 100), under(8 * attack.eps, 20)
+    doubts = ["PGD-100 is weaker than PGD-20"] if pgd100 > pgd20 + 1 else []
+    doubts += ["images stand at 8 eps"] if at_8_eps > 1 else []
+    return {"pgd20": pgd20, "pgd100": pgd100, "pgd20 at 8 eps": at_8_eps, "doubts": doubts}
 
 
+@torch.no_grad()
 def corrupted(net, images, kinds, folder=None, seed=0):
-    """`figure` of the mean over `kinds` and severities, as a dict, with the means of the "kinds". `folder`:
-    of the public files, of which as many images count as there are in `images`; None: made of those."""
-    means, device = {}, images.y.device
-    for k, kind in enumerate(kinds):
-        found = []
-        for severity in range(1, 6):
-            generator = torch.Generator(device).manual_seed(seed * 100_003 + 10 * k + severity)
-            right, there = 0, images
-            if folder:
-                x, y = (v[: len(images)].to(device) for v in corruptions.read(folder, kind, severity))
-                there = data.Images(x, y, images.classes)
+    """The mean accuracy over `kinds` and severities, as `judge` returns it, with that of each of the "kinds".
+    `folder`: of the public files, of which the same test images count as in `images`; None: made of those."""
+    rights = torch.zeros(len(kinds), 5, len(images))
+    for (k, kind), severity in itertools.product(enumerate(kinds), range(1, 6)):
+        there, generator = images, None
+        if folder:
+            x, y = corruptions.read(folder, kind, severity)
+            if len(images) > len(y):
+                raise ValueError(f"{folder}: {len(y)} images a severity, for {len(images)} to be judged")
+            rows = data.shuffled(len(y))[: len(images)]
+            x, y = (v[rows].to(images.y.device) for v in (x, y))
+            there = resized(data.Images(x, y, images.classes), images.x.shape[2])
+        with eval_mode(net):
+            found = []
             for x, y in in_order(there):
-                x = x if folder else corruptions.corrupt(x, kind, severity, generator)
-                with eval_mode(net), torch.no_grad():
-                    right += (net(x).argmax(1) == y).sum()
-            found.append(100 * int(right) / len(images))
-        means[kind] = round(statistics.mean(found), 2)
-    return figure(round(statistics.mean(means.values()), 2), len(images)) | {"kinds": means}
+                if not folder:
+                    generator = generator or torch.Generator(x.device).manual_seed(
+                        seed * 100_003 + 10 * k + severity)
+                    x = corruptions.corrupt(x, kind, severity, generator)
+                found.append(net(x).argmax(1) == y)
+        rights[k, severity - 1] = 100 * torch.cat(found).float().cpu()
+    each, n = rights.mean((0, 1)), len(images)  # image by image
+    return {"accuracy": round(each.mean().item(), 2), "stderr": round((each.std() / n**0.5).item(), 2),
+            "images": n, "kinds": {k: round(v.mean().item(), 2) for k, v in zip(kinds, rights)}}
 
 
 @torch.no_grad()
@@ -433,12 +458,12 @@ def knn(encoder, train_images, test_images, k=200, temperature=0.1):
 
 
 @torch.no_grad()
-def pictures(path, net, images, attack, seed):
+def pictures(path, net, images, attack, seed, source=None):
     """Rows of up to eight test images: clean, attacked, and the difference (grey is none, full scale is the
     largest)."""
     x, y = next(in_order(images, 8))
-    with eval_mode(net):
-        x_adv, _ = attacked(net, x, y, attack, seed)
+    with eval_mode(source or net):
+        x_adv, _ = attacked(source or net, x, y, attack, seed)
     far = (x_adv - x).abs().max().clamp_min(1e-8)
     save_image(torch.cat([x, x_adv, 0.5 + (x_adv - x) / (2 * far)]), path, nrow=len(x))
 
@@ -521,6 +546,11 @@ def check(args):
         if name == "knn":
             continue
         p = chosen(args, name)
+        if max(p.milestones, default=0) >= p.epochs:
+            raise ValueError(f"--epochs {p.epochs}: preset {name} lowers its rate in epoch "
+                             f"{max(p.milestones)}; give other --milestones, or none: a cosine")
+        if args.milestones and PRESETS[name].warmup:
+            raise ValueError(f"--milestones: preset {name} warms up and follows a cosine")
         if p.warmup >= p.epochs:
             raise ValueError(f"--epochs {p.epochs}: preset {name} warms up for {p.warmup}; lower --warmup")
         clean = p.loss == "clean"
@@ -542,74 +572,80 @@ def public_corruptions(args):
     return pathlib.Path(args.data_dir) / ("CIFAR-10-C" if args.data == "cifar10" else "CIFAR-100-C")
 
 
-def conditions(attack, args, test_images):
-    """Of a result for `attack`: how many images, and what is not usual, else None."""
+def digest(*parts):
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def contents(images):
+    """A digest of images and labels."""
+    return digest(images.checksum().encode(), images.y.cpu().numpy().tobytes())
+
+
+def conditions(attack, args, test_images, source):
+    """What, besides the classifier, decides the result for `attack`: plain types, None where it does not."""
     row, n = ATTACKS.get(attack), len(test_images)
-    auto, moves = isinstance(row, AutoAttack), isinstance(row, (Attack, AutoAttack, DeepFool))
-    return {"images": min(n, args.aa_limit or n) if auto else n,
-            "restarts": args.restarts if moves and args.restarts > 1 else None,
-            "source": digest(args.source) if moves and args.source else None}
+    moves, random = (isinstance(row, (Attack, AutoAttack, *more)) for more in ((DeepFool,), ()))
+    return {"images": min(n, args.aa_limit or n) if isinstance(row, AutoAttack) else n,
+            "test": contents(test_images),
+            "settings": row and json.loads(json.dumps(row._asdict())),
+            "restarts": args.restarts if random and args.restarts > 1 else None,
+            "source": digest(pathlib.Path(args.source).read_bytes()) if moves and source else None}
 
 
-def digest(path):
-    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()[:16]
-
-
-def measure(net, test_images, attack, args, how):
-    """The result for `attack` under the conditions `how`, and what else it tells."""
-    row, device = ATTACKS.get(attack), test_images.y.device
+def measure(net, test_images, attack, args, conditions, source):
+    """The result for `attack`."""
+    row, seed = ATTACKS.get(attack), args.seed
     if isinstance(row, Corruptions):
-        folder = public_corruptions(args) if row.public else None
-        return corrupted(net, test_images, row.kinds, folder, args.seed)
-    source = load_classifier(args.source).to(device) if how["source"] else None
-    found = judge(net, test_images, row, args.seed, how["images"], how["restarts"] or 1, source)
-    found |= {k: v for k, v in how.items() if v}
+        return corrupted(net, test_images, row.kinds, public_corruptions(args) if row.public else None, seed)
+    source = source if conditions["source"] else None
+    found = judge(net, test_images, row, seed, conditions["images"], conditions["restarts"] or 1, source)
     if isinstance(row, AutoAttack) and not source:
-        found["sanity"] = sanity(net, test_images, row, args.seed, how["images"])
+        found["sanity"] = sanity(net, test_images, row, seed, conditions["images"])
         print("  sanity:", ", ".join(f"{k} {v}" for k, v in found["sanity"].items()))
     return found
 
 
-def classifier(encoder, file, what, p, train_images):
-    """The classifier of the evaluation `what` by preset `p`: the one kept in `file`, or one trained now."""
+def classifier(encoder, file, key, p, images):
+    """The classifier of the evaluation `key` by preset `p`: the one kept in `file`, or one trained now."""
+    device = next(encoder.parameters()).device
     with contextlib.suppress(FileNotFoundError):
-        net = load_classifier(file).to(train_images.y.device, memory_format=torch.channels_last)
-        if net.made == json.dumps(what):
+        net = load_classifier(file).to(device, memory_format=torch.channels_last)
+        if net.made == json.dumps(key):
             return net
-    net = Classifier(encoder, train_images.classes, p.batch_norm).to(train_images.y.device)
-    save_classifier(train(net, train_images, p, what["seed"]), file, json.dumps(what))
+    net = Classifier(encoder, images.classes, p.batch_norm).to(device)
+    save_classifier(train(net, images, p, key["seed"]), file, json.dumps(key))
     return net
 
 
-def evaluate(path, name, args, env, train_images, test_images):
+def evaluate(path, name, args, env, train_images, test_images, source=None):
     """Every attack that is asked for on the encoder at `path` by preset `name`: {(name, attack): result}.
     What eval.jsonl holds is not measured again; what is measured goes there at once."""
     p = None if name == "knn" else chosen(args, name)
     encoder = encoders.load_encoder(path, args.bn, keep=p is not None and p.dual)
     encoder = encoder.to(env.device, memory_format=torch.channels_last)
-    what = {"encoder": digest(path), "preset": name, "bn": encoder.branch, "data": args.data,
-            "image_size": args.image_size, "train_images": len(train_images), "seed": args.seed,
-            "recipe": p and json.loads(json.dumps(p._asdict()))}
-    file = path.parent / "-".join(filter(None, ("classifier", name, encoder.branch)))
+    key = {"encoder": digest(path.read_bytes()), "preset": name, "bn": encoder.branch, "seed": args.seed,
+           "data": args.data, "image_size": args.image_size, "train": contents(train_images),
+           "recipe": json.loads(json.dumps(p._asdict() if p else {"k": 200, "temperature": 0.1}))}
+    stem = "-".join(filter(None, (name, encoder.branch)))
     net, results = None, {}
     for attack in asked(args)[1] if p else ["clean"]:
-        began, how = time.time(), conditions(attack, args, test_images)
-        found = table.kept(path.parent / "eval.jsonl", what, attack, how)
+        began, how = time.time(), conditions(attack, args, test_images, source)
+        found = table.kept(path.parent / "eval.jsonl", key, attack, how)
         picture = p and args.pictures and isinstance(ATTACKS.get(attack), (Attack, DeepFool))
         if p and not net and (picture or not found):
-            net = classifier(encoder, f"{file}.pt", what, p, train_images)
+            net = classifier(encoder, path.parent / f"classifier-{stem}.pt", key, p, train_images)
         if not found:
-            found = (measure(net, test_images, attack, args, how) if p else
-                     figure(knn(encoder, train_images, test_images), len(test_images)))
-            line = what | {"results": {attack: found}, "path": str(path), "epoch": "last",
-                           "seconds": round(time.time() - began, 1), **run.header(args, env)}
-            with open(path.parent / "eval.jsonl", "a") as f:
-                f.write(json.dumps(line) + "\n")
+            found = (measure(net, test_images, attack, args, how, source) if p else
+                     score(knn(encoder, train_images, test_images, **key["recipe"]), len(test_images)))
+            found |= {k: v for k, v in how.items() if v is not None}
+            line = key | {"results": {attack: found}, "train_images": len(train_images), "path": str(path),
+                          "epoch": "last", "seconds": round(time.time() - began, 1), **run.header(args, env)}
+            table.append(path.parent / "eval.jsonl", line)
         results[name, attack] = found
         print(f"{path} {name} {attack}: {table.cell([found])}", flush=True)
         if picture:
-            there = path.parent / f"attacked-{name}-{attack}.png"
-            pictures(there, net, test_images, ATTACKS[attack], args.seed)
+            there = path.parent / f"attacked-{stem}-{attack}.png"
+            pictures(there, net, test_images, ATTACKS[attack], args.seed, source)
     return results
 
 
@@ -629,33 +665,38 @@ def main(argv=None):
               for a in (["clean"] if p == "knn" else attacks)}
     runs = [(path if path.is_dir() else path.parent, {}) for path in paths]
     if args.kept:
+        bn = {"bn": args.bn} if args.bn else {}
         for folder, results in runs:
-            if not (folder / "eval.jsonl").exists():
-                raise FileNotFoundError(f"{folder / 'eval.jsonl'}: no such file; nothing was measured there")
-            for line in table.lines(folder / "eval.jsonl"):
-                results |= {(line["preset"], attack): found for attack, found in line["results"].items()}
+            results |= table.measured(folder, source=None, restarts=None, **bn)
         return print(table.markdown(runs, titles, GROUPS, PUBLISHED, run.FREE))
 
     env, size = run.Env(run.device(args), 0, 1), args.image_size
-    train_images, test_images = (
-        resized(data.load(args.data, args.data_dir, split, env.device, limit, size or 32, args.workers), size)
-        for split, limit in (("labelled", args.limit), ("test", args.test_limit)))
+    torch.backends.cudnn.allow_tf32 = False  # it moves points that lie close to a boundary
     for path in paths:  # what would fail late fails now
+        if path.is_dir():
+            raise ValueError(f"{path}: a folder; give the encoder.pt in it, or --kept")
         encoders.load_encoder(path, args.bn)
-        open(path.parent / "eval.jsonl", "a").close()
+        if not os.access(path.parent, os.W_OK):
+            raise OSError(f"{path.parent} cannot be written")
+    train_images, test_images = (  # test images shuffled, so that the first n are a fair sample
+        resized(data.load(args.data, args.data_dir, split, env.device, limit, size or 32, args.workers,
+                          split == "test"), size)
+        for split, limit in (("labelled", args.limit), ("test", args.test_limit)))
     for name in presets:
         if name != "knn":
             data.steps_per_epoch(len(train_images), chosen(args, name).batch_size)
     for images in (train_images, test_images):
         if (images.y < 0).any():
             raise ValueError(f"{args.data}: some images have no label; an evaluation needs them all")
-    if args.source:
-        load_classifier(args.source)
+    source = load_classifier(args.source).to(env.device) if args.source else None
+    if source and source.head.out_features != train_images.classes:
+        raise ValueError(f"--source {args.source}: {source.head.out_features} classes, {args.data} has "
+                         f"{train_images.classes}")
     for kind in corruptions.MAIN if "c" in attacks else ():
         corruptions.read(public_corruptions(args), kind, 1)
     for path, (_, results) in zip(paths, runs):
         for name in presets:
-            results |= evaluate(path, name, args, env, train_images, test_images)
+            results |= evaluate(path, name, args, env, train_images, test_images, source)
     print("\n" + table.markdown(runs, titles, GROUPS, PUBLISHED, run.FREE))
 
 

@@ -22,12 +22,11 @@ def losses(folder):
 def curves(folder):
     """{preset: (eps in 1/255, accuracies)} of what eval.jsonl in `folder` holds under clean and pgd20-*."""
     found = {}
-    for line in table.lines(folder / "eval.jsonl"):
-        for attack, result in line["results"].items():
-            name = re.fullmatch(r"clean|pgd20(?:-(\d+))?", attack)
-            if name:
-                eps = 0 if attack == "clean" else int(name[1] or 8)
-                found.setdefault(line["preset"], {})[eps] = result["accuracy"]
+    for (preset, attack), result in table.measured(folder, source=None, restarts=None).items():
+        name = re.fullmatch(r"clean|pgd20(?:-(\d+))?", attack)
+        if name:
+            eps = 0 if attack == "clean" else int(name[1] or 8)
+            found.setdefault(preset, {})[eps] = result["accuracy"]
     return {preset: tuple(zip(*sorted(points.items()))) for preset, points in found.items()
             if len(points) > 1}
 
@@ -44,9 +43,10 @@ def parser():
     p.add_argument("what", help="loss, curve or features")
     p.add_argument("folders", nargs="+", help="of runs")
     p.add_argument("--out", help="the picture; default: <what>.png")
-    p.add_argument("--data", default="cifar10", help="for features: as in eval.py; so are the next two")
+    p.add_argument("--data", default="cifar10", help="for features: as in eval.py; so are the next three")
     p.add_argument("--data-dir", default="data")
     p.add_argument("--test-limit", type=int, default=1000)
+    p.add_argument("--image-size", type=int, default=32)
     return p
 
 
@@ -58,10 +58,10 @@ def check(args):
 @torch.no_grad()
 def draw_features(axes, folder, args):
     encoder = encoders.load_encoder(folder / "encoder.pt")
-    images = data.load(args.data, args.data_dir, "test", limit=args.test_limit, size=32)
+    images = data.load(args.data, args.data_dir, "test", limit=args.test_limit, size=args.image_size)
     parts = images.stream(torch.arange(len(images)).split(500))
-    h, y = (torch.cat(v) for v in zip(*((encoder(data.to_float(x)), y) for x, y in parts)))
-    axes.scatter(*principal(h).T, c=y, s=4, cmap="tab10")
+    h, y = (torch.cat(v) for v in zip(*((encoder(data.resize(x, args.image_size)), y) for x, y in parts)))
+    axes.scatter(*principal(h).T, c=y, s=4, cmap="tab10" if images.classes <= 10 else "viridis")
     axes.set(title=folder.name, xticks=[], yticks=[])
 
 
@@ -82,10 +82,10 @@ def main(argv=None):
     else:
         lines = losses if args.what == "loss" else curves
         for folder in folders:
+            if not lines(folder):
+                raise ValueError(f"{folder}: no {args.what} was measured there")
             for name, (x, y) in lines(folder).items():
                 axes[0].plot(x, y, marker=".", label=f"{folder.name} {name}")
-        if not axes[0].lines:
-            raise ValueError(f"{args.what}: nothing was measured in {', '.join(args.folders)}")
         axes[0].set(xlabel="epoch" if args.what == "loss" else "eps of PGD-20, 1/255",
                     ylabel="loss" if args.what == "loss" else "accuracy, %")
         axes[0].legend()

@@ -97,7 +97,7 @@ class Folder:
             raise ValueError(str(e).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
 
 
-def load(name, root="data", split="train", device="cpu", limit=None, size=None, workers=4):
+def load(name, root="data", split="train", device="cpu", limit=None, size=None, workers=4, shuffle=False):
     """The data set `name` as `Images` or, for a folder, `Folder`.
 
     name    cifar10, cifar100, stl10 (torchvision, downloaded into `root` when absent; STL-10's "train" is
@@ -105,7 +105,8 @@ def load(name, root="data", split="train", device="cpu", limit=None, size=None, 
             x_train, y_train, x_test, y_test (uint8 NHWC, integer labels), or a path to a folder with train/
             and test/ (or val/), each in ImageFolder layout.
     split   "train", "labelled" (STL-10's 5,000; elsewhere the same as "train") or "test".
-    limit   keep the first `limit` images of a fixed shuffle (files are often ordered by class).
+    limit   keep the first `limit` images of a fixed shuffle (files are often ordered by class), `shuffled`.
+    shuffle  in that order without a limit too.
     size    folders only: the side of the decoded square.
 
     Raises ValueError or FileNotFoundError, naming the file and what would work.
@@ -113,7 +114,7 @@ def load(name, root="data", split="train", device="cpu", limit=None, size=None, 
     def keep(n):
         if limit is not None and not 0 < limit <= n:
             raise ValueError(f"limit {limit}: {name} has {n} images in split {split!r}")
-        return range(n) if limit is None else np.random.default_rng(0).permutation(n)[:limit].tolist()
+        return shuffled(n)[:limit] if shuffle or limit is not None else range(n)
 
     if split not in ("train", "labelled", "test"):
         raise ValueError(f"split {split!r}: choose one of train, labelled, test")
@@ -132,6 +133,11 @@ def load(name, root="data", split="train", device="cpu", limit=None, size=None, 
         raise ValueError(f"data {name!r}: not one of {', '.join(NAMES)}; not an .npz, and no such folder")
     rows = torch.as_tensor(keep(len(x)))
     return Images(x[rows].contiguous().to(device), y[rows].to(device), classes)
+
+
+def shuffled(n):
+    """0 to n - 1 in the order that is always the same."""
+    return np.random.default_rng(0).permutation(n).tolist()
 
 
 def _from_torchvision(name, root, split):

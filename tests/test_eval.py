@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 import eval as evaluation
-from common import corruptions, data, encoders
+from common import corruptions, data, encoders, table
 from common.pgd import pgd
 from tests.recipes import A, X, Z
 from tests.scripts import launch, tiny_npz
@@ -243,6 +243,9 @@ def test_the_command_fine_tunes_a_vit_and_its_classifier_can_be_loaded(tmp_path,
 
 @pytest.mark.parametrize("flags, words", [
     (["--preset", "mae-tune", "--epochs", "5"], "--epochs 5: preset mae-tune warms up for 5; lower --warmup"),
+    (["--preset", "amoc-slf", "--epochs", "10"], "--epochs 10: preset amoc-slf lowers its rate in epoch 20"),
+    (["--preset", "mae-tune", "--milestones", "30"], "--milestones: preset mae-tune warms up"),
+    (["--attacks", "c", "--data", "shapes"], "--attacks c: there is a CIFAR-10-C"),
     (["--warmup", "-1"], "--warmup -1"), (["--drop-path", "2"], "--drop-path 2: must be from 0 to 1"),
     (["--layer-decay", "0.5"], "--layer-decay: preset amoc-slf has no place for it"),
     (["--preset", "amoc-aff", "--mixup", "0.5"], "--mixup: preset amoc-aff has no place for it"),
@@ -295,6 +298,7 @@ def run_main(folder, *more):
             "cpu",
             "--epochs",
             "1",
+            "--milestones",
             "--batch-size",
             "16",
             *more,
@@ -319,7 +323,7 @@ def test_the_command_writes_a_line_for_each_figure_a_row_and_a_classifier(export
         v = found["accuracy"]
         assert found["stderr"] == pytest.approx(math.sqrt(v * (100 - v) / 20), abs=0.01) and found["images"] == 20
     cells = [f"{found['accuracy']:.2f} ({found['stderr']:.2f})" for found in results]
-    assert last_row(capsys).split(" | ")[2:-1] == cells
+    assert last_row(capsys).split(" | ")[3:-1] == cells
 
     net = evaluation.load_classifier(exported / "classifier-amoc-slf-adv.pt")
     assert not net.training and net.encoder.branch == "adv"
@@ -356,6 +360,8 @@ def test_what_was_measured_makes_the_same_table_without_measuring(exported, caps
     assert last_row(capsys) == row
     with pytest.raises(FileNotFoundError, match="nothing was measured there"):
         evaluation.main([str(exported / "elsewhere" / "encoder.pt"), "--kept"])
+    with pytest.raises(ValueError, match="a folder; give the encoder.pt in it"):
+        evaluation.main([str(exported), "--data", "shapes"])
 
 
 def test_autoattack_is_recorded_with_its_images_stages_and_sanity(exported):
@@ -407,7 +413,7 @@ def test_a_transferred_attack_is_made_on_its_source(exported, tmp_path):
     source = str(exported / "classifier-amoc-slf-adv.pt")
     flags = ["--preset", "amoc-slf", "--attacks", "clean", "pgd20", "--source", source]
     (line,) = run_main(exported, *flags)[len(lines):]  # "clean" has no source, and is there
-    assert line["results"]["pgd20"]["source"] == evaluation.digest(source)
+    assert line["results"]["pgd20"]["source"] == evaluation.digest(open(source, "rb").read())
     own = lines[1]["results"]["pgd20"]["accuracy"]
     assert line["results"]["pgd20"]["accuracy"] == own  # on itself it is the plain attack
 
@@ -442,9 +448,13 @@ def test_corruptions_are_a_mean_over_kinds_and_severities(tmp_path):
     for kind in kinds:
         for s in range(1, 6):
             x, y = corruptions.read(tmp_path, kind, s)
-            slow.append((net(x[:6] / 255).argmax(1) == y[:6]).float().mean().item() * 100)
-    found = evaluation.corrupted(net, images, kinds, tmp_path)
-    assert found["accuracy"] == pytest.approx(sum(slow) / 10, abs=0.01)
+            rows = data.shuffled(10)[:6]  # the test images that --test-limit 6 keeps
+            slow.append((net(x[rows] / 255).argmax(1) == y[rows]).float() * 100)
+    found, slow = evaluation.corrupted(net, images, kinds, tmp_path), torch.stack(slow)
+    assert found["accuracy"] == pytest.approx(slow.mean().item(), abs=0.01)
+    assert found["stderr"] == pytest.approx(slow.mean(0).std().item() / 6**0.5, abs=0.01)
+    with pytest.raises(ValueError, match="10 images a severity, for 12"):
+        evaluation.corrupted(net, data.Images(torch.cat([images.x] * 2), torch.zeros(12), 2), kinds, tmp_path)
 
 
 def test_the_command_measures_corruptions_and_a_curve_and_draws(exported):
@@ -455,7 +465,7 @@ def test_the_command_measures_corruptions_and_a_curve_and_draws(exported):
     assert [attack for found in curve for attack in found] == list(evaluation.CURVE)
     radii = [getattr(evaluation.ATTACKS.get(a), "eps", 0) * 255 for a in evaluation.CURVE]
     assert radii == pytest.approx([0, 1, 2, 4, 6, 8, 12, 16])
-    picture = torchvision.io.read_image(str(exported / "attacked-amoc-slf-pgd20.png"))
+    picture = torchvision.io.read_image(str(exported / "attacked-amoc-slf-adv-pgd20.png"))
     assert picture.shape[1:] == (3 * 34 + 2, 5 * 34 + 2)
 
 
@@ -470,7 +480,7 @@ def test_images_are_brought_to_another_size(exported):
 
 
 def test_a_protocol_is_the_benchmarks_preset(exported):
-    lines = run_main(exported, "--protocol", "slf", "aff", "--attacks", "clean", "--milestones")
+    lines = run_main(exported, "--protocol", "slf", "aff", "--attacks", "clean")
     assert [line["preset"] for line in lines] == ["robustssl-slf", "robustssl-aff"]
 
 
@@ -497,6 +507,32 @@ def test_dual_batchnorm_shows_each_branch_its_own_images_and_keeps_adv(exported)
     evaluation.save_classifier(net, exported / "c.pt")
     loaded = evaluation.load_classifier(exported / "c.pt")
     torch.testing.assert_close(loaded(x), adv.eval()(x))
+
+
+def test_other_data_or_another_attack_of_the_same_name_is_measured_anew(exported, monkeypatch):
+    flags = ["--preset", "amoc-slf", "--attacks", "clean", "pgd20"]
+    first = run_main(exported, *flags)
+    monkeypatch.setitem(evaluation.ATTACKS, "pgd20", evaluation.Attack("linf", 16 / 255, 4 / 255, 20))
+    more = run_main(exported, *flags)[len(first):]
+    assert [list(line["results"]) for line in more] == [["pgd20"]]
+    evaluation.main([str(exported / "encoder.pt"), "--data", tiny_npz(exported / "tiny.npz", 60), "--device", "cpu",
+                     "--epochs", "1", "--milestones", "--batch-size", "16", *flags])
+    assert len(table.lines(exported / "eval.jsonl")) == len(first) + len(more) + 2
+
+
+def test_the_first_n_are_a_fair_sample_of_sorted_images_with_and_without_a_limit(exported, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluation, "judge", lambda net, images, attack, seed, n, *more: seen.append(
+        images.y[:n].tolist()) or {"accuracy": 1, "stderr": 1, "images": n})
+    monkeypatch.setattr(evaluation, "sanity", lambda *args: {})
+    rng = numpy.random.default_rng(0)
+    x, y = rng.integers(0, 256, (40, 32, 32, 3), dtype=numpy.uint8), numpy.arange(40) // 10
+    numpy.savez(exported / "sorted.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    for more in ([], ["--test-limit", "30"]):
+        evaluation.main([str(exported / "encoder.pt"), "--data", str(exported / "sorted.npz"), "--device", "cpu",
+                         "--epochs", "1", "--milestones", "--batch-size", "16", "--attacks", "aa", "--aa-limit", "12",
+                         *more])
+    assert seen[0] == seen[1] == y[data.shuffled(40)[:12]].tolist() and len(set(seen[0])) == 4
 
 
 def test_bn_chooses_the_branch_and_is_recorded(exported):

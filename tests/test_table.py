@@ -4,7 +4,9 @@ import pytest
 
 from common import table
 
-GROUPS, PUBLISHED = {"pixels": ("rocl", "amoc")}, [("amoc", {"variant": "ACC"}, "70 in 200 epochs")]
+GROUPS = {"not pretrained": [(None, {"epochs": 0})], "nothing": [("amoc", {"variant": "CCC"})],
+          "pixels": [("rocl", {}), ("amoc", {})]}
+PUBLISHED = [("amoc", {"variant": "ACC", "seed": lambda seed: seed is None}, "70 in 200 epochs")]
 
 
 def folder(path, script, **flags):
@@ -27,26 +29,56 @@ def test_seeds_are_one_row_grouped_by_what_is_adversarial(tmp_path):
     runs.append((folder(tmp_path / "init", "amoc", variant="CCC", epochs=0), {"clean": found(20)}))
     runs.append((tmp_path / "elsewhere", {"clean": found(50)}))
     runs.append((folder(tmp_path / "other", "rocl"), {"knn": found(60)}))  # it has none of the columns
+    runs[1][1]["pgd"], runs[2][1]["pgd"] = found(10), found(20)
+    runs[3][1]["pgd"] |= {"sanity": {"doubts": ["images stand at 8 eps"]}}
     columns = {"clean": "SA", "pgd": "RA", "aa": "AA"}  # none has the last
     rows = table.markdown(runs, columns, GROUPS, PUBLISHED, {"out"}).splitlines()
     assert rows[0] == "|  | seeds | pretraining | SA | RA | published |"
     assert rows[2:] == [
         "| **not pretrained** |  |  |  |  |  |",
         f"| [init]({runs[4][0].as_posix()}) | 1 |  | 20.00 (1.00) |  |  |",
+        "| **nothing** |  |  |  |  |  |",
+        f"| [ccc]({runs[3][0].as_posix()}) | 1 | 40 CPU-s | 40.12 (1.50) | 2.00 (1.00)† |  |",
         "| **pixels** |  |  |  |  |  |",
-        f"| [acc]({runs[0][0].as_posix()}) | 3 | 41 CPU-s | 34.00 ± 4.00 |  | 70 in 200 epochs |",
-        f"| [ccc]({runs[3][0].as_posix()}) | 1 | 40 CPU-s | 40.12 (1.50) | 2.00 (1.00) |  |",
+        f"| [acc]({runs[0][0].as_posix()}) | 3 | 41 CPU-s | 34.00 ± 4.00 | 15.00 ± 7.07 [2] | 70 in 200 epochs |",
         "| **other** |  |  |  |  |  |",
         f"| [elsewhere]({runs[5][0].as_posix()}) | 1 |  | 50.00 (1.00) |  |  |",
     ]
 
 
-@pytest.mark.parametrize("differ, rows", [({"seed": 1}, 1), ({"data_dir": "b"}, 1), ({"lr": 2}, 2)])
+@pytest.mark.parametrize("differ, rows", [({"seed": 1}, 1), ({"seed": 1, "data_dir": "b"}, 1), ({"lr": 2}, 2)])
 def test_runs_of_other_flags_are_other_rows(tmp_path, differ, rows):
     runs = [(folder(tmp_path / name, "rocl", **{"lr": 1, "data_dir": "a", **flags}), {"clean": found(1)})
             for name, flags in (("x", {}), ("y", differ))]
     text = table.markdown(runs, {"clean": "SA"}, GROUPS, PUBLISHED, {"out", "data_dir"})
-    assert len(text.splitlines()) == 3 + rows
+    assert len(text.splitlines()) == 3 + rows and "[x]" in text  # no common prefix: the first one's name
+
+
+def test_one_run_twice_is_not_two_seeds(tmp_path):
+    runs = [(folder(tmp_path / name, "rocl"), {"clean": found(1)}) for name in ("x", "y")]
+    with pytest.raises(ValueError, match="x and .*y are one run"):
+        table.markdown(runs, {"clean": "SA"}, GROUPS, PUBLISHED, {"out"})
+
+
+def test_a_line_after_one_that_was_cut_off_is_not_lost(tmp_path):
+    path = tmp_path / "eval.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2, "b')
+    table.append(path, {"a": 3})
+    table.append(path, {"a": 4})
+    assert table.lines(path) == [{"a": 1}, {"a": 3}, {"a": 4}]
+
+
+def test_what_was_measured_in_two_ways_is_refused_and_a_wish_chooses(tmp_path):
+    def line(attack, bn, **result):
+        return {"preset": "slf", "bn": bn, "train": "x", "results": {attack: {"accuracy": 1, **result}}}
+
+    for text in (line("clean", "adv"), line("pgd", "adv"), line("pgd", "adv", source="other"), line("pgd", "clean")):
+        table.append(tmp_path / "eval.jsonl", text)
+    with pytest.raises(ValueError, match="slf pgd was measured twice, with another bn"):
+        table.measured(tmp_path, source=None)
+    assert table.measured(tmp_path, source=None, bn="adv").keys() == {("slf", "clean"), ("slf", "pgd")}
+    with pytest.raises(FileNotFoundError, match="nothing was measured there"):
+        table.measured(tmp_path / "elsewhere")
 
 
 def test_a_result_is_kept_under_its_own_conditions_and_a_cut_line_is_none(tmp_path):
