@@ -12,25 +12,23 @@ of numbers, delta, shared by all images. The aim is better features, not robustn
     max over delta              ascend (--adversary persistent) or attack (--adversary pgd)
     projection, epsilon         common.pgd.project, --radius
 
-absolute: a masked token's sine-cosine embedding is moved by delta, or is that of position + delta.
-relative: those stay, and every block of encoder and decoder has a table of relative positions and a delta of
-its own. The table starts at zero, so a shift has no gradient before the table has moved.
+absolute: where a masked token enters the encoder, its sine-cosine embedding is moved by delta, or is that of
+position + delta; the decoder's stays true. relative: both stay true; every block of both has a table p and a
+delta of its own, and adds q_i . r_ij, r_ij = p[g(pos_i - pos_j)], to its logits. Tables start at zero, so a
+shift has no gradient before they have moved.
 
-We had the abstract, a survey of the same group (Qi & Shah 2022, arXiv 2210.13463) and the code. They describe
-two adversaries: a delta that lasts and makes one step of Adam uphill each update, in the weights' backward
-(the code; "memory-based"), or PGD each batch. eps is the code's default. Where we depart from the code:
-    - L2 projection is finite at delta = 0; delta is added to the mask token (there, in absolute embedding, it
-      replaces it);
-    - integer offsets hit the table's entries exactly, far ones the last (there: shifted, fading to zero);
-    - relative embedding: one delta for each entry of the table (there one d-vector for all entries, which the
-      softmax cancels: no effect, no gradient).
-
-Ours, for CIFAR-10, are the defaults that differ from the ImageNet recipe (the first command).
+We had the abstract, a survey of the same group (Qi & Shah 2022, arXiv 2210.13463), and the code: a delta that
+lasts, and makes one step of Adam uphill each update, in the weights' backward ("memory-based"); or, says the
+survey, PGD each batch. eps is the code's default. Departures from the code:
+    - L2 projection is finite at delta = 0; in absolute embedding delta starts at 0 and is added to the mask
+      token (there it is random and replaces it);
+    - g gives the table's own indices, and beyond it the last (there: shifted, fading to zero, axes swapped);
+    - relative embedding: a delta for each table entry (there one for all, which the softmax cancels).
+The first command is the code's ImageNet recipe, on images decoded at 112 pixels; the defaults are ours.
 
     torchrun --standalone --nproc-per-node 8 adpe.py --data path/to/imagenet --arch vit_base \
 --image-size 112 --crops 4 --min-scale 0.08 --decoder 512 8 16 --batch-size 4096 --lr 2.4e-3 --adv-lr 2.4e-3
     python adpe.py                                            relative coordinates, persistent
-    python adpe.py --adversary pgd --position absolute --mode embedding
     python adpe.py --radius 0                                 MAE+, the clean base
     python eval.py runs/adpe/encoder.pt --preset mae-tune-cifar mae-slf-cifar knn
 """
@@ -46,11 +44,11 @@ from common.encoders import patchify, relative_logits, sincos_at
 from common.pgd import pgd, project, uniform
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in MAE's code
-DELTAS = {  # shape of delta for encoder width D and `heads`, the width of a head in each of n blocks
-    ("absolute", "embedding"): lambda D, heads: (1, D),
-    ("absolute", "coordinate"): lambda D, heads: (1, 2),
-    ("relative", "embedding"): lambda D, heads: (len(heads), max(heads), 7, 7),  # narrower ones use the first
-    ("relative", "coordinate"): lambda D, heads: (len(heads), 2),
+DELTAS = {  # shape of delta for encoder width D and `widths`, that of a head in each block
+    ("absolute", "embedding"): lambda D, widths: (1, D),
+    ("absolute", "coordinate"): lambda D, widths: (1, 2),
+    ("relative", "embedding"): lambda D, widths: (len(widths), max(widths), 7, 7),  # 7 x 7: Relative.table
+    ("relative", "coordinate"): lambda D, widths: (len(widths), 2),
 }
 
 
@@ -82,7 +80,7 @@ class MAEPlus(nn.Module):
         widths = [block.attn.d for block in self.blocks]
         self.delta = nn.Parameter(torch.zeros(DELTAS[position, mode](encoder.dim, widths)))
         used = torch.ones(self.delta.shape)
-        for row, d in zip(used, widths) if used.dim() == 4 else ():
+        for row, d in zip(used, widths) if used.dim() == 4 else ():  # a narrower block, a narrower delta
             row[d:] = 0
         self.register_buffer("used", used, persistent=False)
 
@@ -92,7 +90,7 @@ class MAEPlus(nn.Module):
             return self.encoder.embed(patches) + self.encoder.pos_embed[:, 1:]
 
     def rows(self):
-        """r_ij of each block, clean: (1 + L, 1 + L, d) each; none in the absolute modes."""
+        """The vectors r_ij of each block at delta = 0: (1 + L, 1 + L, d) each; [] in the absolute modes."""
         return [b.attn.relative(*self.encoder.grid) for b in self.blocks if self.position == "relative"]
 
     def masked_token(self, delta):
@@ -139,7 +137,8 @@ def attack(net, tokens, rows, masked, target, start, args):
     def loss(delta):
         return mae_loss(net(tokens, rows, masked, run.gather(delta)[:len(delta)]), target, masked)
 
-    delta = pgd(loss, torch.zeros_like(start), args.radius, args.step_size, args.steps, args.norm,
+    step_size = 5 / 8 * args.radius if args.step_size is None else args.step_size
+    delta = pgd(loss, torch.zeros_like(start), args.radius, step_size, args.steps, args.norm,
                 start=args.radius * start, lo=-torch.inf, hi=torch.inf)
     return run.gather(delta)[:len(delta)]
 
@@ -188,7 +187,7 @@ def parser():
     p.add_argument("--radius", type=float, default=1.0, help="eps: patches or embedding units; 0: MAE+")
     p.add_argument("--adv-lr", type=float, default=1e-3, help="of the persistent adversary, at its peak")
     p.add_argument("--steps", type=int, default=2, help="of the pgd adversary")
-    p.add_argument("--step-size", type=float, default=0.625, help="of the pgd adversary")
+    p.add_argument("--step-size", type=float, help="of the pgd adversary; default: 5/8 of the radius")
     p.add_argument("--decoder", type=int, nargs=3, default=[128, 4, 4], metavar=("WIDTH", "BLOCKS", "HEADS"))
     p.add_argument("--mask-ratio", type=float, default=0.75, help="part of the patches that is masked")
     p.add_argument("--epochs", type=int, default=400, help="0 exports the random encoder")
@@ -209,7 +208,8 @@ def check(args):
             raise ValueError(f"--{flag} {getattr(args, flag)}: choose {' or '.join(known)}")
     if not 0 < args.min_scale <= 1:
         raise ValueError(f"--min-scale {args.min_scale:g}: must be above 0, at most 1")
-    run.not_negative(args, "epochs", "lr", "warmup", "weight_decay", "radius", "adv_lr", "steps", "step_size")
+    run.not_negative(args, "epochs", "lr", "warmup", "weight_decay", "radius", "adv_lr", "steps",
+                     *["step_size"] * (args.step_size is not None))
     run.positive(args, "batch_size", "image_size", "save_every", "crops")
     encoders.check_masked(args)
 
@@ -221,24 +221,24 @@ def network(args):
 
 
 def random_numbers(rng, net, args, device):
-    """`order` (crops B, L) of the patches, and for pgd a point of the unit ball for each row of delta."""
+    """`order` (crops B, L) of the patches, and for pgd a start, in the unit ball for each row of delta."""
     order = rng.uniform(args.crops, len(net.at), device=device).transpose(0, 1).flatten(0, 1)
-    seed = int(2**24 * rng.uniform(1)[0, 0])  # the first image's
+    seed = int(2**24 * rng.uniform(1)[0, 0])
     generator = torch.Generator(device).manual_seed(seed)
     return order, net.used * uniform(net.delta, 1.0, args.norm, generator)
 
 
 @torch.no_grad()
 def pictures(path, net, images, args):
-    """A panel a row of delta, the encoder's blocks first: an image, its masked patches dark, a white dot
-    where each is, a red one where it is told it is. Embeddings tell no place: a relative one's panel is the
-    length of delta over the table, an absolute one's the likeness of masked places (rows) to all."""
+    """A panel a row of delta, the encoder's blocks first: masked patches dark, a white dot where each is, a
+    red one where it is told it is. Of an embedding, which tells no place: if relative, the length of delta
+    over the table, if absolute, the likeness of masked places (rows) to all."""
     if net.mode == "embedding":
         clean = net.encoder.pos_embed[0, 1:]
         relative = net.position == "relative"
         table = net.delta.norm(dim=1, keepdim=True) if relative else (clean + net.delta) @ clean.T[None, None]
         return save_image(F.interpolate(table / table.max().clamp_min(1e-8), scale_factor=8), path, nrow=4)
-    x, _, rng = next(data.batches(images, 2, args.seed, 0))
+    x, _, rng = next(data.batches(images, min(2, len(images)), args.seed, 0))
     masked = random_masking(rng.uniform(len(net.at), device=x.device), args.mask_ratio)[0]
     patches = patchify(augment(x, rng, args.image_size, args.min_scale, 1)[:1], net.encoder.patch)
     patches[:, masked] *= 0.3
@@ -278,12 +278,11 @@ def main(argv=None):
         begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
         for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
             run.interrupted(args, env, state, step)
-            lr = lr_at(step / steps, args.epochs, args.lr, args.warmup)
-            optim.set_lr(opt, lr)
-            optim.set_lr(opt_delta, lr_at(step / steps, args.epochs, args.adv_lr, args.warmup))
-            x = augment(x, rng, args.image_size, args.min_scale, args.crops)
+            lr, adv_lr = (lr_at(step / steps, args.epochs, v, args.warmup) for v in (args.lr, args.adv_lr))
+            optim.set_lr(opt, lr), optim.set_lr(opt_delta, adv_lr)
+            crops = augment(x, rng, args.image_size, args.min_scale, args.crops)
             order, start = random_numbers(rng, net, args, device)
-            losses = train_step(net, opt, opt_delta, x, order, start, args)
+            losses = train_step(net, opt, opt_delta, crops, order, start, args)
             log.step(step, len(x) * env.world, **losses)
             step += 1
         log.epoch(epoch, step, lr=lr)

@@ -490,7 +490,7 @@ def parser():
     p.add_argument("--source", help="a classifier-*.pt: attacks are made on it, and transferred")
     p.add_argument("--image-size", type=int, help="side to which images are brought; default: as they are, "
                    "32 for a folder")
-    p.add_argument("--pictures", action="store_true", help="write attacked-<preset>-<attack>.png")
+    p.add_argument("--pictures", action="store_true", help="of PGD and DeepFool: attacked-*.png")
     p.add_argument("--kept", action="store_true", help="measure nothing: the table of what was measured")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help="default: cuda if there is one, else cpu")

@@ -385,7 +385,7 @@ def test_learning_rate_equals_printed_values(epoch, lr):
 def test_defaults():
     want = dict(arch="vit_tiny", decoder=[128, 4, 4], mask_ratio=0.75, epochs=400, batch_size=512, lr=1e-3, warmup=20,
                 weight_decay=0.05, position="relative", mode="coordinate", adversary="persistent", norm="linf",
-                radius=1, adv_lr=1e-3, steps=2, step_size=0.625, crops=1, min_scale=0.2, image_size=32)
+                radius=1, adv_lr=1e-3, steps=2, step_size=None, crops=1, min_scale=0.2, image_size=32)
     args = vars(adpe.parser().parse_args([]))
     assert {k: args[k] for k in want} == want
 
