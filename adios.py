@@ -76,7 +76,7 @@ def occlude(x, mask, fill):
 
 def mask_penalty(masks):
     """Sum over n, mean over images, of 1 / sin(pi s_n), s_n the area of mask n as a part of the image, the
-    sine floored at 1e-4, without gradient below. masks (B, N, H, W). N / sin(pi / N) at equal areas is least."""
+    sine floored at 1e-4, flat below. masks (B, N, H, W). The minimum, at equal areas, is N / sin(pi / N)."""
     return (1 / (math.pi * masks.mean((2, 3))).sin().clamp_min(1e-4)).sum(1).mean()
 
 

@@ -22,8 +22,8 @@ channel-normalised patches, a mean over pixels and then over the batch's removed
 decayed, biases and norms not. No BatchNorm, no dropout: train and eval mode agree.
 
 No run of the paper is at 32 x 32: the defaults that differ from its ImageNet recipe are ours, for CIFAR-10:
-vit_tiny, --decoder, --batch-size, --lr, --warmup, --epochs. The paper's (epochs: MAE's, it states none), then
-ours:
+vit_tiny, --decoder, --batch-size, --lr, --warmup, --epochs. First its recipe (epochs: MAE's, it states none;
+crops: of images decoded at 224 pixels), then ours:
 
     torchrun --standalone --nproc-per-node 8 adv_mae.py --data path/to/imagenet --arch vit_base \
 --image-size 224 --decoder 512 8 16 --batch-size 4096 --lr 2.4e-3 --warmup 40 --epochs 800
@@ -60,17 +60,16 @@ def augment(x, rng, size):
     return data.random_resized_crop(x, rng, size, scale=(0.2, 1.0), flip=0.5, filter="bicubic")
 
 
-def random_masking(noise, ratio):
-    """Keep the int(L (1 - ratio)) patches of smallest `noise` (B, L).
+def random_masking(u, ratio):
+    """Keep the int(L (1 - ratio)) patches of smallest `u` (B, L).
 
     Returns ids_keep (B, Lk); ids_restore (B, L), the place of each patch among [kept; removed]; and mask
     (B, L), 1 where *removed*.
     """
-    B, L = noise.shape
-    kept = int(L * (1 - ratio))
-    order = noise.argsort(1)
+    kept = int(u.shape[1] * (1 - ratio))
+    order = u.argsort(1)
     ids_restore = order.argsort(1)
-    return order[:, :kept], ids_restore, (ids_restore >= kept).to(noise)
+    return order[:, :kept], ids_restore, (ids_restore >= kept).to(u)
 
 
 def take(patches, ids):
@@ -90,8 +89,9 @@ class MAE(nn.Module):
     def forward(self, v, ids_keep, ids_restore):
         """Visible patches v (B, Lk, D) in pixels -> all patches (B, L, D), as they are for the loss."""
         (B, L), kept = ids_restore.shape, ids_keep.shape[1]
+        tokens = self.encoder.embed(v) + self.encoder.pos_embed[0, 1:][ids_keep]  # bf16 would blur 1/255
         with run.autocast(v.device):
-            h = self.encoder.encode(self.encoder.embed(v) + self.encoder.pos_embed[0, 1:][ids_keep])
+            h = self.encoder.encode(tokens)
             h = self.decoder.embed(h)  # (B, 1 + Lk, width)
             tokens = torch.cat([h[:, 1:], self.mask_token.expand(B, L - kept, -1)], 1)
             return self.decoder(torch.cat([h[:, :1], take(tokens, ids_restore)], 1))
@@ -116,12 +116,12 @@ def attack(net, v, noise, ids_keep, ids_restore, target, mask, args):
                v, eps, step_size, args.steps, args.norm, start=start)
 
 
-def train_step(net, opt, x, order, noise, args):
-    """One iteration on images x (B, 3, S, S); `order` (B, L) draws the mask, `noise` (B, Lk D), in the unit
-    ball, starts the attack."""
+def train_step(net, opt, x, u, noise, args):
+    """One iteration on images x (B, 3, S, S); `u` (B, L), uniform, draws the mask, `noise` (B, Lk D), in the
+    unit ball, starts the attack."""
     patches = patchify(x, net.encoder.patch)  # (B, L, D)
     target = net.encoder.normalise(patches)
-    ids_keep, ids_restore, mask = random_masking(order, args.mask_ratio)
+    ids_keep, ids_restore, mask = random_masking(u, args.mask_ratio)
     v = take(patches, ids_keep)
     v_adv = attack(net, v, noise, ids_keep, ids_restore, target, mask, args)
     loss = mae_loss(net(v_adv, ids_keep, ids_restore), target, mask, args.norm_pix)
@@ -176,11 +176,11 @@ def network(args):
 
 
 def random_numbers(rng, encoder, args, device):
-    """For the images of `rng`: `order` (B, L) of the patches, and a point (B, Lk D) of the unit ball."""
+    """For the images of `rng`: uniform u (B, L), and a point (B, Lk D) of the unit ball."""
     L = encoder.grid[0] * encoder.grid[1]
-    order = rng.uniform(L, device=device)
-    u = rng.uniform(1 + int(L * (1 - args.mask_ratio)) * 3 * encoder.patch**2, device=device)
-    return order, in_ball(u, args.norm)
+    u = rng.uniform(L, device=device)
+    noise = rng.uniform(1 + int(L * (1 - args.mask_ratio)) * 3 * encoder.patch**2, device=device)
+    return u, in_ball(noise, args.norm)
 
 
 @torch.no_grad()
@@ -191,8 +191,8 @@ def pictures(path, net, images, args):
     x, encoder = augment(x, rng, args.image_size), net.encoder
     patches = patchify(x, encoder.patch)
     target = encoder.normalise(patches)
-    order, noise = random_numbers(rng, encoder, args, x.device)
-    ids_keep, ids_restore, mask = random_masking(order, args.mask_ratio)
+    u, noise = random_numbers(rng, encoder, args, x.device)
+    ids_keep, ids_restore, mask = random_masking(u, args.mask_ratio)
     v = take(patches, ids_keep)
     v_adv = attack(net, v, noise, ids_keep, ids_restore, target, mask, args)
     pred = net(v_adv, ids_keep, ids_restore)
@@ -200,15 +200,15 @@ def pictures(path, net, images, args):
         pred = pred * (target.var(2, keepdim=True) + 1e-6).sqrt() + target.mean(2, keepdim=True)
     grey, hidden = torch.full_like(patches, 0.5), mask[:, :, None].bool()
 
-    def spread(seen, elsewhere):
+    def whole(seen, elsewhere):
         L, kept = mask.shape[1], ids_keep.shape[1]
         seen = take(F.pad(seen, (0, 0, 0, L - kept)), ids_restore)
         return torch.where(hidden, elsewhere, seen)
 
     delta = v_adv - v
-    rows = [patches, spread(v, grey), spread(v_adv, grey),
-            spread(0.5 + delta / (2 * delta.abs().max().clamp_min(1e-8)), grey),
-            spread(v_adv, pred * encoder.std + encoder.mean)]
+    rows = [patches, whole(v, grey), whole(v_adv, grey),
+            whole(0.5 + delta / (2 * delta.abs().max().clamp_min(1e-8)), grey),
+            whole(v_adv, pred * encoder.std + encoder.mean)]
     save_image(torch.cat([unpatchify(row, encoder.patch) for row in rows]), path, nrow=len(x))
 
 
@@ -239,8 +239,8 @@ def main(argv=None):
             lr = lr_at(step / steps, args.epochs, args.lr, args.warmup)
             optim.set_lr(opt, lr)
             x = augment(x, rng, args.image_size)
-            order, noise = random_numbers(rng, net.encoder, args, device)
-            losses = train_step(net, opt, x, order, noise, args)
+            u, noise = random_numbers(rng, net.encoder, args, device)
+            losses = train_step(net, opt, x, u, noise, args)
             log.step(step, len(x) * env.world, **losses)
             step += 1
         log.epoch(epoch, step, lr=lr)

@@ -219,8 +219,6 @@ def check(args):
             raise ValueError(f"--views {' '.join(args.views)}: choose from {', '.join(VIEWS)}, each once")
     if len(args.views) < 2 or not any(view.endswith("+d") for view in args.views):
         raise ValueError(f"--views {' '.join(args.views)}: needs two views, one of them attacked (+d)")
-    if 0 < args.epochs <= args.warmup:
-        raise ValueError(f"--warmup {args.warmup}: must be less than --epochs {args.epochs}")
     if min(args.clusters) < 2:
         raise ValueError(f"--clusters {min(args.clusters)}: must be at least 2")
     run.not_negative(args, "epochs", "lr", "warmup", "weight_decay", "eps", "step_size", "steps", "cutoff")

@@ -7,8 +7,8 @@ within eps, to where its prediction disagrees most with the target's clean proje
 there.
 
     paper                       here
-    e, g, q                     net: encoder, projector, predictor
-    gamma                       target: a copy of encoder and projector
+    e, g, q                     net[0], net[1], net[2]: encoder, projector, predictor
+    gamma                       target: a copy of net[:2]
     v, v'                       x1, x2
     Eq. 4  the loss             byol_loss
     Eq. 5, 6  the attack        attack: it starts in the ball, and ascends the loss
@@ -19,22 +19,23 @@ As printed, Eq. 6 adds the gradient of the cosine, which would make the views ag
 misprint, and maximise. Where the paper is silent, or its appendix was not at hand, we take BYOL's (arXiv
 2006.07733) conventions: BatchNorm in the heads, LARS with trust 0.001 that leaves biases and norms alone,
 warm-up over 10 epochs, the target's BatchNorm in train mode; and a common augmentation for CIFAR without
-blur, the second view solarised now and then. Where we depart from the paper:
+blur, the second view solarised now and then. Departures from the paper:
     - the encoder: ResNet-18 (there a pre-activation ResNet-34, two to four times as wide), and 200 epochs
       (there 1000);
     - the attack: 5 steps of a fixed length (there 40, of AutoPGD's adaptive length, 21 times BYOL's cost).
 BatchNorm: there is one set, and the online network sees attacked views only, so that attacked images are what
 the exported statistics describe. The attack runs in train mode: it uses batch statistics, as the update does,
-so that images of a batch help each other; running statistics do not change. Each view has a pass of its own.
-The target is clean and constant, and computed once. A step costs 28 forwards against 8 of BYOL (a backward to
-the pixels counts 1, a whole one 2). The log reports how far the projections are spread, and a run whose
+so that moving one image shifts the others' normalisation; running statistics do not change. Each view has a
+pass of its own, and a process's BatchNorm sees its own images. The target is clean and constant, and computed
+once. A step costs 28 forwards: 2 of the target, 2 * 6 online, 2 * 5 backwards to the pixels, and 2 whole
+backwards that count 2 each; BYOL's costs 8. The log tells how far the projections are spread, and a run whose
 projections are all alike ends.
 
     python byorl.py                                      linf 8/255: CIFAR-10, ResNet-18, 200 epochs
     torchrun --standalone --nproc-per-node 4 byorl.py    the same on 4 GPUs, 128 of the 512 images on each
-    python byorl.py --norm l2 --eps 128 --step-size 32   l2 128/255
+    python byorl.py --norm l2 --eps 128                  l2 128/255
     python byorl.py --eps 0                              BYOL, the clean base
-    python byorl.py --steps 2 --step-size 5              the attack of Rebuffi et al. 2023, App. C: 5/8 eps
+    python byorl.py --steps 2                            the attack of Rebuffi et al. 2023, App. C
     python eval.py runs/byorl/encoder.pt --preset amoc-slf amoc-alf
 
 Not yet measured: no run was long enough to say more than that the loss falls. Not yet run on a GPU.
@@ -84,10 +85,11 @@ def attack(net, x, z, noise, args):
     Train mode: batch statistics are part of what is attacked. No running statistic changes.
     """
     eps = args.eps / 255
+    step_size = 1.25 * eps / max(1, args.steps) if args.step_size is None else args.step_size / 255
     start = (x + eps * noise.view(x.shape)).clamp(0, 1)
     with frozen_stats(net):
         return pgd(lambda x: byol_loss(embed(net, x), z),
-                   x, eps, args.step_size / 255, args.steps, args.norm, start=start)
+                   x, eps, step_size, args.steps, args.norm, start=start)
 
 
 def train_step(net, target, opt, x1, x2, noise, tau, args):
@@ -97,6 +99,7 @@ def train_step(net, target, opt, x1, x2, noise, tau, args):
     x1_adv = attack(net, x1, z2, noise[:, 0], args)
     x2_adv = attack(net, x2, z1, noise[:, 1], args)
     loss = byol_loss(embed(net, x1_adv), z2) + byol_loss(embed(net, x2_adv), z1)  # Eq. 7
+    blind = sum(2 - 2 * F.normalize(z, dim=1).mean(0).norm() for z in (z1, z2))  # of the best constant p
 
     opt.zero_grad()
     loss.backward()
@@ -104,7 +107,7 @@ def train_step(net, target, opt, x1, x2, noise, tau, args):
     opt.step()
     optim.ema(target, net[:2], tau)
     run.average_buffers(net)
-    return {"loss": loss}
+    return {"loss": loss, "blind": blind}
 
 
 def lr_at(step, steps, lr, warmup):
@@ -129,9 +132,9 @@ def parser():
     p.add_argument("--warmup", type=int, default=10, help="epochs")
     p.add_argument("--weight-decay", type=float, default=5e-4)
     p.add_argument("--ema", type=float, default=0.996, help="tau, at the start")
-    p.add_argument("--norm", default="linf", help="of the attack: linf or l2")
+    p.add_argument("--norm", default="linf", help="of the attack: linf, or l2 (then --eps 128)")
     p.add_argument("--eps", type=float, default=8.0, help="radius of the attack, in 1/255; 0: BYOL")
-    p.add_argument("--step-size", type=float, default=2.0, help="of the attack, in 1/255")
+    p.add_argument("--step-size", type=float, help="of the attack, in 1/255; default: 1.25 eps / steps")
     p.add_argument("--steps", type=int, default=5, help="of the attack")
     p.add_argument("--image-size", type=int, default=32, help="side of a view")
     return p
@@ -142,7 +145,9 @@ def check(args):
         raise ValueError(f"--norm {args.norm}: choose linf or l2")
     if not 0 <= args.ema <= 1:
         raise ValueError(f"--ema {args.ema:g}: must be from 0 to 1")
-    run.not_negative(args, "epochs", "lr", "warmup", "weight_decay", "eps", "step_size", "steps")
+    run.not_negative(args, "epochs", "lr", "warmup", "weight_decay", "eps", "steps")
+    if args.step_size is not None:
+        run.not_negative(args, "step_size")
     run.positive(args, "hidden", "batch_size", "image_size", "save_every")
 
 
@@ -188,7 +193,7 @@ def main(argv=None):
     state = dict(net=net, target=target, opt=opt, log=log)
     step = run.resume(args, env, state)
     sample, _, _ = next(data.batches(images, min(256, len(images)), args.seed, 0))
-    log.start(step, "loss: 4 where predictions know nothing of the image, 0 where they are right")
+    log.start(step, "loss: 4 at random, `blind` where predictions know nothing of the image, 0 at best")
 
     for epoch in range(step // steps, args.epochs):
         begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch

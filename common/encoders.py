@@ -382,7 +382,7 @@ def check_masked(args):
         raise ValueError(f"--decoder {' '.join(map(str, args.decoder))}: all must be positive, the width a "
                          "multiple of 4 and of the heads")
     patches = (args.image_size // patch) ** 2
-    if not 1 <= int(patches * (1 - args.mask_ratio)) < patches:
+    if not 0 < args.mask_ratio < 1 or not 1 <= int(patches * (1 - args.mask_ratio)) < patches:
         raise ValueError(f"--mask-ratio {args.mask_ratio:g}: of {patches} patches some must stay, some go")
 
 

@@ -37,7 +37,7 @@ def pgd(loss_fn, x, eps, step_size, steps, norm="linf", random_start=True, start
         return x.clone()
     if start is None:
         start = (x + uniform(x, eps, norm, generator)).clamp(lo, hi) if random_start else x
-    x_adv = start.detach()
+    x_adv = start.detach().clone()
     for _ in range(steps):
         x_adv.requires_grad_()
         with torch.enable_grad():
@@ -49,7 +49,7 @@ def pgd(loss_fn, x, eps, step_size, steps, norm="linf", random_start=True, start
         else:
             delta = project(delta, eps, norm)
         x_adv = (x + delta).clamp(lo, hi)
-    return x_adv.clone() if x_adv is start else x_adv
+    return x_adv
 
 
 NORMS = ("linf", "l2", "l1", "l1_dense")

@@ -120,6 +120,8 @@ def setup(args):
     """Seed, folder, signals, process group (torchrun's RANK, WORLD_SIZE, LOCAL_RANK); returns an `Env`."""
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed {args.seed}: must be from 0 to 2^32 - 1")
+    if 0 < args.epochs <= getattr(args, "warmup", 0):
+        raise ValueError(f"--warmup {args.warmup}: must be less than --epochs {args.epochs}")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     env = Env(device(args), rank, world)
     out = pathlib.Path(args.out)

@@ -403,7 +403,8 @@ def test_bad_flags_of_the_method_are_named(flags, words):
     ["--objective", "byol", "--single"], ["--objective", "simsiam"], ["--masker", "random"], ["--masker", "none"],
     ["--objective", "mae", "--arch", "vit_slim"]])
 def test_every_kind_of_run_ends_and_its_masks_can_be_measured(more, tmp_path):
-    flags = ["--data", "shapes", "--limit", "16", "--arch", "slim", "--batch-size", "8", "--epochs", "1"]
+    flags = ["--data", "shapes", "--limit", "16", "--arch", "slim", "--batch-size", "8", "--epochs", "1",
+             "--warmup", "0"]
     adios.main([*flags, "--mask-width", "8", "--device", "cpu", "--out", str(tmp_path), *more])
     assert (tmp_path / "masks.png").stat().st_size > 1000 and (tmp_path / "encoder.pt").exists()
     found = figure_ground.measure(tmp_path, n=50)

@@ -182,9 +182,9 @@ def test_under_autocast_only_the_networks_are_cast(script, npz, tmp_path, monkey
 
     monkeypatch.setattr(module, "train_step", watched)
     monkeypatch.setattr(torch.Tensor, "backward", outside)
-    main(script, npz, tmp_path / "plain", "--epochs", "1")
+    main(script, npz, tmp_path / "plain")
     monkeypatch.setattr(run, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
-    main(script, npz, tmp_path / "cast", "--epochs", "1")
+    main(script, npz, tmp_path / "cast")
     plain, cast = steps[0], steps[len(steps) // 2]
     assert cast[1] == plain[1] and any(cast[1])
     assert cast[0]["loss"] != plain[0]["loss"] and cast[0]["loss"].item() == pytest.approx(
@@ -193,13 +193,13 @@ def test_under_autocast_only_the_networks_are_cast(script, npz, tmp_path, monkey
 
 
 def test_another_configuration_in_the_same_folder_is_refused(script, npz, tmp_path):
-    out = main(script, npz, tmp_path, "--epochs", "1")
+    out = main(script, npz, tmp_path)
     before = (out / "last.pt").read_bytes(), (out / "log.jsonl").read_bytes()
     with pytest.raises(ValueError, match=r"--lr .* there, 0\.123 here.*another --out"):
-        main(script, npz, tmp_path, "--epochs", "1", "--lr", "0.123")
+        main(script, npz, tmp_path, "--lr", "0.123")
     (out / "last.pt").rename(out / "kept")
     with pytest.raises(ValueError, match="--seed 0 there, 3 here"):
-        main(script, npz, tmp_path, "--epochs", "1", "--seed", "3")
+        main(script, npz, tmp_path, "--seed", "3")
     assert before == ((out / "kept").read_bytes(), (out / "log.jsonl").read_bytes())
 
 
@@ -238,6 +238,12 @@ def test_bad_flags_are_named_before_anything_is_lost(script, npz, tmp_path, more
     with pytest.raises((ValueError, OSError), match=words):
         main(script, npz, tmp_path, *more)
     assert not list(tmp_path.glob("*.pt"))
+
+
+def test_a_warmup_as_long_as_the_run_is_refused(script, npz, tmp_path):
+    if "warmup" in importlib.import_module(script).parser().parse_args([]):
+        with pytest.raises(ValueError, match="--warmup 2: must be less than --epochs 2"):
+            main(script, npz, tmp_path, "--warmup", "2")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 truncated", None])

@@ -78,7 +78,7 @@ L2 = dict(norm="l2", eps=128.0, step_size=32.0)
 
 
 @pytest.mark.parametrize("flags, losses, delta", [
-    ({}, (1.50503619, 1.53346200, 1.56211985, 1.59096372, 1.61994658, 1.61994658), None),
+    ({"step_size": 2.0}, (1.50503619, 1.53346200, 1.56211985, 1.59096372, 1.61994658, 1.61994658), None),
     (L2, (1.50503619, 1.76310405, 2.00995883, 2.22095081, 2.38673428, 2.38683399),
      [[0.36205112, 0.16237342, -0.07705896, -0.29762461], [-0.35936217, -0.15806414, 0.08193351, 0.30187098]])])
 def test_attack_equals_printed_values(flags, losses, delta):
@@ -115,9 +115,15 @@ def test_train_step_is_algorithm_read_aloud(flags):
     with torch.no_grad():
         target[1].weight.mul_(0.5).add_(0.1)
     slow, old = copy.deepcopy(net), copy.deepcopy(target)
-    loss = byorl.train_step(net, target, torch.optim.SGD(net.parameters(), 0.1), x1, x2, noise, 0.9, args)["loss"]
+    losses = byorl.train_step(net, target, torch.optim.SGD(net.parameters(), 0.1), x1, x2, noise, 0.9, args)
+    loss, step_size = losses["loss"], args.step_size or 1.25 * args.eps / args.steps
 
     z1, z2 = old(x1), old(x2)
+    best = []  # a constant prediction does best along the mean of the unit targets
+    for z in (z1, z2):
+        mean = sum(row / row.norm() for row in z)
+        best.append(slow_byol_loss(mean.expand_as(z), z))
+    assert losses["blind"].item() == pytest.approx(sum(best).item(), rel=1e-9)
     terms = []
     for x, z, u in ((x1, z2, noise[:, 0]), (x2, z1, noise[:, 1])):
         eps = args.eps / 255
@@ -128,9 +134,9 @@ def test_train_step_is_algorithm_read_aloud(flags):
             moved = []
             for a, b, c in zip(x_adv, g, x):
                 if args.norm == "linf":
-                    d = (a + args.step_size / 255 * b.sign() - c).clamp(-eps, eps)
+                    d = (a + step_size / 255 * b.sign() - c).clamp(-eps, eps)
                 else:
-                    d = a + args.step_size / 255 * b / b.norm() - c
+                    d = a + step_size / 255 * b / b.norm() - c
                     d = d * min(1, eps / d.norm().item())
                 moved.append((c + d).clamp(0, 1))
             x_adv = torch.stack(moved)
@@ -224,7 +230,7 @@ def test_network_sizes_and_heads():
 
 def test_defaults_are_the_papers_but_for_the_named_departures():
     want = dict(epochs=200, batch_size=512, lr=2.0, warmup=10, weight_decay=5e-4, ema=0.996, hidden=4096,
-                norm="linf", eps=8, step_size=2, steps=5, arch="resnet18", data="cifar10")
+                norm="linf", eps=8, step_size=None, steps=5, arch="resnet18", data="cifar10")
     args = vars(byorl.parser().parse_args([]))
     assert {k: args[k] for k in want} == want
 
@@ -245,7 +251,7 @@ def test_a_collapsed_run_stops_with_a_clear_line(tmp_path, monkeypatch):
         return {"loss": torch.zeros(())}
 
     monkeypatch.setattr(byorl, "train_step", collapse)
-    flags = ["--data", "shapes", "--limit", "32", "--arch", "slim", "--hidden", "16", "--batch-size", "32"]
+    flags = ["--data", "shapes", "--limit", "32", "--arch", "slim", "--hidden", "16", "--batch-size", "32", "--warmup", "0"]
     with pytest.raises(ValueError, match="embeddings have collapsed: their deviation is 0 of at most 1"):
         byorl.main([*flags, "--epochs", "1", "--device", "cpu", "--out", str(tmp_path)])
     assert not (tmp_path / "last.pt").exists()
