@@ -38,7 +38,9 @@ projections are all alike ends.
     python byorl.py --steps 2                            the attack of Rebuffi et al. 2023, App. C
     python eval.py runs/byorl/encoder.pt --preset amoc-slf amoc-alf
 
-Not yet measured: no run was long enough to say more than that the loss falls. Not yet run on a GPU.
+Measured on a CPU thread (Intel Xeon), 0.3 M-parameter encoder, 10,000 images of CIFAR-10 (JPEG), 7.6 minutes
+(16 epochs, 2 attack steps): linear probe 29.2 standard, 18.5 under PGD-20 at 8/255; BYOL in 6.6 minutes 43.8
+and 0, a random encoder 27.4 and 0: robust at once, but slow to learn. Not yet run on a GPU.
 """
 import pathlib
 
