@@ -65,8 +65,8 @@ def markdown(runs, columns, groups, published, free):
     columns    {column: title}; those that some run has
     groups     {title: (script, flags) pairs}: rows stand together under the first title of which a pair fits
                the row's script and flags
-    published  (script, flags, text): the text of the first that fits. In both, a flag's value may be a
-               function that says whether it fits
+    published  (script, flags, text): the text of the first that fits, unless there was no epoch. In both, a
+               flag's value may be a function that says whether it fits
     Raises ValueError where two runs of one row have the same seed.
     """
     columns = {c: title for c, title in columns.items() if any(c in results for _, results in runs)}
@@ -92,7 +92,9 @@ def markdown(runs, columns, groups, published, free):
         out += [[f"**{group}**"] + [""] * (len(columns) + 3)] if group in rows else []
         for key, row in rows.get(group, {}).items():
             folders, found = zip(*row.values())
-            paper = next((text for *kind, text in published if fits(*json.loads(key), *kind)), "")
+            script, flags = json.loads(key)
+            paper = next((text for *kind, text in published
+                          if flags.get("epochs") != 0 and fits(script, flags, *kind)), "")
             name = os.path.commonprefix([folder.name for folder in folders]).rstrip("-_") or folders[0].name
             times, units = zip(*(spent.get(folder, (0, "")) for folder in folders))
             time = f"{statistics.mean(times):.0f} {units[0]}" if set(units) in ({"s"}, {"CPU-s"}) else ""

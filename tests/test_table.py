@@ -26,7 +26,7 @@ def test_seeds_are_one_row_grouped_by_what_is_adversarial(tmp_path):
     runs = [(folder(tmp_path / f"acc-{seed}", "amoc", variant="ACC", seed=seed), {"clean": found(v)})
             for seed, v in enumerate((30, 34, 38))]
     runs.append((folder(tmp_path / "ccc", "amoc", variant="CCC"), {"clean": found(40.125, 1.5), "pgd": found(2)}))
-    runs.append((folder(tmp_path / "init", "amoc", variant="CCC", epochs=0), {"clean": found(20)}))
+    runs.append((folder(tmp_path / "init", "amoc", variant="ACC", epochs=0), {"clean": found(20)}))
     runs.append((tmp_path / "elsewhere", {"clean": found(50)}))
     runs.append((folder(tmp_path / "other", "rocl"), {"knn": found(60)}))  # it has none of the columns
     runs[1][1]["pgd"], runs[2][1]["pgd"] = found(10), found(20)
