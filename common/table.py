@@ -100,6 +100,8 @@ def markdown(runs, columns, groups, published, free):
             time = f"{statistics.mean(times):.0f} {units[0]}" if set(units) in ({"s"}, {"CPU-s"}) else ""
             cells = [cell([results[c] for results in found if c in results], len(found)) for c in columns]
             out.append([f"[{name}]({folders[0].as_posix()})", str(len(found)), time, *cells, paper])
+    if not any(row[-1] for row in out[2:]):
+        out = [row[:-1] for row in out]
     return "\n".join("| " + " | ".join(row) + " |" for row in out)
 
 

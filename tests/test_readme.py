@@ -45,7 +45,7 @@ def test_ci_runs_the_readmes_test_command():
 
 
 def test_every_log_that_the_readme_names_is_there():
-    named = re.findall(r"results/[\w./-]+", README)
+    named = re.findall(r"\((results/[\w./-]+)\)", README)
     assert named and all((ROOT / name).exists() for name in named)
 
 
