@@ -12,10 +12,9 @@ of numbers, delta, shared by all images. The aim is better features, not robustn
     max over delta              ascend (--adversary persistent) or attack (--adversary pgd)
     projection, epsilon         common.pgd.project, --radius
 
-absolute: where a masked token enters the encoder, its sine-cosine embedding is moved by delta, or is that of
-position + delta; the decoder's stays true. relative: both stay true; every block of both has a table p and a
-delta of its own, and adds q_i . r_ij, r_ij = p[g(pos_i - pos_j)], to its logits. Tables start at zero, so a
-shift has no gradient before they have moved.
+absolute: a masked token's sine-cosine embedding, as it enters the encoder, is moved by delta, or is that of
+position + delta. relative: every block, the decoder's too, has a table p and a delta of its own, and adds
+q_i . r_ij, r_ij = p[g(pos_i - pos_j)], to its logits; tables start at zero, where a shift has no gradient.
 
 We had the abstract, a survey of the same group (Qi & Shah 2022, arXiv 2210.13463), and the code: a delta that
 lasts, and makes one step of Adam uphill each update, in the weights' backward ("memory-based"); or, says the
@@ -31,6 +30,8 @@ The first command is the code's ImageNet recipe, on images decoded at 112 pixels
     python adpe.py                                            relative coordinates, persistent
     python adpe.py --radius 0                                 MAE+, the clean base
     python eval.py runs/adpe/encoder.pt --preset mae-tune-cifar mae-slf-cifar knn
+Measured on a CPU thread, vit_slim, 10,000 images of CIFAR-10 (JPEG), 10 minutes, 2 seeds: linear probe 42.4,
+fine-tuned 48.2; MAE+ 42.2 and 48.8, a random encoder 34.8 and 40.4. Not yet run on a GPU.
 """
 import pathlib
 
