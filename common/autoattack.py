@@ -4,12 +4,12 @@ Four attacks in turn, each on the points that still stand: APGD on the cross-ent
 DLR loss, nine targets; FAB-T (Croce & Hein 2020, arXiv 1907.02044), nine targets; Square (Andriushchenko et
 al. 2020, arXiv 1912.00049), 5000 queries. No number is to be tuned.
 
-It makes the decisions of the official code under the same seed and batches. To be faster than that, a point
-stops at its first success and leaves the batch, and no gradient of a weight is made. Points do not influence
-each other in eval mode, so this changes rounding only; `stop=False` in `apgd` and `fab` runs every point to
-the end as the official code does. FAB asks once, not twice, for a point that it has just tried. A point that
-stands to the end costs 8,900 passes, a backward one counted as one, of the official 10,700: where many stand,
-little is saved.
+It makes the decisions of the official code under the same seed and batches, faster. A point stops at its
+first success and leaves the batch; no gradient of a weight is made; the search asks a copy of the network
+without BatchNorms (`folded`); where few points stand, several targets (FAB) or queries (Square) of each fill
+the batch. Points do not influence each other in eval mode, so all this changes rounding only; `stop=False` in
+`apgd` and `fab` runs every point to the end as the official code does. A point that stands to the end costs
+10,000 passes, a backward one counted as one, of the official 10,700.
 """
 import contextlib
 import math
@@ -18,6 +18,7 @@ import warnings
 
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.optimization import fuse
 
 VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
@@ -64,7 +65,8 @@ def autoattack(net, x, y, eps, norm="linf", version="standard", seed=0, batch_si
     sizes = [math.ceil(batch_size * part / 16) for part in (1, 2, 3, 4, 6, 8, 12, 16)]
     sizes = () if x.device.type == "cpu" else sizes
     with eval_mode(net):
-        search, judge = Queries(net, sizes, fast), Queries(net, sizes)
+        judge = Queries(net, sizes)
+        search = Queries(folded(net, x[:batch_size], eps), sizes, fast, batch_size)
         with torch.no_grad():
             logits = torch.cat([judge(part) for part in x.split(batch_size)])
         if logits.dim() != 2 or not logits.isfinite().all():
@@ -76,7 +78,7 @@ def autoattack(net, x, y, eps, norm="linf", version="standard", seed=0, batch_si
             stages = tuple(s for s in stages if s != "apgd-t")
         standing = logits.argmax(1) == y
         found += misuse(judge, x[:batch_size], y[:batch_size], logits[:batch_size])
-        x_adv, percent = x.clone(), 100 / len(x)
+        x_adv, x, percent = x.clone(), x.contiguous(), 100 / len(x)
         report.update(clean=percent * int(standing.sum()), stages={})
         for name in stages:
             began, before, search.forwards, search.backwards = time.time(), int(standing.sum()), 0, 0
@@ -99,6 +101,21 @@ def autoattack(net, x, y, eps, norm="linf", version="standard", seed=0, batch_si
     for text in found:
         warnings.warn(text, stacklevel=2)
     return x_adv, report | {"robust": percent * int(standing.sum()), "warnings": found}
+
+
+def folded(net, x, eps):
+    """A faster copy of `net`, which is in eval mode: BatchNorms are folded into the convolutions before them;
+    on a CPU, weights are channels last. Where torch.fx cannot trace it, or where logits or gradients near the
+    images x (uniform noise of radius eps) change by more than rounding, it is `net` itself."""
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    z = (x + eps * (2 * noise - 1)).clamp(0, 1)
+    try:
+        copy = fuse(net)
+        copy = copy.to(memory_format=torch.channels_last) if x.device.type == "cpu" else copy
+        pairs = zip(*(Queries(f).gradient(z, lambda logits: logits.square().sum(1)) for f in (net, copy)))
+    except Exception:  # a mere function, control flow that depends on the input, ...
+        return net
+    return copy if all((a - b).norm() <= 1e-3 * a.norm() for a, b in pairs) else net
 
 
 def misuse(net, x, y, logits):
@@ -126,10 +143,12 @@ class Queries:
     sizes  batches are filled up with zeros to the next of them (ascending). On an accelerator each new shape
            starts cuDNN's and a compiler's tuning again, and every point that falls makes a new shape.
     fast   under bf16 autocast.
+    fill   attacks that have fewer points fill a batch up to so many images: a small one costs more an image.
     """
 
-    def __init__(self, net, sizes=(), fast=False):
-        self.net, self.sizes, self.fast, self.forwards, self.backwards = net, sizes, fast, 0, 0
+    def __init__(self, net, sizes=(), fast=False, fill=250):
+        self.net, self.sizes, self.fast, self.fill = net, sizes, fast, fill
+        self.forwards = self.backwards = 0
 
     def __call__(self, x):
         self.forwards += len(x)
@@ -200,17 +219,21 @@ def due(i, every):
     return i < 10 or i % every == 0
 
 
-def targeted(run, net, x, y):
-    """`run(x, y, t) -> (x_adv, fooled)` with t the 2nd, 3rd, ... clean class, on what stands."""
-    x_adv, rows = x.clone(), torch.arange(len(x), device=x.device)
+def targeted(run, net, x, y, fill=0):
+    """`run(x, y, t) -> (x_adv, fooled)` with t the 2nd, 3rd, ... clean class, on what stands. As many targets
+    go into one run as fit into `fill` images, and at least one."""
+    x_adv, rows, rank = x.clone(), torch.arange(len(x), device=x.device), 2
     with torch.no_grad():
         order = net(x).argsort(1)
-    for rank in range(2, min(TARGETS + 1, order.shape[1]) + 1):
-        adv, fooled = run(x[rows], y[rows], order[rows, -rank])
-        x_adv[rows[fooled]] = adv[fooled]
-        rows = rows[~fooled]
-        if not len(rows):
-            break
+    last = min(TARGETS + 1, order.shape[1])
+    while rank <= last and len(rows):
+        n, k = len(rows), min(max(1, fill // len(rows)), last - rank + 1)
+        t = torch.cat([order[rows, -r] for r in range(rank, rank + k)])
+        adv, fooled = run(x[rows].repeat(k, 1, 1, 1), y[rows].repeat(k), t)
+        found, first = fooled.view(k, n).max(0)
+        adv = adv.view(k, *x[rows].shape)[first, torch.arange(n, device=x.device)]
+        x_adv[rows[found]] = adv[found]
+        rows, rank = rows[~found], rank + k
     return x_adv
 
 
@@ -299,14 +322,14 @@ def to_plane(x, w, b, norm):
     """
     off = (w * x).sum(1, keepdim=True) - b
     to = -off.sign() * w.sign()
-    room = torch.where(to > 0, 1 - x, torch.where(to < 0, x, 0.0))
+    room = to * ((1 + to) / 2 - x)  # to the face on that side
     a, off = w.abs(), off.abs()
-    u = torch.ones_like(a) if norm == "linf" else a
-    s = torch.zeros_like(off)
+    u = torch.ones_like(off) if norm == "linf" else a
+    gain, slope, s = a * room, a * u, torch.zeros_like(off)
     while True:
-        free = room > s * u
-        rest = off - torch.where(free, 0.0, a * room).sum(1, keepdim=True)
-        rate = torch.where(free, a * u, 0.0).sum(1, keepdim=True)
+        stuck = (room <= s * u).to(x)
+        rest = off - (gain * stuck).sum(1, keepdim=True)
+        rate = (slope * (1 - stuck)).sum(1, keepdim=True)
         new = torch.where(rate > 0, rest / rate, s).maximum(s)
         if not (new > s).any():
             break
@@ -321,13 +344,9 @@ def fab(net, x, y, t, eps, norm, steps=100, stop=True):
 
     Returns (x_adv, fooled): x_adv the first misclassified iterate within eps, or the closest if not `stop`.
     """
-    def ask(z, y, t):
-        return net.gradient(z, lambda q: (q.gather(1, t[:, None]) - q.gather(1, y[:, None])).squeeze(1))
-
     out, fooled = x.clone(), torch.zeros_like(y, dtype=torch.bool)
     rows, z, adv = torch.arange(len(x), device=x.device), x, x
     best = torch.full_like(x[:, 0, 0, 0], torch.inf)
-    _, f, g = ask(z, y, t)
     for i in range(steps):
         near = best <= eps
         if stop and due(i, 5):
@@ -335,28 +354,25 @@ def fab(net, x, y, t, eps, norm, steps=100, stop=True):
             if near.all():
                 break
             if near.any():
-                rows, x, y, t, z, f, g, adv, best, near = (
-                    v[~near] for v in (rows, x, y, t, z, f, g, adv, best, near))
+                rows, x, y, t, z, adv, best, near = (v[~near] for v in (rows, x, y, t, z, adv, best, near))
+        _, f, g = net.gradient(z, lambda q: (q.gather(1, t[:, None]) - q.gather(1, y[:, None])).squeeze(1))
         w = g.flatten(1)
         b = (w * z.flatten(1)).sum(1, keepdim=True) - f[:, None]
         d1, d2 = (to_plane(v.flatten(1), w, b, norm).view_as(v) for v in (z, x))
         l1, l2 = (length(d, norm).clamp_min(1e-8) for d in (d1, d2))
         alpha = (l1 / (l1 + l2)).clamp_max(0.1)
         z = ((1 - alpha) * (z + 1.05 * d1) + alpha * (x + 1.05 * d2)).clamp(0, 1)
-        logits, f, g = ask(z, y, t)  # the next step's too, but where z steps back
-        wrong, far = logits.argmax(1) != y, length(z - x, norm).flatten()
+        wrong, far = net(z).argmax(1) != y, length(z - x, norm).flatten()
         closer = wrong & (far < best) & ~(near & stop)
         adv, best = torch.where(column(closer, z), z, adv), torch.where(closer, far, best)
         z = torch.where(column(wrong, z), x + 0.9 * (z - x), z)
-        if wrong.any():
-            _, f[wrong], g[wrong] = ask(z[wrong], y[wrong], t[wrong])
     near = best <= eps
     out[rows[near]], fooled[rows[near]] = adv[near], True
     return out, fooled
 
 
 def fab_t(net, x, y, eps, norm, generator, stop=True):
-    return targeted(lambda x, y, t: fab(net, x, y, t, eps, norm, stop=stop), net, x, y)
+    return targeted(lambda x, y, t: fab(net, x, y, t, eps, norm, stop=stop), net, x, y, net.fill)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -371,73 +387,92 @@ def share(i):
 def square(net, x, y, eps, norm, generator, queries=5000):
     """Random search by squares (Alg. 1 with Alg. 2 or 3): keep what lowers the margin. Stops at the first
     success. Position and size are those of the whole batch."""
-    side = x.shape[2]
+    search = square_linf if norm == "linf" else square_l2
+    return search(net, x, y, eps, generator, queries)
 
-    def sign(*shape):
-        return (2 * torch.rand(shape, generator=generator) - 1).sign().to(x, non_blocking=True)
 
-    def position(s):
-        return [int((side - s) * torch.rand([], generator=generator)) for _ in range(2)]
+def signs(shape, generator):
+    return (2 * torch.rand(shape, generator=generator) - 1).sign()
 
-    out, rows = x.clone(), torch.arange(len(x), device=x.device)
-    z = square_start(x, eps, norm, sign, generator)
+
+def position(side, s, generator):
+    return [int((side - s) * torch.rand([], generator=generator)) for _ in range(2)]
+
+
+def square_linf(net, x, y, eps, generator, queries):
+    """Start with vertical stripes, one pixel wide; a query gives each channel of a square one sign (Alg. 2).
+
+    Few queries are kept. So each point asks several at once, all from where it stands, takes the first that
+    is better, and goes on behind that one: the same walk, in larger batches, which cost less an image.
+    """
+    (n, c, side, _), out, rows = x.shape, x.clone(), torch.arange(len(x), device=x.device)
+    z = (x + eps * signs((n, c, 1, side), generator).to(x)).clamp(0, 1)
+    sizes = [max(round(math.sqrt(share(i)) * side), 1) for i in range(queries)]
+    draws = [(*position(side, s, generator), signs((c, 1, 1), generator)) for s in sizes]
+    corner, step = torch.tensor([d[:2] for d in draws]), 2 * eps * torch.stack([d[2] for d in draws])
+    corner, step, size = corner.to(x.device), step.to(x), torch.tensor(sizes, device=x.device)
+    low, high, pixel = (x - eps).clamp_min(0), (x + eps).clamp_max(1), torch.arange(side, device=x.device)
+    best, i, turn = margin(net(z), y), torch.zeros_like(y), 0  # i: each point's next query
+    while True:
+        if due(turn, 10):
+            down, stay = best <= 0, (best > 0) & (i < queries)
+            out[rows[down]] = z[down]
+            if not stay.any():
+                return out
+            if not stay.all():
+                rows, low, high, y, z, best, i = (v[stay] for v in (rows, low, high, y, z, best, i))
+        ahead = max(1, min(8, net.fill // len(y), turn // 50))  # at first many are kept
+        ask = (i[:, None] + torch.arange(ahead, device=x.device)).clamp_max(queries - 1)  # (n, ahead)
+        across = (pixel >= corner[ask, :, None]) & (pixel < corner[ask, :, None] + size[ask, None, None])
+        within = across[:, :, 0, :, None] & across[:, :, 1, None, :]
+        moved = z[:, None] + step[ask] * within[:, :, None].to(x)  # (n, ahead, c, side, side)
+        moved = moved.clamp(low[:, None], high[:, None])
+        new = margin(net(moved.flatten(0, 1)), y.repeat_interleave(ahead)).view(-1, ahead)
+        better = ((new < best[:, None]) | (new <= 0)) & (best[:, None] > 0)
+        found, first = better.max(1)
+        at = torch.arange(len(y), device=x.device), first
+        i = i + torch.where(found, first + 1, ahead)
+        z, best = torch.where(column(found, z), moved[at], z), torch.where(found, new[at], best)
+        turn += 1
+
+
+def square_l2(net, x, y, eps, generator, queries):
+    """Start with 5 x 5 tiles of `eta`, rescaled to length eps; a query moves the mass of one window into
+    another, in a new pattern (Alg. 3)."""
+    (n, c, side, _), out, rows = x.shape, x.clone(), torch.arange(len(x), device=x.device)
+    d, s = torch.zeros_like(x), side // 5
+    begin = (side - 5 * s) // 2
+    for top in range(begin, begin + s * (side // s), s):
+        for left in range(begin, begin + s * (side // s), s):
+            tile = eta(s, generator) * signs((n, c, 1, 1), generator)
+            d[:, :, top : top + s, left : left + s] = tile.to(x)
+    z = (x + eps * d / (length(d, "l2") + 1e-12)).clamp(0, 1)
     best = margin(net(z), y)
     for i in range(queries):
-        # In l2 a query draws as many numbers as points stand, so there they must be counted each time.
-        if due(i, 50 if norm == "linf" else 1):
-            down = best <= 0
-            out[rows[down]] = z[down]
-            if down.all():
-                break
-            if down.any():
-                rows, x, y, z, best = (v[~down] for v in (rows, x, y, z, best))
-        s = round(math.sqrt(share(i)) * side)
-        if norm == "linf":
-            s = max(s, 1)
-            (top, left), signs = position(s), sign(x.shape[1], 1, 1)
-            at = (..., slice(top, top + s), slice(left, left + s))
-            old = z[at].clone()
-            z[at] = project(old + 2 * eps * signs, x[at], eps, norm)
-        else:
-            s = max(s, 3) | 1
-            at, old = ..., z
-            z = square_l2(z, x, eps, s, position, sign, generator)
-        new = margin(net(z), y)
-        better = ((new < best) | (new <= 0)) & (best > 0)
-        z[at] = torch.where(column(better, z), z[at], old)
-        best = torch.where(better, new, best)
+        down = best <= 0
+        out[rows[down]] = z[down]
+        if down.all():
+            break
+        if down.any():  # at once: a query draws as many numbers as points stand
+            rows, x, y, z, best = (v[~down] for v in (rows, x, y, z, best))
+        d, s = z - x, max(round(math.sqrt(share(i)) * side), 3) | 1
+        to, source = ((..., slice(a, a + s), slice(b, b + s))
+                      for a, b in (position(side, s, generator), position(side, s, generator)))
+        moved = torch.zeros_like(d)
+        moved[to], moved[source] = d[to], d[source]
+        available = moved.square().sum((2, 3), keepdim=True)
+        unused = (eps**2 - length(d, "l2").square()).clamp_min(0)
+        pattern = (eta(s, generator) * signs((len(x), c, 1, 1), generator)).to(x) + unit(d[to])
+        pattern = unit(pattern) * (unused / c + available).sqrt()
+        d[source] = 0
+        d[to] = pattern
+        moved = (x + eps * d / (length(d, "l2") + 1e-12)).clamp(0, 1)
+        new = margin(net(moved), y)
+        better = (new < best) | (new <= 0)
+        z, best = torch.where(column(better, z), moved, z), torch.where(better, new, best)
     down = best <= 0
     out[rows[down]] = z[down]
     return out
-
-
-def square_start(x, eps, norm, sign, generator):
-    """linf: vertical stripes, one pixel wide. l2: 5 x 5 tiles of `eta`, rescaled to length eps."""
-    n, c, h, w = x.shape
-    if norm == "linf":
-        return (x + eps * sign(n, c, 1, w)).clamp(0, 1)
-    d, s = torch.zeros_like(x), h // 5
-    begin = (h - 5 * s) // 2
-    for top in range(begin, begin + s * (h // s), s):
-        for left in range(begin, begin + s * (w // s), s):
-            d[:, :, top : top + s, left : left + s] = eta(s, generator).to(x) * sign(n, c, 1, 1)
-    return (x + eps * d / (length(d, "l2") + 1e-12)).clamp(0, 1)
-
-
-def square_l2(z, x, eps, s, position, sign, generator):
-    """Move the perturbation's mass of one window into another, in a new pattern (Alg. 3)."""
-    n, c = x.shape[:2]
-    d = z - x
-    to, source = ((..., slice(a, a + s), slice(b, b + s)) for a, b in (position(s), position(s)))
-    moved = torch.zeros_like(d)
-    moved[to], moved[source] = d[to], d[source]
-    available = moved.square().sum((2, 3), keepdim=True)
-    unused = (eps**2 - length(d, "l2").square()).clamp_min(0)
-    pattern = eta(s, generator).to(x) * sign(n, c, 1, 1) + unit(d[to])
-    pattern = unit(pattern) * (unused / c + available).sqrt()
-    d[source] = 0
-    d[to] = pattern
-    return (x + eps * d / (length(d, "l2") + 1e-12)).clamp(0, 1)
 
 
 def unit(d):

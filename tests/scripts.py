@@ -35,13 +35,11 @@ def tiny_npz(path, n=44):
     return str(path)
 
 
-def command(script, *flags, processes=1, die_at=None):
-    """A command line for `processes` processes, which, with `die_at`, die without notice before that step."""
+def command(script, *flags, processes=1):
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    mortal = [] if die_at is None else [str(ROOT / "tests" / "mortal.py"), str(die_at)]
-    return [*launcher, *mortal, str(ROOT / f"{script}.py"), *flags]
+    return [*launcher, str(ROOT / f"{script}.py"), *flags]
 
 
 def environment():

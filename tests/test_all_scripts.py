@@ -11,9 +11,11 @@ import signal
 
 import pytest
 import torch
+from torch.multiprocessing import ProcessExitedException
 
 from common import encoders, run
-from tests.scripts import PICTURES, ROOT, SCRIPTS, TINY, launch, tiny_npz
+from tests.processes import script_in_two_processes
+from tests.scripts import PICTURES, ROOT, SCRIPTS, TINY, tiny_npz
 
 pytestmark = pytest.mark.parametrize("script", SCRIPTS)
 
@@ -142,8 +144,7 @@ def by_two(npz, tmp_path_factory):
     @functools.cache
     def run_of(script):
         out = tmp_path_factory.mktemp(script)
-        done = launch(script, *flags(script, npz, out), processes=2)
-        assert done.returncode == 0, done.stderr
+        script_in_two_processes(script, *flags(script, npz, out))
         return out
 
     return run_of
@@ -157,11 +158,11 @@ def test_two_processes_run_and_start_about_where_one_does(script, by_two, undist
 
 
 def test_two_processes_resume_bit_for_bit(script, npz, tmp_path, by_two):
-    """Both die after the fourth step of six; the same command goes on from the checkpoint of the third."""
-    done = launch(script, *flags(script, npz, tmp_path), processes=2, die_at=4)
-    assert done.returncode != 0 and torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 3
-    done = launch(script, *flags(script, npz, tmp_path), processes=2)
-    assert done.returncode == 0, done.stderr
+    """Both die after the fourth step of six; the same flags go on from the checkpoint of the third."""
+    with pytest.raises(ProcessExitedException) as died:
+        script_in_two_processes(script, *flags(script, npz, tmp_path), die_at=4)
+    assert died.value.exit_code == 9 and torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 3
+    script_in_two_processes(script, *flags(script, npz, tmp_path))
     same_result(tmp_path, by_two(script))
 
 

@@ -246,6 +246,38 @@ def test_square_lowers_the_margin_inside_the_ball(norm):
         assert 0 < (~same).sum() <= 14 * 14
 
 
+def test_square_ahead_walks_as_one_query_at_a_time():
+    """What a filled batch changes is how many queries are asked at once, and so how many for nothing."""
+    net, x, y = trained()
+    eps, asked, found = EPS["linf"] / 2, [], []
+    for fill in (N, 3 * N, 9 * N):
+        query = aa.Queries(net, fill=fill)
+        found.append(aa.square(query, x, y, eps, "linf", seeded(), queries=900))
+        asked.append(query.forwards)
+    assert asked[0] < asked[1] < asked[2] < 1.5 * asked[0] and 2 < fooled(net, found[0], y).sum() < N
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=0)
+
+
+def test_targets_in_one_run_give_what_they_give_in_turn():
+    """Each point's first success counts, and what a run gets is what still stands."""
+    x, y, sizes = X(5, 3, 8, 8), torch.arange(5), []
+    net, _ = linear()
+
+    def run(x, y, t):
+        sizes.append(len(x))
+        return x + t[:, None, None, None], (t == 2) | (t == 3)
+
+    alone, sizes = aa.targeted(run, net, x, y), []
+    for fill, most in ((10, 2), (1000, 4)):
+        assert torch.equal(aa.targeted(run, net, x, y, fill), alone)
+        assert max(sizes) == most * 5
+        sizes.clear()
+    order = net(x.float()).argsort(1, descending=True)[:, 1:]
+    first = [next((t for t in row.tolist() if t in (2, 3)), 0) for row in order]
+    assert (alone - x)[:, 0, 0, 0].tolist() == pytest.approx(first)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_stopping_at_the_first_success_changes_no_decision(norm):
     net, x, y = trained()
@@ -266,6 +298,46 @@ def test_stopping_at_the_first_success_changes_no_decision(norm):
 # ----------------------------------------------------------------------------------------------------------
 # The whole
 # ----------------------------------------------------------------------------------------------------------
+def test_folding_changes_rounding_alone():
+    net, x, y = trained()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    quick = aa.folded(net, x, 0.1)
+    assert quick is not net and not any(isinstance(m, nn.BatchNorm2d) for m in quick.modules())
+    v, w = x.clone().requires_grad_(), x.clone().requires_grad_()
+    torch.testing.assert_close(quick(v), net(w), rtol=1e-5, atol=1e-5)
+    g, h = (torch.autograd.grad(aa.margin(f(z), y).sum(), z)[0] for f, z in ((quick, v), (net, w)))
+    torch.testing.assert_close(g, h, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_what_cannot_be_folded_is_left_as_it_is():
+    class Choosy(nn.Module):
+        def forward(self, x):
+            return net(x) if x.sum() > 0 else net(-x)
+
+    class Shared(nn.Module):  # two BatchNorms after one convolution: its weights can hold but one of them
+        def __init__(self):
+            super().__init__()
+            self.conv, self.one, self.two = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+            nn.init.constant_(self.two.weight, 3.0)
+
+        def forward(self, x):
+            return (self.one(self.conv(x)) - self.two(self.conv(x))).mean((2, 3))
+
+    class Masked(nn.Module):  # torch.fx would not see that there is no gradient
+        def forward(self, x):
+            with torch.no_grad():
+                logits = net(x)
+            return logits + 0 * x.sum((1, 2, 3))[:, None]
+
+    net, x, _ = trained()
+    renamed = nn.Sequential(net)  # nor an instance's own forward
+    renamed.forward = lambda x: net((64 * x).round() / 64)
+    x = (64 * x).round() / 64
+    for module in (Choosy().eval(), Shared().eval(), Masked().eval(), renamed.eval(), lambda x: net(x)):
+        assert aa.folded(module, x, 0.1) is module
+
 
 def test_every_find_is_misclassified_and_inside_and_the_rest_is_untouched():
     net, x, y = trained()
@@ -394,7 +466,6 @@ def test_misuse_is_named():
     assert "probabilities" in report(lambda v: net(v).softmax(1))
     assert "random" in report(lambda v: net(v) + 0.1 * torch.randn(len(v), 10))
     assert "exactly zero" in report(lambda v: (net(v) * 10).round() + 0 * v.sum((1, 2, 3))[:, None])
-    W = torch.eye(10)[:, :3]
     y = y * 0
     three = torch.tensor([9.0, 0, 0])
     assert "fewer than 4 classes" in report(lambda v: net(v)[:, :3] + three, version="apgd")
@@ -449,6 +520,8 @@ def test_agrees_with_the_reference_image_by_image(norm):
         net.zero_grad(set_to_none=True)  # which FAB leaves
         options = dict(queries=queries) if stage == "square" else dict(stop=False)
         ours = run(aa.Queries(net), x, y, eps, norm, seeded(), **options)
+        quick = run(aa.Queries(aa.folded(net, x, eps)), x, y, eps, norm, seeded(), **options)
+        assert torch.equal(fooled(net, quick, y), fooled(net, theirs, y))
         assert torch.equal(fooled(net, ours, y), fooled(net, theirs, y)) and fooled(net, ours, y).any()
         apart = (ours - theirs).flatten(1).abs().amax(1)
         if stage == "fab-t":

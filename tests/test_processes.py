@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tests.scripts import command, environment, launch
-from tests.test_all_scripts import flags, main, npz, quiet_signals, same_result  # noqa: F401
+from tests.test_all_scripts import by_two, flags, main, npz, quiet_signals, same_result  # noqa: F401
 
 pytestmark = pytest.mark.parametrize("script", ["amoc", "adco", "adpe"])
 
@@ -47,8 +47,13 @@ def test_sigterm_from_outside_exits_without_a_traceback(script, npz, tmp_path):
 
 def test_an_error_is_one_line_and_a_non_zero_exit(script, npz, tmp_path):
     (tmp_path / "file").touch()
-    for more in (["--data", "cifar11"], ["--out", str(tmp_path / "file" / "run")]):
-        done = launch(script, *flags(script, npz, tmp_path, *more))
-        assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, (
-            done.stderr
-        )
+    done = launch(script, *flags(script, npz, tmp_path / "file" / "run"))
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, (
+        done.stderr
+    )
+
+
+def test_torchrun_gives_what_the_tests_of_two_processes_look_at(script, npz, tmp_path, by_two):
+    done = launch(script, *flags(script, npz, tmp_path), processes=2)
+    assert done.returncode == 0, done.stderr
+    same_result(tmp_path, by_two(script))
