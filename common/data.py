@@ -97,6 +97,20 @@ class Folder:
             raise ValueError(str(e).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
 
 
+class Part:
+    """Of the data set `images` those at `rows` (a list or tensor of ints), in that order."""
+
+    def __init__(self, images, rows):
+        self.images, self.rows = images, torch.as_tensor(rows)
+        self.y, self.classes = images.y[self.rows.to(images.y.device)], images.classes
+
+    def __len__(self):
+        return len(self.rows)
+
+    def stream(self, indices):
+        return self.images.stream(self.rows[i] for i in indices)
+
+
 def load(name, root="data", split="train", device="cpu", limit=None, size=None, workers=4, shuffle=False):
     """The data set `name` as `Images` or, for a folder, `Folder`.
 

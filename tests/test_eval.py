@@ -135,6 +135,31 @@ def test_training_follows_from_the_seed_alone():
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 
+def test_the_epoch_that_is_best_on_held_out_training_images_is_taken(monkeypatch):
+    scores, states, held, taught = iter([10, 60, 60, 20]), [], [], []
+    batches = data.batches
+
+    def judge(net, images, attack, seed):
+        assert attack == evaluation.ATTACKS["pgd20"]
+        held.append(images), states.append({k: v.clone() for k, v in net.state_dict().items()})
+        return {"accuracy": next(scores)}
+
+    def watched(images, *rest):
+        taught.append(images)
+        return batches(images, *rest)
+
+    monkeypatch.setattr(evaluation, "judge", judge)
+    monkeypatch.setattr(data, "batches", watched)
+    torch.manual_seed(0)
+    net, p = evaluation.Classifier(encoders.make("slim"), 3), evaluation.PRESETS["acl-aff-25"]
+    evaluation.train(net, coloured(50), p._replace(epochs=4, milestones=(3,), batch_size=16), seed=0)
+    assert all(torch.equal(v, states[1][k]) for k, v in net.state_dict().items())
+    assert not torch.equal(states[1]["head.weight"], states[2]["head.weight"]) and not net.training
+    assert sorted(held[0].rows.tolist() + taught[0].rows.tolist()) == list(range(50)) and len(held[0]) == 5
+    x, y = next(held[0].stream(torch.arange(5)[None]))
+    assert torch.equal(x, coloured(50).x[held[0].rows]) and torch.equal(y, held[0].y)
+
+
 def test_learning_rate_steps_and_cosine():
     p = evaluation.PRESETS["amoc-slf"]
     assert [evaluation.lr_at(p, e, e) for e in (0, 14, 15, 20)] == pytest.approx([0.1, 0.1, 0.01, 0.001])
