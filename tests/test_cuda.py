@@ -1,4 +1,5 @@
 """What only a GPU can show. Without one these tests have no parameters to run on."""
+import copy
 import importlib
 import json
 
@@ -8,7 +9,9 @@ import torch
 import acl
 import amoc
 from common import run
+from common.autoattack import autoattack
 from tests.scripts import SCRIPTS, TINY, tiny_npz
+from tests.test_autoattack import EPS, N, trained
 
 DEVICES = ["cuda"] if torch.cuda.is_available() else []
 RUNS = [*((script, []) for script in SCRIPTS), *(("amoc", ["--variant", v]) for v in amoc.VARIANTS),
@@ -42,3 +45,14 @@ def test_a_step_waits_for_nothing_and_its_loss_is_finite(device, script, more, t
         torch.cuda.set_sync_debug_mode("default")
     lines = [json.loads(line) for line in open(out / "log.jsonl")][1:]
     assert len(lines) == 2 and all(0 <= line["loss"] < 100 for line in lines)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("norm", EPS)
+def test_autoattack_decides_as_on_a_cpu(device, norm):
+    """But for one image, that rounding may decide."""
+    net, x, y = trained()
+    there = copy.deepcopy(net).to(device)
+    ours, theirs = (autoattack(n, x.to(d), y.to(d), EPS[norm], norm)[0] for n, d in ((net, "cpu"), (there, device)))
+    moved = [(adv.cpu() != x).flatten(1).any(1) for adv in (ours, theirs)]
+    assert (moved[0] == moved[1]).sum() >= N - 1 and 2 < moved[0].sum() < N
