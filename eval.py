@@ -98,8 +98,8 @@ PRESETS = {
     "acl-aff-100": Preset("all", "trades", 100, (40, 60), 0.1, 2e-4, 128, True, "constant", uniform=False),
     # Fan et al. 2021 (2111.01124)
     "advcl-slf": Preset("linear", "clean", 25, (15, 20), 0.01, 2e-4, 512, False, "constant"),
-    # The RobustSSL benchmark, CIFAR-10. For ACL and DynACL its milestones are (10, 20), ACL's AFF takes 100
-    # epochs (40, 60); on CIFAR-100 and STL-10 it has other rates: give these by hand
+    # The RobustSSL benchmark, CIFAR-10. To be given by hand: for ACL and DynACL its milestones are (10, 20), but
+    # ACL's AFF takes 100 epochs (40, 60); AdvCL's AFF has one branch (--bn adv); other data sets, other rates
     "robustssl-slf": Preset("linear", "clean", 25, (15, 20), 0.01, 2e-4, 512, True, "constant"),
     "robustssl-alf": Preset("linear", "pgd", 25, (15, 20), 0.01, 2e-4, 512, True, "constant"),
     "robustssl-aff": Preset("all", "trades", 25, (15, 20), 0.1, 2e-4, 128, True, "constant", uniform=False,
@@ -499,7 +499,7 @@ def parser():
     p.add_argument("--protocol", nargs="+", default=[], help="slf alf aff: the benchmark's, robustssl-...")
     p.add_argument("--attacks", nargs="+", default=["clean", "pgd20"],
                    help="curve (pgd20 at 0 to 16/255) clean " + " ".join(ATTACKS))
-    p.add_argument("--bn", help="BN branch; default: the one the encoder was exported with")
+    p.add_argument("--bn", help="BN branch, and no other; default: the one the encoder was exported with")
     p.add_argument("--data", default="cifar10", help="cifar10, cifar100, stl10, shapes, an .npz, a folder")
     p.add_argument("--data-dir", default="data", help="where torchvision's files are, or go, and CIFAR-10-C")
     p.add_argument("--limit", type=int, help="train on the first so many images of a fixed shuffle")
@@ -582,7 +582,7 @@ def check(args):
 
 def chosen(args, name):
     """Preset `name` with what the flags change."""
-    given = {f: getattr(args, f) for f in OVER}
+    given = {f: getattr(args, f) for f in OVER} | {"dual": False if args.bn else None}
     given = {f: tuple(v) if f == "milestones" else v for f, v in given.items() if v is not None}
     return PRESETS[name]._replace(**given)
 

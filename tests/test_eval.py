@@ -509,6 +509,13 @@ def test_a_protocol_is_the_benchmarks_preset(exported):
     assert [line["preset"] for line in lines] == ["robustssl-slf", "robustssl-aff"]
 
 
+def test_a_branch_named_by_hand_is_the_only_one(exported):
+    for more, dual in (([], True), (["--bn", "adv"], False)):
+        lines = run_main(exported, "--preset", "robustssl-aff", "--attacks", "clean", *more)
+        assert lines[-1]["recipe"]["dual"] == dual and lines[-1]["bn"] == "adv"
+    assert len(lines) == 2
+
+
 def test_dual_batchnorm_shows_each_branch_its_own_images_and_keeps_adv(exported):
     """TRADES with a clean and an adversarial branch: slow, with two networks of plain BatchNorm."""
     net = evaluation.Classifier(encoders.load_encoder(exported / "encoder.pt", keep=True), 3).train()
