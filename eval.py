@@ -98,8 +98,8 @@ PRESETS = {
     "acl-aff-100": Preset("all", "trades", 100, (40, 60), 0.1, 2e-4, 128, True, "constant", uniform=False),
     # Fan et al. 2021 (2111.01124)
     "advcl-slf": Preset("linear", "clean", 25, (15, 20), 0.01, 2e-4, 512, False, "constant"),
-    # The RobustSSL benchmark, CIFAR-10. To be given by hand: for ACL and DynACL its milestones are (10, 20), but
-    # ACL's AFF takes 100 epochs (40, 60); AdvCL's AFF has one branch (--bn adv); other data sets, other rates
+    # The RobustSSL benchmark, CIFAR-10. To be given by hand: for ACL and DynACL its milestones are (10, 20),
+    # for ACL's AFF 100 epochs (40, 60), for AdvCL's one branch (--bn adv), for other data sets other rates
     "robustssl-slf": Preset("linear", "clean", 25, (15, 20), 0.01, 2e-4, 512, True, "constant"),
     "robustssl-alf": Preset("linear", "pgd", 25, (15, 20), 0.01, 2e-4, 512, True, "constant"),
     "robustssl-aff": Preset("all", "trades", 25, (15, 20), 0.1, 2e-4, 128, True, "constant", uniform=False,
