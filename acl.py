@@ -26,7 +26,7 @@ the attack; their BatchNorms see their own images.
 
     python acl.py                                        the paper's DS: CIFAR-10, ResNet-18, 1000 epochs
     torchrun --standalone --nproc-per-node 4 acl.py      the same on 4 GPUs, 128 of the 512 images on each
-    python acl.py --variant s2s                          SimCLR, the clean base
+    python acl.py --variant s2s --out runs/s2s           SimCLR, the clean base
     python eval.py runs/acl/encoder.pt --preset robustssl-slf robustssl-alf acl-aff-100
     python eval.py runs/acl/encoder.pt --preset acl-probe --bn clean
 
@@ -68,10 +68,10 @@ def augment(x, rng, size):
 
 
 def embed(net, x, bn):
-    """z of x (B, 3, S, S) through BatchNorm branch `bn`: (B, D), at least fp32."""
+    """z of x (B, 3, S, S) through BatchNorm branch `bn`: (B, D), in x's dtype."""
     with branch(net, bn), run.autocast(x.device):
         z = net(x)
-    return z.to(torch.promote_types(z.dtype, torch.float32))
+    return z.to(x.dtype)
 
 
 def embed_pair(net, x1, x2, kinds):
@@ -125,7 +125,7 @@ def train_step(net, opt, x1, x2, noise, args):
     loss.backward()
     run.average_grads(net.parameters())
     opt.step()
-    run.average_buffers(net)  # else each rank attacks a network of its own
+    run.average_buffers(net)  # else the ranks' running statistics part
     return {"loss": loss, **losses}
 
 

@@ -23,7 +23,7 @@ A removed pixel becomes the mean colour. BatchNorm: train mode, one pass per inp
 
     python adios.py                                      SimCLR + ADIOS: CIFAR-10, ResNet-18, 200 epochs
     torchrun --standalone --nproc-per-node 2 adios.py    the same on 2 GPUs, 128 of the 256 images on each
-    python adios.py --masker none                        SimCLR, the base
+    python adios.py --masker none --out runs/simclr      SimCLR, the base
     python eval.py runs/adios/encoder.pt --preset knn amoc-slf --attacks clean
 Measured on a CPU thread, --data shapes --single, 2.5 minutes: the best mask covers the drawn figure with an
 intersection over union of 0.72, random masks 0.24. On CIFAR-10 see the README. Not yet on a GPU.
@@ -156,7 +156,7 @@ def train_step(net, target, masker, opt, opt_mask, x1, x2, given, pick, tau, arg
     loss.backward()
     run.average_grads(net.parameters())
     opt.step()
-    run.average_buffers(net)
+    run.average_buffers(net)  # else the ranks' running statistics part
     losses = {"loss": loss}
     if given is None:
         with frozen_stats(net):
@@ -260,8 +260,8 @@ def main(argv=None):
     net = network(args.arch, args.objective, args.image_size).to(device)
     target = copy.deepcopy(net[:2]).requires_grad_(False) if args.objective == "byol" else None
     masker = UNet(args.masks, args.mask_width, args.image_size, MEAN, STD).to(device)
-    opt, opt_mask = (optim.LARS(optim.lars_groups(part), 0.0, weight_decay=args.weight_decay, trust=0.02,
-                                clip=True) for part in (net, masker))
+    opt, opt_mask = (optim.LARS(optim.lars_groups(part), 0.0, momentum=0.9, weight_decay=args.weight_decay,
+                                trust=0.02, clip=True) for part in (net, masker))
     if args.compile:
         net[0].compile(), masker.compile()
 
@@ -286,7 +286,7 @@ def main(argv=None):
             step += 1
         with eval_mode(net), torch.no_grad():
             z = net[: 1 if args.objective == "mae" else 2](data.resize(sample, args.image_size))
-        log.epoch(epoch, step, lr=lr, **run.spread(z, args))
+        log.epoch(epoch, step, lr=lr, mask_lr=mask_lr, **run.spread(z, args))
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
             run.save(args, env, state, step)
             if env.rank == 0:

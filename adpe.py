@@ -16,19 +16,19 @@ absolute: a masked token's sine-cosine embedding, as it enters the encoder, is m
 position + delta. relative: every block, the decoder's too, has a table p and a delta of its own, and adds
 q_i . r_ij, r_ij = p[g(pos_i - pos_j)], to its logits; tables start at zero, where a shift has no gradient.
 
-We had the abstract, a survey of the same group (Qi & Shah 2022, arXiv 2210.13463), and the code: a delta that
-lasts, and makes one step of Adam uphill each update, in the weights' backward ("memory-based"); or, says the
-survey, PGD each batch. eps is the code's default. Departures from the code:
+We had the abstract, a survey of the same group (Qi & Shah 2022, arXiv 2210.13463), and the code. In the code
+delta persists: each update moves it one step of Adam uphill, with the gradient of the weights' own backward.
+The survey says PGD for each batch. Both are here; eps is the code's default. Departures from the code:
     - L2 projection is finite at delta = 0; in absolute embedding delta starts at 0 and is added to the mask
       token (there it is random and replaces it);
-    - g gives the table's own indices, and beyond it the last (there: shifted, fading to zero, axes swapped);
+    - an offset in the table reads its own entry, one beyond it the last (there: shifted, fading, transposed);
     - relative embedding: a delta for each table entry (there one for all, which the softmax cancels).
 The first command is the code's ImageNet recipe, on images decoded at 112 pixels; the defaults are ours.
 
     torchrun --standalone --nproc-per-node 8 adpe.py --data path/to/imagenet --arch vit_base \
 --image-size 112 --crops 4 --min-scale 0.08 --decoder 512 8 16 --batch-size 4096 --lr 2.4e-3 --adv-lr 2.4e-3
     python adpe.py                                            relative coordinates, persistent
-    python adpe.py --radius 0                                 MAE+, the clean base
+    python adpe.py --radius 0 --out runs/mae-plus             MAE+, the clean base
     python eval.py runs/adpe/encoder.pt --preset mae-tune-cifar mae-slf-cifar knn
 Measured on a CPU thread, vit_slim, 10,000 images of CIFAR-10 (JPEG), 10 minutes, 2 seeds: linear probe 42.4,
 fine-tuned 48.2; MAE+ 42.2 and 48.8, a random encoder 34.8 and 40.4. Not yet run on a GPU.
@@ -62,9 +62,9 @@ def augment(x, rng, size, min_scale, crops):
                       for _ in range(crops)])
 
 
-def random_masking(noise, ratio):
-    """(B, L) bool: all but the int(L (1 - ratio)) patches of smallest `noise` (B, L) are masked."""
-    return noise.argsort(1).argsort(1) >= int(noise.shape[1] * (1 - ratio))
+def random_mask(u, ratio):
+    """(B, L) bool: all but the int(L (1 - ratio)) patches of smallest `u` (B, L) are masked."""
+    return u.argsort(1).argsort(1) >= int(u.shape[1] * (1 - ratio))
 
 
 class MAEPlus(nn.Module):
@@ -130,8 +130,8 @@ def mae_loss(pred, target, masked):
     return (error * masked).sum() / masked.sum()
 
 
-def attack(net, tokens, rows, masked, target, start, args):
-    """The pgd adversary: a new delta for this batch, from `start` in the unit ball, times the radius. All
+def attack(net, tokens, rows, masked, target, noise, args):
+    """The pgd adversary: a new delta for this batch, from `noise` in the unit ball, times the radius. All
     processes use that of the first, whose gradient is then the sum of theirs."""
     tokens, rows = tokens.detach(), [r.detach() for r in rows]
 
@@ -139,8 +139,8 @@ def attack(net, tokens, rows, masked, target, start, args):
         return mae_loss(net(tokens, rows, masked, run.gather(delta)[:len(delta)]), target, masked)
 
     step_size = 5 / 8 * args.radius if args.step_size is None else args.step_size
-    delta = pgd(loss, torch.zeros_like(start), args.radius, step_size, args.steps, args.norm,
-                start=args.radius * start, lo=-torch.inf, hi=torch.inf)
+    delta = pgd(loss, torch.zeros_like(noise), args.radius, step_size, args.steps, args.norm,
+                start=args.radius * noise, lo=-torch.inf, hi=torch.inf)
     return run.gather(delta)[:len(delta)]
 
 
@@ -151,14 +151,14 @@ def ascend(delta, opt, radius, norm):
     delta.copy_(project(delta, radius, norm))
 
 
-def train_step(net, opt, opt_delta, x, order, start, args):
-    """One iteration on images x (B, 3, S, S); `order` (B, L) draws the mask, `start` starts the attack."""
+def train_step(net, opt, opt_delta, x, u, noise, args):
+    """One iteration on images x (B, 3, S, S); u (B, L), uniform, draws the mask, `noise` starts an attack."""
     patches = patchify(x, net.encoder.patch)  # (B, L, D)
-    target, masked = net.encoder.normalise(patches), random_masking(order, args.mask_ratio)
+    target, masked = net.encoder.normalise(patches), random_mask(u, args.mask_ratio)
     tokens, rows = net.tokens(patches), net.rows()
     delta = net.delta if args.radius else None
     if args.radius and args.adversary == "pgd":
-        delta = attack(net, tokens, rows, masked, target, start, args)
+        delta = attack(net, tokens, rows, masked, target, noise, args)
         net.delta.data.copy_(delta)  # for the picture
     loss = mae_loss(net(tokens, rows, masked, delta), target, masked)
 
@@ -222,11 +222,11 @@ def network(args):
 
 
 def random_numbers(rng, net, args, device):
-    """`order` (crops B, L) of the patches, and for pgd a start, in the unit ball for each row of delta."""
-    order = rng.uniform(args.crops, len(net.at), device=device).transpose(0, 1).flatten(0, 1)
+    """Uniform u (crops B, L), and for pgd a start: in the unit ball for each row of delta."""
+    u = rng.uniform(args.crops, len(net.at), device=device).transpose(0, 1).flatten(0, 1)
     seed = int(2**24 * rng.uniform(1)[0, 0])
     generator = torch.Generator(device).manual_seed(seed)
-    return order, net.used * uniform(net.delta, 1.0, args.norm, generator)
+    return u, net.used * uniform(net.delta, 1.0, args.norm, generator)
 
 
 @torch.no_grad()
@@ -240,7 +240,7 @@ def pictures(path, net, images, args):
         table = net.delta.norm(dim=1, keepdim=True) if relative else (clean + net.delta) @ clean.T[None, None]
         return save_image(F.interpolate(table / table.max().clamp_min(1e-8), scale_factor=8), path, nrow=4)
     x, _, rng = next(data.batches(images, min(2, len(images)), args.seed, 0))
-    masked = random_masking(rng.uniform(len(net.at), device=x.device), args.mask_ratio)[0]
+    masked = random_mask(rng.uniform(len(net.at), device=x.device), args.mask_ratio)[0]
     patches = patchify(augment(x, rng, args.image_size, args.min_scale, 1)[:1], net.encoder.patch)
     patches[:, masked] *= 0.3
     zoom = max(1, 256 // args.image_size)
@@ -282,11 +282,11 @@ def main(argv=None):
             lr, adv_lr = (lr_at(step / steps, args.epochs, v, args.warmup) for v in (args.lr, args.adv_lr))
             optim.set_lr(opt, lr), optim.set_lr(opt_delta, adv_lr)
             crops = augment(x, rng, args.image_size, args.min_scale, args.crops)
-            order, start = random_numbers(rng, net, args, device)
-            losses = train_step(net, opt, opt_delta, crops, order, start, args)
+            u, noise = random_numbers(rng, net, args, device)
+            losses = train_step(net, opt, opt_delta, crops, u, noise, args)
             log.step(step, len(x) * env.world, **losses)
             step += 1
-        log.epoch(epoch, step, lr=lr)
+        log.epoch(epoch, step, lr=lr, adv_lr=adv_lr)
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
             run.save(args, env, state, step)
             if env.rank == 0:

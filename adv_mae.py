@@ -13,7 +13,7 @@ natural shifts; the paper does not measure adversarial robustness.
     Eq. 4  the loss             mae_loss of MAE.forward
     max over delta in S         attack: --norm, --eps, K = --steps
     Eq. 2  its step             common.pgd: the gradient's sign for linf; for l2 its direction (the paper
-                                prints the sign for both; an earlier paper of the group has this)
+                                prints the sign for both; BYORL's paper has this)
 
 The mask is drawn once a step and held: drawn anew in each forward, as MAE's code would, it would aim the
 attack at another loss than the update's. eps bounds the visible patches alone: a removed pixel has no
@@ -28,9 +28,9 @@ crops: of images decoded at 224 pixels), then ours:
     torchrun --standalone --nproc-per-node 8 adv_mae.py --data path/to/imagenet --arch vit_base \
 --image-size 224 --decoder 512 8 16 --batch-size 4096 --lr 2.4e-3 --warmup 40 --epochs 800
     python adv_mae.py                                         linf 1/255, K = 2
-    python adv_mae.py --norm l2 --eps 17.85                   l2 0.07: the paper's best, 0.5, at equal RMS
-    python adv_mae.py --eps 0                                 MAE, the clean base
-    python adv_mae.py --steps 1                               FGSM: one step of eps, from v itself
+    python adv_mae.py --norm l2 --eps 17.85 --out runs/l2     l2 0.07: the paper's best, 0.5, at equal RMS
+    python adv_mae.py --eps 0 --out runs/mae                  MAE, the clean base
+    python adv_mae.py --steps 1 --out runs/fgsm               FGSM: one step of eps, from v itself
     python eval.py runs/adv_mae/encoder.pt --preset mae-tune-cifar mae-slf-cifar knn
 
 Measured on a CPU thread, 0.46 M-parameter ViT (vit_slim, --decoder 64 1 4), 10,000 images of CIFAR-10 (JPEG),
@@ -172,6 +172,7 @@ def check(args):
 
 
 def network(args):
+    """Encoder and decoder: patches in pixels -> rebuilt patches (`MAE.forward`)."""
     encoder = encoders.make(args.arch, mean=MEAN, std=STD, size=args.image_size)
     return MAE(encoder, args.decoder)
 

@@ -31,7 +31,7 @@ and the paper has not, fills it with the keys of attacked queries.
 
     python amoc.py                                       the paper's ACC: CIFAR-10, ResNet-18, 200 epochs
     torchrun --standalone --nproc-per-node 8 amoc.py     the same on 8 GPUs, 32 of the 256 images on each
-    python amoc.py --variant CCC                         MoCo, the clean base
+    python amoc.py --variant CCC --out runs/moco         MoCo, the clean base
     python eval.py runs/amoc/encoder.pt --preset amoc-slf
 
 Measured on a CPU thread (Intel Xeon), 0.3 M-parameter encoder, 10,000 images of CIFAR-10 (JPEG), 3.9 minutes
@@ -92,10 +92,10 @@ def augment(x, rng, size):
 
 
 def embed(net, x, bn):
-    """u(f(x)) of x (B, 3, S, S) through BatchNorm branch `bn`: (B, 128), unit rows, at least fp32."""
+    """u(f(x)) of x (B, 3, S, S) through BatchNorm branch `bn`: (B, 128), unit rows, in x's dtype."""
     with branch(net, bn), run.autocast(x.device):
         z = net(x)
-    return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+    return F.normalize(z.to(x.dtype), dim=1)
 
 
 def info_nce(q, k, bank, temperature):
@@ -163,7 +163,7 @@ def train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, args):
     run.average_grads(net.parameters())
     opt.step()
     optim.ema(target, net, args.ema)  # Eq. 3.2
-    run.average_buffers(net, target)  # else each rank attacks a network of its own
+    run.average_buffers(net, target)  # else the ranks' running statistics part
     bank_clean.push(k)
     if v.adv_key or v.extra_key:  # CAC and AAC fill it, and never read it
         bank_adv.push(k_push)
@@ -185,7 +185,7 @@ def parser():
     p.add_argument("--variant", default="ACC", help=" ".join(VARIANTS))
     p.add_argument("--epochs", type=int, default=200, help="0 exports the random encoder")
     p.add_argument("--batch-size", type=int, default=256, help="images a step, over all processes")
-    p.add_argument("--lr", type=float, default=0.1)
+    p.add_argument("--lr", type=float, default=0.1, help="of SGD, at its peak")
     p.add_argument("--warmup", type=int, default=10, help="epochs")
     p.add_argument("--weight-decay", type=float, default=5e-4)
     p.add_argument("--temperature", type=float, default=0.2)
@@ -202,13 +202,10 @@ def parser():
 def check(args):
     if args.variant not in VARIANTS:
         raise ValueError(f"--variant {args.variant}: choose one of {', '.join(VARIANTS)}")
-    v = VARIANTS[args.variant]
-    if v.adversarial and args.steps < 1:
-        raise ValueError(f"--steps {args.steps}: variant {args.variant} needs at least 1 attack step")
     for flag in ("lam", "ema"):
         if not 0 <= getattr(args, flag) <= 1:
             raise ValueError(f"--{flag} {getattr(args, flag):g}: must be from 0 to 1")
-    run.not_negative(args, "epochs", "lr", "warmup", "weight_decay", "eps", "step_size")
+    run.not_negative(args, "epochs", "lr", "warmup", "weight_decay", "eps", "step_size", "steps")
     run.positive(args, "batch_size", "temperature", "bank_size", "image_size", "save_every")
 
 

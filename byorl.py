@@ -33,9 +33,9 @@ projections are all alike ends.
 
     python byorl.py                                      linf 8/255: CIFAR-10, ResNet-18, 200 epochs
     torchrun --standalone --nproc-per-node 4 byorl.py    the same on 4 GPUs, 128 of the 512 images on each
-    python byorl.py --norm l2 --eps 128                  l2 128/255
-    python byorl.py --eps 0                              BYOL, the clean base
-    python byorl.py --steps 2                            the attack of Rebuffi et al. 2023, App. C
+    python byorl.py --norm l2 --eps 128 --out runs/l2    l2 128/255
+    python byorl.py --eps 0 --out runs/byol              BYOL, the clean base
+    python byorl.py --steps 2 --out runs/byorl-2         the attack of Rebuffi et al. 2023, App. C
     python eval.py runs/byorl/encoder.pt --preset amoc-slf amoc-alf
 
 Measured on a CPU thread (Intel Xeon), 0.3 M-parameter encoder, 10,000 images of CIFAR-10 (JPEG), 7.6 minutes
@@ -69,10 +69,10 @@ def augment(x, rng, size, solarize):
 
 
 def embed(net, x):
-    """net(x) of x (B, 3, S, S): (B, 256), un-normalised, at least fp32."""
+    """net(x) of x (B, 3, S, S): (B, 256), un-normalised, in x's dtype."""
     with run.autocast(x.device):
         z = net(x)
-    return z.to(torch.promote_types(z.dtype, torch.float32))
+    return z.to(x.dtype)
 
 
 def byol_loss(p, z):
@@ -108,7 +108,7 @@ def train_step(net, target, opt, x1, x2, noise, tau, args):
     run.average_grads(net.parameters())
     opt.step()
     optim.ema(target, net[:2], tau)
-    run.average_buffers(net)
+    run.average_buffers(net)  # else the ranks' running statistics part
     return {"loss": loss, "blind": blind}
 
 
@@ -211,7 +211,7 @@ def main(argv=None):
             step += 1
         with eval_mode(net), torch.no_grad():
             z = net[:2](data.resize(sample, args.image_size))
-        log.epoch(epoch, step, lr=lr, **run.spread(z, args))
+        log.epoch(epoch, step, lr=lr, ema=tau, **run.spread(z, args))
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
             run.save(args, env, state, step)
             if env.rank == 0:

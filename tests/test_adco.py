@@ -395,14 +395,14 @@ def test_defaults():
     want = dict(epochs=200, batch_size=256, lr=0.06, lr_final=0, weight_decay=5e-4, ema=0.99, bank_size=4096,
                 temperature=0.12, bank_temperature=0.05, bank_lr=0.5, bank_momentum=0.9, bank_decay=1e-4,
                 fill_steps=256, eps=0, step_size=2, steps=5, symmetric=False, multi_crop=False,
-                batch_negatives=False, arch="resnet18", data="cifar10", image_size=32, blur=0)
+                batch_negatives=False, arch="resnet18", data="cifar10", image_size=32, blur=False)
     args = vars(adco.parser().parse_args([]))
     assert {key: args[key] for key in want} == want
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--symmetric", "--multi-crop"], "--symmetric and --multi-crop: choose one"),
-    (["--eps", "-8"], "--eps -8: must not be negative"), (["--eps", "8", "--steps", "0"], "--steps 0: --eps 8 needs"),
+    (["--eps", "-8"], "--eps -8: must not be negative"), (["--steps", "-1"], "--steps -1: must not be negative"),
     (["--fill-steps", "-1"], "--fill-steps -1: must not be negative"),
     (["--bank-temperature", "0"], "--bank-temperature 0: must be positive"),
     (["--bank-momentum", "1.5"], "--bank-momentum 1.5: must be from 0 to 1"),

@@ -171,7 +171,7 @@ def real(*flags, trained=True):
 
 def parts(net, x, order, args):
     patches = encoders.patchify(x, 4)
-    return net.tokens(patches), net.rows(), adpe.random_masking(order, args.mask_ratio), net.encoder.normalise(patches)
+    return net.tokens(patches), net.rows(), adpe.random_mask(order, args.mask_ratio), net.encoder.normalise(patches)
 
 
 def form(position, mode):
