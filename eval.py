@@ -380,10 +380,10 @@ def in_order(images, batch_size=500, limit=None):
         yield data.to_float(x).contiguous(memory_format=torch.channels_last), y
 
 
-def attacked(net, x, y, attack, seed):
+def attacked(net, x, y, attack, seed, batch_size=500):
     """x (B, 3, H, W) under `attack`, a row of ATTACKS (None: as it is), and what AutoAttack tells."""
     if isinstance(attack, AutoAttack):
-        return autoattack(net, x, y, attack.eps, attack.norm, attack.version, seed,
+        return autoattack(net, x, y, attack.eps, attack.norm, attack.version, seed, min(250, batch_size),
                           log=lambda text: print("  " + text, flush=True))
     if isinstance(attack, DeepFool):
         return deepfool(net, x, y, attack.eps), {}
@@ -394,22 +394,25 @@ def attacked(net, x, y, attack, seed):
     return x, {}
 
 
-def judge(net, images, attack=None, seed=0, limit=None, restarts=1, source=None):
+def judge(net, images, attack=None, seed=0, limit=None, restarts=1, source=None, batch_size=500):
     """How many of `images` (of the first `limit`) `net`, in eval mode inside, classifies rightly, clean or
     under `attack`, made on `source` (None: on itself). Under several restarts the worst counts, image by
     image. Returns a dict: "accuracy" and its "stderr" in per cent, "images", and of AutoAttack its "stages"
     and "warnings"."""
-    size, right, total, more = len(images) if isinstance(attack, AutoAttack) else 500, 0, 0, {}
+    right, total, more, batches = 0, 0, {}, in_order(images, batch_size, limit)
+    if isinstance(attack, AutoAttack):  # which fills its batches anew with what stands
+        batches = [[torch.cat(parts) for parts in zip(*batches)]]
     with eval_mode(net), eval_mode(source or net):
-        for i, (x, y) in enumerate(in_order(images, size, limit)):
+        for i, (x, y) in enumerate(batches):
             standing = torch.ones_like(y, dtype=torch.bool)
             for r in range(restarts):
-                x_adv, report = attacked(source or net, x, y, attack, seed * 100_003 + i + 1_000_003 * r)
+                x_adv, report = attacked(
+                    source or net, x, y, attack, seed * 100_003 + i + 1_000_003 * r, batch_size)
                 with torch.no_grad():
-                    standing &= torch.cat([net(part).argmax(1) for part in x_adv.split(500)]) == y
+                    standing &= torch.cat([net(part).argmax(1) for part in x_adv.split(batch_size)]) == y
             right, total = right + standing.sum(), total + len(y)
-            if report and not source and restarts == 1:
-                more = {k: report[k] for k in ("stages", "warnings")}
+            if report:
+                more = {k: report[k] for k in ("warnings", *["stages"] * (restarts == 1))}
     return score(100 * int(right) / total, total) | more
 
 
@@ -418,12 +421,13 @@ def score(accuracy, images):
     return {"accuracy": accuracy, "stderr": round(stderr, 2), "images": images}
 
 
-def sanity(net, images, attack, seed, limit):
+def sanity(net, images, attack, seed, limit, batch_size):
     """Accuracies that show whether a robust one means something: PGD of 100 steps must not be weaker than PGD
     of 20, and at eight times the radius nothing may stand. In per cent; "doubts" says what is wrong by more
     than a point."""
     def under(eps, steps):
-        return judge(net, images, Attack(attack.norm, eps, eps / 4, steps), seed, limit)["accuracy"]
+        pgd_of = Attack(attack.norm, eps, eps / 4, steps)
+        return judge(net, images, pgd_of, seed, limit, batch_size=batch_size)["accuracy"]
 
     pgd20, pgd100, at_8_eps = under(attack.eps, 20), under(attack.eps, 100), under(8 * attack.eps, 20)
     doubts = ["PGD-100 is weaker than PGD-20"] if pgd100 > pgd20 + 1 else []
@@ -505,6 +509,7 @@ def parser():
     p.add_argument("--limit", type=int, help="train on the first so many images of a fixed shuffle")
     p.add_argument("--test-limit", type=int, help="test on the first so many images of a fixed shuffle")
     p.add_argument("--aa-limit", type=int, help="AutoAttack on the first so many of these")
+    p.add_argument("--test-batch-size", type=int, default=500, help="of attacks; AutoAttack's is 250 at most")
     p.add_argument("--restarts", type=int, default=1, help="of each attack; the worst counts, image by image")
     p.add_argument("--source", help="a classifier-*.pt: attacks are made on it, and transferred")
     p.add_argument("--image-size", type=int, help="side to which images are brought; default: as they are, "
@@ -549,7 +554,11 @@ def check(args):
     presets, attacks = asked(args)
     if "c" in attacks and args.data not in ("cifar10", "cifar100"):
         raise ValueError(f"--attacks c: there is a CIFAR-10-C and a CIFAR-100-C, but none of {args.data}; "
-                         "c-like works for all")
+                         "c-like works for all of side 32")
+    for name in attacks if args.source else ():
+        if isinstance(ATTACKS.get(name), AutoAttack):
+            raise ValueError(f"--source, --attacks {name}: AutoAttack stops just beyond the boundary of the "
+                             "source, and so transfers badly; take pgd20")
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed {args.seed}: must be from 0 to 2^32 - 1")
     for flag in ("weight_decay", "warmup", "mixup", "cutmix"):
@@ -558,7 +567,7 @@ def check(args):
     for flag in ("layer_decay", "drop_path", "smoothing"):
         if not 0 <= (getattr(args, flag) or 0) <= 1:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must be from 0 to 1")
-    for flag in ("epochs", "lr", "batch_size", "image_size", "aa_limit", "restarts"):
+    for flag in ("epochs", "lr", "batch_size", "test_batch_size", "image_size", "aa_limit", "restarts"):
         if getattr(args, flag) is not None and getattr(args, flag) <= 0:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must be positive")
     for name in presets:
@@ -600,15 +609,24 @@ def contents(images):
     return digest(images.checksum().encode(), images.y.cpu().numpy().tobytes())
 
 
+def heads(folder):
+    """Name, size and beginning of each of the files in `folder`."""
+    for path in sorted(folder.glob("*.npy")):
+        with open(path, "rb") as f:
+            yield f"{path.name} {path.stat().st_size}".encode() + f.read(2**16)
+
+
 def conditions(attack, args, test_images, source):
     """What, besides the classifier, decides the result for `attack`: plain types, None where it does not."""
     row, n = ATTACKS.get(attack), len(test_images)
-    moves, random = (isinstance(row, (Attack, AutoAttack, *more)) for more in ((DeepFool,), ()))
+    random, moves = isinstance(row, (Attack, AutoAttack)), isinstance(row, (Attack, DeepFool))
     return {"images": min(n, args.aa_limit or n) if isinstance(row, AutoAttack) else n,
             "test": contents(test_images),
             "settings": row and json.loads(json.dumps(row._asdict())),
             "restarts": args.restarts if random and args.restarts > 1 else None,
-            "source": digest(pathlib.Path(args.source).read_bytes()) if moves and source else None}
+            "batch_size": args.test_batch_size if random and args.test_batch_size != 500 else None,
+            "source": digest(pathlib.Path(args.source).read_bytes()) if source and moves else None,
+            "files": digest(*heads(public_corruptions(args))) if attack == "c" else None}
 
 
 def measure(net, test_images, attack, args, conditions, source):
@@ -617,9 +635,10 @@ def measure(net, test_images, attack, args, conditions, source):
     if isinstance(row, Corruptions):
         return corrupted(net, test_images, row.kinds, public_corruptions(args) if row.public else None, seed)
     source = source if conditions["source"] else None
-    found = judge(net, test_images, row, seed, conditions["images"], conditions["restarts"] or 1, source)
-    if isinstance(row, AutoAttack) and not source:
-        found["sanity"] = sanity(net, test_images, row, seed, conditions["images"])
+    n, batch_size = conditions["images"], args.test_batch_size
+    found = judge(net, test_images, row, seed, n, conditions["restarts"] or 1, source, batch_size)
+    if isinstance(row, AutoAttack):
+        found["sanity"] = sanity(net, test_images, row, seed, n, batch_size)
         print("  sanity:", ", ".join(f"{k} {v}" for k, v in found["sanity"].items()))
     return found
 
@@ -709,6 +728,9 @@ def main(argv=None):
     for images in (train_images, test_images):
         if (images.y < 0).any():
             raise ValueError(f"{args.data}: some images have no label; an evaluation needs them all")
+    side = test_images.size if isinstance(test_images, data.Folder) else test_images.x.shape[2]
+    if "c-like" in attacks and side != 32:
+        raise ValueError(f"--attacks c-like: its constants are for side 32, not {side}; --image-size 32")
     source = load_classifier(args.source).to(env.device) if args.source else None
     if source and source.head.out_features != train_images.classes:
         raise ValueError(f"--source {args.source}: {source.head.out_features} classes, {args.data} has "

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import autoattack as aa
-from common import data
+from common import data, encoders
 from common.autoattack import autoattack
 from tests.recipes import X, Z
 
@@ -298,6 +298,22 @@ def test_stopping_at_the_first_success_changes_no_decision(norm):
 # ----------------------------------------------------------------------------------------------------------
 # The whole
 # ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("arch, branches", [("slim", ()), ("slim", ("adv", "clean")), ("resnet18", ())])
+def test_encoders_are_folded(arch, branches):
+    """A few ReLUs of a ResNet-18 are switched by rounding, and must not keep it from being folded."""
+    torch.manual_seed(0)
+    encoder = encoders.make(arch, branches)
+    net = nn.Sequential(encoder, nn.Linear(encoder.dim, 10))
+    x = data.to_float(data.shapes(24, seed=2)[0])
+    with torch.no_grad():
+        net(x)  # statistics
+    net.eval()
+    quick = aa.folded(net, x, 8 / 255)
+    assert quick is not net and not any(isinstance(m, nn.BatchNorm2d) for m in quick.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(quick(x), net(x), rtol=1e-4, atol=1e-4)
+
+
 def test_folding_changes_rounding_alone():
     net, x, y = trained()
     before = {k: v.clone() for k, v in net.state_dict().items()}
@@ -410,7 +426,10 @@ def test_a_network_that_reuses_its_output_is_not_disturbed():
 
 
 def test_what_an_attack_claims_is_checked(monkeypatch):
-    net, x, y = trained()
+    def net(x):
+        m = x.mean((1, 2, 3))
+        return torch.stack([0 * m, m * (0.5 - m)], 1)
+
     liars = {
         "too far": lambda net, x, y, eps, *_: 1 - x,
         "out of the box": lambda net, x, y, eps, *_: x - eps,
@@ -418,12 +437,47 @@ def test_what_an_attack_claims_is_checked(monkeypatch):
         "nothing": lambda net, x, y, eps, *_: x,
     }
     monkeypatch.setattr(aa, "STAGES", liars)
-    dark = x * 0.01
+    x, y = torch.full((3, 3, 8, 8), 0.01), torch.ones(3, dtype=torch.long)
+    for name, liar in liars.items():
+        assert fooled(net, liar(net, x, y, 0.2), y).all() == (name != "nothing")
+        x_adv, report = autoattack(net, x, y, 0.2, version=(name,))
+        assert report["robust"] == 100 and torch.equal(x_adv, x)
+
+
+def test_what_the_search_claims_wrongly_is_attacked_again(monkeypatch):
+    """The copy without BatchNorms errs: it takes all points for fooled at once."""
+    net, x, y = trained()
+    want = autoattack(net, x, y, EPS["linf"], version=("apgd-ce",))[1]
+    wrong = nn.Sequential(net, nn.Linear(10, 10))
+    wrong[1].weight.data, wrong[1].bias.data = -torch.eye(10), torch.zeros(10)
+    monkeypatch.setattr(aa, "folded", lambda *_: wrong)
+    got = autoattack(net, x, y, EPS["linf"], version=("apgd-ce",))[1]
+    assert got["robust"] == want["robust"]
+    assert got["stages"]["apgd-ce"]["forwards"] > want["stages"]["apgd-ce"]["forwards"]
+
+
+def test_a_network_is_never_asked_about_no_image():
+    class Fussy(nn.Module):
+        def forward(self, x):
+            assert len(x)
+            return net(x)
+
+    net, x, y = trained()
+    report = autoattack(Fussy(), x, y, 0.5)[1]
+    assert report["robust"] == 0 and report["stages"]["square"]["points"] == 0
+
+
+@pytest.mark.parametrize("side", [8, 12, 19, 24])
+def test_square_runs_at_any_side(side):
+    net, x, y = trained()
+    x = F.interpolate(x[:2], 2 * [side])
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(16), net)
     with torch.no_grad():
-        y = net(dark).argmax(1)
-    for name in liars:
-        x_adv, report = autoattack(net, dark, y, 0.2, version=(name,))
-        assert report["robust"] == 100 and torch.equal(x_adv, dark)
+        y = pooled(x).argmax(1)
+    for norm in NORMS:
+        query = aa.Queries(pooled)
+        out = aa.square(query, x, y, 0.01, norm, seeded(), queries=20)
+        assert out.shape == x.shape and query.forwards >= 42
 
 
 def test_filling_up_to_few_batch_shapes_changes_nothing():
@@ -469,6 +523,7 @@ def test_misuse_is_named():
     y = y * 0
     three = torch.tensor([9.0, 0, 0])
     assert "fewer than 4 classes" in report(lambda v: net(v)[:, :3] + three, version="apgd")
+    assert "exactly zero" in report(lambda v: three[:2] + 0 * net(v)[:, :2])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         autoattack(net, x, y, 1e-3, version=("apgd-ce",))

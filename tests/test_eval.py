@@ -411,11 +411,21 @@ def test_sanity_doubts_a_network_that_hides_its_gradient_and_not_an_honest_one()
     red = torch.tensor([20, 60, 120, 126, 129, 133, 180, 250], dtype=torch.uint8)
     images = data.Images(red.view(8, 1, 1, 1).repeat(1, 3, 8, 8), (red < 127.5).long(), 2)
     attack = evaluation.ATTACKS["aa"]
-    found = evaluation.sanity(Masked(), images, attack, 0, 8)
+    found = evaluation.sanity(Masked(), images, attack, 0, 8, 500)
     assert found["pgd20 at 8 eps"] > 0 and found["doubts"] == ["images stand at 8 eps"]
     images = data.Images(images.x[2:6], images.y[2:6], 2)
-    honest = evaluation.sanity(Red(), images, attack, 0, 4)
+    honest = evaluation.sanity(Red(), images, attack, 0, 4, 2)
     assert honest["doubts"] == [] and honest["pgd20 at 8 eps"] == 0 and honest["pgd100"] <= honest["pgd20"]
+
+
+def test_autoattacks_warnings_are_kept_under_restarts_too():
+    images = data.Images(torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8), torch.zeros(4).long(), 2)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 2), nn.Softmax(1))
+    for restarts in (1, 2):
+        with pytest.warns(UserWarning):
+            found = evaluation.judge(flat, images, evaluation.AutoAttack("linf", 1e-3, "apgd"), restarts=restarts)
+        assert any("probabilities" in text for text in found["warnings"])
+        assert ("stages" in found) == (restarts == 1)
 
 
 def test_under_restarts_the_worst_counts_image_by_image(monkeypatch):
@@ -423,7 +433,7 @@ def test_under_restarts_the_worst_counts_image_by_image(monkeypatch):
     red = torch.tensor([0, 0, 255, 255], dtype=torch.uint8)
     images = data.Images(red.view(4, 1, 1, 1).repeat(1, 3, 8, 8), (red == 0).long(), 2)
 
-    def attacked(net, x, y, attack, seed):
+    def attacked(net, x, y, attack, seed, batch_size):
         rows = slice(0, 2) if seed % 2 == 0 else slice(2, 4)
         x = x.clone()
         x[rows] = 1 - x[rows]
@@ -602,6 +612,9 @@ def test_a_missing_tensor_is_named(exported):
     (["--preset", "amoc"], "amoc-slf"),
     (["--attacks", "pgd"], "pgd20"),
     (["--lr", "-1"], "--lr -1"),
+    (["--test-batch-size", "0"], "--test-batch-size 0"),
+    (["--attacks", "aa", "--source", "x.pt"], "AutoAttack stops just beyond"),
+    (["--attacks", "c-like", "--image-size", "16"], "constants are for side 32, not 16"),
 ])
 def test_bad_flags_are_named(exported, more, word):
     with pytest.raises(ValueError, match=word):
