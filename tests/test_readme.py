@@ -6,7 +6,9 @@ import re
 import shlex
 
 import pytest
+import torch
 
+from common import encoders
 from tests.scripts import ROOT, SCRIPTS
 
 README = (ROOT / "README.md").read_text()
@@ -64,3 +66,20 @@ def test_each_table_of_results_is_what_its_command_prints(command, printed, monk
 def test_every_result_in_the_readme_is_in_such_a_table():
     rows = re.findall(r"^\| \[.*\]\(results/.*$", README, re.M)
     assert rows and all(any(row in printed for _, printed in TABLES) for row in rows)
+
+
+def test_an_encoder_loads_without_this_repository(tmp_path):
+    """The README's lines, run: features as `load_encoder` has them."""
+    torch.manual_seed(0)
+    encoder = encoders.make("resnet18", ("clean", "adv"), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    x = torch.rand(4, 3, 32, 32)
+    with torch.no_grad(), encoders.branch(encoder, "adv"):
+        encoder(x)  # statistics
+    encoders.export(encoder, "adv", tmp_path / "encoder.pt")
+    (lines,) = re.findall(r"```python\n(import torch, torchvision\n.*?)```", README, re.S)
+    here = {}
+    exec(lines.replace("runs/amoc/encoder.pt", str(tmp_path / "encoder.pt")), here)
+    mean, std = (torch.tensor(here["saved"][name]).view(3, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        features = here["net"].eval()((x - mean) / std)
+        torch.testing.assert_close(features, encoders.load_encoder(tmp_path / "encoder.pt")(x))
