@@ -42,8 +42,9 @@ def measured(folder, **wanted):
         for attack, result in line["results"].items():
             if any({**line, **result}.get(k) != v for k, v in wanted.items()):
                 continue
-            how = {k: {**line, **result}.get(k) for k in ("encoder", "bn", "data", "image_size", "seed",
-                                                          "recipe", "train", "test", "images", "settings")}
+            how = {k: {**line, **result}.get(k) for k in (
+                "encoder", "bn", "data", "image_size", "seed", "recipe", "train", "test", "images", "settings",
+                "files", "batch_size")}
             name = line["preset"], attack
             differ = [k for k, v in how.items() if v != hows.setdefault(name, how)[k]]
             if differ:
