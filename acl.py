@@ -21,8 +21,9 @@ attack's 5 steps of 2/255, the mean of the two terms in DS. Where we depart from
       equal in eval mode, and for DS 32 instead of 42 forwards a step (a backward to the pixels counts 1, a
       whole one 2).
 BatchNorm: two views of a kind go through the network as one batch. The attack runs in eval mode and changes
-nothing; each branch moves its statistics once a step. Several processes share their negatives, except within
-the attack; their BatchNorms see their own images.
+nothing; each branch moves its statistics once a step. Exported is the branch of the attacked images (s2s: the
+clean one, which the authors' own probe reads in any case). Several processes share their negatives, except
+within the attack; their BatchNorms see their own images.
 
     python acl.py                                        the paper's DS: CIFAR-10, ResNet-18, 1000 epochs
     torchrun --standalone --nproc-per-node 4 acl.py      the same on 4 GPUs, 128 of the 512 images on each

@@ -27,7 +27,7 @@ crops: of images decoded at 224 pixels), then ours:
 
     torchrun --standalone --nproc-per-node 8 adv_mae.py --data path/to/imagenet --arch vit_base \
 --image-size 224 --decoder 512 8 16 --batch-size 4096 --lr 2.4e-3 --warmup 40 --epochs 800
-    python adv_mae.py                                         linf 1/255, K = 2
+    python adv_mae.py                                         linf 1/255, the paper's best; K = 2
     python adv_mae.py --norm l2 --eps 17.85 --out runs/l2     l2 0.07: the paper's best, 0.5, at equal RMS
     python adv_mae.py --eps 0 --out runs/mae                  MAE, the clean base
     python adv_mae.py --steps 1 --out runs/fgsm               FGSM: one step of eps, from v itself

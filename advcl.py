@@ -179,15 +179,15 @@ def pseudo_labels(args, env, images):
     return encoders.read(path, kind, hint)["labels"].to(env.device)
 
 
-def lr_at(step, steps, epochs, lr, warmup):
-    """Linear over `warmup` epochs of `steps` steps, from a fiftieth of `lr` up to c(warmup), c being a cosine
-    over the run from `lr` to a thousandth of it; then c at the end of the epoch."""
+def lr_at(step, per_epoch, epochs, lr, warmup):
+    """Linear over `warmup` epochs of `per_epoch` steps, from a fiftieth of `lr` up to c(warmup), c being a
+    cosine over the run from `lr` to a thousandth of it; then c at the end of the epoch."""
     def c(epoch):
         return optim.cosine(epoch / epochs, lr, lr / 1000)
 
-    if step < warmup * steps:
-        return lr / 50 + (c(warmup) - lr / 50) * step / (warmup * steps)
-    return c(step // steps + 1)
+    if step < warmup * per_epoch:
+        return lr / 50 + (c(warmup) - lr / 50) * step / (warmup * per_epoch)
+    return c(step // per_epoch + 1)
 
 
 # ----------------------------------------------------------------------------------------------------------

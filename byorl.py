@@ -23,6 +23,7 @@ blur, the second view solarised now and then. Departures from the paper:
     - the encoder: ResNet-18 (there a pre-activation ResNet-34, two to four times as wide), and 200 epochs
       (there 1000);
     - the attack: 5 steps of a fixed length (there 40, of AutoPGD's adaptive length, 21 times BYOL's cost).
+The target is never attacked: the paper found that unstable.
 BatchNorm: there is one set, and the online network sees attacked views only, so that attacked images are what
 the exported statistics describe. The attack runs in train mode: it uses batch statistics, as the update does,
 so that moving one image shifts the others' normalisation; running statistics do not change. Each view has a

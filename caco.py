@@ -98,8 +98,8 @@ def contrastive_loss(q, positive, bank, temperature):
 
 
 def cooperative_loss(q, positive, bank, temperature):
-    """`contrastive_loss`, with the gradient of the positives in `bank` reversed: Eq. 12, (1 - p_i) q_i/T. A
-    step that climbs `bank`'s gradient brings all rows nearer to the queries."""
+    """`contrastive_loss`, with the gradient of the positives in `bank` reversed by adding twice its opposite:
+    Eq. 12, (1 - p_i) q_i/T. A step that climbs `bank`'s gradient brings all rows nearer to the queries."""
     n = F.normalize(bank, dim=1)
     losses = nll(q, positive, n, temperature)
     c = -2 * torch.expm1(-losses.detach()) / temperature  # 2 (1 - p_i) / T
@@ -189,7 +189,7 @@ def parser():
     switch = dict(action=argparse.BooleanOptionalAction, default=False)
     p.add_argument("--stem", help="cifar, imagenet, small; default: the architecture's own")
     p.add_argument("--positives", default="cooperative", help=" ".join(LOSSES))
-    p.add_argument("--multi-crop", help="six small views more", **switch)
+    p.add_argument("--multi-crop", help="six small views besides the two", **switch)
     p.add_argument("--epochs", type=int, default=200, help="0 exports the random encoder")
     p.add_argument("--batch-size", type=int, default=256, help="images a step, over all processes")
     p.add_argument("--optimizer", default="sgd", help="sgd lars")

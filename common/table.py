@@ -43,8 +43,8 @@ def measured(folder, **wanted):
             if any({**line, **result}.get(k) != v for k, v in wanted.items()):
                 continue
             how = {k: {**line, **result}.get(k) for k in (
-                "encoder", "bn", "data", "image_size", "seed", "recipe", "train", "test", "images", "settings",
-                "files", "batch_size")}
+                "encoder", "bn", "data", "image_size", "seed", "recipe", "train", "test", "images",
+                "settings", "files", "batch_size")}
             name = line["preset"], attack
             differ = [k for k, v in how.items() if v != hows.setdefault(name, how)[k]]
             if differ:
