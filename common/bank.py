@@ -121,7 +121,7 @@ class _Chunks:
         for _, b in _chunks(q, bank):
             s = _scores(q, b, T)
             new = torch.maximum(top, s.amax(1))
-            total = total * (top - new).exp() + (s - new[:, None]).exp_().sum(1)
+            total = total * (top - new).exp() + s.sub_(new[:, None]).exp_().sum(1)
             top = new
         return top + total.log()
 
@@ -131,7 +131,7 @@ class _Chunks:
         out = torch.zeros(q.shape, dtype=y.dtype, device=q.device)
         with torch.autocast(q.device.type, enabled=False):
             for _, b in _chunks(q, bank):
-                out += (_scores(q, b, T) - y[:, None]).exp_() @ b
+                out += _scores(q, b, T).sub_(y[:, None]).exp_() @ b
         return out
 
     @staticmethod
@@ -140,7 +140,7 @@ class _Chunks:
         out = torch.empty_like(bank)
         with torch.autocast(q.device.type, enabled=False):
             for rows, b in _chunks(q, bank):
-                p = (_scores(q, b, T) - y[:, None]).exp_().mul_(weight[:, None])
+                p = _scores(q, b, T).sub_(y[:, None]).exp_().mul_(weight[:, None])
                 out[rows] = (p.T @ q.to(p.dtype)).to(bank.dtype)
         return out
 
@@ -160,7 +160,7 @@ def _chunks(q, bank):
 
 def _scores(q, b, temperature):
     with torch.autocast(q.device.type, enabled=False):
-        return q.to(b.dtype) @ b.T / temperature
+        return (q.to(b.dtype) / temperature) @ b.T
 
 
 # ----------------------------------------------------------------------------------------------------------
