@@ -103,16 +103,13 @@ class _BankLogSumExp(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         q, bank, y = ctx.saved_tensors
-        T, dq, dbank = ctx.temperature, None, None
-        if ctx.needs_input_grad[0]:
-            dq = (ctx.op.weighted_rows(q, bank, y, T) * (g / T)[:, None]).to(q.dtype)
-        if ctx.needs_input_grad[1]:
-            dbank = ctx.op.weighted_queries(q, bank, y, T, g / T)
-        return dq, dbank, None
+        weight = g / ctx.temperature
+        dq, dbank = ctx.op.gradients(q, bank, y, ctx.temperature, weight, *ctx.needs_input_grad[:2])
+        return None if dq is None else (dq * weight[:, None]).to(q.dtype), dbank, None
 
 
 class _Chunks:
-    """The three products in PyTorch, over chunks of the bank."""
+    """In PyTorch, over chunks of the bank."""
 
     @staticmethod
     def logsumexp(q, bank, T):
@@ -126,23 +123,19 @@ class _Chunks:
         return top + total.log()
 
     @staticmethod
-    def weighted_rows(q, bank, y, T):
-        """sum_j P_ij b_j, (N, D)"""
-        out = torch.zeros(q.shape, dtype=y.dtype, device=q.device)
-        with torch.autocast(q.device.type, enabled=False):
-            for _, b in _chunks(q, bank):
-                out += _scores(q, b, T).sub_(y[:, None]).exp_() @ b
-        return out
-
-    @staticmethod
-    def weighted_queries(q, bank, y, T, weight):
-        """sum_i weight_i P_ij q_i, (K, D), in the bank's dtype"""
-        out = torch.empty_like(bank)
+    def gradients(q, bank, y, T, weight, of_q, of_bank):
+        """sum_j P_ij b_j, (N, D), and sum_i weight_i P_ij q_i, (K, D), in the bank's dtype; None where not
+        asked for."""
+        rows_sum = torch.zeros(q.shape, dtype=y.dtype, device=q.device) if of_q else None
+        dbank = torch.empty_like(bank) if of_bank else None
         with torch.autocast(q.device.type, enabled=False):
             for rows, b in _chunks(q, bank):
-                p = _scores(q, b, T).sub_(y[:, None]).exp_().mul_(weight[:, None])
-                out[rows] = (p.T @ q.to(p.dtype)).to(bank.dtype)
-        return out
+                p = _scores(q, b, T).sub_(y[:, None]).exp_()
+                if of_q:
+                    rows_sum += p @ b
+                if of_bank:
+                    dbank[rows] = (p.mul_(weight[:, None]).T @ q.to(p.dtype)).to(bank.dtype)
+        return rows_sum, dbank
 
 
 def _wide(q):
@@ -195,7 +188,7 @@ def _tiles(width):
 
 
 class _Kernels:
-    """The three products as Triton kernels. A program of the first two has a tile of queries and a part of
+    """As three Triton kernels. A program of the first two has a tile of queries and a part of
     the bank, so that few queries still fill the GPU; one of the third a tile of the bank and all queries.
     Each number has one writer, and partial sums are added in a fixed order: the same bits every time."""
 
@@ -206,6 +199,11 @@ class _Kernels:
         with _on(q):
             _logsumexp_kernel[grid](q.contiguous(), bank.contiguous(), top, total, *numbers, **common)
         return torch.logsumexp((top + total.log2()) * math.log(2), 0)
+
+    @staticmethod
+    def gradients(q, bank, y, T, weight, of_q, of_bank):
+        return (_Kernels.weighted_rows(q, bank, y, T) if of_q else None,
+                _Kernels.weighted_queries(q, bank, y, T, weight) if of_bank else None)
 
     @staticmethod
     def weighted_rows(q, bank, y, T):
