@@ -116,21 +116,23 @@ def folded(net, x, eps):
     and on a CPU weights are channels last. `net` itself where it is compiled, where torch.fx cannot trace it,
     or where logits and gradients near the images x (uniform noise of radius eps) do not stay the same: within
     1 %, for most images, as rounding may switch a ReLU of some."""
-    def ask(f):  # forward: a traced module's __call__ prints the errors that it raises
-        logits, _, g = Queries(f.forward).gradient(z, lambda logits: logits.square().sum(1))
-        return logits, g.flatten(1)
-
-    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    z = (x + eps * (2 * noise - 1)).clamp(0, 1)
     if not isinstance(net, torch.nn.Module) or net._compiled_call_impl:
         return net
-    for layout in (torch.channels_last, torch.preserve_format)[x.device.type != "cpu" :]:
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    z = (x + eps * (2 * noise - 1)).clamp(0, 1)
+
+    def ask(f):
+        logits, _, g = Queries(f).gradient(z, lambda logits: logits.square().sum(1))
+        return logits, g.flatten(1)
+
+    cpu = x.device.type == "cpu"
+    for layout in (torch.channels_last, torch.preserve_format) if cpu else (torch.preserve_format,):
         with contextlib.suppress(Exception):  # control flow that depends on the input; a view; ...
             from torch.fx.experimental.optimization import fuse
 
             copy = fuse(net).to(memory_format=layout)
-            same = [(a - b).norm(dim=1) <= 0.01 * a.norm(dim=1) for a, b in zip(ask(net), ask(copy))]
-            if all(s.float().mean() > 0.5 for s in same):
+            pairs = zip(ask(net), ask(copy.forward))  # its __call__ prints the errors that it raises
+            if all(((a - b).norm(dim=1) <= 0.01 * a.norm(dim=1)).float().mean() > 0.5 for a, b in pairs):
                 return copy
     return net
 

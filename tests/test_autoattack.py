@@ -351,7 +351,10 @@ def test_what_cannot_be_folded_is_left_as_it_is():
     renamed = nn.Sequential(net)  # nor an instance's own forward
     renamed.forward = lambda x: net((64 * x).round() / 64)
     x = (64 * x).round() / 64
-    for module in (Choosy().eval(), Shared().eval(), Masked().eval(), renamed.eval(), lambda x: net(x)):
+    hooked = nn.Sequential(net)  # nor its hooks
+    hooked.register_forward_pre_hook(lambda _, args: (1 - args[0],))
+    modules = [module.eval() for module in (Choosy(), Shared(), Masked(), renamed, hooked)]
+    for module in (*modules, torch.compile(net), lambda x: net(x)):
         assert aa.folded(module, x, 0.1) is module
 
 
