@@ -37,8 +37,9 @@ attack; their BatchNorms see their own images.
     python eval.py runs/advcl/encoder.pt --preset advcl-slf robustssl-alf
 
 Measured on a CPU thread (Intel Xeon), 0.3 M-parameter encoder, 10,000 images of CIFAR-10 (JPEG), 4.6 minutes
-(11 epochs, 2 attack steps, no pseudo-labels): linear probe 44.8 standard, 13.3 under PGD-20 at 8/255; SimCLR
-in that time 46.7 and 0.1. Not yet run on a GPU; the paper has 77.73 and 48.89 (1000 epochs; with them 50.45).
+(11 epochs, 2 attack steps, no pseudo-labels): linear probe 44.8 standard, 13.3 under PGD-20 at 8/255, another
+seed 40.8 and 13.5; SimCLR 47.0 and 0.1. Not yet run on a GPU; the paper has 77.73 and 48.89 (1000 epochs;
+with them 50.45).
 """
 import hashlib
 import math

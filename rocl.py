@@ -33,9 +33,10 @@ share their negatives, except within the attack; their BatchNorms see their own 
     python rocl.py --reg-weight 0 --out runs/rocl-0      without the regulariser
     python eval.py runs/rocl/encoder.pt --preset rocl-slf rocl-alf
 
-Measured on a CPU thread (Intel Xeon), 0.3 M-parameter encoder, 10,000 images of CIFAR-10 (JPEG), 4.6 minutes
-(10 epochs, 2 attack steps): linear probe 43.9 standard, 13.2 under PGD-20 at 8/255; SimCLR in that time 46.7
-and 0.1, a random encoder 27.4 and 0. Not yet run on a GPU; the authors have 83.71 and 40.27 (1000 epochs).
+Measured on a CPU thread (Intel Xeon), 0.3 M-parameter encoder, 10,000 images of CIFAR-10 (JPEG), 4.7 minutes
+(10 epochs, 2 attack steps; 2 seeds): linear probe 43.7 standard, 13.0 under PGD-20 at 8/255; SimCLR in that
+time 47.0 and 0.1, a random encoder 27.4 and 0. Not yet run on a GPU; the authors have 83.71 and 40.27 (1000
+epochs).
 """
 import math
 import pathlib
