@@ -32,8 +32,9 @@ within the attack; their BatchNorms see their own images.
     python eval.py runs/acl/encoder.pt --preset acl-probe --bn clean
 
 Measured on a CPU thread (Intel Xeon), 0.3 M-parameter encoder, 10,000 images of CIFAR-10 (JPEG), 5.0 minutes
-(10 epochs, 2 attack steps; 2 seeds): linear probe 42.1 standard, 15.5 under PGD-20 at 8/255; s2s in 4.6 47.0
-and 0.1, a random encoder 27.4 and 0. Not yet run on a GPU; Fan et al. have 77.88 and 42.87 (1000 epochs).
+(10 epochs, 2 attack steps; 2 seeds): linear probe 42.1 standard, 15.5 under PGD-20 at 8/255; s2s in 4.6
+minutes 47.0 and 0.1, a random encoder 27.4 and 0. Not yet run on a GPU; Fan et al. have 77.88 and 42.87 (1000
+epochs).
 """
 import math
 import pathlib

@@ -25,8 +25,8 @@ A removed pixel becomes the mean colour. BatchNorm: train mode, one pass per inp
     torchrun --standalone --nproc-per-node 2 adios.py    the same on 2 GPUs, 128 of the 256 images on each
     python adios.py --masker none --out runs/simclr      SimCLR, the base
     python eval.py runs/adios/encoder.pt --preset knn amoc-slf --attacks clean
-Measured on a CPU thread, --data shapes --single, 2.5 minutes: the best mask covers the drawn figure with an
-intersection over union of 0.72, random masks 0.24. On CIFAR-10 see the README. Not yet on a GPU.
+Measured on a CPU thread (Intel Xeon), --data shapes --single, 2.5 minutes: the best mask covers the drawn
+figure with an intersection over union of 0.72, random masks 0.24. More in the README. Not yet run on a GPU.
 """
 import argparse
 import copy

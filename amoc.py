@@ -26,7 +26,7 @@ Where we depart from the authors' code:
     - what does not depend on the perturbation is computed once per attack, and `pgd` makes no weight
       gradient: exactly equal in eval mode, and for ACC 18 instead of 29 forwards a step (a backward to the
       pixels counts 1, a whole one 2).
-Exported is the BN branch of the query that is attacked, adv, and clean where no query is (CCC, CAC).
+Exported is the BN branch of the attacked query, adv, and clean where no query is attacked (CCC, CAC, CAA).
 In ACA nothing ever enters M_adv: it stays Gaussian noise (the paper's Remark 1). ACA_PLUS, which the code has
 and the paper has not, fills it with the keys of attacked queries.
 

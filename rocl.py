@@ -139,7 +139,7 @@ def parser():
     p.add_argument("--attack-to", default="other", help="target of the attack: other (x2) or original (x1)")
     p.add_argument("--regularize-to", default="other", help="partner of x_adv in the regulariser, likewise")
     p.add_argument("--eps", type=float, default=8.0, help="linf radius of the attack, in 1/255")
-    p.add_argument("--step-size", type=float, default=1.785, help="of the attack, in 1/255: 0.007 in all")
+    p.add_argument("--step-size", type=float, default=1.785, help="of the attack, in 1/255; this is 0.007")
     p.add_argument("--steps", type=int, default=7, help="of the attack")
     p.add_argument("--image-size", type=int, default=32, help="side of a view")
     return p
