@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -48,18 +49,49 @@ def parser(doc, name, arch):
     return p
 
 
-def positive(args, *flags):
-    """ValueError that names the first of `flags` which is not above 0."""
-    for flag in flags:
-        if not getattr(args, flag) > 0:
-            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must be positive")
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are a ValueError of one line: "--steps -1: must be ...", so that they read
+    the same from `main(argv)` as from the shell. Flags cannot be abbreviated."""
+
+    def __init__(self, prog, description):
+        super().__init__(prog=prog, description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        message = re.sub(r"^argument (\S+?)(/\S+)*: ", r"\1 ", message)
+        raise ValueError(f"{message} (see {self.prog} --help)")
 
 
-def not_negative(args, *flags):
-    """ValueError that names the first of `flags` which is not 0 or more."""
-    for flag in flags:
-        if not getattr(args, flag) >= 0:
-            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must not be negative")
+def integer(least, most=10**9):
+    """An argparse type: whole numbers from `least` to `most`."""
+    def read(text):
+        with contextlib.suppress(ValueError):
+            if least <= int(text) <= most:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number from {least} to {most}")
+
+    return read
+
+
+def number(least=0.0, most=1e6, above=None):
+    """An argparse type: finite numbers from `least` to `most`; with `above`, greater than it instead."""
+    wanted = f"from {least:g} to {most:g}" if above is None else f"above {above:g}, at most {most:g}"
+
+    def read(text):
+        with contextlib.suppress(ValueError):
+            value = float(text)
+            if (value >= least if above is None else value > above) and value <= most:  # NaN is neither
+                return value
+        raise argparse.ArgumentTypeError(f"{text}: must be a number {wanted}")
+
+    return read
+
+
+def path(text):
+    """An argparse type: a path that is not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("'': must name a file or a folder")
+    return text
 
 
 # These may differ when a run is continued: they change nothing, or (device, compile) only the rounding.
