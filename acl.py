@@ -225,7 +225,7 @@ def main(argv=None):
                 pictures(out / "views.png", net, images, args)
     if env.rank == 0:
         bn = "adv" if any("adv" in kinds for kinds in VARIANTS[args.variant]) else "clean"
-        encoders.export(net[0], bn, out / "encoder.pt")
+        encoders.export(net[0], out / "encoder.pt", bn, image_size=args.image_size)
         print(f"{out / 'encoder.pt'} holds the encoder; BN branch {bn}")
 
 

@@ -292,7 +292,7 @@ def main(argv=None):
             if env.rank == 0:
                 pictures(out / "masks.png", masker, images, args)
     if env.rank == 0:
-        encoders.export(net[0], None, out / "encoder.pt")
+        encoders.export(net[0], out / "encoder.pt", image_size=args.image_size)
         print(f"{out / 'encoder.pt'} holds the encoder")
 
 

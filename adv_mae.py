@@ -251,7 +251,7 @@ def main(argv=None):
             if env.rank == 0:
                 pictures(out / "recon.png", net, images, args)
     if env.rank == 0:
-        encoders.export(net.encoder, None, out / "encoder.pt")
+        encoders.export(net.encoder, out / "encoder.pt", image_size=args.image_size)
         print(f"{out / 'encoder.pt'} holds the encoder")
 
 

@@ -291,7 +291,7 @@ def main(argv=None):
             if env.rank == 0:
                 pictures(out / "views.png", net, images, args)
     if env.rank == 0:
-        encoders.export(net["encoder"], "adv", out / "encoder.pt")
+        encoders.export(net["encoder"], out / "encoder.pt", "adv", image_size=args.image_size)
         print(f"{out / 'encoder.pt'} holds the encoder; BN branch adv")
 
 

@@ -270,7 +270,7 @@ def main(argv=None):
             if env.rank == 0:
                 pictures(out / "views.png", net, target, bank_adv if v.adv_bank else bank_clean, images, args)
     if env.rank == 0:
-        encoders.export(net[0], v.export, out / "encoder.pt")
+        encoders.export(net[0], out / "encoder.pt", v.export, image_size=args.image_size)
         print(f"{out / 'encoder.pt'} holds the encoder; BN branch {v.export}")
 
 

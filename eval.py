@@ -659,7 +659,7 @@ def evaluate(path, name, args, env, train_images, test_images, source=None):
     """Every attack that is asked for on the encoder at `path` by preset `name`: {(name, attack): result}.
     What eval.jsonl holds is not measured again; what is measured goes there at once."""
     p = None if name == "knn" else chosen(args, name)
-    encoder = encoders.load_encoder(path, args.bn, keep=p is not None and p.dual)
+    encoder = encoders.load_encoder(path, args.bn, all_branches=p is not None and p.dual)
     encoder = encoder.to(env.device, memory_format=torch.channels_last)
     key = {"encoder": digest(path.read_bytes()), "preset": name, "bn": encoder.branch, "seed": args.seed,
            "data": args.data, "image_size": args.image_size, "train": contents(train_images),

@@ -8,13 +8,14 @@ one.
 """
 import contextlib
 import math
-import os
 from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import stochastic_depth
+
+from common import files
 
 
 class BranchNorm(nn.Module):
@@ -456,10 +457,11 @@ def mlp(*sizes, norm=None):
 # ----------------------------------------------------------------------------------------------------------
 # Exported encoders
 # ----------------------------------------------------------------------------------------------------------
-def export(encoder, branch, path):
+def export(encoder, path, branch=None, image_size=None):
     """Write `encoder` to `path`: a dict of plain types and tensors.
 
     arch, mean, std, ...    how to build it (`rebuild`)
+    image_size              the side of the images it was pretrained on, in pixels; None: not known
     branch                  the BN branch that `state` holds (None without branches)
     state                   torchvision's keys: `resnet18().load_state_dict(state, strict=False)` lacks `fc`,
                             and the stem's convolution differs where `stem` is not "imagenet"; or timm's:
@@ -478,19 +480,19 @@ def export(encoder, branch, path):
     if names and branch not in names:
         raise ValueError(f"BN branch {branch!r}: this encoder has {', '.join(sorted(names))}")
     state = states.pop(branch)
-    out = {"format": FORMAT, **encoder.recipe, "branch": branch, "state": state, "others": states}
-    torch.save(out, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    files.save({"format": FORMAT, **encoder.recipe, "image_size": image_size, "branch": branch,
+                "state": state, "others": states}, path)
 
 
 FORMAT = "exported encoder, version 1"
 
 
-def load_encoder(path, branch=None, keep=False):
+def load_encoder(path, branch=None, all_branches=False):
     """The exported encoder at `path`, in eval mode, with plain BatchNorm; `branch` None is the exported
-    choice. `keep`: with all its branches instead, that one in use.
+    choice. `all_branches`: with all of them instead, that one in use.
 
-    Its `branch` attribute names the one loaded. Raises FileNotFoundError, or ValueError that names what is
+    Its attribute `branch` names the one loaded, `image_size` the side of the images it was pretrained on (None
+    where the file does not say). Raises FileNotFoundError, or ValueError that names what is
     wrong: not such a file, an unknown branch, or the first missing, unexpected or misshaped tensor.
     """
     saved = read(path, FORMAT, "pretraining writes encoder.pt when it ends")
@@ -499,7 +501,7 @@ def load_encoder(path, branch=None, keep=False):
     if branch not in parts:
         raise ValueError(f"{path}: no BN branch {branch!r}; it has {', '.join(map(str, parts))}")
     state = {**saved["state"], **parts[branch]}
-    keep = keep and len(parts) > 1
+    keep = all_branches and len(parts) > 1
     for key in next(iter(saved["others"].values())) if keep else ():  # each tensor of a BatchNorm
         before, leaf = key.rsplit(".", 1)
         del state[key]
@@ -507,6 +509,7 @@ def load_encoder(path, branch=None, keep=False):
     encoder = rebuild(saved, branches=sorted(parts, key=lambda name: name != branch) if keep else ())
     load_strict(encoder, state, path)
     encoder.branch = branch
+    encoder.image_size = saved.get("image_size")
     return encoder.eval()
 
 
@@ -527,11 +530,11 @@ def rebuild(saved, branches=()):
 def read(path, kind, hint):
     """The dict saved at `path` of format `kind`; else an error that names the file and gives `hint`."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; {hint}") from None
-    except Exception as e:
-        raise ValueError(f"{path}: cannot be read ({type(e).__name__}), perhaps truncated; {hint}") from None
+        saved = files.load(path)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{e}; {hint}") from None
+    except ValueError as e:
+        raise ValueError(f"{e}; {hint}") from None
     if not isinstance(saved, dict) or saved.get("format") != kind:
         raise ValueError(f"{path}: not an {kind}; {hint}")
     return saved

@@ -94,6 +94,20 @@ def path(text):
     return text
 
 
+def positive(args, *flags):
+    """ValueError that names the first of `flags` which is not above 0."""
+    for flag in flags:
+        if not getattr(args, flag) > 0:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must be positive")
+
+
+def not_negative(args, *flags):
+    """ValueError that names the first of `flags` which is not 0 or more."""
+    for flag in flags:
+        if not getattr(args, flag) >= 0:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must not be negative")
+
+
 # These may differ when a run is continued: they change nothing, or (device, compile) only the rounding.
 FREE = {"data_dir", "out", "device", "workers", "compile", "save_every"}
 

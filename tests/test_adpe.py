@@ -356,7 +356,7 @@ def test_crops_are_images_of_their_own():
 def test_the_exported_encoder_is_the_clean_one(position, tmp_path):
     net, *_ = real("--position", position)
     net.delta.data = random_delta(net)
-    encoders.export(net.encoder, None, tmp_path / "encoder.pt")
+    encoders.export(net.encoder, tmp_path / "encoder.pt")
     saved = torch.load(tmp_path / "encoder.pt", weights_only=True)["state"]
     assert any("relative" in key for key in saved) == (position == "relative") and "delta" not in saved
     x = torch.rand(2, 3, 16, 16)

@@ -231,7 +231,7 @@ def test_learning_rate_equals_printed_values(epoch, step, lr):
 def setting(tmp_path, *flags, limit=None):
     """A teacher on `shapes`-like noise, and a run that uses it."""
     torch.manual_seed(3)
-    encoders.export(encoders.make("slim"), None, tmp_path / "teacher.pt")
+    encoders.export(encoders.make("slim"), tmp_path / "teacher.pt")
     args = arguments("--teacher", str(tmp_path / "teacher.pt"), "--clusters", "2", "5", "--out", str(tmp_path), *flags)
     x, y, _ = data.shapes(60, seed=4)
     return args, run.Env(torch.device("cpu"), 0, 1), data.Images(x[:limit], y[:limit], 10)
@@ -256,7 +256,7 @@ def test_pseudo_labels_are_clusters_of_the_teachers_features_made_once(tmp_path,
         elif change == "data":
             others = setting(tmp_path, limit=50)[2]
         else:
-            encoders.export(encoders.make("slim"), None, args.teacher)
+            encoders.export(encoders.make("slim"), args.teacher)
         with pytest.raises(TypeError):  # made anew
             advcl.pseudo_labels(other, env, others)
 

@@ -324,7 +324,7 @@ def test_a_renewed_norm_follows_the_mean_and_is_exported(tmp_path):
     torch.testing.assert_close(net(x), want)
     assert not torch.allclose(net(x), before, atol=1e-2)
     assert [k for k in net.state_dict() if "norm." in k and "blocks" not in k] == ["fc_norm.weight", "fc_norm.bias"]
-    export(net, None, tmp_path / "encoder.pt")
+    export(net, tmp_path / "encoder.pt")
     assert torch.equal(load_encoder(tmp_path / "encoder.pt")(x), net(x))
     other = make("slim").eval()
     state = dict(other.state_dict())
@@ -385,7 +385,7 @@ def test_a_state_dict_carries_every_branch():
 @pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
 def test_an_exported_encoder_is_torchvisions_resnet_without_fc(tmp_path, arch):
     net, x = trained(arch, side=64, stem="imagenet"), pictures(2, 64, seed=2)
-    export(net, "adv", tmp_path / "encoder.pt")
+    export(net, tmp_path / "encoder.pt", "adv")
     saved = torch.load(tmp_path / "encoder.pt", weights_only=True)
     theirs = getattr(models, arch)(num_classes=1)
     keys = theirs.load_state_dict(saved["state"], strict=False)
@@ -415,7 +415,7 @@ def in_torchvisions_names(state):
 
 def exported_vit(path, **options):
     net = random_vit("vit_tiny", mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3), **options)
-    export(net, None, path)
+    export(net, path)
     saved = torch.load(path, weights_only=True)
     x = pictures(2)
     normalised = (x - torch.tensor(saved["mean"]).view(3, 1, 1)) / torch.tensor(saved["std"]).view(3, 1, 1)
@@ -447,7 +447,7 @@ def test_an_exported_vit_loads_into_timms_and_gives_the_same_features(tmp_path, 
     {}, {"size": 16, "positions": "learned"}, {"relative": True, "fc_norm": True}])
 def test_a_loaded_vit_gives_the_exported_features_to_the_bit(tmp_path, options):
     net, path = random_vit(**options, mean=(0.4, 0.5, 0.6)), tmp_path / "encoder.pt"
-    export(net, None, path)
+    export(net, path)
     encoder, x = load_encoder(path), pictures(4, options.get("size", 32))
     assert torch.equal(encoder(x), net(x)) and encoder.recipe == net.recipe and encoder.branch is None
 
@@ -458,7 +458,7 @@ def test_a_loaded_encoder_gives_the_exported_features_to_the_bit(tmp_path, branc
     path, x = tmp_path / "encoder.pt", pictures(seed=2)
     net = trained(branches=branches, stem=stem, mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3))
     for exported in branches or [None]:
-        export(net, exported, path)
+        export(net, path, exported)
         for name in (None, *branches):
             encoder = load_encoder(path, name)
             with branch(net, name or exported):
@@ -469,7 +469,7 @@ def test_a_loaded_encoder_gives_the_exported_features_to_the_bit(tmp_path, branc
 
 def test_exporting_an_unknown_branch_is_refused_and_writes_nothing(tmp_path):
     with pytest.raises(ValueError, match="'attacked'.*adv, clean"):
-        export(make("slim", BRANCHES), "attacked", tmp_path / "encoder.pt")
+        export(make("slim", BRANCHES), tmp_path / "encoder.pt", "attacked")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -480,7 +480,7 @@ def test_exporting_an_unknown_branch_is_refused_and_writes_nothing(tmp_path):
     (lambda path: torch.save(torch.zeros(3), path), ValueError, "not an exported encoder")])
 def test_what_is_no_exported_encoder_is_refused_with_its_path(tmp_path, spoil, error, says):
     path = tmp_path / "encoder.pt"
-    export(make("slim", BRANCHES), "adv", path)
+    export(make("slim", BRANCHES), path, "adv")
     spoil(path)
     with pytest.raises(error, match=says) as e:
         load_encoder(path)
@@ -488,7 +488,7 @@ def test_what_is_no_exported_encoder_is_refused_with_its_path(tmp_path, spoil, e
 
 
 def test_loading_an_unknown_branch_is_refused_with_the_known_ones(tmp_path):
-    export(make("slim", BRANCHES), "adv", tmp_path / "encoder.pt")
+    export(make("slim", BRANCHES), tmp_path / "encoder.pt", "adv")
     with pytest.raises(ValueError, match="encoder.pt.*'attacked'.*adv, clean"):
         load_encoder(tmp_path / "encoder.pt", "attacked")
 
@@ -499,7 +499,7 @@ def test_loading_an_unknown_branch_is_refused_with_the_known_ones(tmp_path):
     (lambda state: state.update({"conv1.weight": torch.zeros(9, 3)}), r"conv1.weight is \(9, 3\), expected")])
 def test_a_missing_unexpected_or_misshaped_tensor_is_named(tmp_path, spoil, says):
     path = tmp_path / "encoder.pt"
-    export(make("slim", BRANCHES), "adv", path)
+    export(make("slim", BRANCHES), path, "adv")
     saved = torch.load(path, weights_only=True)
     spoil(saved["state"])
     torch.save(saved, path)

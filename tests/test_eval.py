@@ -255,7 +255,7 @@ def test_lars_leaves_the_bias_alone():
 
 
 def test_the_command_fine_tunes_a_vit_and_its_classifier_can_be_loaded(tmp_path, capsys):
-    encoders.export(encoders.make("vit_slim"), None, tmp_path / "encoder.pt")
+    encoders.export(encoders.make("vit_slim"), tmp_path / "encoder.pt")
     lines = run_main(tmp_path, "--preset", "mae-tune", "mae-slf-cifar", "knn", "--epochs", "2", "--warmup", "1",
                      "--milestones", "--mixup", "0.8", "--lr", "0.01", "--attacks", "clean", "pgd20-4")
     assert [line["preset"] for line in lines] == 2 * ["mae-tune"] + 2 * ["mae-slf-cifar"] + ["knn"]
@@ -308,7 +308,7 @@ def exported(tmp_path):
     encoder = encoders.make("slim", branches=("clean", "adv"))
     with encoders.branch(encoder, "adv"):
         encoder(torch.rand(8, 3, 32, 32))
-    encoders.export(encoder, "adv", tmp_path / "encoder.pt")
+    encoders.export(encoder, tmp_path / "encoder.pt", "adv")
     return tmp_path
 
 
@@ -528,7 +528,7 @@ def test_a_branch_named_by_hand_is_the_only_one(exported):
 
 def test_dual_batchnorm_shows_each_branch_its_own_images_and_keeps_adv(exported):
     """TRADES with a clean and an adversarial branch: slow, with two networks of plain BatchNorm."""
-    net = evaluation.Classifier(encoders.load_encoder(exported / "encoder.pt", keep=True), 3).train()
+    net = evaluation.Classifier(encoders.load_encoder(exported / "encoder.pt", all_branches=True), 3).train()
     p = evaluation.PRESETS["robustssl-aff"]
     x, y, noise = torch.rand(6, 3, 32, 32), torch.arange(6) % 3, torch.rand(6, 3, 32, 32)
     clean, adv = (evaluation.Classifier(encoders.load_encoder(exported / "encoder.pt", bn), 3).train()

@@ -47,7 +47,7 @@ def test_the_pictures_are_drawn(tmp_path):
         plot.main(["loss", str(tmp_path), "--out", str(tmp_path / "a.png")])
     write(tmp_path / "log.jsonl", {"flags": {}}, {"epoch": 0, "loss": 3.5}, {"epoch": 1, "loss": 2.5})
     write(tmp_path / "eval.jsonl", *({"preset": "slf", "results": {a: {"accuracy": 1}}} for a in ("clean", "pgd20")))
-    encoders.export(encoders.make("slim"), None, tmp_path / "encoder.pt")
+    encoders.export(encoders.make("slim"), tmp_path / "encoder.pt")
     for what in ("loss", "curve", "features"):
         out = tmp_path / f"{what}.png"
         plot.main([what, str(tmp_path), "--data", "shapes", "--test-limit", "50", "--out", str(out)])

@@ -75,7 +75,7 @@ def test_an_encoder_loads_without_this_repository(tmp_path):
     x = torch.rand(4, 3, 32, 32)
     with torch.no_grad(), encoders.branch(encoder, "adv"):
         encoder(x)  # statistics
-    encoders.export(encoder, "adv", tmp_path / "encoder.pt")
+    encoders.export(encoder, tmp_path / "encoder.pt", "adv")
     (lines,) = re.findall(r"```python\n(import torch, torchvision\n.*?)```", README, re.S)
     here = {}
     exec(lines.replace("runs/amoc/encoder.pt", str(tmp_path / "encoder.pt")), here)
