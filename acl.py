@@ -42,7 +42,6 @@ import pathlib
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.utils import save_image
 
 from common import data, encoders, optim, run
 from common.encoders import BranchNorm, branch
@@ -141,25 +140,21 @@ def lr_at(update, updates, lr, warmup):
 # ----------------------------------------------------------------------------------------------------------
 def parser():
     p = run.parser(__doc__, name="acl", arch="resnet18")
-    p.add_argument("--variant", default="ds", help=" ".join(VARIANTS))
-    p.add_argument("--epochs", type=int, default=1000, help="0 exports the random encoder")
-    p.add_argument("--batch-size", type=int, default=512, help="images a step, over all processes")
-    p.add_argument("--lr", type=float, default=5.0, help="of LARS, at its peak")
-    p.add_argument("--warmup", type=int, default=10, help="epochs")
-    p.add_argument("--weight-decay", type=float, default=1e-6)
-    p.add_argument("--temperature", type=float, default=0.5)
-    p.add_argument("--eps", type=float, default=8.0, help="linf radius of the attack, in 1/255")
-    p.add_argument("--step-size", type=float, default=2.0, help="of the attack, in 1/255")
-    p.add_argument("--steps", type=int, default=5, help="of the attack")
-    p.add_argument("--image-size", type=int, default=32, help="side of a view")
+    p.add_argument("--variant", choices=VARIANTS, default="ds", help=" ".join(VARIANTS))
+    p.add_argument("--epochs", type=run.integer(0), default=1000, help="0 exports the random encoder")
+    p.add_argument("--batch-size", type=run.integer(1), default=512,
+                   help="images a step, over all processes")
+    p.add_argument("--lr", type=run.number(), default=5.0, help="of LARS, at its peak")
+    p.add_argument("--warmup", type=run.integer(0), default=10, help="epochs")
+    p.add_argument("--weight-decay", type=run.number(0, 1e6), default=1e-6)
+    p.add_argument("--temperature", type=run.number(above=0), default=0.5)
+    p.add_argument("--eps", type=run.number(0, 255), default=8.0,
+                   help="linf radius of the attack, in 1/255")
+    p.add_argument("--step-size", type=run.number(0, 255), default=2.0, help="of the attack, in 1/255")
+    p.add_argument("--steps", type=run.integer(0), default=5, help="of the attack")
+    p.add_argument("--image-size", type=run.integer(1, 10000),
+                   help="side of a view; default: that of the data's images, of a folder's 32")
     return p
-
-
-def check(args):
-    if args.variant not in VARIANTS:
-        raise ValueError(f"--variant {args.variant}: choose one of {', '.join(VARIANTS)}")
-    run.not_negative(args, "epochs", "lr", "warmup", "weight_decay", "eps", "step_size", "steps")
-    run.positive(args, "batch_size", "temperature", "image_size", "save_every")
 
 
 def network(arch, variant):
@@ -175,34 +170,35 @@ def network(arch, variant):
     return nn.Sequential(encoder, projector).to(memory_format=torch.channels_last)
 
 
-def pictures(path, net, images, args):
+def pictures(path, net, images, size, args):
     """Rows of up to eight: x1, x2, then each attacked view and its perturbation (grey is none, full scale is
     eps)."""
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
-    x1, x2 = (augment(x, rng, args.image_size) for _ in range(2))
+    x1, x2 = (augment(x, rng, size) for _ in range(2))
     rows, kinds = [x1, x2], VARIANTS[args.variant][0]
     if "adv" in kinds:
         noise = 2 * rng.uniform(2, *x1.shape[1:], device=x1.device) - 1
         for clean, x_adv in zip((x1, x2), attack(net, x1, x2, noise, kinds, args)):
             if x_adv is not clean:
                 rows += [x_adv, 0.5 + (x_adv - clean) / (2 * max(args.eps / 255, 1e-8))]
-    save_image(torch.cat(rows), path, nrow=len(x1))
+    run.save_picture(torch.cat(rows), path, len(x1))
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    check(args)
     env = run.setup(args)
     device, out = env.device, pathlib.Path(args.out)
-    images = data.load(args.data, args.data_dir, "train", device, args.limit, args.image_size, args.workers)
-    steps = data.steps_per_epoch(len(images), args.batch_size, env.world)
+    images = data.load(args.data, args.data_dir, "train", device, args.limit,
+                       args.image_size or 32, args.workers)
+    size = run.image_size(args, images)
+    steps = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
 
-    net = network(args.arch, args.variant).to(device)
+    net = run.to_device(network(args.arch, args.variant), args, env)
     opt = optim.LARS(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     if args.compile:
         net.compile()
 
-    log = run.Log(args, env, steps * args.epochs)
+    log = run.Log(args, env, steps * args.epochs, images)
     state = dict(net=net, opt=opt, log=log)
     step = run.resume(args, env, state)
     log.start(step, f"chance loss ln(2B - 1) = {math.log(2 * args.batch_size - 1):.3f}")
@@ -210,22 +206,22 @@ def main(argv=None):
     for epoch in range(step // steps, args.epochs):
         begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
         for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
-            run.interrupted(args, env, state, step)
+            run.stop_if_signalled(args, env, state, step)
             lr = lr_at(step + 1, steps * args.epochs, args.lr, steps * args.warmup)
             optim.set_lr(opt, lr)
-            x1, x2 = (augment(x, rng, args.image_size) for _ in range(2))  # `rng` moves on between them
+            x1, x2 = (augment(x, rng, size) for _ in range(2))  # `rng` moves on between them
             noise = 2 * rng.uniform(2, *x1.shape[1:], device=device) - 1
             losses = train_step(net, opt, x1, x2, noise, args)
             log.step(step, len(x) * env.world, **losses)
             step += 1
         log.epoch(epoch, step, lr=lr)
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+            if env.rank == 0:  # before the checkpoint, so that none is missing when the run goes on
+                pictures(out / "views.png", net, images, size, args)
             run.save(args, env, state, step)
-            if env.rank == 0:
-                pictures(out / "views.png", net, images, args)
     if env.rank == 0:
         bn = "adv" if any("adv" in kinds for kinds in VARIANTS[args.variant]) else "clean"
-        encoders.export(net[0], out / "encoder.pt", bn, image_size=args.image_size)
+        encoders.export(net[0], out / "encoder.pt", bn, image_size=size)
         print(f"{out / 'encoder.pt'} holds the encoder; BN branch {bn}")
 
 

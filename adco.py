@@ -41,7 +41,6 @@ import pathlib
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.utils import save_image
 
 from common import data, encoders, optim, run
 from common.bank import Bank, bank_argmax, bank_logsumexp
@@ -65,18 +64,18 @@ class GroupedNorm(nn.BatchNorm2d):
                                        True, self.momentum / len(parts), self.eps) for part in parts])
 
 
-def augment(x, rng, side, args):
-    """One view of the uint8 images x (B, 3, H, W), of `side` where --image-size is 224: floats in [0, 1]."""
-    x = data.random_resized_crop(x, rng, round(args.image_size * side / 224), scale=CROPS[side], flip=0.5)
+def augment(x, rng, side, size, args):
+    """One view of the uint8 images x (B, 3, H, W), of `side` where `size` is 224: floats in [0, 1]."""
+    x = data.random_resized_crop(x, rng, round(size * side / 224), scale=CROPS[side], flip=0.5)
     x = data.random_color_jitter(x, rng, 0.4, 0.4, 0.4, 0.1, p=0.8)
     x = data.random_grayscale(x, rng, p=0.2)
     x = data.random_gaussian_blur(x, rng, sigma=(0.1, 2.0), p=0.5 * args.blur, kernel_size=13)
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def views(x, rng, args):
+def views(x, rng, size, args):
     """Images for the queries, and for the key of each (in multi-crop one for all): two lists."""
-    *x_q, x_k = (augment(x, rng, side, args) for side in ([*CROPS, 224] if args.multi_crop else [224, 224]))
+    *x_q, x_k = (augment(x, rng, side, size, args) for side in ([*CROPS, 224] if args.multi_crop else [224, 224]))
     return (x_q + [x_k], [x_k] + x_q) if args.symmetric else (x_q, [x_k])
 
 
@@ -158,12 +157,13 @@ def alarms(pairs, loss_bank, before, bank, args):
             "norm": bank.norm(dim=1).mean(), "accuracy": (positive > nearest).float().mean()}
 
 
-def fill(net, target, opt, bank, images, args, env):
+def fill(net, target, opt, bank, images, size, args, env):
     """Before epoch 0, --fill-steps steps of MoCo, then keys of the network that they leave: the bank."""
     batches = (batch for epoch in itertools.count(args.epochs)  # those the run does not reach
                for batch in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world))
     for x, _, rng in itertools.islice(batches, args.fill_steps):
-        (x1, *_), (x2, *_) = views(x, rng, args)
+        run.stop_if_signalled(args, env, None, 0)
+        (x1, *_), (x2, *_) = views(x, rng, size, args)
         optim.ema(target, net, args.ema)
         (k,) = embed_keys(target, [x2], rng.uniform(1, device=env.device)[:, 0].argsort())
         loss = objective([(embed(net, x1), k)], bank.rows, args.temperature, args)
@@ -175,7 +175,8 @@ def fill(net, target, opt, bank, images, args, env):
     run.average_buffers(net)  # else the ranks' running statistics part
     target.load_state_dict(net.state_dict())
     for x, _, rng in itertools.islice(batches, math.ceil(args.bank_size / args.batch_size)):
-        _, (x2, *_) = views(x, rng, args)
+        run.stop_if_signalled(args, env, None, 0)
+        _, (x2, *_) = views(x, rng, size, args)
         bank.push(*embed_keys(target, [x2], rng.uniform(1, device=env.device)[:, 0].argsort()))
 
 
@@ -194,36 +195,35 @@ def parser():
     p.add_argument("--symmetric", help="both views are queries and keys", **switch)
     p.add_argument("--multi-crop", help="five crops of falling size are queries", **switch)
     p.add_argument("--batch-negatives", help="the batch's keys are negatives too", **switch)
-    p.add_argument("--epochs", type=int, default=200, help="0 exports the random encoder")
-    p.add_argument("--batch-size", type=int, default=256, help="images a step, over all processes")
-    p.add_argument("--lr", type=float, default=0.06, help="of SGD, at its peak")
-    p.add_argument("--lr-final", type=float, default=0.0)
-    p.add_argument("--weight-decay", type=float, default=5e-4)
-    p.add_argument("--ema", type=float, default=0.99, help="of the key network")
-    p.add_argument("--temperature", type=float, default=0.12, help="of the network's loss, and of the attack")
-    p.add_argument("--bank-temperature", type=float, default=0.05, help="of the loss that the bank climbs")
-    p.add_argument("--bank-size", type=int, default=4096, help="K")
-    p.add_argument("--bank-lr", type=float, default=0.5, help="constant over the run")
-    p.add_argument("--bank-momentum", type=float, default=0.9)
-    p.add_argument("--bank-decay", type=float, default=1e-4)
-    p.add_argument("--fill-steps", type=int, default=256, help="of MoCo, before epoch 0")
-    p.add_argument("--eps", type=float, default=0.0, help="linf radius of the attack, in 1/255; 0: none")
-    p.add_argument("--step-size", type=float, default=2.0, help="of the attack, in 1/255")
-    p.add_argument("--steps", type=int, default=5, help="of the attack")
+    p.add_argument("--epochs", type=run.integer(0), default=200, help="0 exports the random encoder")
+    p.add_argument("--batch-size", type=run.integer(1), default=256,
+                   help="images a step, over all processes")
+    p.add_argument("--lr", type=run.number(), default=0.06, help="of SGD, at its peak")
+    p.add_argument("--lr-final", type=run.number(), default=0.0)
+    p.add_argument("--weight-decay", type=run.number(0, 1e6), default=5e-4)
+    p.add_argument("--ema", type=run.number(0, 1), default=0.99, help="of the key network")
+    p.add_argument("--temperature", type=run.number(above=0), default=0.12,
+                   help="of the network's loss, and of the attack")
+    p.add_argument("--bank-temperature", type=run.number(above=0), default=0.05,
+                   help="of the loss that the bank climbs")
+    p.add_argument("--bank-size", type=run.integer(1), default=4096, help="K")
+    p.add_argument("--bank-lr", type=run.number(), default=0.5, help="constant over the run")
+    p.add_argument("--bank-momentum", type=run.number(0, 1), default=0.9)
+    p.add_argument("--bank-decay", type=run.number(0, 1e6), default=1e-4)
+    p.add_argument("--fill-steps", type=run.integer(0), default=256, help="of MoCo, before epoch 0")
+    p.add_argument("--eps", type=run.number(0, 255), default=0.0,
+                   help="linf radius of the attack, in 1/255; 0: none")
+    p.add_argument("--step-size", type=run.number(0, 255), default=2.0, help="of the attack, in 1/255")
+    p.add_argument("--steps", type=run.integer(0), default=5, help="of the attack")
     p.add_argument("--blur", help="as on ImageNet", **switch)
-    p.add_argument("--image-size", type=int, default=32, help="side of a view")
+    p.add_argument("--image-size", type=run.integer(1, 10000),
+                   help="side of a view; default: that of the data's images, of a folder's 32")
     return p
 
 
 def check(args):
     if args.symmetric and args.multi_crop:
         raise ValueError("--symmetric and --multi-crop: choose one")
-    for flag in ("ema", "bank_momentum"):
-        if not 0 <= getattr(args, flag) <= 1:
-            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must be from 0 to 1")
-    run.not_negative(args, "epochs", "lr", "lr_final", "weight_decay", "bank_lr", "bank_decay", "fill_steps")
-    run.not_negative(args, "eps", "step_size", "steps"), run.positive(args, "image_size", "save_every")
-    run.positive(args, "batch_size", "temperature", "bank_temperature", "bank_size")
 
 
 def network(arch, stem=None):
@@ -236,16 +236,16 @@ def network(arch, stem=None):
     return nn.Sequential(encoder, projector).to(memory_format=torch.channels_last)
 
 
-def pictures(path, net, target, bank, images, args):
+def pictures(path, net, target, bank, images, size, args):
     """Rows of up to eight: x1, x2; of the hybrid x1_adv and perturbation (grey: none, full scale: eps)."""
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
-    (x1, *_), (x2, *_) = views(x, rng, args)
+    (x1, *_), (x2, *_) = views(x, rng, size, args)
     rows = [x1, x2]
     if args.eps:
         with eval_mode(target):
             x_adv = attack(net, x1, embed(target, x2).detach(), bank.rows, torch.zeros_like(x1), args)
         rows += [x_adv, 0.5 + (x_adv - x1) / (2 * args.eps / 255)]
-    save_image(torch.cat(rows), path, nrow=len(x))
+    run.save_picture(torch.cat(rows), path, len(x))
 
 
 def main(argv=None):
@@ -253,46 +253,49 @@ def main(argv=None):
     check(args)
     env = run.setup(args)
     device, out = env.device, pathlib.Path(args.out)
-    images = data.load(args.data, args.data_dir, "train", device, args.limit, args.image_size, args.workers)
-    steps = data.steps_per_epoch(len(images), args.batch_size, env.world)
+    images = data.load(args.data, args.data_dir, "train", device, args.limit,
+                       args.image_size or 32, args.workers)
+    size = run.image_size(args, images)
+    steps = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
 
-    net, target = (network(args.arch, args.stem).to(device) for _ in range(2))
-    target.requires_grad_(False).load_state_dict(net.state_dict())
+    net = run.to_device(network(args.arch, args.stem), args, env)
+    target = run.to_device(network(args.arch, args.stem), args, env).requires_grad_(False)
+    target.load_state_dict(net.state_dict())
     bank = Bank(args.bank_size, 128).to(device)
     bank.register_buffer("velocity", torch.zeros_like(bank.rows))
     opt = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     if args.compile:
         net.compile(), target.compile()
 
-    log = run.Log(args, env, steps * args.epochs)
+    log = run.Log(args, env, steps * args.epochs, images)
     state = dict(net=net, target=target, bank=bank, opt=opt, log=log)
     step = run.resume(args, env, state)
     log.start(step, f"chance loss ln(K + 1) = {math.log(args.bank_size + 1):.3f}")
     if args.epochs and not (out / "last.pt").exists():
-        fill(net, target, opt, bank, images, args, env)
+        fill(net, target, opt, bank, images, size, args, env)
 
     for epoch in range(step // steps, args.epochs):
         lr = lr_at(epoch, args.epochs, args.lr, args.lr_final)
         optim.set_lr(opt, lr)
         begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
         for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
-            run.interrupted(args, env, state, step)
-            x_q, x_k = views(x, rng, args)
+            run.stop_if_signalled(args, env, state, step)
+            x_q, x_k = views(x, rng, size, args)
             order = rng.uniform(1, device=device)[:, 0].argsort()
             noise = [2 * rng.uniform(*v.shape[1:], device=device) - 1 for v in x_q] if args.eps else None
             losses = train_step(net, target, opt, bank, x_q, x_k, order, noise, args)
             log.step(step, len(x) * env.world, **losses)
             step += 1
-        mass = log.sums["mass"] / log.count
+        mass = log.mean("mass")
         log.epoch(epoch, step, lr=lr)
         if env.rank == 0 and mass < 0.05:  # it is 0.2 to 0.99 where the bank lives
             print(f"the bank is dead: mass {mass:.3f}; try more --fill-steps, a higher --bank-temperature")
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+            if env.rank == 0:  # before the checkpoint, so that none is missing when the run goes on
+                pictures(out / "views.png", net, target, bank, images, size, args)
             run.save(args, env, state, step)
-            if env.rank == 0:
-                pictures(out / "views.png", net, target, bank, images, args)
     if env.rank == 0:
-        encoders.export(net[0], out / "encoder.pt", image_size=args.image_size)
+        encoders.export(net[0], out / "encoder.pt", image_size=size)
         print(f"{out / 'encoder.pt'} holds the encoder")
 
 

@@ -36,7 +36,6 @@ import pathlib
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.utils import save_image
 
 from common import data, encoders, optim, run
 from common.pgd import eval_mode, frozen_stats
@@ -184,36 +183,34 @@ def lr_at(epoch, epochs, lr, warmup):
 # ----------------------------------------------------------------------------------------------------------
 def parser():
     p = run.parser(__doc__, name="adios", arch="resnet18")
-    p.add_argument("--objective", default="simclr", help=" ".join(MASKED))
-    p.add_argument("--masker", default="learned", help="learned; controls: random, none")
-    p.add_argument("--masks", type=int, default=4, help="N")
+    p.add_argument("--objective", choices=MASKED, default="simclr", help=" ".join(MASKED))
+    p.add_argument("--masker", choices=("learned", "random", "none"), default="learned",
+                   help="learned; controls: random, none")
+    p.add_argument("--masks", type=run.integer(1), default=4, help="N")
     p.add_argument("--single", action=argparse.BooleanOptionalAction, default=False, help="ADIOS-s")
-    p.add_argument("--mask-weight", type=float, default=0.9, help="lambda (byol .4, simsiam .2)")
-    p.add_argument("--mask-width", type=int, default=16, help="c, channels of the masker")
-    p.add_argument("--mask-lr", type=float, default=0.03, help="of the masker's LARS, at its peak")
-    p.add_argument("--epochs", type=int, default=200, help="0 exports the random encoder")
-    p.add_argument("--batch-size", type=int, default=256, help="images a step, over all processes")
-    p.add_argument("--lr", type=float, default=0.2, help="of the encoder's LARS, at its peak")
-    p.add_argument("--warmup", type=int, default=10, help="epochs")
-    p.add_argument("--weight-decay", type=float, default=1e-4, help="of both (byol, simsiam 1e-5)")
-    p.add_argument("--temperature", type=float, default=0.2, help="of simclr")
-    p.add_argument("--ema", type=float, default=0.99, help="tau of byol, at the start")
-    p.add_argument("--image-size", type=int, default=32, help="side of a view")
+    p.add_argument("--mask-weight", type=run.number(), default=0.9, help="lambda (byol .4, simsiam .2)")
+    p.add_argument("--mask-width", type=run.integer(1), default=16, help="c, channels of the masker")
+    p.add_argument("--mask-lr", type=run.number(), default=0.03,
+                   help="of the masker's LARS, at its peak")
+    p.add_argument("--epochs", type=run.integer(0), default=200, help="0 exports the random encoder")
+    p.add_argument("--batch-size", type=run.integer(1), default=256,
+                   help="images a step, over all processes")
+    p.add_argument("--lr", type=run.number(), default=0.2, help="of the encoder's LARS, at its peak")
+    p.add_argument("--warmup", type=run.integer(0), default=10, help="epochs")
+    p.add_argument("--weight-decay", type=run.number(0, 1e6), default=1e-4,
+                   help="of both (byol, simsiam 1e-5)")
+    p.add_argument("--temperature", type=run.number(above=0), default=0.2, help="of simclr")
+    p.add_argument("--ema", type=run.number(0, 1), default=0.99, help="tau of byol, at the start")
+    p.add_argument("--image-size", type=run.integer(1, 10000),
+                   help="side of a view; default: that of the data's images, of a folder's 32")
     return p
 
 
 def check(args):
-    for flag, choices in (("objective", MASKED), ("masker", ("learned", "random", "none"))):
-        if getattr(args, flag) not in choices:
-            raise ValueError(f"--{flag} {getattr(args, flag)}: choose one of {', '.join(choices)}")
     if args.masks < 2 and args.masker != "none":
         raise ValueError(f"--masks {args.masks}: must be at least 2; a single one would remove everything")
-    if not 0 <= args.ema <= 1:
-        raise ValueError(f"--ema {args.ema:g}: must be from 0 to 1")
     if args.objective == "mae" and args.arch not in encoders.VITS:
         raise ValueError(f"--arch {args.arch}: --objective mae needs one of {', '.join(encoders.VITS)}")
-    run.not_negative(args, "mask_weight", "mask_lr", "epochs", "lr", "warmup", "weight_decay")
-    run.positive(args, "batch_size", "temperature", "image_size", "save_every")
 
 
 def network(arch, objective, size):
@@ -228,25 +225,25 @@ def network(arch, objective, size):
     return net.to(memory_format=torch.channels_last)
 
 
-def control(rng, args, device):
+def control(rng, size, args, device):
     """Masks (V B, N, S, S) of V views that nobody learns, random or none; None for the masker's own."""
     if args.masker == "learned":
         return None
     u = rng.uniform(len(MASKED[args.objective]), args.masks, 4, 4, device=device)
-    fields = F.interpolate(u.transpose(0, 1).flatten(0, 1), size=2 * [args.image_size], mode="bicubic")
+    fields = F.interpolate(u.transpose(0, 1).flatten(0, 1), size=2 * [size], mode="bicubic")
     masks = F.one_hot(fields.argmax(1), args.masks).movedim(3, 1).float()  # the largest of smooth fields
     return masks if args.masker == "random" else torch.zeros_like(masks[:, :1])
 
 
 @torch.no_grad()
-def pictures(path, masker, images, args):
+def pictures(path, masker, images, size, args):
     """Rows of up to eight: views, the N masks (white is removed), the views without each."""
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
-    x, given = augment(x, rng, args.image_size), control(rng, args, x.device)
+    x, given = augment(x, rng, size), control(rng, size, args, x.device)
     masks = propose(masker, x) if given is None else given[: len(x)]
     rows = [m[:, None].expand_as(x) for m in masks.unbind(1)]
     rows += [occlude(x, m, masker.mean) for m in masks.unbind(1)]
-    save_image(torch.cat([x, *rows]), path, nrow=len(x))
+    run.save_picture(torch.cat([x, *rows]), path, len(x))
 
 
 def main(argv=None):
@@ -254,18 +251,20 @@ def main(argv=None):
     check(args)
     env = run.setup(args)
     device, out = env.device, pathlib.Path(args.out)
-    images = data.load(args.data, args.data_dir, "train", device, args.limit, args.image_size, args.workers)
-    steps = data.steps_per_epoch(len(images), args.batch_size, env.world)
+    images = data.load(args.data, args.data_dir, "train", device, args.limit,
+                       args.image_size or 32, args.workers)
+    size = run.image_size(args, images)
+    steps = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
 
-    net = network(args.arch, args.objective, args.image_size).to(device)
+    net = run.to_device(network(args.arch, args.objective, size), args, env)
     target = copy.deepcopy(net[:2]).requires_grad_(False) if args.objective == "byol" else None
-    masker = UNet(args.masks, args.mask_width, args.image_size, MEAN, STD).to(device)
+    masker = UNet(args.masks, args.mask_width, size, MEAN, STD).to(device)
     opt, opt_mask = (optim.LARS(optim.lars_groups(part), 0.0, momentum=0.9, weight_decay=args.weight_decay,
                                 trust=0.02, clip=True) for part in (net, masker))
     if args.compile:
         net[0].compile(), masker.compile()
 
-    log = run.Log(args, env, steps * args.epochs)
+    log = run.Log(args, env, steps * args.epochs, images)
     state = dict(net=net, masker=masker, opt=opt, opt_mask=opt_mask, log=log)
     state |= {"target": target} if target else {}
     step = run.resume(args, env, state)
@@ -277,22 +276,23 @@ def main(argv=None):
         optim.set_lr(opt, lr), optim.set_lr(opt_mask, mask_lr)
         begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
         for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
-            run.interrupted(args, env, state, step)
+            run.stop_if_signalled(args, env, state, step)
             tau = optim.cosine(step / (steps * args.epochs), args.ema, 1.0)
-            x1, x2 = (augment(x, rng, args.image_size) for _ in range(2))  # `rng` moves on between them
-            given, pick = control(rng, args, device), rng.uniform(2, device=device)
+            x1, x2 = (augment(x, rng, size) for _ in range(2))  # `rng` moves on between them
+            given, pick = control(rng, size, args, device), rng.uniform(2, device=device)
             losses = train_step(net, target, masker, opt, opt_mask, x1, x2, given, pick, tau, args)
             log.step(step, len(x) * env.world, **losses)
             step += 1
+        log.check()  # a loss that is not finite stops the run here, not in what follows
         with eval_mode(net), torch.no_grad():
-            z = net[: 1 if args.objective == "mae" else 2](data.resize(sample, args.image_size))
-        log.epoch(epoch, step, lr=lr, mask_lr=mask_lr, **run.spread(z, args))
+            z = net[: 1 if args.objective == "mae" else 2](data.resize(sample, size))
+        log.epoch(epoch, step, lr=lr, mask_lr=mask_lr, **run.check_spread(z, args))
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+            if env.rank == 0:  # before the checkpoint, so that none is missing when the run goes on
+                pictures(out / "masks.png", masker, images, size, args)
             run.save(args, env, state, step)
-            if env.rank == 0:
-                pictures(out / "masks.png", masker, images, args)
     if env.rank == 0:
-        encoders.export(net[0], out / "encoder.pt", image_size=args.image_size)
+        encoders.export(net[0], out / "encoder.pt", image_size=size)
         print(f"{out / 'encoder.pt'} holds the encoder")
 
 

@@ -38,7 +38,6 @@ import pathlib
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.utils import save_image
 
 from common import data, encoders, optim, run
 from common.encoders import patchify, relative_logits, sincos_at
@@ -181,42 +180,40 @@ def lr_at(epoch, epochs, lr, warmup):
 # ----------------------------------------------------------------------------------------------------------
 def parser():
     p = run.parser(__doc__, name="adpe", arch="vit_tiny")
-    p.add_argument("--position", default="relative", help="relative or absolute")
-    p.add_argument("--mode", default="coordinate", help="coordinate or embedding")
-    p.add_argument("--adversary", default="persistent", help="persistent or pgd")
-    p.add_argument("--norm", default="linf", help="of delta: linf or l2")
-    p.add_argument("--radius", type=float, default=1.0, help="eps: patches or embedding units; 0: MAE+")
-    p.add_argument("--adv-lr", type=float, default=1e-3, help="of the persistent adversary, at its peak")
-    p.add_argument("--steps", type=int, default=2, help="of the pgd adversary")
-    p.add_argument("--step-size", type=float, help="of the pgd adversary; default: 5/8 of the radius")
-    p.add_argument("--decoder", type=int, nargs=3, default=[128, 4, 4], metavar=("WIDTH", "BLOCKS", "HEADS"))
-    p.add_argument("--mask-ratio", type=float, default=0.75, help="part of the patches that is masked")
-    p.add_argument("--epochs", type=int, default=400, help="0 exports the random encoder")
-    p.add_argument("--batch-size", type=int, default=512, help="images a step, over all processes")
-    p.add_argument("--lr", type=float, default=1e-3, help="of AdamW, at its peak")
-    p.add_argument("--warmup", type=int, default=20, help="epochs, also of --adv-lr")
-    p.add_argument("--weight-decay", type=float, default=0.05)
-    p.add_argument("--image-size", type=int, default=32, help="side of a crop")
-    p.add_argument("--crops", type=int, default=1, help="of an image, a step")
-    p.add_argument("--min-scale", type=float, default=0.2, help="smallest area of a crop, of the image's")
+    p.add_argument("--position", choices=("relative", "absolute"), default="relative",
+                   help="relative or absolute")
+    p.add_argument("--mode", choices=("coordinate", "embedding"), default="coordinate",
+                   help="coordinate or embedding")
+    p.add_argument("--adversary", choices=("persistent", "pgd"), default="persistent",
+                   help="persistent or pgd")
+    p.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of delta: linf or l2")
+    p.add_argument("--radius", type=run.number(), default=1.0,
+                   help="eps: patches or embedding units; 0: MAE+")
+    p.add_argument("--adv-lr", type=run.number(), default=1e-3,
+                   help="of the persistent adversary, at its peak")
+    p.add_argument("--steps", type=run.integer(0), default=2, help="of the pgd adversary")
+    p.add_argument("--step-size", type=run.number(),
+                   help="of the pgd adversary; default: 5/8 of the radius")
+    p.add_argument("--decoder", type=run.integer(1), nargs=3, default=[128, 4, 4],
+                   metavar=("WIDTH", "BLOCKS", "HEADS"))
+    p.add_argument("--mask-ratio", type=run.number(0, 1), default=0.75,
+                   help="part of the patches that is masked")
+    p.add_argument("--epochs", type=run.integer(0), default=400, help="0 exports the random encoder")
+    p.add_argument("--batch-size", type=run.integer(1), default=512,
+                   help="images a step, over all processes")
+    p.add_argument("--lr", type=run.number(), default=1e-3, help="of AdamW, at its peak")
+    p.add_argument("--warmup", type=run.integer(0), default=20, help="epochs, also of --adv-lr")
+    p.add_argument("--weight-decay", type=run.number(0, 1e6), default=0.05)
+    p.add_argument("--image-size", type=run.integer(1, 10000),
+                   help="side of a crop; default: that of the data's images, of a folder's 32")
+    p.add_argument("--crops", type=run.integer(1), default=1, help="of an image, a step")
+    p.add_argument("--min-scale", type=run.number(above=0, most=1), default=0.2,
+                   help="smallest area of a crop, of the image's")
     return p
 
 
-def check(args):
-    for flag, known in (("position", ("relative", "absolute")), ("mode", ("coordinate", "embedding")),
-                        ("adversary", ("persistent", "pgd")), ("norm", ("linf", "l2"))):
-        if getattr(args, flag) not in known:
-            raise ValueError(f"--{flag} {getattr(args, flag)}: choose {' or '.join(known)}")
-    if not 0 < args.min_scale <= 1:
-        raise ValueError(f"--min-scale {args.min_scale:g}: must be above 0, at most 1")
-    run.not_negative(args, "epochs", "lr", "warmup", "weight_decay", "radius", "adv_lr", "steps",
-                     *["step_size"] * (args.step_size is not None))
-    run.positive(args, "batch_size", "image_size", "save_every", "crops")
-    encoders.check_masked(args)
-
-
-def network(args):
-    encoder = encoders.make(args.arch, mean=MEAN, std=STD, size=args.image_size,
+def network(args, size):
+    encoder = encoders.make(args.arch, mean=MEAN, std=STD, size=size,
                             relative=args.position == "relative")
     return MAEPlus(encoder, args.decoder, args.position, args.mode)
 
@@ -230,7 +227,7 @@ def random_numbers(rng, net, args, device):
 
 
 @torch.no_grad()
-def pictures(path, net, images, args):
+def pictures(path, net, images, size, args):
     """A panel a row of delta, the encoder's blocks first: masked patches dark, a white dot where each is, a
     red one where it is told it is. Of an embedding, which tells no place: if relative, the length of delta
     over the table, if absolute, the likeness of masked places (rows) to all."""
@@ -238,12 +235,12 @@ def pictures(path, net, images, args):
         clean = net.encoder.pos_embed[0, 1:]
         relative = net.position == "relative"
         table = net.delta.norm(dim=1, keepdim=True) if relative else (clean + net.delta) @ clean.T[None, None]
-        return save_image(F.interpolate(table / table.max().clamp_min(1e-8), scale_factor=8), path, nrow=4)
+        return run.save_picture(F.interpolate(table / table.max().clamp_min(1e-8), scale_factor=8), path, 4)
     x, _, rng = next(data.batches(images, min(2, len(images)), args.seed, 0))
     masked = random_mask(rng.uniform(len(net.at), device=x.device), args.mask_ratio)[0]
-    patches = patchify(augment(x, rng, args.image_size, args.min_scale, 1)[:1], net.encoder.patch)
+    patches = patchify(augment(x, rng, size, args.min_scale, 1)[:1], net.encoder.patch)
     patches[:, masked] *= 0.3
-    zoom = max(1, 256 // args.image_size)
+    zoom = max(1, 256 // size)
     panels = encoders.unpatchify(patches, net.encoder.patch).repeat(len(net.delta), 1, 1, 1)
     panels = F.interpolate(panels, scale_factor=zoom)
     for panel, delta in zip(panels, net.delta):
@@ -252,25 +249,27 @@ def pictures(path, net, images, args):
             for i, j in at.clamp(3, panel.shape[1] - 3).tolist():
                 panel[0, i - 3:i + 3, j - 3:j + 3] = 1
                 panel[1:, i - 3:i + 3, j - 3:j + 3] = green_and_blue
-    save_image(panels, path, nrow=4)
+    run.save_picture(panels, path, 4)
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    check(args)
     env = run.setup(args)
     device, out = env.device, pathlib.Path(args.out)
-    images = data.load(args.data, args.data_dir, "train", device, args.limit, args.image_size, args.workers)
+    images = data.load(args.data, args.data_dir, "train", device, args.limit,
+                       args.image_size or 32, args.workers)
+    size = run.image_size(args, images)
+    encoders.check_masked(args.arch, size, args.decoder, args.mask_ratio)
     steps = data.steps_per_epoch(len(images), args.batch_size, env.world)
 
-    net = network(args).to(device)
+    net = run.to_device(network(args, size), args, env)
     weights = [(name, w) for name, w in net.named_parameters() if w is not net.delta]
     opt = torch.optim.AdamW(optim.groups(weights, args.weight_decay), args.lr, betas=(0.9, 0.95))
     opt_delta = torch.optim.AdamW([net.delta], args.adv_lr, betas=(0.9, 0.95), weight_decay=0, maximize=True)
     if args.compile:
         net.compile()
 
-    log = run.Log(args, env, steps * args.epochs)
+    log = run.Log(args, env, steps * args.epochs, images)
     state = dict(net=net, opt=opt, opt_delta=opt_delta, log=log)
     step = run.resume(args, env, state)
     log.start(step, f"predicting each patch's mean: loss 1 - 1/D = {1 - 1 / (3 * net.encoder.patch**2):.3f}")
@@ -278,21 +277,21 @@ def main(argv=None):
     for epoch in range(step // steps, args.epochs):
         begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
         for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
-            run.interrupted(args, env, state, step)
+            run.stop_if_signalled(args, env, state, step)
             lr, adv_lr = (lr_at(step / steps, args.epochs, v, args.warmup) for v in (args.lr, args.adv_lr))
             optim.set_lr(opt, lr), optim.set_lr(opt_delta, adv_lr)
-            crops = augment(x, rng, args.image_size, args.min_scale, args.crops)
+            crops = augment(x, rng, size, args.min_scale, args.crops)
             u, noise = random_numbers(rng, net, args, device)
             losses = train_step(net, opt, opt_delta, crops, u, noise, args)
             log.step(step, len(x) * env.world, **losses)
             step += 1
         log.epoch(epoch, step, lr=lr, adv_lr=adv_lr)
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+            if env.rank == 0:  # before the checkpoint, so that none is missing when the run goes on
+                pictures(out / "positions.png", net, images, size, args)
             run.save(args, env, state, step)
-            if env.rank == 0:
-                pictures(out / "positions.png", net, images, args)
     if env.rank == 0:
-        encoders.export(net.encoder, out / "encoder.pt", image_size=args.image_size)
+        encoders.export(net.encoder, out / "encoder.pt", image_size=size)
         print(f"{out / 'encoder.pt'} holds the encoder")
 
 

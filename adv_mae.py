@@ -44,7 +44,6 @@ import pathlib
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.utils import save_image
 
 from common import data, encoders, optim, run
 from common.encoders import patchify, unpatchify
@@ -144,36 +143,33 @@ def lr_at(epoch, epochs, lr, warmup):
 # ----------------------------------------------------------------------------------------------------------
 def parser():
     p = run.parser(__doc__, name="adv_mae", arch="vit_tiny")
-    p.add_argument("--decoder", type=int, nargs=3, default=[128, 4, 4], metavar=("WIDTH", "BLOCKS", "HEADS"))
-    p.add_argument("--mask-ratio", type=float, default=0.75, help="part of the patches that is removed")
+    p.add_argument("--decoder", type=run.integer(1), nargs=3, default=[128, 4, 4],
+                   metavar=("WIDTH", "BLOCKS", "HEADS"))
+    p.add_argument("--mask-ratio", type=run.number(0, 1), default=0.75,
+                   help="part of the patches that is removed")
     p.add_argument("--norm-pix", action=argparse.BooleanOptionalAction, default=True,
                    help="standardise the patches of the target")
-    p.add_argument("--epochs", type=int, default=400, help="0 exports the random encoder")
-    p.add_argument("--batch-size", type=int, default=512, help="images a step, over all processes")
-    p.add_argument("--lr", type=float, default=1e-3, help="of AdamW, at its peak")
-    p.add_argument("--warmup", type=int, default=20, help="epochs")
-    p.add_argument("--weight-decay", type=float, default=0.05)
-    p.add_argument("--norm", default="linf", help="of the attack: linf or l2")
-    p.add_argument("--eps", type=float, default=1.0, help="radius of the attack, in 1/255; 0: MAE")
-    p.add_argument("--step-size", type=float, help="of the attack, in 1/255; default: 5/8 eps (1 step: eps)")
-    p.add_argument("--steps", type=int, default=2, help="K, of the attack; 1: FGSM, from v itself")
-    p.add_argument("--image-size", type=int, default=32, help="side of a crop")
+    p.add_argument("--epochs", type=run.integer(0), default=400, help="0 exports the random encoder")
+    p.add_argument("--batch-size", type=run.integer(1), default=512,
+                   help="images a step, over all processes")
+    p.add_argument("--lr", type=run.number(), default=1e-3, help="of AdamW, at its peak")
+    p.add_argument("--warmup", type=run.integer(0), default=20, help="epochs")
+    p.add_argument("--weight-decay", type=run.number(0, 1e6), default=0.05)
+    p.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of the attack: linf or l2")
+    p.add_argument("--eps", type=run.number(0, 1e6), default=1.0,
+                   help="radius of the attack, in 1/255; 0: MAE")
+    p.add_argument("--step-size", type=run.number(0, 1e6),
+                   help="of the attack, in 1/255; default: 5/8 eps (1 step: eps)")
+    p.add_argument("--steps", type=run.integer(0), default=2,
+                   help="K, of the attack; 1: FGSM, from v itself")
+    p.add_argument("--image-size", type=run.integer(1, 10000),
+                   help="side of a crop; default: that of the data's images, of a folder's 32")
     return p
 
 
-def check(args):
-    if args.norm not in ("linf", "l2"):
-        raise ValueError(f"--norm {args.norm}: choose linf or l2")
-    run.not_negative(args, "epochs", "lr", "warmup", "weight_decay", "eps", "steps")
-    run.positive(args, "batch_size", "image_size", "save_every")
-    if args.step_size is not None:
-        run.not_negative(args, "step_size")
-    encoders.check_masked(args)
-
-
-def network(args):
+def network(args, size):
     """Encoder and decoder: patches in pixels -> rebuilt patches (`MAE.forward`)."""
-    encoder = encoders.make(args.arch, mean=MEAN, std=STD, size=args.image_size)
+    encoder = encoders.make(args.arch, mean=MEAN, std=STD, size=size)
     return MAE(encoder, args.decoder)
 
 
@@ -186,11 +182,11 @@ def random_numbers(rng, encoder, args, device):
 
 
 @torch.no_grad()
-def pictures(path, net, images, args):
+def pictures(path, net, images, size, args):
     """Rows of up to eight: input, mask, attacked input, its perturbation (grey is none, full scale is the
     largest), reconstruction. Under --norm-pix mean and deviation of a rebuilt patch are the target's."""
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
-    x, encoder = augment(x, rng, args.image_size), net.encoder
+    x, encoder = augment(x, rng, size), net.encoder
     patches = patchify(x, encoder.patch)
     target = encoder.normalise(patches)
     u, noise = random_numbers(rng, encoder, args, x.device)
@@ -211,24 +207,26 @@ def pictures(path, net, images, args):
     rows = [patches, whole(v, grey), whole(v_adv, grey),
             whole(0.5 + delta / (2 * delta.abs().max().clamp_min(1e-8)), grey),
             whole(v_adv, pred * encoder.std + encoder.mean)]
-    save_image(torch.cat([unpatchify(row, encoder.patch) for row in rows]), path, nrow=len(x))
+    run.save_picture(torch.cat([unpatchify(row, encoder.patch) for row in rows]), path, len(x))
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    check(args)
     env = run.setup(args)
     device, out = env.device, pathlib.Path(args.out)
-    images = data.load(args.data, args.data_dir, "train", device, args.limit, args.image_size, args.workers)
+    images = data.load(args.data, args.data_dir, "train", device, args.limit,
+                       args.image_size or 32, args.workers)
+    size = run.image_size(args, images)
+    encoders.check_masked(args.arch, size, args.decoder, args.mask_ratio)
     steps = data.steps_per_epoch(len(images), args.batch_size, env.world)
 
-    net = network(args).to(device)
+    net = run.to_device(network(args, size), args, env)
     groups = optim.groups(net.named_parameters(), args.weight_decay)
     opt = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95))
     if args.compile:
         net.compile()
 
-    log = run.Log(args, env, steps * args.epochs)
+    log = run.Log(args, env, steps * args.epochs, images)
     state = dict(net=net, opt=opt, log=log)
     step = run.resume(args, env, state)
     flat = 1 - 1 / (3 * net.encoder.patch**2)
@@ -237,21 +235,21 @@ def main(argv=None):
     for epoch in range(step // steps, args.epochs):
         begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
         for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
-            run.interrupted(args, env, state, step)
+            run.stop_if_signalled(args, env, state, step)
             lr = lr_at(step / steps, args.epochs, args.lr, args.warmup)
             optim.set_lr(opt, lr)
-            x = augment(x, rng, args.image_size)
+            x = augment(x, rng, size)
             u, noise = random_numbers(rng, net.encoder, args, device)
             losses = train_step(net, opt, x, u, noise, args)
             log.step(step, len(x) * env.world, **losses)
             step += 1
         log.epoch(epoch, step, lr=lr)
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+            if env.rank == 0:  # before the checkpoint, so that none is missing when the run goes on
+                pictures(out / "recon.png", net, images, size, args)
             run.save(args, env, state, step)
-            if env.rank == 0:
-                pictures(out / "recon.png", net, images, args)
     if env.rank == 0:
-        encoders.export(net.encoder, out / "encoder.pt", image_size=args.image_size)
+        encoders.export(net.encoder, out / "encoder.pt", image_size=size)
         print(f"{out / 'encoder.pt'} holds the encoder")
 
 

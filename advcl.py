@@ -49,7 +49,6 @@ import pathlib
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.utils import save_image
 
 from common import data, encoders, optim, run
 from common.encoders import branch
@@ -160,7 +159,7 @@ def train_step(net, opt, x1, x2, x, labels, clusters, noise, args):
     return {"loss": loss, **losses}
 
 
-def pseudo_labels(args, env, images):
+def pseudo_labels(args, env, images, size):
     """(N, len(--clusters)): k-means on the teacher's normalised features of the un-augmented images. Kept in
     --out, and made anew where data, teacher, clusters or seed are not those they were made with."""
     path, kind = pathlib.Path(args.out) / "pseudo_labels.pt", "AdvCL pseudo-label file"
@@ -170,7 +169,7 @@ def pseudo_labels(args, env, images):
     if env.rank == 0 and not (path.exists() and encoders.read(path, kind, hint)["made_with"] == made_with):
         with torch.no_grad():
             parts = images.stream(torch.arange(len(images)).split(500))
-            h = torch.cat([teacher(data.resize(x, args.image_size)) for x, _ in parts])
+            h = torch.cat([teacher(data.resize(x, size)) for x, _ in parts])
         h = F.normalize(h, dim=1)  # (N, D)
         generator = torch.Generator().manual_seed(args.seed)
         labels = torch.stack([kmeans(h, k, generator) for k in args.clusters], 1).cpu()
@@ -196,34 +195,35 @@ def lr_at(step, per_epoch, epochs, lr, warmup):
 # ----------------------------------------------------------------------------------------------------------
 def parser():
     p = run.parser(__doc__, name="advcl", arch="resnet18")
-    p.add_argument("--views", nargs="+", default=["x+d", "x1", "x2", "xh"], help=" ".join(VIEWS))
+    p.add_argument("--views", choices=VIEWS, nargs="+", default=["x+d", "x1", "x2", "xh"],
+                   help=" ".join(VIEWS))
     p.add_argument("--teacher", help="exported encoder, for the pseudo-labels")
-    p.add_argument("--clusters", type=int, nargs="+", default=[2, 10, 50, 100, 500], help="K of each k-means")
-    p.add_argument("--cluster-weight", type=float, default=0.2, help="lambda")
-    p.add_argument("--cutoff", type=float, default=8.0, help="lowest frequency in xh, periods an image")
-    p.add_argument("--epochs", type=int, default=1000, help="0 exports the random encoder")
-    p.add_argument("--batch-size", type=int, default=512, help="images a step, over all processes")
-    p.add_argument("--lr", type=float, default=0.5, help="of SGD, at its peak")
-    p.add_argument("--warmup", type=int, default=10, help="epochs")
-    p.add_argument("--weight-decay", type=float, default=1e-4)
-    p.add_argument("--temperature", type=float, default=0.5)
-    p.add_argument("--eps", type=float, default=8.0, help="linf radius of the attacks, in 1/255")
-    p.add_argument("--step-size", type=float, default=2.0, help="of the attacks, in 1/255")
-    p.add_argument("--steps", type=int, default=5, help="of the attacks")
-    p.add_argument("--image-size", type=int, default=32, help="side of a view")
+    p.add_argument("--clusters", type=run.integer(2), nargs="+", default=[2, 10, 50, 100, 500],
+                   help="K of each k-means")
+    p.add_argument("--cluster-weight", type=run.number(above=0), default=0.2, help="lambda")
+    p.add_argument("--cutoff", type=run.number(), default=8.0,
+                   help="lowest frequency in xh, periods an image")
+    p.add_argument("--epochs", type=run.integer(0), default=1000, help="0 exports the random encoder")
+    p.add_argument("--batch-size", type=run.integer(1), default=512,
+                   help="images a step, over all processes")
+    p.add_argument("--lr", type=run.number(), default=0.5, help="of SGD, at its peak")
+    p.add_argument("--warmup", type=run.integer(0), default=10, help="epochs")
+    p.add_argument("--weight-decay", type=run.number(0, 1e6), default=1e-4)
+    p.add_argument("--temperature", type=run.number(above=0), default=0.5)
+    p.add_argument("--eps", type=run.number(0, 255), default=8.0,
+                   help="linf radius of the attacks, in 1/255")
+    p.add_argument("--step-size", type=run.number(0, 255), default=2.0, help="of the attacks, in 1/255")
+    p.add_argument("--steps", type=run.integer(0), default=5, help="of the attacks")
+    p.add_argument("--image-size", type=run.integer(1, 10000),
+                   help="side of a view; default: that of the data's images, of a folder's 32")
     return p
 
 
 def check(args):
-    for view in args.views:
-        if view not in VIEWS or args.views.count(view) > 1:
-            raise ValueError(f"--views {' '.join(args.views)}: choose from {', '.join(VIEWS)}, each once")
+    if len(set(args.views)) < len(args.views):
+        raise ValueError(f"--views {' '.join(args.views)}: each view once")
     if len(args.views) < 2 or not any(view.endswith("+d") for view in args.views):
         raise ValueError(f"--views {' '.join(args.views)}: needs two views, one of them attacked (+d)")
-    if min(args.clusters) < 2:
-        raise ValueError(f"--clusters {min(args.clusters)}: must be at least 2")
-    run.not_negative(args, "epochs", "lr", "warmup", "weight_decay", "eps", "step_size", "steps", "cutoff")
-    run.positive(args, "batch_size", "cluster_weight", "temperature", "image_size", "save_every")
 
 
 def network(arch, clusters):
@@ -238,11 +238,11 @@ def network(arch, clusters):
     return net.to(memory_format=torch.channels_last)
 
 
-def pictures(path, net, images, args):
+def pictures(path, net, images, size, args):
     """Rows of up to eight: x1, x2, x, the high frequencies (about grey), then each attacked view and its
     perturbation (grey is none, full scale is eps). Batch statistics here are those of these few."""
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
-    x1, x2, x, noise = augment(x, rng, args.image_size, args.views)
+    x1, x2, x, noise = augment(x, rng, size, args.views)
     clean, to_attack = choose(args.views, x1, x2, x, args.cutoff)
     with frozen_stats(net):
         z = [embed(net, view, "clean").detach() for view in clean]
@@ -250,7 +250,7 @@ def pictures(path, net, images, args):
     x_adv = attack(net, lambda x: contrast(net, x, z, args.temperature), to_attack, noise[1:], args)
     for view, adv in zip(to_attack, x_adv):
         rows += [adv, 0.5 + (adv - view) / (2 * max(args.eps / 255, 1e-8))]
-    save_image(torch.cat(rows), path, nrow=len(x))
+    run.save_picture(torch.cat(rows), path, len(x))
 
 
 def main(argv=None):
@@ -258,19 +258,22 @@ def main(argv=None):
     check(args)
     env = run.setup(args)
     device, out = env.device, pathlib.Path(args.out)
-    images = data.load(args.data, args.data_dir, "train", device, args.limit, args.image_size, args.workers)
-    steps = data.steps_per_epoch(len(images), args.batch_size, env.world)
+    images = data.load(args.data, args.data_dir, "train", device, args.limit,
+                       args.image_size or 32, args.workers)
+    size = run.image_size(args, images)
+    steps = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
     clusters = args.clusters if args.teacher else []
-    images.y = pseudo_labels(args, env, images) if clusters else images.y
 
-    net = network(args.arch, clusters).to(device)
+    net = run.to_device(network(args.arch, clusters), args, env)
     opt = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     if args.compile:
         net["encoder"].compile()
 
-    log = run.Log(args, env, steps * args.epochs)
+    log = run.Log(args, env, steps * args.epochs, images)
     state = dict(net=net, opt=opt, log=log)
     step = run.resume(args, env, state)
+    if clusters:  # only now: another run's labels in this folder must not be overwritten
+        images.y = pseudo_labels(args, env, images, size)
     chance = math.log(len(args.views) * args.batch_size - 1) * args.temperature / BASE_TEMPERATURE
     log.start(step, f"chance loss_con ln(VB - 1) T / 0.07 = {chance:.3f}; "
               + (f"pseudo-labels, K = {clusters}" if clusters else "no --teacher, so no pseudo-labels"))
@@ -278,20 +281,20 @@ def main(argv=None):
     for epoch in range(step // steps, args.epochs):
         begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
         for x, y, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
-            run.interrupted(args, env, state, step)
+            run.stop_if_signalled(args, env, state, step)
             lr = lr_at(step, steps, args.epochs, args.lr, args.warmup)
             optim.set_lr(opt, lr)
-            x1, x2, x, noise = augment(x, rng, args.image_size, args.views)
+            x1, x2, x, noise = augment(x, rng, size, args.views)
             losses = train_step(net, opt, x1, x2, x, y, clusters, noise, args)
             log.step(step, len(x) * env.world, **losses)
             step += 1
         log.epoch(epoch, step, lr=lr)
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+            if env.rank == 0:  # before the checkpoint, so that none is missing when the run goes on
+                pictures(out / "views.png", net, images, size, args)
             run.save(args, env, state, step)
-            if env.rank == 0:
-                pictures(out / "views.png", net, images, args)
     if env.rank == 0:
-        encoders.export(net["encoder"], out / "encoder.pt", "adv", image_size=args.image_size)
+        encoders.export(net["encoder"], out / "encoder.pt", "adv", image_size=size)
         print(f"{out / 'encoder.pt'} holds the encoder; BN branch adv")
 
 

@@ -47,7 +47,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.utils import save_image
 
 from common import data, encoders, optim, run
 from common.bank import Bank, bank_logsumexp
@@ -184,31 +183,25 @@ def lr_at(epoch, epochs, lr, warmup):
 # ----------------------------------------------------------------------------------------------------------
 def parser():
     p = run.parser(__doc__, name="amoc", arch="resnet18")
-    p.add_argument("--variant", default="ACC", help=" ".join(VARIANTS))
-    p.add_argument("--epochs", type=int, default=200, help="0 exports the random encoder")
-    p.add_argument("--batch-size", type=int, default=256, help="images a step, over all processes")
-    p.add_argument("--lr", type=float, default=0.1, help="of SGD, at its peak")
-    p.add_argument("--warmup", type=int, default=10, help="epochs")
-    p.add_argument("--weight-decay", type=float, default=5e-4)
-    p.add_argument("--temperature", type=float, default=0.2)
-    p.add_argument("--ema", type=float, default=0.999, help="m of Eq. 3.2")
-    p.add_argument("--bank-size", type=int, default=32768, help="K, of each bank")
-    p.add_argument("--lam", type=float, default=0.5, help="weight of the clean loss, Eq. 3.4")
-    p.add_argument("--eps", type=float, default=8.0, help="linf radius of the attack, in 1/255")
-    p.add_argument("--step-size", type=float, default=2.0, help="of the attack, in 1/255")
-    p.add_argument("--steps", type=int, default=5, help="of the attack")
-    p.add_argument("--image-size", type=int, default=32, help="side of a view")
+    p.add_argument("--variant", choices=VARIANTS, default="ACC", help=" ".join(VARIANTS))
+    p.add_argument("--epochs", type=run.integer(0), default=200, help="0 exports the random encoder")
+    p.add_argument("--batch-size", type=run.integer(1), default=256,
+                   help="images a step, over all processes")
+    p.add_argument("--lr", type=run.number(), default=0.1, help="of SGD, at its peak")
+    p.add_argument("--warmup", type=run.integer(0), default=10, help="epochs")
+    p.add_argument("--weight-decay", type=run.number(0, 1e6), default=5e-4)
+    p.add_argument("--temperature", type=run.number(above=0), default=0.2)
+    p.add_argument("--ema", type=run.number(0, 1), default=0.999, help="m of Eq. 3.2")
+    p.add_argument("--bank-size", type=run.integer(1), default=32768, help="K, of each bank")
+    p.add_argument("--lam", type=run.number(0, 1), default=0.5,
+                   help="weight of the clean loss, Eq. 3.4")
+    p.add_argument("--eps", type=run.number(0, 255), default=8.0,
+                   help="linf radius of the attack, in 1/255")
+    p.add_argument("--step-size", type=run.number(0, 255), default=2.0, help="of the attack, in 1/255")
+    p.add_argument("--steps", type=run.integer(0), default=5, help="of the attack")
+    p.add_argument("--image-size", type=run.integer(1, 10000),
+                   help="side of a view; default: that of the data's images, of a folder's 32")
     return p
-
-
-def check(args):
-    if args.variant not in VARIANTS:
-        raise ValueError(f"--variant {args.variant}: choose one of {', '.join(VARIANTS)}")
-    for flag in ("lam", "ema"):
-        if not 0 <= getattr(args, flag) <= 1:
-            raise ValueError(f"--{flag} {getattr(args, flag):g}: must be from 0 to 1")
-    run.not_negative(args, "epochs", "lr", "warmup", "weight_decay", "eps", "step_size", "steps")
-    run.positive(args, "batch_size", "temperature", "bank_size", "image_size", "save_every")
 
 
 def network(arch):
@@ -218,37 +211,40 @@ def network(arch):
     return nn.Sequential(encoder, projector).to(memory_format=torch.channels_last)
 
 
-def pictures(path, net, target, bank, images, args):
+def pictures(path, net, target, bank, images, size, args):
     """Rows of up to eight: x1, x2, then each attacked view and its perturbation (grey is none, full scale is
     eps)."""
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
-    x1, x2 = (augment(x, rng, args.image_size) for _ in range(2))
+    x1, x2 = (augment(x, rng, size) for _ in range(2))
     rows = [x1, x2]
     if VARIANTS[args.variant].adversarial:
         noise = 2 * rng.uniform(2, *x1.shape[1:], device=x1.device) - 1
         for clean, x_adv in zip((x1, x2), attack(net, target, x1, x2, noise, bank.rows, args)):
             if x_adv is not clean:
                 rows += [x_adv, 0.5 + (x_adv - clean) / (2 * max(args.eps / 255, 1e-8))]
-    save_image(torch.cat(rows), path, nrow=len(x1))
+    run.save_picture(torch.cat(rows), path, len(x1))
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    check(args)
     env = run.setup(args)
     device, out = env.device, pathlib.Path(args.out)
     v = VARIANTS[args.variant]
-    images = data.load(args.data, args.data_dir, "train", device, args.limit, args.image_size, args.workers)
-    steps = data.steps_per_epoch(len(images), args.batch_size, env.world)
+    images = data.load(args.data, args.data_dir, "train", device, args.limit,
+                       args.image_size or 32, args.workers)
+    size = run.image_size(args, images)
+    steps = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
 
-    net, target = network(args.arch).to(device), network(args.arch).to(device).requires_grad_(False)
+    net = run.to_device(network(args.arch), args, env)
+    target = run.to_device(network(args.arch), args, env).requires_grad_(False)
     target.load_state_dict(net.state_dict())
-    bank_clean, bank_adv = Bank(args.bank_size, 128).to(device), Bank(args.bank_size, 128).to(device)
+    bank_clean = Bank(args.bank_size, 128).to(device)
+    bank_adv = Bank(args.bank_size, 128).to(device)
     opt = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     if args.compile:
         net.compile(), target.compile()
 
-    log = run.Log(args, env, steps * args.epochs)
+    log = run.Log(args, env, steps * args.epochs, images)
     state = dict(net=net, target=target, bank_clean=bank_clean, bank_adv=bank_adv, opt=opt, log=log)
     step = run.resume(args, env, state)
     log.start(step, f"chance loss ln(K + 1) = {math.log(args.bank_size + 1):.3f}")
@@ -258,19 +254,20 @@ def main(argv=None):
         optim.set_lr(opt, lr)
         begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
         for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
-            run.interrupted(args, env, state, step)
-            x1, x2 = (augment(x, rng, args.image_size) for _ in range(2))  # `rng` moves on between them
+            run.stop_if_signalled(args, env, state, step)
+            x1, x2 = (augment(x, rng, size) for _ in range(2))  # `rng` moves on between them
             noise = 2 * rng.uniform(2, *x1.shape[1:], device=device) - 1 if v.adversarial else None
             losses = train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, args)
             log.step(step, len(x) * env.world, **losses)
             step += 1
         log.epoch(epoch, step, lr=lr)
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+            if env.rank == 0:  # before the checkpoint, so that none is missing when the run goes on
+                bank = bank_adv if v.adv_bank else bank_clean
+                pictures(out / "views.png", net, target, bank, images, size, args)
             run.save(args, env, state, step)
-            if env.rank == 0:
-                pictures(out / "views.png", net, target, bank_adv if v.adv_bank else bank_clean, images, args)
     if env.rank == 0:
-        encoders.export(net[0], out / "encoder.pt", v.export, image_size=args.image_size)
+        encoders.export(net[0], out / "encoder.pt", v.export, image_size=size)
         print(f"{out / 'encoder.pt'} holds the encoder; BN branch {v.export}")
 
 

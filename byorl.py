@@ -49,7 +49,6 @@ import pathlib
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.utils import save_image
 
 from common import data, encoders, optim, run
 from common.pgd import eval_mode, frozen_stats, in_ball, pgd
@@ -129,30 +128,25 @@ def tau_at(step, steps, tau):
 # ----------------------------------------------------------------------------------------------------------
 def parser():
     p = run.parser(__doc__, name="byorl", arch="resnet18")
-    p.add_argument("--hidden", type=int, default=4096, help="width within projector and predictor")
-    p.add_argument("--epochs", type=int, default=200, help="0 exports the random encoder")
-    p.add_argument("--batch-size", type=int, default=512, help="images a step, over all processes")
-    p.add_argument("--lr", type=float, default=2.0, help="of LARS, at its peak")
-    p.add_argument("--warmup", type=int, default=10, help="epochs")
-    p.add_argument("--weight-decay", type=float, default=5e-4)
-    p.add_argument("--ema", type=float, default=0.996, help="tau, at the start")
-    p.add_argument("--norm", default="linf", help="of the attack: linf, or l2 (then --eps 128)")
-    p.add_argument("--eps", type=float, default=8.0, help="radius of the attack, in 1/255; 0: BYOL")
-    p.add_argument("--step-size", type=float, help="of the attack, in 1/255; default: 1.25 eps / steps")
-    p.add_argument("--steps", type=int, default=5, help="of the attack")
-    p.add_argument("--image-size", type=int, default=32, help="side of a view")
+    p.add_argument("--hidden", type=run.integer(1), default=4096,
+                   help="width within projector and predictor")
+    p.add_argument("--epochs", type=run.integer(0), default=200, help="0 exports the random encoder")
+    p.add_argument("--batch-size", type=run.integer(1), default=512,
+                   help="images a step, over all processes")
+    p.add_argument("--lr", type=run.number(), default=2.0, help="of LARS, at its peak")
+    p.add_argument("--warmup", type=run.integer(0), default=10, help="epochs")
+    p.add_argument("--weight-decay", type=run.number(0, 1e6), default=5e-4)
+    p.add_argument("--ema", type=run.number(0, 1), default=0.996, help="tau, at the start")
+    p.add_argument("--norm", choices=("linf", "l2"), default="linf",
+                   help="of the attack: linf, or l2 (then --eps 128)")
+    p.add_argument("--eps", type=run.number(0, 1e6), default=8.0,
+                   help="radius of the attack, in 1/255; 0: BYOL")
+    p.add_argument("--step-size", type=run.number(0, 1e6),
+                   help="of the attack, in 1/255; default: 1.25 eps / steps")
+    p.add_argument("--steps", type=run.integer(0), default=5, help="of the attack")
+    p.add_argument("--image-size", type=run.integer(1, 10000),
+                   help="side of a view; default: that of the data's images, of a folder's 32")
     return p
-
-
-def check(args):
-    if args.norm not in ("linf", "l2"):
-        raise ValueError(f"--norm {args.norm}: choose linf or l2")
-    if not 0 <= args.ema <= 1:
-        raise ValueError(f"--ema {args.ema:g}: must be from 0 to 1")
-    run.not_negative(args, "epochs", "lr", "warmup", "weight_decay", "eps", "steps")
-    if args.step_size is not None:
-        run.not_negative(args, "step_size")
-    run.positive(args, "hidden", "batch_size", "image_size", "save_every")
 
 
 def network(arch, hidden):
@@ -163,11 +157,11 @@ def network(arch, hidden):
     return nn.Sequential(encoder, projector, predictor).to(memory_format=torch.channels_last)
 
 
-def pictures(path, net, target, images, args):
+def pictures(path, net, target, images, size, args):
     """Rows of up to eight: x1, x2, the attacked views, and their perturbations (grey is none, full scale is
     the largest)."""
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
-    x1, x2 = (augment(x, rng, args.image_size, p) for p in (0, 0.2))
+    x1, x2 = (augment(x, rng, size, p) for p in (0, 0.2))
     noise = in_ball(rng.uniform(2, 1 + x1[0].numel(), device=x1.device), args.norm)
     with frozen_stats(target), torch.no_grad():
         z1, z2 = embed(target, x1), embed(target, x2)
@@ -175,25 +169,26 @@ def pictures(path, net, target, images, args):
     rows = [x1, x2, *attacked]
     for x, x_adv in zip((x1, x2), attacked):
         rows.append(0.5 + (x_adv - x) / (2 * (x_adv - x).abs().max().clamp_min(1e-8)))
-    save_image(torch.cat(rows), path, nrow=len(x1))
+    run.save_picture(torch.cat(rows), path, len(x1))
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    check(args)
     env = run.setup(args)
     device, out = env.device, pathlib.Path(args.out)
-    images = data.load(args.data, args.data_dir, "train", device, args.limit, args.image_size, args.workers)
-    steps = data.steps_per_epoch(len(images), args.batch_size, env.world)
+    images = data.load(args.data, args.data_dir, "train", device, args.limit,
+                       args.image_size or 32, args.workers)
+    size = run.image_size(args, images)
+    steps = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
 
-    net = network(args.arch, args.hidden).to(device)
-    target = network(args.arch, args.hidden)[:2].to(device).requires_grad_(False)
+    net = run.to_device(network(args.arch, args.hidden), args, env)
+    target = run.to_device(network(args.arch, args.hidden)[:2], args, env).requires_grad_(False)
     target.load_state_dict(net[:2].state_dict())
     opt = optim.LARS(optim.lars_groups(net), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     if args.compile:
         net.compile(), target.compile()
 
-    log = run.Log(args, env, steps * args.epochs)
+    log = run.Log(args, env, steps * args.epochs, images)
     state = dict(net=net, target=target, opt=opt, log=log)
     step = run.resume(args, env, state)
     sample, _, _ = next(data.batches(images, min(256, len(images)), args.seed, 0))
@@ -202,24 +197,25 @@ def main(argv=None):
     for epoch in range(step // steps, args.epochs):
         begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
         for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
-            run.interrupted(args, env, state, step)
+            run.stop_if_signalled(args, env, state, step)
             lr = lr_at(step, steps * args.epochs, args.lr, steps * args.warmup)
             optim.set_lr(opt, lr)
             tau = tau_at(step, steps * args.epochs, args.ema)
-            x1, x2 = (augment(x, rng, args.image_size, p) for p in (0, 0.2))  # `rng` moves on between them
+            x1, x2 = (augment(x, rng, size, p) for p in (0, 0.2))  # `rng` moves on between them
             noise = in_ball(rng.uniform(2, 1 + x1[0].numel(), device=device), args.norm)
             losses = train_step(net, target, opt, x1, x2, noise, tau, args)
             log.step(step, len(x) * env.world, **losses)
             step += 1
+        log.check()  # a loss that is not finite stops the run here, not in what follows
         with eval_mode(net), torch.no_grad():
-            z = net[:2](data.resize(sample, args.image_size))
-        log.epoch(epoch, step, lr=lr, ema=tau, **run.spread(z, args))
+            z = net[:2](data.resize(sample, size))
+        log.epoch(epoch, step, lr=lr, ema=tau, **run.check_spread(z, args))
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+            if env.rank == 0:  # before the checkpoint, so that none is missing when the run goes on
+                pictures(out / "views.png", net, target, images, size, args)
             run.save(args, env, state, step)
-            if env.rank == 0:
-                pictures(out / "views.png", net, target, images, args)
     if env.rank == 0:
-        encoders.export(net[0], out / "encoder.pt", image_size=args.image_size)
+        encoders.export(net[0], out / "encoder.pt", image_size=size)
         print(f"{out / 'encoder.pt'} holds the encoder")
 
 

@@ -44,7 +44,6 @@ import pathlib
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.utils import save_image
 
 from common import data, encoders, optim, run
 from common.bank import Bank, bank_argmax, bank_logsumexp
@@ -58,19 +57,19 @@ MULTI_CROP = 2 * [(224, (0.14, 1.0), 0.4, 0.5, 0.0)] + 6 * [(96, (0.05, 0.14), 0
 # ----------------------------------------------------------------------------------------------------------
 # The method
 # ----------------------------------------------------------------------------------------------------------
-def augment(x, rng, view, args):
+def augment(x, rng, view, size, args):
     """One view of the uint8 images x (B, 3, H, W), a row of the tables above: floats in [0, 1]."""
     side, scale, saturation, blur, solarize = view
-    x = data.random_resized_crop(x, rng, round(args.image_size * side / 224), scale=scale, flip=0.5)
+    x = data.random_resized_crop(x, rng, round(size * side / 224), scale=scale, flip=0.5)
     x = data.random_color_jitter(x, rng, 0.4, 0.4, saturation, 0.1, p=0.8)
     x = data.random_grayscale(x, rng, p=0.2)
     x = data.random_gaussian_blur(x, rng, sigma=(0.1, 2.0), p=blur * args.blur, kernel_size=13)
     return data.random_solarize(x, rng, p=solarize).contiguous(memory_format=torch.channels_last)
 
 
-def views(x, rng, args):
+def views(x, rng, size, args):
     """The views of x, a list: two that have keys, then (--multi-crop) six small ones."""
-    return [augment(x, rng, view, args) for view in (MULTI_CROP if args.multi_crop else TWO_VIEWS)]
+    return [augment(x, rng, view, size, args) for view in (MULTI_CROP if args.multi_crop else TWO_VIEWS)]
 
 
 def embed(net, x):
@@ -148,12 +147,13 @@ def alarms(q, positive, loss, before, bank, temperature):
             "rotation": (n - F.normalize(before, dim=1)).norm(dim=1).mean(), "norm": bank.norm(dim=1).mean()}
 
 
-def fill(net, target, opt, bank, images, args, env):
+def fill(net, target, opt, bank, images, size, args, env):
     """Before epoch 0, --fill-steps steps of MoCo, then keys of the network that they leave: the bank."""
     batches = (batch for epoch in itertools.count(args.epochs)  # those the run does not reach
                for batch in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world))
     for x, _, rng in itertools.islice(batches, args.fill_steps):
-        x1, x2, *_ = views(x, rng, args)
+        run.stop_if_signalled(args, env, None, 0)
+        x1, x2, *_ = views(x, rng, size, args)
         optim.ema(target, net, args.ema)
         q, k, T = embed(net, x1), embed(target, x2), args.fill_temperature
         loss = F.softplus(bank_logsumexp(q, bank.rows, T) - (q * k).sum(1) / T).mean()
@@ -166,7 +166,8 @@ def fill(net, target, opt, bank, images, args, env):
     target.load_state_dict(net.state_dict())
     with torch.no_grad():
         for x, _, rng in itertools.islice(batches, math.ceil(args.bank_size / args.batch_size)):
-            bank.push(embed(target, views(x, rng, args)[1]))
+            run.stop_if_signalled(args, env, None, 0)
+            bank.push(embed(target, views(x, rng, size, args)[1]))
 
 
 def lr_at(epoch, epochs, lr, warmup, final):
@@ -188,40 +189,30 @@ def parser():
     p = run.parser(__doc__, name="caco", arch="resnet18")
     switch = dict(action=argparse.BooleanOptionalAction, default=False)
     p.add_argument("--stem", help="cifar, imagenet, small; default: the architecture's own")
-    p.add_argument("--positives", default="cooperative", help=" ".join(LOSSES))
+    p.add_argument("--positives", choices=LOSSES, default="cooperative", help=" ".join(LOSSES))
     p.add_argument("--multi-crop", help="six small views besides the two", **switch)
-    p.add_argument("--epochs", type=int, default=200, help="0 exports the random encoder")
-    p.add_argument("--batch-size", type=int, default=256, help="images a step, over all processes")
-    p.add_argument("--optimizer", default="sgd", help="sgd lars")
-    p.add_argument("--lr", type=float, default=0.06, help="at its peak")
-    p.add_argument("--lr-final", type=float, default=0.0)
-    p.add_argument("--warmup", type=int, default=0, help="epochs")
-    p.add_argument("--weight-decay", type=float, default=5e-4)
-    p.add_argument("--ema", type=float, default=0.99, help="of the key network, at the start")
-    p.add_argument("--temperature", type=float, default=0.08)
-    p.add_argument("--dim", type=int, default=128, help="D, length of the rows")
-    p.add_argument("--bank-size", type=int, default=4096, help="K")
-    p.add_argument("--bank-lr", type=float, default=0.3)
-    p.add_argument("--bank-warmup", type=int, default=10, help="epochs")
-    p.add_argument("--bank-momentum", type=float, default=0.9)
-    p.add_argument("--fill-steps", type=int, default=256, help="of MoCo, before epoch 0")
-    p.add_argument("--fill-temperature", type=float, default=0.2)
+    p.add_argument("--epochs", type=run.integer(0), default=200, help="0 exports the random encoder")
+    p.add_argument("--batch-size", type=run.integer(1), default=256,
+                   help="images a step, over all processes")
+    p.add_argument("--optimizer", choices=("sgd", "lars"), default="sgd", help="sgd lars")
+    p.add_argument("--lr", type=run.number(), default=0.06, help="at its peak")
+    p.add_argument("--lr-final", type=run.number(), default=0.0)
+    p.add_argument("--warmup", type=run.integer(0), default=0, help="epochs")
+    p.add_argument("--weight-decay", type=run.number(0, 1e6), default=5e-4)
+    p.add_argument("--ema", type=run.number(0, 1), default=0.99,
+                   help="of the key network, at the start")
+    p.add_argument("--temperature", type=run.number(above=0), default=0.08)
+    p.add_argument("--dim", type=run.integer(1), default=128, help="D, length of the rows")
+    p.add_argument("--bank-size", type=run.integer(1), default=4096, help="K")
+    p.add_argument("--bank-lr", type=run.number(), default=0.3)
+    p.add_argument("--bank-warmup", type=run.integer(0), default=10, help="epochs")
+    p.add_argument("--bank-momentum", type=run.number(0, 1), default=0.9)
+    p.add_argument("--fill-steps", type=run.integer(0), default=256, help="of MoCo, before epoch 0")
+    p.add_argument("--fill-temperature", type=run.number(above=0), default=0.2)
     p.add_argument("--blur", help="as on ImageNet", **switch)
-    p.add_argument("--image-size", type=int, default=32, help="side of a view")
+    p.add_argument("--image-size", type=run.integer(1, 10000),
+                   help="side of a view; default: that of the data's images, of a folder's 32")
     return p
-
-
-def check(args):
-    for flag, known in (("positives", LOSSES), ("optimizer", ("sgd", "lars"))):
-        if getattr(args, flag) not in known:
-            raise ValueError(f"--{flag} {getattr(args, flag)}: choose one of {', '.join(known)}")
-    run.not_negative(args, "epochs", "lr", "lr_final", "warmup", "weight_decay", "bank_lr", "bank_warmup")
-    run.not_negative(args, "fill_steps")
-    run.positive(args, "batch_size", "temperature", "fill_temperature", "dim", "bank_size")
-    run.positive(args, "image_size", "save_every")
-    for flag in ("ema", "bank_momentum"):
-        if not 0 <= getattr(args, flag) <= 1:
-            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: must be from 0 to 1")
 
 
 def network(arch, stem=None, dim=128):
@@ -239,36 +230,36 @@ def optimizer(net, args):
     return optim.LARS(optim.lars_groups(net), args.lr, momentum=0.9, weight_decay=args.weight_decay)
 
 
-def pictures(path, images, args):
+def pictures(path, images, size, args):
     """Rows of up to eight: x1, x2."""
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
-    save_image(torch.cat(views(x, rng, args)[:2]), path, nrow=len(x))
+    run.save_picture(torch.cat(views(x, rng, size, args)[:2]), path, len(x))
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    check(args)
     env = run.setup(args)
     device, out = env.device, pathlib.Path(args.out)
-    images = data.load(args.data, args.data_dir, "train", device, args.limit, args.image_size, args.workers)
-    steps = data.steps_per_epoch(len(images), args.batch_size, env.world)
+    images = data.load(args.data, args.data_dir, "train", device, args.limit,
+                       args.image_size or 32, args.workers)
+    size = run.image_size(args, images)
+    steps = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
 
-    net, target = (network(args.arch, args.stem, args.dim).to(device) for _ in range(2))
-    if env.world > 1 and device.type == "cuda":  # on CPUs each process has its own statistics
-        net, target = (nn.SyncBatchNorm.convert_sync_batchnorm(f) for f in (net, target))
-    target.requires_grad_(False).load_state_dict(net.state_dict())
+    net = run.to_device(network(args.arch, args.stem, args.dim), args, env)
+    target = run.to_device(network(args.arch, args.stem, args.dim), args, env).requires_grad_(False)
+    target.load_state_dict(net.state_dict())
     bank = Bank(args.bank_size, args.dim).to(device)
     bank.register_buffer("velocity", torch.zeros_like(bank.rows))
     opt = optimizer(net, args)
     if args.compile:
         net.compile(), target.compile()
 
-    log = run.Log(args, env, steps * args.epochs)
+    log = run.Log(args, env, steps * args.epochs, images)
     state = dict(net=net, target=target, bank=bank, opt=opt, log=log)
     step = run.resume(args, env, state)
     log.start(step, f"chance loss 2 ln K = {2 * math.log(args.bank_size):.3f}")
     if args.epochs and not (out / "last.pt").exists():
-        fill(net, target, opt, bank, images, args, env)
+        fill(net, target, opt, bank, images, size, args, env)
 
     for epoch in range(step // steps, args.epochs):
         lr = lr_at(epoch, args.epochs, args.lr, args.warmup, args.lr_final)
@@ -277,21 +268,22 @@ def main(argv=None):
         bank_lr = lr_at(epoch, args.epochs, args.bank_lr, args.bank_warmup, args.bank_lr)  # then constant
         begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
         for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
-            run.interrupted(args, env, state, step)
-            x_views = views(x, rng, args)
+            run.stop_if_signalled(args, env, state, step)
+            x_views = views(x, rng, size, args)
             losses = train_step(net, target, opt, bank, x_views, ema, bank_lr, args)
             log.step(step, len(x) * env.world, **losses)
             step += 1
-        cosine, unique = (log.sums[key] / log.count for key in ("cosine", "unique"))
+        cosine = log.mean("cosine")
+        unique = log.mean("unique")
         log.epoch(epoch, step, lr=lr, bank_lr=bank_lr, ema=ema)
         if env.rank == 0 and (cosine < 0.2 or unique < 0.2 * args.batch_size / env.world):
             print(f"the bank is dead: cosine {cosine:.3f}, {unique:.1f} positives; try more --fill-steps")
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+            if env.rank == 0:  # before the checkpoint, so that none is missing when the run goes on
+                pictures(out / "views.png", images, size, args)
             run.save(args, env, state, step)
-            if env.rank == 0:
-                pictures(out / "views.png", images, args)
     if env.rank == 0:
-        encoders.export(net[0], out / "encoder.pt", image_size=args.image_size)
+        encoders.export(net[0], out / "encoder.pt", image_size=size)
         print(f"{out / 'encoder.pt'} holds the encoder")
 
 

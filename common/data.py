@@ -35,6 +35,7 @@ class Images:
 
     def __init__(self, x, y, classes):
         self.x, self.y, self.classes = x, y, classes
+        self.size = x.shape[3] if x.shape[2] == x.shape[3] else None
 
     def __len__(self):
         return len(self.x)
@@ -244,7 +245,7 @@ def _seed(*key):
     return int(np.random.SeedSequence([len(key), *key]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def steps_per_epoch(n, batch_size, world=1):
+def steps_per_epoch(n, batch_size, world=1, least=1):
     """Steps of an epoch over `n` images; a short last one is left out below two images a process."""
     if batch_size % world:
         raise ValueError(f"batch size {batch_size} does not divide among {world} processes")

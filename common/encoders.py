@@ -371,20 +371,20 @@ class PatchDecoder(nn.Module):
         return self.pred(self.norm(h))[:, 1:]
 
 
-def check_masked(args):
+def check_masked(arch, image_size, decoder, mask_ratio):
     """ValueError that names the first flag of a masked autoencoder, of --arch, --image-size, --decoder
     (width, blocks, heads) and --mask-ratio, which does not fit."""
-    if args.arch not in VITS:
-        raise ValueError(f"--arch {args.arch}: choose one of {', '.join(VITS)}")
-    patch, (width, _, heads) = VITS[args.arch][0], args.decoder
-    if args.image_size % patch:
-        raise ValueError(f"--image-size {args.image_size}: no multiple of {args.arch}'s patch size, {patch}")
-    if min(args.decoder) < 1 or width % 4 or width % heads:
-        raise ValueError(f"--decoder {' '.join(map(str, args.decoder))}: all must be positive, the width a "
+    if arch not in VITS:
+        raise ValueError(f"--arch {arch}: choose one of {', '.join(VITS)}")
+    patch, (width, _, heads) = VITS[arch][0], decoder
+    if image_size % patch:
+        raise ValueError(f"--image-size {image_size}: no multiple of {arch}'s patch size, {patch}")
+    if min(decoder) < 1 or width % 4 or width % heads:
+        raise ValueError(f"--decoder {' '.join(map(str, decoder))}: all must be positive, the width a "
                          "multiple of 4 and of the heads")
-    patches = (args.image_size // patch) ** 2
-    if not 0 < args.mask_ratio < 1 or not 1 <= int(patches * (1 - args.mask_ratio)) < patches:
-        raise ValueError(f"--mask-ratio {args.mask_ratio:g}: of {patches} patches some must stay, some go")
+    patches = (image_size // patch) ** 2
+    if not 0 < mask_ratio < 1 or not 1 <= int(patches * (1 - mask_ratio)) < patches:
+        raise ValueError(f"--mask-ratio {mask_ratio:g}: of {patches} patches some must stay, some go")
 
 
 VITS = {  # patch, width, blocks, heads, image size

@@ -484,7 +484,7 @@ def bank_step(s, script, args, compiled):
 
 def adv_mae_step(s, variant, compiled):
     args = adv_mae.parser().parse_args(["--arch", VITS[s.arch], *variant.split()])
-    net = adv_mae.network(args).to(s.device)
+    net = adv_mae.network(args, 32).to(s.device)
     opt = torch.optim.AdamW(optim.groups(net.named_parameters(), args.weight_decay), 0.0, betas=(0.9, 0.95))
     x, rng = torch.rand(s.batch, 3, 32, 32, device=s.device), data.Rng((0, 0, 0), s.batch, slice(None))
     order, noise = adv_mae.random_numbers(rng, net.encoder, args, s.device)
@@ -499,7 +499,7 @@ def adv_mae_step(s, variant, compiled):
 
 def adpe_step(s, variant, compiled):
     args = adpe.parser().parse_args(["--arch", VITS[s.arch], *variant.split()])
-    net = adpe.network(args).to(s.device)
+    net = adpe.network(args, 32).to(s.device)
     opt = torch.optim.AdamW([p for p in net.parameters() if p is not net.delta], 0.0)
     opt_delta = torch.optim.AdamW([net.delta], 0.0, maximize=True)
     x, rng = torch.rand(s.batch, 3, 32, 32, device=s.device), data.Rng((0, 0, 0), s.batch, slice(None))

@@ -41,12 +41,13 @@ def measure(out, n=1000):
         raise FileNotFoundError(f"{path}: no such file; adios.py writes it")
     saved = torch.load(path, map_location="cpu", weights_only=True)
     args = SimpleNamespace(**{**saved["flags"], "masker": "random"})
-    masker = UNet(args.masks, args.mask_width, args.image_size, adios.MEAN, adios.STD)
+    size = args.image_size or 32
+    masker = UNet(args.masks, args.mask_width, size, adios.MEAN, adios.STD)
     masker.load_state_dict(saved["state"]["masker"])
     x, _, covered = data.shapes(n, seed=2)
-    x, figure = data.resize(x, args.image_size), F.interpolate(covered[:, None], 2 * [args.image_size])[:, 0] > 0.5
-    random = adios.control(data.Rng((args.seed,), n, slice(n)), args, "cpu")[:n]
-    square = max(best_iou(m.expand(n, -1, -1, -1), figure) for m in squares(args.image_size))
+    x, figure = data.resize(x, size), F.interpolate(covered[:, None], 2 * [size])[:, 0] > 0.5
+    random = adios.control(data.Rng((args.seed,), n, slice(n)), size, args, "cpu")[:n]
+    square = max(best_iou(m.expand(n, -1, -1, -1), figure) for m in squares(size))
     return {"masker": best_iou(adios.propose(masker, x), figure), "random": best_iou(random, figure), "square": square}
 
 

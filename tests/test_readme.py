@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common import encoders
-from tests.scripts import ROOT, SCRIPTS
+from tests.scripts import ROOT, SCRIPTS, read_flags
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)).replace("\\\n", " ")
@@ -33,8 +33,7 @@ def all_commands():
     "script, flags", list(all_commands()), ids=lambda v: " ".join(v) if isinstance(v, list) else v
 )
 def test_command_lines_are_accepted(script, flags):
-    module = importlib.import_module(script)
-    module.check(module.parser().parse_args(flags))
+    read_flags(importlib.import_module(script), *flags)
 
 
 def test_there_are_commands_for_every_script():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from common import run
+from common import data, run
 from common.bank import Bank
 from tests.processes import in_two_processes
 from tests.recipes import A, X
@@ -109,13 +109,16 @@ def test_errors_raised_on_purpose_are_a_line_and_bugs_keep_their_traceback():
         run.cli(lambda: torch.utils.data.RandomSampler([], num_samples=-1))
 
 
+IMAGES = data.Images(torch.zeros(3, 3, 2, 2, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), 1)
+
+
 def arguments(folder, **more):
     return argparse.Namespace(out=str(folder), seed=0, device="cpu", **more)
 
 
 def test_log_means_are_over_steps_and_lines_unknown_to_the_checkpoint_are_dropped(tmp_path):
     args, env = arguments(tmp_path), run.Env(torch.device("cpu"), 0, 1)
-    log = run.Log(args, env, 4)
+    log = run.Log(args, env, 4, IMAGES)
     log.start(0)
     for step, value in enumerate((1.0, 2.0)):
         log.step(step, 8, loss=torch.tensor(value))
@@ -126,7 +129,7 @@ def test_log_means_are_over_steps_and_lines_unknown_to_the_checkpoint_are_droppe
     log.epoch(1, 4, lr=0.1)
     path = tmp_path / "log.jsonl"
     assert [json.loads(line).get("loss") for line in open(path)] == [None, 1.5, 5.0]
-    again = run.Log(args, env, 4)
+    again = run.Log(args, env, 4, IMAGES)
     again.load_state_dict(kept)
     again.start(2)
     assert [json.loads(line).get("loss") for line in open(path)] == [None, 1.5]
@@ -137,7 +140,7 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path):
     run.save(args, env, {"net": net}, 1)
     with torch.no_grad():
         net.bias[0] = float("nan")
-    with pytest.raises(ValueError, match="weights of net are not finite after 2 steps; the last good"):
+    with pytest.raises(ValueError, match="net.bias is not finite after 2 steps; the last good"):
         run.save(args, env, {"net": net}, 2)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
 
@@ -160,16 +163,16 @@ def test_a_checkpoint_of_another_network_is_named(tmp_path):
 
 def test_spread_of_embeddings_is_known_in_closed_form():
     e = 7 * torch.eye(8)
-    found = run.spread(e, None)
+    found = run.check_spread(e, None)
     assert found["std"] == pytest.approx((7 / 8) ** 0.5, rel=1e-6) and found["rank"] == pytest.approx(7, rel=1e-6)
     line = torch.tensor([[1.0, 0.0], [-2.0, 0.0], [3.0, 0.0], [-1.0, 0.0]])
-    assert run.spread(line, None) == pytest.approx({"std": 1, "rank": 1})
+    assert run.check_spread(line, None) == pytest.approx({"std": 1, "rank": 1})
 
 
 def test_collapsed_embeddings_raise(tmp_path):
     z = torch.ones(16, 8) + 1e-3 * torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="collapsed: .*no checkpoint was saved yet"):
-        run.spread(z, SimpleNamespace(out=tmp_path))
+        run.check_spread(z, SimpleNamespace(out=tmp_path))
 
 
 def test_importing_the_scripts_does_nothing():
