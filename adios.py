@@ -155,7 +155,7 @@ def train_step(net, target, masker, opt, opt_mask, x1, x2, given, pick, tau, arg
     loss.backward()
     run.average_grads(net.parameters())
     opt.step()
-    run.average_buffers(net)  # else the ranks' running statistics part
+    run.average_buffers(*([net, target] if target else [net]))  # else the ranks' running statistics part
     losses = {"loss": loss}
     if given is None:
         with frozen_stats(net):

@@ -109,7 +109,7 @@ def train_step(net, target, opt, x1, x2, noise, tau, args):
     run.average_grads(net.parameters())
     opt.step()
     optim.ema(target, net[:2], tau)
-    run.average_buffers(net)  # else the ranks' running statistics part
+    run.average_buffers(net, target)  # else the ranks' running statistics part
     return {"loss": loss, "blind": blind}
 
 

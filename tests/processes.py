@@ -1,6 +1,8 @@
 """Work in two processes, as torchrun starts them on one host. They are forked from one that has imported the
 libraries, which takes longer than the work."""
 import importlib
+import inspect
+import math
 import multiprocessing
 import os
 import signal
@@ -19,13 +21,14 @@ def in_two_processes(work, folder):
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-def script_in_two_processes(script, *flags, die_at=None, signal_at=None):
+def script_in_two_processes(script, *flags, die_at=None, signal_at=None, nan_at=None, dump=None):
     """Run a script in the environment that torchrun makes. With `die_at` both processes die, without notice,
-    after that step: ProcessExitedException with exit_code 9. With `signal_at` the second alone gets SIGTERM there."""
+    after that step: ProcessExitedException with exit_code 9. With `signal_at` the second alone gets SIGTERM there,
+    with `nan_at` its loss alone is NaN. With `dump` each leaves the networks and banks that it ends with there."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    _fork(_script, script, flags, port, die_at, signal_at)
+    _fork(_script, script, flags, port, die_at, signal_at, nan_at, dump)
 
 
 def _fork(f, *args):
@@ -40,19 +43,33 @@ def _work(rank, work, folder):
     dist.destroy_process_group()
 
 
-def _script(rank, script, flags, port, die_at, signal_at):
+def _script(rank, script, flags, port, die_at, signal_at, nan_at, dump):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if die_at is not None:
         run.stop_if_signalled = lambda args, env, state, step: step == die_at and os._exit(9)
-    if signal_at is not None and rank == 1:
-        ask = run.stop_if_signalled
+    module = importlib.import_module(script)
+    train_step, count, parts = module.train_step, [], {}
+    ask = run.stop_if_signalled
 
-        def signalled(args, env, state, step):
-            if step == signal_at:
-                signal.raise_signal(signal.SIGTERM)
-            ask(args, env, state, step)
+    def signalled(args, env, state, step):
+        if rank == 1 and step == signal_at:
+            signal.raise_signal(signal.SIGTERM)
+        ask(args, env, state, step)
 
+    def watched(*args, **kwargs):
+        losses = train_step(*args, **kwargs)
+        parts.update(inspect.signature(train_step).bind(*args, **kwargs).arguments)
+        count.append(1)
+        if rank == 1 and len(count) - 1 == nan_at:
+            return {name: value * math.nan for name, value in losses.items()}
+        return losses
+
+    if signal_at is not None:
         run.stop_if_signalled = signalled
-    run.cli(lambda: importlib.import_module(script).main(flags))
+    module.train_step = watched
+    run.cli(lambda: module.main(flags))
+    if dump:
+        modules = {name: part.state_dict() for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+        torch.save(modules, f"{dump}/{rank}.pt")

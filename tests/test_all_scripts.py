@@ -144,7 +144,7 @@ def by_two(npz, tmp_path_factory):
     @functools.cache
     def run_of(script):
         out = tmp_path_factory.mktemp(script)
-        script_in_two_processes(script, *flags(script, npz, out))
+        script_in_two_processes(script, *flags(script, npz, out), dump=out)
         return out
 
     return run_of
@@ -155,6 +155,18 @@ def test_two_processes_run_and_start_about_where_one_does(script, by_two, undist
     one = undisturbed(script)
     assert lines(by_two(script))[0]["world"] == 2
     assert lines(by_two(script))[1]["loss"] == pytest.approx(lines(one)[1]["loss"], rel=0.2)
+
+
+def test_two_processes_end_with_the_same_networks_statistics_and_banks(script, by_two):
+    first, second = (torch.load(by_two(script) / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert first and equal(first, second)
+
+
+def test_a_checkpoint_of_two_processes_is_refused_by_one(script, npz, by_two):
+    before = (by_two(script) / "last.pt").read_bytes()
+    with pytest.raises(ValueError, match="holds a run of 2 processes, this is one of 1"):
+        main(script, npz, by_two(script))
+    assert (by_two(script) / "last.pt").read_bytes() == before
 
 
 def test_two_processes_resume_bit_for_bit(script, npz, tmp_path, by_two):

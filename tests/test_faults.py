@@ -12,6 +12,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ import torch
 from torch.multiprocessing import ProcessExitedException
 
 from common import data, encoders, files, run
-from tests.processes import script_in_two_processes
+from tests.processes import in_two_processes, script_in_two_processes
 from tests.scripts import PICTURES, ROOT, SCRIPTS, TINY, environment, tiny_npz
 
 BANKS = ("adco", "caco")
@@ -385,3 +386,63 @@ def test_a_process_does_not_wait_for_ever_for_one_that_does_not_start(rank, npz,
     assert done.returncode == 1
     assert f"error: process {rank} of 2: the others could not be met within 1 s" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_nan_on_one_process_stops_both_and_keeps_the_checkpoint(npz, tmp_path):
+    """Three steps an epoch: the fifth, of the second epoch, is bad on the second process alone."""
+    words = [*TINY, *SCRIPTS["rocl"], "--data", str(npz), "--out", str(tmp_path)]
+    with pytest.raises(ProcessExitedException) as stopped:
+        script_in_two_processes("rocl", *words, nan_at=4)
+    assert stopped.value.exit_code == 1
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 3
+
+
+def logged(rank, world):
+    """The loss that rank 0 logs where the ranks have 1 and 2, then 3 and 6: the mean over steps and ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        images = data.Images(torch.zeros(2, 3, 2, 2, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), 1)
+        args = argparse.Namespace(out=folder, seed=0, device="cpu")
+        log = run.Log(args, run.Env(torch.device("cpu"), rank, world), 2, images)
+        log.start(0)
+        log.step(0, 4, loss=torch.tensor(1.0 + rank))
+        log.step(1, 4, loss=torch.tensor(3.0 + 3 * rank))
+        log.epoch(0, 2)
+        lines = files.json_lines(pathlib.Path(folder) / "log.jsonl")
+    return [line["loss"] for _, line in lines if "loss" in line]
+
+
+def test_logged_values_are_means_over_processes(tmp_path):
+    assert in_two_processes(logged, tmp_path) == [[3.0], []]
+
+
+# Flags that change who talks to whom: a collective that one process alone calls would hang.
+TALKS = {
+    "acl": [["--variant", "a2s"], ["--variant", "a2a"]],
+    "adco": [["--eps", "4", "--steps", "1", "--batch-negatives"], ["--symmetric", "--batch-negatives"],
+             ["--multi-crop", "--eps", "4", "--steps", "1", "--batch-negatives"]],
+    "adios": [["--objective", "byol"], ["--objective", "simsiam", "--single"], ["--masker", "random"],
+              ["--objective", "mae", "--arch", "vit_slim"]],
+    "adpe": [["--adversary", "pgd"], ["--position", "absolute", "--mode", "embedding", "--adversary", "pgd"]],
+    "adv_mae": [["--norm", "l2"]],
+    "advcl": [["--teacher", "TEACHER", "--clusters", "2", "3"]],
+    "amoc": [["--variant", "AAA"], ["--variant", "ACA_PLUS"], ["--variant", "CAC"]],
+    "byorl": [["--eps", "0"]],
+    "caco": [["--positives", "adversarial", "--multi-crop"], ["--optimizer", "lars"]],
+    "rocl": [["--reg-weight", "0"], ["--attack-to", "original"]],
+}
+
+
+@pytest.mark.parametrize("script, more", [(script, more) for script in TALKS for more in TALKS[script]])
+def test_two_processes_reach_the_end_whatever_they_talk_about(script, more, npz, tmp_path):
+    encoders.export(encoders.make("slim"), tmp_path / "teacher.pt")
+    more = [str(tmp_path / "teacher.pt") if word == "TEACHER" else word for word in more]
+    words = flags(script, npz, tmp_path / "run", *more, "--limit", "32")
+    if script == "adco":
+        del words[words.index("--warmup") : words.index("--warmup") + 2]
+    script_in_two_processes(script, *words, dump=tmp_path)
+    assert (tmp_path / "run" / "encoder.pt").exists()
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for name in first:
+        for key, value in first[name].items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, second[name][key]), (name, key)
