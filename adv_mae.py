@@ -108,11 +108,12 @@ def mae_loss(pred, target, mask, norm_pix=True):
 
 
 def attack(net, v, noise, ids_keep, ids_restore, target, mask, args):
-    """v (B, Lk, D) in pixels moved within eps to maximise the loss. It starts at `noise` (B, Lk D), a point
-    of the unit ball, times eps; with one step, FGSM, at v itself."""
+    """v (B, Lk, D) in pixels moved within eps to maximise the loss. It starts at v + eps `noise`, noise (B,
+    Lk D) in the unit ball; with one step (FGSM), and under --no-random-start, at v itself."""
     eps = args.eps / 255
     step_size = (eps if args.steps == 1 else 5 / 8 * eps) if args.step_size is None else args.step_size / 255
-    start = v if args.steps == 1 else (v + eps * noise.view_as(v)).clamp(0, 1)
+    from_noise = args.random_start and args.steps != 1
+    start = (v + eps * noise.view_as(v)).clamp(0, 1) if from_noise else v
     return pgd(lambda v: mae_loss(net(v, ids_keep, ids_restore), target, mask, args.norm_pix),
                v, eps, step_size, args.steps, args.norm, start=start)
 
@@ -157,6 +158,9 @@ def parser():
     p.add_argument("--eps", type=float, default=1.0, help="radius of the attack, in 1/255; 0: MAE")
     p.add_argument("--step-size", type=float, help="of the attack, in 1/255; default: 5/8 eps (1 step: eps)")
     p.add_argument("--steps", type=int, default=2, help="K, of the attack; 1: FGSM, from v itself")
+    p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
+                   help="start the attack at a random point of the ball (paper); without, and wherever it has "
+                        "one step, at the image")
     p.add_argument("--image-size", type=int, default=32, help="side of a crop")
     return p
 

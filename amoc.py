@@ -40,6 +40,7 @@ Measured on a CPU thread (Intel Xeon), 0.3 M-parameter encoder, 10,000 images of
 minutes: 43.0 and 2.6; a random encoder: 27.4 and 0. Not yet run on a GPU; the paper has 78.74 and 36.87 (ACC,
 200 epochs).
 """
+import argparse
 import math
 import pathlib
 from typing import NamedTuple
@@ -112,7 +113,8 @@ def info_nce(q, k, bank, temperature):
 
 def attack(net, target, x1, x2, noise, bank, args):
     """Eq. 3.3: the views that the variant attacks, moved within eps to maximise L_*; gives (x1_adv, x2_adv).
-    They start at `noise` (B, 2, 3, S, S) in [-1, 1], times eps.
+    They start at the images + eps `noise`, noise (B, 2, 3, S, S) in [-1, 1], or under --no-random-start at
+    the images.
 
     L_CCC is constant in the perturbation, so L_* alone is maximised. Eval mode: an embedding then depends on
     its own image only, so the embedding of the view that stands still is a constant, and no running statistic
@@ -120,7 +122,8 @@ def attack(net, target, x1, x2, noise, bank, args):
     """
     v, T = VARIANTS[args.variant], args.temperature
     eps, step_size, steps = args.eps / 255, args.step_size / 255, args.steps
-    start1, start2 = (x1 + eps * noise[:, 0]).clamp(0, 1), (x2 + eps * noise[:, 1]).clamp(0, 1)
+    start1 = (x1 + eps * noise[:, 0]).clamp(0, 1) if args.random_start else x1
+    start2 = (x2 + eps * noise[:, 1]).clamp(0, 1) if args.random_start else x2
     with eval_mode(net, target):
         if v.adv_query and v.adv_key:  # both at once
 
@@ -197,6 +200,9 @@ def parser():
     p.add_argument("--eps", type=float, default=8.0, help="linf radius of the attack, in 1/255")
     p.add_argument("--step-size", type=float, default=2.0, help="of the attack, in 1/255")
     p.add_argument("--steps", type=int, default=5, help="of the attack")
+    p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
+                   help="start the attack at a random point of the ball (authors' code); without, at the "
+                        "image: with --steps 1 and --step-size equal to --eps that is FGSM")
     p.add_argument("--image-size", type=int, default=32, help="side of a view")
     return p
 

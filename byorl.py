@@ -44,6 +44,7 @@ Measured on a CPU thread (Intel Xeon), 0.3 M-parameter encoder, 10,000 images of
 and 0, a random encoder 27.4 and 0: robust at once, but slow to learn. With --lr 0.5 and 48 epochs, in 27
 minutes, 37.0 and 18.4. Not yet run on a GPU.
 """
+import argparse
 import pathlib
 
 import torch
@@ -84,13 +85,13 @@ def byol_loss(p, z):
 
 def attack(net, x, z, noise, args):
     """Eq. 5: x (B, 3, S, S) moved within eps to where the prediction is furthest from the clean target z (B,
-    256). It starts at `noise` (B, 3 S S), a point of the unit ball, times eps.
+    256). It starts at x + eps `noise`, noise (B, 3 S S) in the unit ball, or under --no-random-start at x.
 
     Train mode: batch statistics are part of what is attacked. No running statistic changes.
     """
     eps = args.eps / 255
     step_size = 1.25 * eps / max(1, args.steps) if args.step_size is None else args.step_size / 255
-    start = (x + eps * noise.view(x.shape)).clamp(0, 1)
+    start = (x + eps * noise.view(x.shape)).clamp(0, 1) if args.random_start else x
     with frozen_stats(net):
         return pgd(lambda x: byol_loss(embed(net, x), z),
                    x, eps, step_size, args.steps, args.norm, start=start)
@@ -140,6 +141,9 @@ def parser():
     p.add_argument("--eps", type=float, default=8.0, help="radius of the attack, in 1/255; 0: BYOL")
     p.add_argument("--step-size", type=float, help="of the attack, in 1/255; default: 1.25 eps / steps")
     p.add_argument("--steps", type=int, default=5, help="of the attack")
+    p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
+                   help="start the attack at a random point of the ball (paper); without, at the "
+                        "image: with --steps 1 and --step-size equal to --eps that is FGSM")
     p.add_argument("--image-size", type=int, default=32, help="side of a view")
     return p
 
