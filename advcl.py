@@ -41,9 +41,9 @@ Measured on a CPU thread (Intel Xeon), 0.3 M-parameter encoder, 10,000 images of
 seed 40.8 and 13.5; SimCLR 47.0 and 0.1. Not yet run on a GPU; the paper has 77.73 and 48.89 (1000 epochs;
 with them 50.45).
 """
+import argparse
 import hashlib
 import math
-import os
 import pathlib
 
 import torch
@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.utils import save_image
 
-from common import data, encoders, optim, run
+from common import data, encoders, files, optim, run
 from common.encoders import branch
 from common.kmeans import kmeans
 from common.pgd import frozen_stats, pgd
@@ -125,11 +125,17 @@ def cluster_loss(net, x, labels, clusters):
 
 
 def attack(net, loss, x, noise, args):
-    """Eq. 9, inner maximum: x (..., 3, S, S) moved within eps to maximise loss(x), from `noise` in [-1, 1]
-    times eps. Train mode: batch statistics are part of what is attacked. No running statistic changes."""
+    """Eq. 9, inner maximum: x (..., 3, S, S) moved within eps to maximise loss(x). It starts at x + eps
+    `noise`, noise of x's shape in [-1, 1], or under --no-random-start at x.
+
+    Train mode: batch statistics are part of what is attacked. No running statistic changes.
+    """
     eps = args.eps / 255
+    start = (x + eps * noise).clamp(0, 1) if args.random_start else x
     with frozen_stats(net):
-        return pgd(loss, x, eps, args.step_size / 255, args.steps, start=(x + eps * noise).clamp(0, 1))
+        x_adv = pgd(lambda flat: loss(flat.view(x.shape)), x.flatten(0, -4), eps, args.step_size / 255,
+                    args.steps, start=start.flatten(0, -4))  # each view of each image has a ball of its own
+    return x_adv.view(x.shape)
 
 
 def contrast(net, x, constants, temperature):
@@ -162,11 +168,16 @@ def train_step(net, opt, x1, x2, x, labels, clusters, noise, args):
 
 def pseudo_labels(args, env, images):
     """(N, len(--clusters)): k-means on the teacher's normalised features of the un-augmented images. Kept in
-    --out, and made anew where data, teacher, clusters or seed are not those they were made with."""
-    path, kind = pathlib.Path(args.out) / "pseudo_labels.pt", "AdvCL pseudo-label file"
-    hint, teacher = "move it away, and it is made again", encoders.load_encoder(args.teacher).to(env.device)
+    --out, and made anew where data, image size, teacher, clusters or seed are not those they were made with.
+
+    Raises ValueError where the kept file cannot be read."""
+    path = pathlib.Path(args.out) / "pseudo_labels.pt"
+    kind = "AdvCL pseudo-label file"
+    hint = "move it away, and it is made again"
+    teacher = encoders.load_encoder(args.teacher).to(env.device)
     weights = hashlib.sha256(pathlib.Path(args.teacher).read_bytes()).hexdigest()
-    made_with = {"data": images.checksum(), "teacher": weights, "clusters": args.clusters, "seed": args.seed}
+    made_with = {"data": images.checksum(), "image_size": args.image_size, "teacher": weights,
+                 "clusters": args.clusters, "seed": args.seed}
     if env.rank == 0 and not (path.exists() and encoders.read(path, kind, hint)["made_with"] == made_with):
         with torch.no_grad():
             parts = images.stream(torch.arange(len(images)).split(500))
@@ -174,8 +185,7 @@ def pseudo_labels(args, env, images):
         h = F.normalize(h, dim=1)  # (N, D)
         generator = torch.Generator().manual_seed(args.seed)
         labels = torch.stack([kmeans(h, k, generator) for k in args.clusters], 1).cpu()
-        torch.save({"format": kind, "made_with": made_with, "labels": labels}, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
+        files.save({"format": kind, "made_with": made_with, "labels": labels}, path)
     run.barrier()
     return encoders.read(path, kind, hint)["labels"].to(env.device)
 
@@ -210,6 +220,9 @@ def parser():
     p.add_argument("--eps", type=float, default=8.0, help="linf radius of the attacks, in 1/255")
     p.add_argument("--step-size", type=float, default=2.0, help="of the attacks, in 1/255")
     p.add_argument("--steps", type=int, default=5, help="of the attacks")
+    p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
+                   help="start the attacks at a random point of the ball (authors' code); without, at the "
+                        "image: with --steps 1 and --step-size equal to --eps that is FGSM")
     p.add_argument("--image-size", type=int, default=32, help="side of a view")
     return p
 
