@@ -97,26 +97,37 @@ def contrastive_loss(q, k, bank, temperature, keys=None):
     return (torch.logaddexp(own, bank_logsumexp(q, F.normalize(bank, dim=1), temperature)) - positive).mean()
 
 
+def make_bank(size, dim):
+    """The bank, rows (size, dim) of noise at first, with the `velocity` of its rows, zero."""
+    bank = Bank(size, dim)
+    bank.register_buffer("velocity", torch.zeros_like(bank.rows))
+    return bank
+
+
 def bank_step(bank, velocity, grad, lr, momentum, weight_decay):
     """A step of SGD up `grad` whose decay still shrinks, all (K, D): the new bank and velocity."""
     velocity = momentum * velocity - grad + weight_decay * bank
     return bank - lr * velocity, velocity
 
 
-def objective(pairs, bank, temperature, args):
-    """Eq. 3 of all (q, k) in `pairs`: the mean of a symmetric loss's two, the sum of multi-crop's."""
-    losses = [contrastive_loss(q, k, bank, temperature, run.gather(k) if args.batch_negatives else None)
-              for q, k in pairs]
+def objective(triples, bank, temperature, args):
+    """Eq. 3 of all (q, k, keys) in `triples`: the mean of a symmetric loss's two, the sum of multi-crop's."""
+    losses = [contrastive_loss(q, k, bank, temperature, keys) for q, k, keys in triples]
     return sum(losses) / (len(losses) if args.symmetric else 1)
 
 
-def attack(net, x, k, bank, noise, args):
-    """The query's images x (B, 3, S, S) moved within eps to maximise Eq. 3, k and bank constant, from `noise`
-    in [-1, 1] times eps. Eval mode: an image does not change another's embedding, nor a running statistic."""
-    eps, n = args.eps / 255, F.normalize(bank, dim=1)
+def attack(net, x, k, keys, bank, noise, args):
+    """The query's images x (B, 3, S, S) moved within eps to maximise Eq. 3; k, keys and bank are constants.
+    It starts at x + eps `noise`, noise of x's shape in [-1, 1], or under --no-random-start at x.
+
+    Eval mode: an image does not change another's embedding, nor a running statistic.
+    """
+    eps = args.eps / 255
+    n = F.normalize(bank, dim=1)
+    start = (x + eps * noise).clamp(0, 1) if args.random_start else x
     with eval_mode(net):
-        return pgd(lambda x: objective([(embed(net, x), k)], n, args.temperature, args),
-                   x, eps, args.step_size / 255, args.steps, start=(x + eps * noise).clamp(0, 1))
+        return pgd(lambda x: contrastive_loss(embed(net, x), k, n, args.temperature, keys),
+                   x, eps, args.step_size / 255, args.steps, start=start)
 
 
 @torch.no_grad()
@@ -125,16 +136,24 @@ def embed_keys(target, x_k, order):
     return [embed(target, x[order])[order.argsort()] for x in x_k]
 
 
+def batch_keys(k, args):
+    """For --batch-negatives the keys k (B, 128) of all processes, which call it together; else None."""
+    return run.gather(k) if args.batch_negatives else None
+
+
 def train_step(net, target, opt, bank, x_q, x_k, order, noise, args):
     """One iteration on lists: images of queries, of keys, noise for attacks. `order` as in embed_keys."""
     optim.ema(target, net, args.ema)
-    ks = embed_keys(target, x_k, order) * (len(x_q) // len(x_k))  # in multi-crop all queries have one
+    pairs = [(k, batch_keys(k, args)) for k in embed_keys(target, x_k, order)]
+    pairs *= len(x_q) // len(x_k)  # in multi-crop all queries have one key
     if args.eps:
-        x_q = [attack(net, x, k, bank.rows, start, args) for x, k, start in zip(x_q, ks, noise)]
-    qs, w = [embed(net, x) for x in x_q], bank.rows.detach().requires_grad_()
-    loss = objective(zip(qs, ks), bank.rows, args.temperature, args)
-    pairs = [(q.detach(), k) for q, k in zip(qs, ks)]
-    loss_bank = objective(pairs, w, args.bank_temperature, args)  # the same features, other temperature
+        x_q = [attack(net, x, *pair, bank.rows, start, args) for x, pair, start in zip(x_q, pairs, noise)]
+    q = [embed(net, x) for x in x_q]
+    w = bank.rows.detach().requires_grad_()
+    triples = [(query, *pair) for query, pair in zip(q, pairs)]
+    loss = objective(triples, bank.rows, args.temperature, args)
+    triples = [(query.detach(), *pair) for query, pair in zip(q, pairs)]
+    loss_bank = objective(triples, w, args.bank_temperature, args)  # the same features, other temperature
 
     opt.zero_grad()
     (loss + loss_bank).backward()  # the first has no gradient in the bank, the second none in the network
@@ -143,17 +162,20 @@ def train_step(net, target, opt, bank, x_q, x_k, order, noise, args):
     bank.rows, bank.velocity = bank_step(w.detach(), bank.velocity, w.grad, args.bank_lr,
                                          args.bank_momentum, args.bank_decay)
     run.average_buffers(net, target)  # else the ranks' running statistics part
-    return {"loss": loss, **alarms(pairs, loss_bank, w, bank.rows, args)}
+    return {"loss": loss, **alarms(triples, loss_bank, w, bank.rows, args)}
 
 
 @torch.no_grad()
-def alarms(pairs, loss_bank, before, bank, args):
+def alarms(triples, loss_bank, before, bank, args):
     """How alive the `bank` is after its step, which began at `before` with `loss_bank`."""
-    T, n, (q, k) = args.bank_temperature, F.normalize(bank, dim=1), pairs[0]
-    positive, nearest = (q * k).sum(1), (q * n[bank_argmax(q, n)]).sum(1)
-    own = bank_logsumexp(q, run.gather(k), T) if args.batch_negatives else positive / T
+    T = args.bank_temperature
+    n = F.normalize(bank, dim=1)
+    q, k, keys = triples[0]
+    positive = (q * k).sum(1)
+    nearest = (q * n[bank_argmax(q, n)]).sum(1)
+    own = positive / T if keys is None else bank_logsumexp(q, keys, T)
     return {"mass": (bank_logsumexp(q, n, T) - own).sigmoid().mean(),
-            "bank_gain": objective(pairs, bank, T, args) - loss_bank,
+            "bank_gain": objective(triples, bank, T, args) - loss_bank,
             "rotation": (n - F.normalize(before, dim=1)).norm(dim=1).mean(),
             "norm": bank.norm(dim=1).mean(), "accuracy": (positive > nearest).float().mean()}
 
@@ -166,7 +188,7 @@ def fill(net, target, opt, bank, images, args, env):
         (x1, *_), (x2, *_) = views(x, rng, args)
         optim.ema(target, net, args.ema)
         (k,) = embed_keys(target, [x2], rng.uniform(1, device=env.device)[:, 0].argsort())
-        loss = objective([(embed(net, x1), k)], bank.rows, args.temperature, args)
+        loss = objective([(embed(net, x1), k, batch_keys(k, args))], bank.rows, args.temperature, args)
         opt.zero_grad()
         loss.backward()
         run.average_grads(net.parameters())
@@ -174,9 +196,12 @@ def fill(net, target, opt, bank, images, args, env):
         bank.push(k)
     run.average_buffers(net)  # else the ranks' running statistics part
     target.load_state_dict(net.state_dict())
-    for x, _, rng in itertools.islice(batches, math.ceil(args.bank_size / args.batch_size)):
+    new = 0  # rows of the bank
+    while new < args.bank_size:  # the last batch of an epoch may be short
+        x, _, rng = next(batches)
         _, (x2, *_) = views(x, rng, args)
         bank.push(*embed_keys(target, [x2], rng.uniform(1, device=env.device)[:, 0].argsort()))
+        new += len(x) * env.world
 
 
 def lr_at(epoch, epochs, lr, final):
@@ -210,6 +235,9 @@ def parser():
     p.add_argument("--eps", type=float, default=0.0, help="linf radius of the attack, in 1/255; 0: none")
     p.add_argument("--step-size", type=float, default=2.0, help="of the attack, in 1/255")
     p.add_argument("--steps", type=int, default=5, help="of the attack")
+    p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
+                   help="start the attack at a random point of the ball (ours); without, at the "
+                        "image: with --steps 1 and --step-size equal to --eps that is FGSM")
     p.add_argument("--blur", help="as on ImageNet", **switch)
     p.add_argument("--image-size", type=int, default=32, help="side of a view")
     return p
@@ -243,7 +271,9 @@ def pictures(path, net, target, bank, images, args):
     rows = [x1, x2]
     if args.eps:
         with eval_mode(target):
-            x_adv = attack(net, x1, embed(target, x2).detach(), bank.rows, torch.zeros_like(x1), args)
+            k = embed(target, x2).detach()
+        keys = k if args.batch_negatives else None
+        x_adv = attack(net, x1, k, keys, bank.rows, torch.zeros_like(x1), args)
         rows += [x_adv, 0.5 + (x_adv - x1) / (2 * args.eps / 255)]
     save_image(torch.cat(rows), path, nrow=len(x))
 
@@ -258,8 +288,7 @@ def main(argv=None):
 
     net, target = (network(args.arch, args.stem).to(device) for _ in range(2))
     target.requires_grad_(False).load_state_dict(net.state_dict())
-    bank = Bank(args.bank_size, 128).to(device)
-    bank.register_buffer("velocity", torch.zeros_like(bank.rows))
+    bank = make_bank(args.bank_size, 128).to(device)
     opt = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     if args.compile:
         net.compile(), target.compile()

@@ -110,6 +110,13 @@ def cooperative_loss(q, positive, bank, temperature):
 LOSSES = {"cooperative": cooperative_loss, "adversarial": contrastive_loss}  # of --positives
 
 
+def make_bank(size, dim):
+    """The bank, rows (size, dim) of noise at first, with the `velocity` of its rows, zero."""
+    bank = Bank(size, dim)
+    bank.register_buffer("velocity", torch.zeros_like(bank.rows))
+    return bank
+
+
 def bank_step(bank, velocity, grad, lr, momentum):
     """A step of SGD up `grad`, all (K, D): the new bank and velocity."""
     velocity = momentum * velocity - grad
@@ -165,8 +172,11 @@ def fill(net, target, opt, bank, images, args, env):
     run.average_buffers(net)  # else the ranks' running statistics part
     target.load_state_dict(net.state_dict())
     with torch.no_grad():
-        for x, _, rng in itertools.islice(batches, math.ceil(args.bank_size / args.batch_size)):
+        new = 0  # rows of the bank
+        while new < args.bank_size:  # the last batch of an epoch may be short
+            x, _, rng = next(batches)
             bank.push(embed(target, views(x, rng, args)[1]))
+            new += len(x) * env.world
 
 
 def lr_at(epoch, epochs, lr, warmup, final):
@@ -257,8 +267,7 @@ def main(argv=None):
     if env.world > 1 and device.type == "cuda":  # on CPUs each process has its own statistics
         net, target = (nn.SyncBatchNorm.convert_sync_batchnorm(f) for f in (net, target))
     target.requires_grad_(False).load_state_dict(net.state_dict())
-    bank = Bank(args.bank_size, args.dim).to(device)
-    bank.register_buffer("velocity", torch.zeros_like(bank.rows))
+    bank = make_bank(args.bank_size, args.dim).to(device)
     opt = optimizer(net, args)
     if args.compile:
         net.compile(), target.compile()
