@@ -15,15 +15,22 @@ loss together: all weights are shared, but every BatchNorm, of the encoder and o
 The paper refers to SimCLR for optimiser, augmentation and projector; the numbers are those of the authors'
 code: three layers with BatchNorm, LARS on all parameters (SimCLR itself leaves BatchNorm and biases out), the
 attack's 5 steps of 2/255, the mean of the two terms in DS. Where we depart from that code:
-    - the attack starts inside [0, 1] (there its first gradient is taken at x + noise, not clipped);
-    - a vector is left out of its own denominator by a mask (there by subtracting the constant e^(1/T));
-    - `pgd` makes no weight gradient, and in A2S z of the clean view is computed once per attack: exactly
-      equal in eval mode, and for DS 32 instead of 42 forwards a step (a backward to the pixels counts 1, a
-      whole one 2).
+    - the attack starts inside [0, 1] (theirs takes its first gradient at x + noise, not clipped);
+    - a vector is left out of its own denominator by a mask (theirs subtracts the constant e^(1/T));
+    - `pgd` makes no weight gradient, and in A2S z of the clean view is computed once per attack: the same in
+      eval mode, up to rounding, and for DS 32 instead of 42 forwards per step (a backward to the pixels
+      counts 1, a whole one 2).
+
+The loss that the attack maximises is symmetric: both views are anchors, and the attacked views of other
+images are negatives (Eq. 4 of Qi & Shah 2022, arXiv 2210.13463, has one anchor, and negatives that stand
+still).
+
 BatchNorm: two views of a kind go through the network as one batch. The attack runs in eval mode and changes
-nothing; each branch moves its statistics once a step. Exported is the branch of the attacked images (s2s: the
-clean one, which the authors' own probe reads in any case). Several processes share their negatives, except
-within the attack; their BatchNorms see their own images.
+nothing; each term moves the statistics of its branches once. Exported is the branch of the attacked images
+(s2s: the clean one, which the authors' own probe reads in any case).
+
+Several processes share their negatives, except within the attack. Each BatchNorm sees the images of its own
+process, or with --sync-bn (on GPUs) those of all.
 
     python acl.py                                        the paper's DS: CIFAR-10, ResNet-18, 1000 epochs
     torchrun --standalone --nproc-per-node 4 acl.py      the same on 4 GPUs, 128 of the 512 images on each
@@ -137,7 +144,7 @@ def train_step(net, opt, x1, x2, noise, args):
     loss.backward()
     run.average_grads(net.parameters())
     opt.step()
-    run.average_buffers(net)  # else the ranks' running statistics part
+    run.average_buffers(net)  # else the ranks' running statistics drift apart
     return {"loss": loss, **losses}
 
 

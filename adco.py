@@ -8,27 +8,35 @@ The hybrid (--eps; Section 6.1 of "the survey": Qi & Shah 2022, arXiv 2210.13463
     f_q, f_k                          net, target: encoder, projector; embed() adds u(z) = z / |z|
     {z_neg}                           n, the unit rows of bank.rows, which are free in length
     Eq. 3     contrastive loss        contrastive_loss
-    Eq. 5, 6  attack of the query     attack
+    Eq. 5     FGSM on the query       attack: --no-random-start, one step of --step-size equal to --eps
+    Eq. 6     PGD on the query        attack
     Eq. 7     ascent of the bank      the gradient of contrastive_loss in the bank; bank_step
 
 The body of the paper was not at hand: the equations are the survey's, ImageNet's numbers the authors' code's,
 CIFAR-10's (the defaults) and the hybrid's ours. From the code are also the derivative through the cosine
 (Eq. 7 is that of a free vector), the bank's own temperature, momentum and decay, and both gradients at one
 point (the paper alternates). Departures from it:
-    - only the bank gives negatives, as in the paper; the code has the batch's keys too, --batch-negatives;
-    - after 256 steps of MoCo, keys of the network as it then is fill the bank (there the queue of them): an
-      older network's keys are near no query, have no softmax mass and so no gradient: a dead bank;
+    - only the bank gives negatives, as in the paper; --batch-negatives adds the batch's keys, as the code has
+      it;
+    - after 256 steps of MoCo, keys of the network as it then is fill the bank (their code keeps MoCo's
+      queue): an older network's keys are near no query, have no softmax mass and so no gradient: a dead bank;
     - BatchNorm sees groups of at most 32 images, keys in random order, as on the 8 GPUs of the code: with
       common statistics the network could tell a query's key by its batch;
-    - the multi-crop fill has keys of full size (there 96 pixels); all processes have one bank.
+    - the multi-crop fill has keys of full size (their code: 96 pixels); all processes have one bank (theirs
+      do not where the fill leaves Gaussian rows).
+
+Several processes: each group of BatchNorm has images of one process alone.
+
 Logged of the bank: mass, its share of the softmax; bank_gain, what its step adds to its loss; rotation,
-radians a step; norm; accuracy, how often a query's key is nearer than all rows: 0.99 means a dead bank.
+radians per step; norm; accuracy, how often a query's key is nearer than all rows: 0.99 means a dead bank.
 
     python adco.py                                       CIFAR-10, ResNet-18, 200 epochs
     python adco.py --eps 8 --bank-temperature 0.12 --out runs/hybrid    the hybrid
+    python adco.py --eps 8 --steps 1 --step-size 8 --no-random-start --out runs/fgsm    the hybrid by FGSM
     python adco.py --data path/to/imagenet --arch resnet50 --stem imagenet --image-size 224 --blur --lr 0.03 \
 --lr-final 6e-4 --weight-decay 1e-4 --ema 0.999 --bank-size 65536 --bank-temperature 0.02 --bank-lr 3
     python eval.py runs/adco/encoder.pt --preset knn amoc-slf
+
 Measured on a CPU thread (Intel Xeon), 0.3 M-parameter encoder, 10,000 images of CIFAR-10 (JPEG), 4.9 minutes
 (25 epochs): linear probe 44.4, mass 0.97; MoCo in 3.0 minutes 42.5; the hybrid 37.6, and 14.8 under PGD-20 at
 8/255 (MoCo 0.5). Not yet run on a GPU; the paper has 68.6 on ImageNet (linear, 200 epochs).
@@ -142,7 +150,8 @@ def batch_keys(k, args):
 
 
 def train_step(net, target, opt, bank, x_q, x_k, order, noise, args):
-    """One iteration on lists: images of queries, of keys, noise for attacks. `order` as in embed_keys."""
+    """One iteration on lists: images of queries, of keys, noise for attacks. `bank` is one of make_bank,
+    `order` as in embed_keys."""
     optim.ema(target, net, args.ema)
     pairs = [(k, batch_keys(k, args)) for k in embed_keys(target, x_k, order)]
     pairs *= len(x_q) // len(x_k)  # in multi-crop all queries have one key
@@ -161,7 +170,7 @@ def train_step(net, target, opt, bank, x_q, x_k, order, noise, args):
     opt.step()
     bank.rows, bank.velocity = bank_step(w.detach(), bank.velocity, w.grad, args.bank_lr,
                                          args.bank_momentum, args.bank_decay)
-    run.average_buffers(net, target)  # else the ranks' running statistics part
+    run.average_buffers(net, target)  # else the ranks' running statistics drift apart
     return {"loss": loss, **alarms(triples, loss_bank, w, bank.rows, args)}
 
 
@@ -194,7 +203,7 @@ def fill(net, target, opt, bank, images, args, env):
         run.average_grads(net.parameters())
         opt.step()
         bank.push(k)
-    run.average_buffers(net)  # else the ranks' running statistics part
+    run.average_buffers(net)  # else the ranks' running statistics drift apart
     target.load_state_dict(net.state_dict())
     new = 0  # rows of the bank
     while new < args.bank_size:  # the last batch of an epoch may be short

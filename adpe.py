@@ -17,12 +17,19 @@ position + delta. relative: every block, the decoder's too, has a table p and a 
 q_i . r_ij, r_ij = p[g(pos_i - pos_j)], to its logits; tables start at zero, where a shift has no gradient.
 
 We had the abstract, a survey of the same group (Qi & Shah 2022, arXiv 2210.13463), and the code. In the code
-delta persists: each update moves it one step of Adam uphill, with the gradient of the weights' own backward.
-The survey says PGD for each batch. Both are here; eps is the code's default. Departures from the code:
+delta persists: each update moves it one step of Adam uphill, with the gradient of the weights' own backward,
+and projects it; the survey's Table 1 has such a projected step on a delta that is kept. Its text says that
+PGD and the weights' updates alternate: --adversary pgd takes that for an attack on each batch. eps is the
+code's default. Departures from the code:
     - L2 projection is finite at delta = 0; in absolute embedding delta starts at 0 and is added to the mask
-      token (there it is random and replaces it);
-    - an offset in the table reads its own entry, one beyond it the last (there: shifted, fading, transposed);
-    - relative embedding: a delta for each table entry (there one for all, which the softmax cancels).
+      token (in their code it is random and replaces it);
+    - an index of the table that is a whole number reads that entry alone, as those of the offsets -1, 0 and 1
+      do; farther offsets have indices that grow as a logarithm (iRPE's), and from 3 up read the last entry
+      (in their code indices are shifted, far offsets fade out, rows and columns are exchanged);
+    - relative embedding: a delta for each table entry (theirs: one for all, which the softmax cancels).
+
+No BatchNorm, no dropout: train and eval mode agree.
+
 The first command is the code's ImageNet recipe, on images decoded at 112 pixels; the defaults are ours.
 
     torchrun --standalone --nproc-per-node 8 adpe.py --data path/to/imagenet --arch vit_base \
@@ -30,6 +37,7 @@ The first command is the code's ImageNet recipe, on images decoded at 112 pixels
     python adpe.py                                            relative coordinates, persistent
     python adpe.py --radius 0 --out runs/mae-plus             MAE+, the clean base
     python eval.py runs/adpe/encoder.pt --preset mae-tune-cifar mae-slf-cifar knn
+
 Measured on a CPU thread, vit_slim, 10,000 images of CIFAR-10 (JPEG), 10 minutes, 2 seeds: linear probe 42.4,
 fine-tuned 48.2; MAE+ 42.2 and 48.8, a random encoder 34.8 and 40.4. Not yet run on a GPU.
 """

@@ -22,13 +22,16 @@ of the projector are the authors' code's. So is the scale of the loss: a mean ov
 times T / 0.07 (the paper sums): lambda and the learning rate were chosen for it. Where we depart from it:
     - pseudo-labels come from our k-means on a teacher's features, not from an ImageNet encoder; without a
       teacher the classification term is off, and the log says so;
-    - the attack leaves no trace: it normalises by batch statistics, as there, and updates no running ones
-      (there most of what the adv branch averages comes from unfinished attacks);
-    - it starts inside [0, 1]; what it does not change is embedded once: exactly equal, as batch statistics
-      depend on the batch alone, and 35 instead of 50 forwards a step (a backward to the pixels counts 1, a
-      whole one 2).
-Each view is a batch of its own to BatchNorm. Several processes share their negatives, except within the
-attack; their BatchNorms see their own images.
+    - the attack leaves no trace: it normalises by batch statistics, as theirs does, and updates no running
+      ones (in their code most of what the adv branch averages comes from unfinished attacks);
+    - it starts inside [0, 1]; what it does not change is embedded once: the same, up to rounding, as batch
+      statistics depend on the batch alone, and 35 instead of 50 forwards per step (a backward to the pixels
+      counts 1, a whole one 2).
+
+BatchNorm: each view is a batch of its own, in the attack too.
+
+Several processes share their negatives, except within the attack. Each BatchNorm sees the images of its own
+process, or with --sync-bn (on GPUs) those of all.
 
     python acl.py --variant s2s --out runs/s2s                a teacher
     python advcl.py --teacher runs/s2s/encoder.pt             CIFAR-10, ResNet-18, 1000 epochs
@@ -39,7 +42,7 @@ attack; their BatchNorms see their own images.
 Measured on a CPU thread (Intel Xeon), 0.3 M-parameter encoder, 10,000 images of CIFAR-10 (JPEG), 4.6 minutes
 (11 epochs, 2 attack steps, no pseudo-labels): linear probe 44.8 standard, 13.3 under PGD-20 at 8/255, another
 seed 40.8 and 13.5; SimCLR 47.0 and 0.1. Not yet run on a GPU; the paper has 77.73 and 48.89 (1000 epochs;
-with them 50.45).
+with pseudo-labels 50.45 under PGD-20).
 """
 import argparse
 import hashlib
@@ -162,7 +165,7 @@ def train_step(net, opt, x1, x2, x, labels, clusters, noise, args):
     loss.backward()
     run.average_grads(net.parameters())
     opt.step()
-    run.average_buffers(net)  # else the ranks' running statistics part
+    run.average_buffers(net)  # else the ranks' running statistics drift apart
     return {"loss": loss, **losses}
 
 

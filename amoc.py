@@ -1,7 +1,7 @@
 """AMOC: adversarial momentum-contrastive pretraining (Xu & Yang 2020, arXiv 2012.13154).
 
 MoCo, made robust. A slowly moving copy of the encoder makes keys; banks of old keys supply the negatives, so
-256 images a step are enough. The clean MoCo loss L_CCC is joined by the same loss with an attacked query
+256 images per step are enough. The clean MoCo loss L_CCC is joined by the same loss with an attacked query
 and/or key, L_*, the attack being PGD on L_* itself. Clean and attacked images have their own BatchNorm branch
 (statistics and affine), and clean and attacked keys their own bank.
 
@@ -20,15 +20,21 @@ Where the paper is silent we take the authors' code: the attack (5 steps of 2/25
 mode), BatchNorm of the keys in train mode without shuffling, SGD and its schedule, the projector's sizes, the
 normalisation. Neither gives the blur's kernel a size; ours, 13, reaches three sigma at the largest sigma.
 Where we depart from the authors' code:
-    - keys join the bank at the end of the step, as the paper says (there before the logits: a query's own key
-      is also its negative);
-    - a view that is not attacked enters the attack clean (there: with the random start of the attacked one);
+    - keys join the bank at the end of the step, as the paper says (in their code before the logits: a query's
+      own key is also its negative);
+    - a view that is not attacked enters the attack clean (in their code with a random start too);
     - what does not depend on the perturbation is computed once per attack, and `pgd` makes no weight
-      gradient: exactly equal in eval mode, and for ACC 18 instead of 29 forwards a step (a backward to the
-      pixels counts 1, a whole one 2).
+      gradient: the same in eval mode, up to rounding, and for ACC 18 instead of 29 forwards per step (a
+      backward to the pixels counts 1, a whole one 2).
+
 Exported is the BN branch of the attacked query, adv, and clean where no query is attacked (CCC, CAC, CAA).
 In ACA nothing ever enters M_adv: it stays Gaussian noise (the paper's Remark 1). ACA_PLUS, which the code has
 and the paper has not, fills it with the keys of attacked queries.
+
+Several processes: each BatchNorm sees the images of its own process, or with --sync-bn (on GPUs) those of
+all. On 8 GPUs a query and its key are then normalised among the same 32 images, by which a network can tell
+the key from the bank's: the leak against which MoCo shuffles keys among its GPUs. With --sync-bn it is 256
+images, as in the authors' code, which runs on one GPU.
 
     python amoc.py                                       the paper's ACC: CIFAR-10, ResNet-18, 200 epochs
     torchrun --standalone --nproc-per-node 8 amoc.py     the same on 8 GPUs, 32 of the 256 images on each
@@ -168,7 +174,7 @@ def train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, args):
     run.average_grads(net.parameters())
     opt.step()
     optim.ema(target, net, args.ema)  # Eq. 3.2
-    run.average_buffers(net, target)  # else the ranks' running statistics part
+    run.average_buffers(net, target)  # else the ranks' running statistics drift apart
     bank_clean.push(k)
     if v.adv_key or v.extra_key:  # CAC and AAC fill it, and never read it
         bank_adv.push(k_push)

@@ -1,5 +1,5 @@
 """BYORL: bootstrap your own robust latents (Gowal et al. 2021, "Self-supervised Adversarial Robustness for
-the Low-label, High-data Regime", ICLR 2021).
+the Low-label, High-data Regime", ICLR 2021; Sec. 4.2 of Qi & Shah 2022, arXiv 2210.13463).
 
 BYOL, made robust. An online network predicts what a slowly moving copy of it, the target, says about another
 view of the same image; there are no labels and no negatives. Here the online network's view is first moved,
@@ -20,17 +20,23 @@ misprint, and maximise. Where the paper is silent, or its appendix was not at ha
 2006.07733) conventions: BatchNorm in the heads, LARS with trust 0.001 that leaves biases and norms alone,
 warm-up over 10 epochs, the target's BatchNorm in train mode; and a common augmentation for CIFAR without
 blur, the second view solarised now and then. Departures from the paper:
-    - the encoder: ResNet-18 (there a pre-activation ResNet-34, two to four times as wide), and 200 epochs
-      (there 1000);
-    - the attack: 5 steps of a fixed length (there 40, of AutoPGD's adaptive length, 21 times BYOL's cost).
+    - the encoder: ResNet-18 (the paper's: a pre-activation ResNet-34, two to four times as wide), and 200
+      epochs (the paper: 1000);
+    - the attack: 5 steps of a fixed length (the paper: 40, of AutoPGD's adaptive length, 21 times BYOL's
+      cost).
 The target is never attacked: the paper found that unstable.
+
 BatchNorm: there is one set, and the online network sees attacked views only, so that attacked images are what
 the exported statistics describe. The attack runs in train mode: it uses batch statistics, as the update does,
 so that moving one image shifts the others' normalisation; running statistics do not change. Each view has a
-pass of its own, and a process's BatchNorm sees its own images. The target is clean and constant, and computed
-once. A step costs 28 forwards: 2 of the target, 2 * 6 online, 2 * 5 backwards to the pixels, and 2 whole
-backwards that count 2 each; BYOL's costs 8. The log tells how far the projections are spread, and a run whose
-projections are all alike ends.
+pass of its own.
+
+Several processes: each BatchNorm sees the images of its own process, or with --sync-bn (on GPUs) those of
+all.
+
+The target is clean and constant, and computed once per step. A step costs 28 forwards: 2 of the target, 2 * 6
+online, 2 * 5 backwards to the pixels, and 2 whole backwards that count 2 each; BYOL's costs 8. The log tells
+how far the projections are spread, and a run whose projections are all alike ends.
 
     python byorl.py                                      linf 8/255: CIFAR-10, ResNet-18, 200 epochs
     torchrun --standalone --nproc-per-node 4 byorl.py    the same on 4 GPUs, 128 of the 512 images on each
@@ -111,7 +117,7 @@ def train_step(net, target, opt, x1, x2, noise, tau, args):
     run.average_grads(net.parameters())
     opt.step()
     optim.ema(target, net[:2], tau)
-    run.average_buffers(net)  # else the ranks' running statistics part
+    run.average_buffers(net)  # else the ranks' running statistics drift apart
     return {"loss": loss, "blind": blind}
 
 

@@ -1,4 +1,4 @@
-"""Where the attacks of all scripts start; and a picture, which rank 0 draws alone, waits for no other rank."""
+"""Where the attacks of all scripts start; and that pictures, which rank 0 draws alone, wait for no other."""
 import functools
 import importlib
 from types import SimpleNamespace
@@ -20,16 +20,16 @@ ATTACKS = {  # one step of the whole radius from the image itself: FGSM
     "byorl": FGSM,
     "adco": [*FGSM, "--batch-negatives"],
     "adv_mae": FGSM,
-    "adpe": ["--adversary", "pgd", "--position", "absolute", "--no-random-start", "--steps", "1", "--radius", "0.5",
-             "--step-size", "0.5"],
+    "adpe": ["--adversary", "pgd", "--position", "absolute", "--no-random-start", "--steps", "1",
+             "--radius", "0.5", "--step-size", "0.5"],
 }
 COLLECTIVES = ("gather", "average_grads", "average_buffers", "barrier")
 
 
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory):
-    """A script's run of two steps with their pictures, made once: `attacks`, what each call of `pgd` was given
-    and gave, and `alone`, the names of collective operations that rank 0 would have called alone."""
+    """A script's run of two steps with their pictures, made once: `attacks`, what each call of `pgd` was
+    given and gave, and `alone`, the names of collective operations that rank 0 would have called alone."""
     folder = tmp_path_factory.mktemp("traced")
     npz = tiny_npz(folder / "tiny.npz", n=16)
 
