@@ -15,15 +15,22 @@ loss together: all weights are shared, but every BatchNorm, of the encoder and o
 The paper refers to SimCLR for optimiser, augmentation and projector; the numbers are those of the authors'
 code: three layers with BatchNorm, LARS on all parameters (SimCLR itself leaves BatchNorm and biases out), the
 attack's 5 steps of 2/255, the mean of the two terms in DS. Where we depart from that code:
-    - the attack starts inside [0, 1] (there its first gradient is taken at x + noise, not clipped);
-    - a vector is left out of its own denominator by a mask (there by subtracting the constant e^(1/T));
-    - `pgd` makes no weight gradient, and in A2S z of the clean view is computed once per attack: exactly
-      equal in eval mode, and for DS 32 instead of 42 forwards a step (a backward to the pixels counts 1, a
-      whole one 2).
+    - the attack starts inside [0, 1] (theirs takes its first gradient at x + noise, not clipped);
+    - a vector is left out of its own denominator by a mask (theirs subtracts the constant e^(1/T));
+    - `pgd` makes no weight gradient, and in A2S z of the clean view is computed once per attack: the same in
+      eval mode, up to rounding, and for DS 32 instead of 42 forwards per step (a backward to the pixels
+      counts 1, a whole one 2).
+
+The loss that the attack maximises is symmetric: both views are anchors, and the attacked views of other
+images are negatives (Eq. 4 of Qi & Shah 2022, arXiv 2210.13463, has one anchor, and negatives that stand
+still).
+
 BatchNorm: two views of a kind go through the network as one batch. The attack runs in eval mode and changes
-nothing; each branch moves its statistics once a step. Exported is the branch of the attacked images (s2s: the
-clean one, which the authors' own probe reads in any case). Several processes share their negatives, except
-within the attack; their BatchNorms see their own images.
+nothing; each term moves the statistics of its branches once. Exported is the branch of the attacked images
+(s2s: the clean one, which the authors' own probe reads in any case).
+
+Several processes share their negatives, except within the attack. Each BatchNorm sees the images of its own
+process, or with --sync-bn (on GPUs) those of all.
 
     python acl.py                                        the paper's DS: CIFAR-10, ResNet-18, 1000 epochs
     torchrun --standalone --nproc-per-node 4 acl.py      the same on 4 GPUs, 128 of the 512 images on each
@@ -36,6 +43,7 @@ Measured on a CPU thread (Intel Xeon), 0.3 M-parameter encoder, 10,000 images of
 minutes 47.0 and 0.1, a random encoder 27.4 and 0. Not yet run on a GPU; Fan et al. have 77.88 and 42.87 (1000
 epochs).
 """
+import argparse
 import math
 import pathlib
 
@@ -95,22 +103,30 @@ def nt_xent(z1, z2, temperature):
 
 
 def attack(net, x1, x2, noise, kinds, args):
-    """The views of kind "adv" moved within eps to maximise the term's loss; returns both views (B, 3, S, S).
-    They start at `noise` (B, 2, 3, S, S) in [-1, 1], times eps.
+    """The views of kind "adv", one or both, moved within eps to maximise the term's loss; gives both views
+    (B, 3, S, S). They start at the images + eps `noise`, noise (B, 2, 3, S, S) in [-1, 1], or under
+    --no-random-start at the images.
 
     Eval mode: an embedding then depends on its own image only, so that of a clean view is a constant, and no
     running statistic changes.
     """
     eps, step_size, T = args.eps / 255, args.step_size / 255, args.temperature
-    start1, start2 = (x1 + eps * noise[:, 0]).clamp(0, 1), (x2 + eps * noise[:, 1]).clamp(0, 1)
+    start1 = (x1 + eps * noise[:, 0]).clamp(0, 1) if args.random_start else x1
+    start2 = (x2 + eps * noise[:, 1]).clamp(0, 1) if args.random_start else x2
     with eval_mode(net):
         if kinds == ("adv", "adv"):  # both at once
             x = pgd(lambda x: nt_xent(*embed(net, x, "adv").chunk(2), T),
                     torch.cat([x1, x2]), eps, step_size, args.steps, start=torch.cat([start1, start2]))
             return x.chunk(2)
-        z2 = embed(net, x2, "clean").detach()
-        return pgd(lambda x: nt_xent(embed(net, x, "adv"), z2, T),
-                   x1, eps, step_size, args.steps, start=start1), x2
+        if kinds == ("adv", "clean"):
+            z2 = embed(net, x2, "clean").detach()
+            x1 = pgd(lambda x: nt_xent(embed(net, x, "adv"), z2, T),
+                     x1, eps, step_size, args.steps, start=start1)
+        elif kinds == ("clean", "adv"):
+            z1 = embed(net, x1, "clean").detach()
+            x2 = pgd(lambda x: nt_xent(z1, embed(net, x, "adv"), T),
+                     x2, eps, step_size, args.steps, start=start2)
+        return x1, x2
 
 
 def train_step(net, opt, x1, x2, noise, args):
@@ -119,14 +135,15 @@ def train_step(net, opt, x1, x2, noise, args):
     for kinds in VARIANTS[args.variant]:
         pair = attack(net, x1, x2, noise, kinds, args) if "adv" in kinds else (x1, x2)
         z1, z2 = embed_pair(net, *pair, kinds)
-        losses[f"loss_{kinds[0]}"] = nt_xent(run.gather(z1), run.gather(z2), args.temperature)
+        name = kinds[0] if kinds[0] == kinds[1] else "_".join(kinds)
+        losses[f"loss_{name}"] = nt_xent(run.gather(z1), run.gather(z2), args.temperature)
     loss = sum(losses.values()) / len(losses)
 
     opt.zero_grad()
     loss.backward()
     run.average_grads(net.parameters())
     opt.step()
-    run.average_buffers(net)  # else the ranks' running statistics part
+    run.average_buffers(net)  # else the ranks' running statistics drift apart
     return {"loss": loss, **losses}
 
 
@@ -152,6 +169,9 @@ def parser():
                    help="linf radius of the attack, in 1/255")
     p.add_argument("--step-size", type=run.number(0, 255), default=2.0, help="of the attack, in 1/255")
     p.add_argument("--steps", type=run.integer(0), default=5, help="of the attack")
+    p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
+                   help="start the attack at a random point of the ball (authors' code); without, at the "
+                        "image: with --steps 1 and --step-size equal to --eps that is FGSM")
     p.add_argument("--image-size", type=run.integer(1, 10000),
                    help="side of a view; default: that of the data's images, of a folder's 32")
     return p
@@ -175,10 +195,11 @@ def pictures(path, net, images, size, args):
     eps)."""
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
     x1, x2 = (augment(x, rng, size) for _ in range(2))
-    rows, kinds = [x1, x2], VARIANTS[args.variant][0]
-    if "adv" in kinds:
+    rows = [x1, x2]
+    attacked = [kinds for kinds in VARIANTS[args.variant] if "adv" in kinds]
+    if attacked:
         noise = 2 * rng.uniform(2, *x1.shape[1:], device=x1.device) - 1
-        for clean, x_adv in zip((x1, x2), attack(net, x1, x2, noise, kinds, args)):
+        for clean, x_adv in zip((x1, x2), attack(net, x1, x2, noise, attacked[0], args)):
             if x_adv is not clean:
                 rows += [x_adv, 0.5 + (x_adv - clean) / (2 * max(args.eps / 255, 1e-8))]
     run.save_picture(torch.cat(rows), path, len(x1))

@@ -8,27 +8,35 @@ The hybrid (--eps; Section 6.1 of "the survey": Qi & Shah 2022, arXiv 2210.13463
     f_q, f_k                          net, target: encoder, projector; embed() adds u(z) = z / |z|
     {z_neg}                           n, the unit rows of bank.rows, which are free in length
     Eq. 3     contrastive loss        contrastive_loss
-    Eq. 5, 6  attack of the query     attack
+    Eq. 5     FGSM on the query       attack: --no-random-start, one step of --step-size equal to --eps
+    Eq. 6     PGD on the query        attack
     Eq. 7     ascent of the bank      the gradient of contrastive_loss in the bank; bank_step
 
 The body of the paper was not at hand: the equations are the survey's, ImageNet's numbers the authors' code's,
 CIFAR-10's (the defaults) and the hybrid's ours. From the code are also the derivative through the cosine
 (Eq. 7 is that of a free vector), the bank's own temperature, momentum and decay, and both gradients at one
 point (the paper alternates). Departures from it:
-    - only the bank gives negatives, as in the paper; the code has the batch's keys too, --batch-negatives;
-    - after 256 steps of MoCo, keys of the network as it then is fill the bank (there the queue of them): an
-      older network's keys are near no query, have no softmax mass and so no gradient: a dead bank;
+    - only the bank gives negatives, as in the paper; --batch-negatives adds the batch's keys, as the code has
+      it;
+    - after 256 steps of MoCo, keys of the network as it then is fill the bank (their code keeps MoCo's
+      queue): an older network's keys are near no query, have no softmax mass and so no gradient: a dead bank;
     - BatchNorm sees groups of at most 32 images, keys in random order, as on the 8 GPUs of the code: with
       common statistics the network could tell a query's key by its batch;
-    - the multi-crop fill has keys of full size (there 96 pixels); all processes have one bank.
+    - the multi-crop fill has keys of full size (their code: 96 pixels); all processes have one bank (theirs
+      do not where the fill leaves Gaussian rows).
+
+Several processes: each group of BatchNorm has images of one process alone.
+
 Logged of the bank: mass, its share of the softmax; bank_gain, what its step adds to its loss; rotation,
-radians a step; norm; accuracy, how often a query's key is nearer than all rows: 0.99 means a dead bank.
+radians per step; norm; accuracy, how often a query's key is nearer than all rows: 0.99 means a dead bank.
 
     python adco.py                                       CIFAR-10, ResNet-18, 200 epochs
     python adco.py --eps 8 --bank-temperature 0.12 --out runs/hybrid    the hybrid
+    python adco.py --eps 8 --steps 1 --step-size 8 --no-random-start --out runs/fgsm    the hybrid by FGSM
     python adco.py --data path/to/imagenet --arch resnet50 --stem imagenet --image-size 224 --blur --lr 0.03 \
 --lr-final 6e-4 --weight-decay 1e-4 --ema 0.999 --bank-size 65536 --bank-temperature 0.02 --bank-lr 3
     python eval.py runs/adco/encoder.pt --preset knn amoc-slf
+
 Measured on a CPU thread (Intel Xeon), 0.3 M-parameter encoder, 10,000 images of CIFAR-10 (JPEG), 4.9 minutes
 (25 epochs): linear probe 44.4, mass 0.97; MoCo in 3.0 minutes 42.5; the hybrid 37.6, and 14.8 under PGD-20 at
 8/255 (MoCo 0.5). Not yet run on a GPU; the paper has 68.6 on ImageNet (linear, 200 epochs).
@@ -75,7 +83,8 @@ def augment(x, rng, side, size, args):
 
 def views(x, rng, size, args):
     """Images for the queries, and for the key of each (in multi-crop one for all): two lists."""
-    *x_q, x_k = (augment(x, rng, side, size, args) for side in ([*CROPS, 224] if args.multi_crop else [224, 224]))
+    sides = [*CROPS, 224] if args.multi_crop else [224, 224]
+    *x_q, x_k = [augment(x, rng, side, size, args) for side in sides]
     return (x_q + [x_k], [x_k] + x_q) if args.symmetric else (x_q, [x_k])
 
 
@@ -96,26 +105,37 @@ def contrastive_loss(q, k, bank, temperature, keys=None):
     return (torch.logaddexp(own, bank_logsumexp(q, F.normalize(bank, dim=1), temperature)) - positive).mean()
 
 
+def make_bank(size, dim):
+    """The bank, rows (size, dim) of noise at first, with the `velocity` of its rows, zero."""
+    bank = Bank(size, dim)
+    bank.register_buffer("velocity", torch.zeros_like(bank.rows))
+    return bank
+
+
 def bank_step(bank, velocity, grad, lr, momentum, weight_decay):
     """A step of SGD up `grad` whose decay still shrinks, all (K, D): the new bank and velocity."""
     velocity = momentum * velocity - grad + weight_decay * bank
     return bank - lr * velocity, velocity
 
 
-def objective(pairs, bank, temperature, args):
-    """Eq. 3 of all (q, k) in `pairs`: the mean of a symmetric loss's two, the sum of multi-crop's."""
-    losses = [contrastive_loss(q, k, bank, temperature, run.gather(k) if args.batch_negatives else None)
-              for q, k in pairs]
+def objective(triples, bank, temperature, args):
+    """Eq. 3 of all (q, k, keys) in `triples`: the mean of a symmetric loss's two, the sum of multi-crop's."""
+    losses = [contrastive_loss(q, k, bank, temperature, keys) for q, k, keys in triples]
     return sum(losses) / (len(losses) if args.symmetric else 1)
 
 
-def attack(net, x, k, bank, noise, args):
-    """The query's images x (B, 3, S, S) moved within eps to maximise Eq. 3, k and bank constant, from `noise`
-    in [-1, 1] times eps. Eval mode: an image does not change another's embedding, nor a running statistic."""
-    eps, n = args.eps / 255, F.normalize(bank, dim=1)
+def attack(net, x, k, keys, bank, noise, args):
+    """The query's images x (B, 3, S, S) moved within eps to maximise Eq. 3; k, keys and bank are constants.
+    It starts at x + eps `noise`, noise of x's shape in [-1, 1], or under --no-random-start at x.
+
+    Eval mode: an image does not change another's embedding, nor a running statistic.
+    """
+    eps = args.eps / 255
+    n = F.normalize(bank, dim=1)
+    start = (x + eps * noise).clamp(0, 1) if args.random_start else x
     with eval_mode(net):
-        return pgd(lambda x: objective([(embed(net, x), k)], n, args.temperature, args),
-                   x, eps, args.step_size / 255, args.steps, start=(x + eps * noise).clamp(0, 1))
+        return pgd(lambda x: contrastive_loss(embed(net, x), k, n, args.temperature, keys),
+                   x, eps, args.step_size / 255, args.steps, start=start)
 
 
 @torch.no_grad()
@@ -124,16 +144,25 @@ def embed_keys(target, x_k, order):
     return [embed(target, x[order])[order.argsort()] for x in x_k]
 
 
+def batch_keys(k, args):
+    """For --batch-negatives the keys k (B, 128) of all processes, which call it together; else None."""
+    return run.gather(k) if args.batch_negatives else None
+
+
 def train_step(net, target, opt, bank, x_q, x_k, order, noise, args):
-    """One iteration on lists: images of queries, of keys, noise for attacks. `order` as in embed_keys."""
+    """One iteration on lists: images of queries, of keys, noise for attacks. `bank` is one of make_bank,
+    `order` as in embed_keys."""
     optim.ema(target, net, args.ema)
-    ks = embed_keys(target, x_k, order) * (len(x_q) // len(x_k))  # in multi-crop all queries have one
+    pairs = [(k, batch_keys(k, args)) for k in embed_keys(target, x_k, order)]
+    pairs *= len(x_q) // len(x_k)  # in multi-crop all queries have one key
     if args.eps:
-        x_q = [attack(net, x, k, bank.rows, start, args) for x, k, start in zip(x_q, ks, noise)]
-    qs, w = [embed(net, x) for x in x_q], bank.rows.detach().requires_grad_()
-    loss = objective(zip(qs, ks), bank.rows, args.temperature, args)
-    pairs = [(q.detach(), k) for q, k in zip(qs, ks)]
-    loss_bank = objective(pairs, w, args.bank_temperature, args)  # the same features, other temperature
+        x_q = [attack(net, x, *pair, bank.rows, start, args) for x, pair, start in zip(x_q, pairs, noise)]
+    q = [embed(net, x) for x in x_q]
+    w = bank.rows.detach().requires_grad_()
+    triples = [(query, *pair) for query, pair in zip(q, pairs)]
+    loss = objective(triples, bank.rows, args.temperature, args)
+    triples = [(query.detach(), *pair) for query, pair in zip(q, pairs)]
+    loss_bank = objective(triples, w, args.bank_temperature, args)  # the same features, other temperature
 
     opt.zero_grad()
     (loss + loss_bank).backward()  # the first has no gradient in the bank, the second none in the network
@@ -141,18 +170,21 @@ def train_step(net, target, opt, bank, x_q, x_k, order, noise, args):
     opt.step()
     bank.rows, bank.velocity = bank_step(w.detach(), bank.velocity, w.grad, args.bank_lr,
                                          args.bank_momentum, args.bank_decay)
-    run.average_buffers(net, target)  # else the ranks' running statistics part
-    return {"loss": loss, **alarms(pairs, loss_bank, w, bank.rows, args)}
+    run.average_buffers(net, target)  # else the ranks' running statistics drift apart
+    return {"loss": loss, **alarms(triples, loss_bank, w, bank.rows, args)}
 
 
 @torch.no_grad()
-def alarms(pairs, loss_bank, before, bank, args):
+def alarms(triples, loss_bank, before, bank, args):
     """How alive the `bank` is after its step, which began at `before` with `loss_bank`."""
-    T, n, (q, k) = args.bank_temperature, F.normalize(bank, dim=1), pairs[0]
-    positive, nearest = (q * k).sum(1), (q * n[bank_argmax(q, n)]).sum(1)
-    own = bank_logsumexp(q, run.gather(k), T) if args.batch_negatives else positive / T
+    T = args.bank_temperature
+    n = F.normalize(bank, dim=1)
+    q, k, keys = triples[0]
+    positive = (q * k).sum(1)
+    nearest = (q * n[bank_argmax(q, n)]).sum(1)
+    own = positive / T if keys is None else bank_logsumexp(q, keys, T)
     return {"mass": (bank_logsumexp(q, n, T) - own).sigmoid().mean(),
-            "bank_gain": objective(pairs, bank, T, args) - loss_bank,
+            "bank_gain": objective(triples, bank, T, args) - loss_bank,
             "rotation": (n - F.normalize(before, dim=1)).norm(dim=1).mean(),
             "norm": bank.norm(dim=1).mean(), "accuracy": (positive > nearest).float().mean()}
 
@@ -166,18 +198,21 @@ def fill(net, target, opt, bank, images, size, args, env):
         (x1, *_), (x2, *_) = views(x, rng, size, args)
         optim.ema(target, net, args.ema)
         (k,) = embed_keys(target, [x2], rng.uniform(1, device=env.device)[:, 0].argsort())
-        loss = objective([(embed(net, x1), k)], bank.rows, args.temperature, args)
+        loss = objective([(embed(net, x1), k, batch_keys(k, args))], bank.rows, args.temperature, args)
         opt.zero_grad()
         loss.backward()
         run.average_grads(net.parameters())
         opt.step()
         bank.push(k)
-    run.average_buffers(net)  # else the ranks' running statistics part
+    run.average_buffers(net)  # else the ranks' running statistics drift apart
     target.load_state_dict(net.state_dict())
-    for x, _, rng in itertools.islice(batches, math.ceil(args.bank_size / args.batch_size)):
+    new = 0  # rows of the bank
+    while new < args.bank_size:  # the last batch of an epoch may be short
+        x, _, rng = next(batches)
         run.stop_if_signalled(args, env, None, 0)
         _, (x2, *_) = views(x, rng, size, args)
         bank.push(*embed_keys(target, [x2], rng.uniform(1, device=env.device)[:, 0].argsort()))
+        new += len(x) * env.world
 
 
 def lr_at(epoch, epochs, lr, final):
@@ -215,6 +250,9 @@ def parser():
                    help="linf radius of the attack, in 1/255; 0: none")
     p.add_argument("--step-size", type=run.number(0, 255), default=2.0, help="of the attack, in 1/255")
     p.add_argument("--steps", type=run.integer(0), default=5, help="of the attack")
+    p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
+                   help="start the attack at a random point of the ball (ours); without, at the "
+                        "image: with --steps 1 and --step-size equal to --eps that is FGSM")
     p.add_argument("--blur", help="as on ImageNet", **switch)
     p.add_argument("--image-size", type=run.integer(1, 10000),
                    help="side of a view; default: that of the data's images, of a folder's 32")
@@ -243,7 +281,9 @@ def pictures(path, net, target, bank, images, size, args):
     rows = [x1, x2]
     if args.eps:
         with eval_mode(target):
-            x_adv = attack(net, x1, embed(target, x2).detach(), bank.rows, torch.zeros_like(x1), args)
+            k = embed(target, x2).detach()
+        keys = k if args.batch_negatives else None
+        x_adv = attack(net, x1, k, keys, bank.rows, torch.zeros_like(x1), args)
         rows += [x_adv, 0.5 + (x_adv - x1) / (2 * args.eps / 255)]
     run.save_picture(torch.cat(rows), path, len(x))
 
@@ -261,8 +301,7 @@ def main(argv=None):
     net = run.to_device(network(args.arch, args.stem), args, env)
     target = run.to_device(network(args.arch, args.stem), args, env).requires_grad_(False)
     target.load_state_dict(net.state_dict())
-    bank = Bank(args.bank_size, 128).to(device)
-    bank.register_buffer("velocity", torch.zeros_like(bank.rows))
+    bank = make_bank(args.bank_size, 128).to(device)
     opt = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     if args.compile:
         net.compile(), target.compile()

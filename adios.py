@@ -10,21 +10,32 @@ masks come to follow objects. A penalty forbids masks that hide everything or no
     penalty, lambda             mask_penalty, --mask-weight
     ADIOS-s                     --single: each image is shown with one of its masks, drawn at random
 
---objective is simclr (arXiv 2002.05709), byol (2006.07733), simsiam (2011.10566) or mae (Qi & Shah 2022,
-2210.13463, Eq. 11: pixels, by a ViT; the MLP on each token is ours). Controls: --masker random (hard masks
-with smooth outlines, of equal mean area), and none: a loss of one term, not N, whose steps at equal --lr are
-smaller. Beyond the abstract we know the authors' code; our CIFAR-10 numbers are no paper's. Departures:
-    - the penalty's sine is floored at 1e-4, flat below (there 1e-10 is added, and float32 rewards a mask that
-      hides everything); no entropy of areas, seldom on there; no blur; the U-Net always has GroupNorm;
+--objective is simclr (arXiv 2002.05709), byol (2006.07733), simsiam (2011.10566) or mae ("the survey": Qi &
+Shah 2022, 2210.13463, Eq. 11: pixels, by a ViT; the MLP on each token is ours). As in the authors' code x1
+is whole and x2 masked (the survey writes the same x for both); simsiam masks both, mae has x1 alone.
+
+Controls: --masker random (hard masks with smooth outlines, of equal mean area), and none: a loss of one term,
+not N, whose steps at equal --lr are smaller.
+
+Beyond the abstract we know the authors' code; our CIFAR-10 numbers are no paper's. Departures from the code:
+    - the penalty's sine is floored at 1e-4, flat below (theirs adds 1e-10, and float32 rewards a mask that
+      hides everything); no entropy of areas, seldom on in theirs; no blur; the U-Net always has GroupNorm;
     - running statistics move in the encoder's step only; simsiam's predictor follows the schedule too;
-    - made once for all N masks: the masks, whole views, BYOL's target of them. Equal in value; 24 forwards,
-      not 38, for simclr with N = 4 (a backward to the pixels counts 1, a whole one 2).
-A removed pixel becomes the mean colour. BatchNorm: train mode, one pass per input. Processes share negatives.
+    - the learning rates reach their peaks with epoch --warmup, counted from 0 (theirs one epoch before);
+    - the masks, whole views and BYOL's target of them are computed once for all N masks: the same, up to
+      rounding; 24 forwards, not 38, for simclr with N = 4 (a backward to the pixels counts 1, a whole one 2).
+A removed pixel becomes the mean colour.
+
+BatchNorm: train mode, one pass per input.
+
+Several processes share their negatives. Each BatchNorm sees the images of its own process, or with --sync-bn
+(on GPUs) those of all.
 
     python adios.py                                      SimCLR + ADIOS: CIFAR-10, ResNet-18, 200 epochs
     torchrun --standalone --nproc-per-node 2 adios.py    the same on 2 GPUs, 128 of the 256 images on each
     python adios.py --masker none --out runs/simclr      SimCLR, the base
     python eval.py runs/adios/encoder.pt --preset knn amoc-slf --attacks clean
+
 Measured on a CPU thread (Intel Xeon), --data shapes --single, 2.5 minutes: the best mask covers the drawn
 figure with an intersection over union of 0.72, random masks 0.24. More in the README. Not yet run on a GPU.
 """
@@ -76,7 +87,7 @@ def occlude(x, mask, fill):
 
 
 def mask_penalty(masks):
-    """Sum over n, mean over images, of 1 / sin(pi s_n), s_n the area of mask n as a part of the image, the
+    """Sum over n, mean over images, of 1 / sin(pi s_n), s_n the fraction of the image that mask n covers, the
     sine floored at 1e-4, flat below. masks (B, N, H, W). The minimum, at equal areas, is N / sin(pi / N)."""
     return (1 / (math.pi * masks.mean((2, 3))).sin().clamp_min(1e-4)).sum(1).mean()
 
@@ -135,6 +146,18 @@ def disagreement(net, target, x1, x2, z1_target, occluded, for_masker, args):
     return loss
 
 
+def chance(args):
+    """For the log: the loss of an encoder that knows nothing of its images, all terms together."""
+    n = 1 if args.single or args.masker == "none" else args.masks
+    ln = math.log(2 * args.batch_size - 1)
+    return {
+        "simclr": f"chance loss {n} ln(2B - 1) = {n * ln:.3f}",
+        "byol": f"chance loss {4 * n}, where predictions are orthogonal to their targets; 0 at best",
+        "simsiam": f"chance loss 0, where predictions are orthogonal to their targets; {-n} at best",
+        "mae": f"chance loss {n} times the pixels' variance, where each is taken for the mean colour",
+    }[args.objective]
+
+
 def train_step(net, target, masker, opt, opt_mask, x1, x2, given, pick, tau, args):
     """One iteration on two views (B, 3, S, S): the encoder's step and, unless masks are `given`, the
     masker's. Under --single `pick` (B, 2) in [0, 1) chooses the mask of an image, for either step."""
@@ -155,7 +178,8 @@ def train_step(net, target, masker, opt, opt_mask, x1, x2, given, pick, tau, arg
     loss.backward()
     run.average_grads(net.parameters())
     opt.step()
-    run.average_buffers(*([net, target] if target else [net]))  # else the ranks' running statistics part
+    nets = [net, target] if target else [net]
+    run.average_buffers(*nets)  # else the ranks' running statistics drift apart
     losses = {"loss": loss}
     if given is None:
         with frozen_stats(net):
@@ -269,7 +293,7 @@ def main(argv=None):
     state |= {"target": target} if target else {}
     step = run.resume(args, env, state)
     sample, _, _ = next(data.batches(images, min(256, len(images)), args.seed, 0))
-    log.start(step, f"chance loss of simclr, a mask: ln(2B - 1) = {math.log(2 * args.batch_size - 1):.3f}")
+    log.start(step, chance(args))
 
     for epoch in range(step // steps, args.epochs):
         lr, mask_lr = (lr_at(epoch, args.epochs, peak, args.warmup) for peak in (args.lr, args.mask_lr))

@@ -17,12 +17,19 @@ position + delta. relative: every block, the decoder's too, has a table p and a 
 q_i . r_ij, r_ij = p[g(pos_i - pos_j)], to its logits; tables start at zero, where a shift has no gradient.
 
 We had the abstract, a survey of the same group (Qi & Shah 2022, arXiv 2210.13463), and the code. In the code
-delta persists: each update moves it one step of Adam uphill, with the gradient of the weights' own backward.
-The survey says PGD for each batch. Both are here; eps is the code's default. Departures from the code:
+delta persists: each update moves it one step of Adam uphill, with the gradient of the weights' own backward,
+and projects it; the survey's Table 1 has such a projected step on a delta that is kept. Its text says that
+PGD and the weights' updates alternate: --adversary pgd takes that for an attack on each batch. eps is the
+code's default. Departures from the code:
     - L2 projection is finite at delta = 0; in absolute embedding delta starts at 0 and is added to the mask
-      token (there it is random and replaces it);
-    - an offset in the table reads its own entry, one beyond it the last (there: shifted, fading, transposed);
-    - relative embedding: a delta for each table entry (there one for all, which the softmax cancels).
+      token (in their code it is random and replaces it);
+    - an index of the table that is a whole number reads that entry alone, as those of the offsets -1, 0 and 1
+      do; farther offsets have indices that grow as a logarithm (iRPE's), and from 3 up read the last entry
+      (in their code indices are shifted, far offsets fade out, rows and columns are exchanged);
+    - relative embedding: a delta for each table entry (theirs: one for all, which the softmax cancels).
+
+No BatchNorm, no dropout: train and eval mode agree.
+
 The first command is the code's ImageNet recipe, on images decoded at 112 pixels; the defaults are ours.
 
     torchrun --standalone --nproc-per-node 8 adpe.py --data path/to/imagenet --arch vit_base \
@@ -30,9 +37,11 @@ The first command is the code's ImageNet recipe, on images decoded at 112 pixels
     python adpe.py                                            relative coordinates, persistent
     python adpe.py --radius 0 --out runs/mae-plus             MAE+, the clean base
     python eval.py runs/adpe/encoder.pt --preset mae-tune-cifar mae-slf-cifar knn
+
 Measured on a CPU thread, vit_slim, 10,000 images of CIFAR-10 (JPEG), 10 minutes, 2 seeds: linear probe 42.4,
 fine-tuned 48.2; MAE+ 42.2 and 48.8, a random encoder 34.8 and 40.4. Not yet run on a GPU.
 """
+import argparse
 import pathlib
 
 import torch
@@ -130,16 +139,18 @@ def mae_loss(pred, target, masked):
 
 
 def attack(net, tokens, rows, masked, target, noise, args):
-    """The pgd adversary: a new delta for this batch, from `noise` in the unit ball, times the radius. All
-    processes use that of the first, whose gradient is then the sum of theirs."""
+    """The pgd adversary: a new delta for this batch. It starts at `noise`, of its shape and in the unit ball,
+    times the radius, or under --no-random-start at 0. All processes use the delta of the first, whose
+    gradient is then the sum of theirs."""
     tokens, rows = tokens.detach(), [r.detach() for r in rows]
 
     def loss(delta):
         return mae_loss(net(tokens, rows, masked, run.gather(delta)[:len(delta)]), target, masked)
 
     step_size = 5 / 8 * args.radius if args.step_size is None else args.step_size
-    delta = pgd(loss, torch.zeros_like(noise), args.radius, step_size, args.steps, args.norm,
-                start=args.radius * noise, lo=-torch.inf, hi=torch.inf)
+    zero = torch.zeros_like(noise)
+    delta = pgd(loss, zero, args.radius, step_size, args.steps, args.norm,
+                start=args.radius * noise if args.random_start else zero, lo=-torch.inf, hi=torch.inf)
     return run.gather(delta)[:len(delta)]
 
 
@@ -194,6 +205,9 @@ def parser():
     p.add_argument("--steps", type=run.integer(0), default=2, help="of the pgd adversary")
     p.add_argument("--step-size", type=run.number(),
                    help="of the pgd adversary; default: 5/8 of the radius")
+    p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
+                   help="start the pgd adversary at a random point of the ball (ours); without, at 0: with "
+                        "--steps 1 and --step-size equal to --radius that is FGSM")
     p.add_argument("--decoder", type=run.integer(1), nargs=3, default=[128, 4, 4],
                    metavar=("WIDTH", "BLOCKS", "HEADS"))
     p.add_argument("--mask-ratio", type=run.number(0, 1), default=0.75,

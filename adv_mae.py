@@ -1,5 +1,6 @@
 """Adversarial MAE (Rebuffi et al. 2023, "Adversarially Self-Supervised Pre-training Improves Accuracy and
-Robustness", Sec. 3.1), on the masked autoencoder of He et al. 2021 (arXiv 2111.06377).
+Robustness", Sec. 3.1; Eq. 10 of Qi & Shah 2022, arXiv 2210.13463), on the masked autoencoder (MAE, He et al.
+2021, arXiv 2111.06377).
 
 MAE hides three quarters of an image's patches and rebuilds them from the rest. Here the patches that are seen
 are first moved, within eps, to make that as hard as possible; the clean image remains the target. What is
@@ -15,11 +16,13 @@ natural shifts; the paper does not measure adversarial robustness.
     Eq. 2  its step             common.pgd: the gradient's sign for linf; for l2 its direction (the paper
                                 prints the sign for both; BYORL's paper has this)
 
-The mask is drawn once a step and held: drawn anew in each forward, as MAE's code would, it would aim the
+The mask is drawn once per step and held: drawn anew in each forward, as MAE's code would, it would aim the
 attack at another loss than the update's. eps bounds the visible patches alone: a removed pixel has no
-gradient. There is no clean term. Where the paper is silent we take MAE's code: unbiased variance + 1e-6 of
-channel-normalised patches, a mean over pixels and then over the batch's removed patches, cls and mask tokens
-decayed, biases and norms not. No BatchNorm, no dropout: train and eval mode agree.
+gradient. There is no clean term.
+
+Where the paper is silent we take MAE's code: unbiased variance + 1e-6 of channel-normalised patches, a mean
+over pixels and then over the batch's removed patches, cls and mask tokens decayed, biases and norms not. No
+BatchNorm, no dropout: train and eval mode agree.
 
 No run of the paper is at 32 x 32: the defaults that differ from its ImageNet recipe are ours, for CIFAR-10:
 vit_tiny, --decoder, --batch-size, --lr, --warmup, --epochs. First its recipe (epochs: MAE's, it states none;
@@ -107,11 +110,12 @@ def mae_loss(pred, target, mask, norm_pix=True):
 
 
 def attack(net, v, noise, ids_keep, ids_restore, target, mask, args):
-    """v (B, Lk, D) in pixels moved within eps to maximise the loss. It starts at `noise` (B, Lk D), a point
-    of the unit ball, times eps; with one step, FGSM, at v itself."""
+    """v (B, Lk, D) in pixels moved within eps to maximise the loss. It starts at v + eps `noise`, noise (B,
+    Lk D) in the unit ball; with one step (FGSM), and under --no-random-start, at v itself."""
     eps = args.eps / 255
     step_size = (eps if args.steps == 1 else 5 / 8 * eps) if args.step_size is None else args.step_size / 255
-    start = v if args.steps == 1 else (v + eps * noise.view_as(v)).clamp(0, 1)
+    from_noise = args.random_start and args.steps != 1
+    start = (v + eps * noise.view_as(v)).clamp(0, 1) if from_noise else v
     return pgd(lambda v: mae_loss(net(v, ids_keep, ids_restore), target, mask, args.norm_pix),
                v, eps, step_size, args.steps, args.norm, start=start)
 
@@ -162,6 +166,9 @@ def parser():
                    help="of the attack, in 1/255; default: 5/8 eps (1 step: eps)")
     p.add_argument("--steps", type=run.integer(0), default=2,
                    help="K, of the attack; 1: FGSM, from v itself")
+    p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
+                   help="start the attack at a random point of the ball (paper); without, and wherever it "
+                        "has one step, at the image")
     p.add_argument("--image-size", type=run.integer(1, 10000),
                    help="side of a crop; default: that of the data's images, of a folder's 32")
     return p

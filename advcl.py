@@ -22,13 +22,16 @@ of the projector are the authors' code's. So is the scale of the loss: a mean ov
 times T / 0.07 (the paper sums): lambda and the learning rate were chosen for it. Where we depart from it:
     - pseudo-labels come from our k-means on a teacher's features, not from an ImageNet encoder; without a
       teacher the classification term is off, and the log says so;
-    - the attack leaves no trace: it normalises by batch statistics, as there, and updates no running ones
-      (there most of what the adv branch averages comes from unfinished attacks);
-    - it starts inside [0, 1]; what it does not change is embedded once: exactly equal, as batch statistics
-      depend on the batch alone, and 35 instead of 50 forwards a step (a backward to the pixels counts 1, a
-      whole one 2).
-Each view is a batch of its own to BatchNorm. Several processes share their negatives, except within the
-attack; their BatchNorms see their own images.
+    - the attack leaves no trace: it normalises by batch statistics, as theirs does, and updates no running
+      ones (in their code most of what the adv branch averages comes from unfinished attacks);
+    - it starts inside [0, 1]; what it does not change is embedded once: the same, up to rounding, as batch
+      statistics depend on the batch alone, and 35 instead of 50 forwards per step (a backward to the pixels
+      counts 1, a whole one 2).
+
+BatchNorm: each view is a batch of its own, in the attack too.
+
+Several processes share their negatives, except within the attack. Each BatchNorm sees the images of its own
+process, or with --sync-bn (on GPUs) those of all.
 
     python acl.py --variant s2s --out runs/s2s                a teacher
     python advcl.py --teacher runs/s2s/encoder.pt             CIFAR-10, ResNet-18, 1000 epochs
@@ -39,18 +42,18 @@ attack; their BatchNorms see their own images.
 Measured on a CPU thread (Intel Xeon), 0.3 M-parameter encoder, 10,000 images of CIFAR-10 (JPEG), 4.6 minutes
 (11 epochs, 2 attack steps, no pseudo-labels): linear probe 44.8 standard, 13.3 under PGD-20 at 8/255, another
 seed 40.8 and 13.5; SimCLR 47.0 and 0.1. Not yet run on a GPU; the paper has 77.73 and 48.89 (1000 epochs;
-with them 50.45).
+with pseudo-labels 50.45 under PGD-20).
 """
+import argparse
 import hashlib
 import math
-import os
 import pathlib
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import data, encoders, optim, run
+from common import data, encoders, files, optim, run
 from common.encoders import branch
 from common.kmeans import kmeans
 from common.pgd import frozen_stats, pgd
@@ -124,11 +127,17 @@ def cluster_loss(net, x, labels, clusters):
 
 
 def attack(net, loss, x, noise, args):
-    """Eq. 9, inner maximum: x (..., 3, S, S) moved within eps to maximise loss(x), from `noise` in [-1, 1]
-    times eps. Train mode: batch statistics are part of what is attacked. No running statistic changes."""
+    """Eq. 9, inner maximum: x (..., 3, S, S) moved within eps to maximise loss(x). It starts at x + eps
+    `noise`, noise of x's shape in [-1, 1], or under --no-random-start at x.
+
+    Train mode: batch statistics are part of what is attacked. No running statistic changes.
+    """
     eps = args.eps / 255
+    start = (x + eps * noise).clamp(0, 1) if args.random_start else x
     with frozen_stats(net):
-        return pgd(loss, x, eps, args.step_size / 255, args.steps, start=(x + eps * noise).clamp(0, 1))
+        x_adv = pgd(lambda flat: loss(flat.view(x.shape)), x.flatten(0, -4), eps, args.step_size / 255,
+                    args.steps, start=start.flatten(0, -4))  # each view of each image has a ball of its own
+    return x_adv.view(x.shape)
 
 
 def contrast(net, x, constants, temperature):
@@ -155,17 +164,22 @@ def train_step(net, opt, x1, x2, x, labels, clusters, noise, args):
     loss.backward()
     run.average_grads(net.parameters())
     opt.step()
-    run.average_buffers(net)  # else the ranks' running statistics part
+    run.average_buffers(net)  # else the ranks' running statistics drift apart
     return {"loss": loss, **losses}
 
 
 def pseudo_labels(args, env, images, size):
     """(N, len(--clusters)): k-means on the teacher's normalised features of the un-augmented images. Kept in
-    --out, and made anew where data, teacher, clusters or seed are not those they were made with."""
-    path, kind = pathlib.Path(args.out) / "pseudo_labels.pt", "AdvCL pseudo-label file"
-    hint, teacher = "move it away, and it is made again", encoders.load_encoder(args.teacher).to(env.device)
+    --out, and made anew where data, image size, teacher, clusters or seed are not those they were made with.
+
+    Raises ValueError where the kept file cannot be read."""
+    path = pathlib.Path(args.out) / "pseudo_labels.pt"
+    kind = "AdvCL pseudo-label file"
+    hint = "move it away, and it is made again"
+    teacher = encoders.load_encoder(args.teacher).to(env.device)
     weights = hashlib.sha256(pathlib.Path(args.teacher).read_bytes()).hexdigest()
-    made_with = {"data": images.checksum(), "teacher": weights, "clusters": args.clusters, "seed": args.seed}
+    made_with = {"data": images.checksum(), "image_size": size, "teacher": weights,
+                 "clusters": args.clusters, "seed": args.seed}
     if env.rank == 0 and not (path.exists() and encoders.read(path, kind, hint)["made_with"] == made_with):
         with torch.no_grad():
             parts = images.stream(torch.arange(len(images)).split(500))
@@ -173,8 +187,7 @@ def pseudo_labels(args, env, images, size):
         h = F.normalize(h, dim=1)  # (N, D)
         generator = torch.Generator().manual_seed(args.seed)
         labels = torch.stack([kmeans(h, k, generator) for k in args.clusters], 1).cpu()
-        torch.save({"format": kind, "made_with": made_with, "labels": labels}, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
+        files.save({"format": kind, "made_with": made_with, "labels": labels}, path)
     run.barrier()
     return encoders.read(path, kind, hint)["labels"].to(env.device)
 
@@ -214,6 +227,9 @@ def parser():
                    help="linf radius of the attacks, in 1/255")
     p.add_argument("--step-size", type=run.number(0, 255), default=2.0, help="of the attacks, in 1/255")
     p.add_argument("--steps", type=run.integer(0), default=5, help="of the attacks")
+    p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
+                   help="start the attacks at a random point of the ball (authors' code); without, at the "
+                        "image: with --steps 1 and --step-size equal to --eps that is FGSM")
     p.add_argument("--image-size", type=run.integer(1, 10000),
                    help="side of a view; default: that of the data's images, of a folder's 32")
     return p

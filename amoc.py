@@ -1,7 +1,7 @@
 """AMOC: adversarial momentum-contrastive pretraining (Xu & Yang 2020, arXiv 2012.13154).
 
 MoCo, made robust. A slowly moving copy of the encoder makes keys; banks of old keys supply the negatives, so
-256 images a step are enough. The clean MoCo loss L_CCC is joined by the same loss with an attacked query
+256 images per step are enough. The clean MoCo loss L_CCC is joined by the same loss with an attacked query
 and/or key, L_*, the attack being PGD on L_* itself. Clean and attacked images have their own BatchNorm branch
 (statistics and affine), and clean and attacked keys their own bank.
 
@@ -20,15 +20,21 @@ Where the paper is silent we take the authors' code: the attack (5 steps of 2/25
 mode), BatchNorm of the keys in train mode without shuffling, SGD and its schedule, the projector's sizes, the
 normalisation. Neither gives the blur's kernel a size; ours, 13, reaches three sigma at the largest sigma.
 Where we depart from the authors' code:
-    - keys join the bank at the end of the step, as the paper says (there before the logits: a query's own key
-      is also its negative);
-    - a view that is not attacked enters the attack clean (there: with the random start of the attacked one);
+    - keys join the bank at the end of the step, as the paper says (in their code before the logits: a query's
+      own key is also its negative);
+    - a view that is not attacked enters the attack clean (in their code with a random start too);
     - what does not depend on the perturbation is computed once per attack, and `pgd` makes no weight
-      gradient: exactly equal in eval mode, and for ACC 18 instead of 29 forwards a step (a backward to the
-      pixels counts 1, a whole one 2).
+      gradient: the same in eval mode, up to rounding, and for ACC 18 instead of 29 forwards per step (a
+      backward to the pixels counts 1, a whole one 2).
+
 Exported is the BN branch of the attacked query, adv, and clean where no query is attacked (CCC, CAC, CAA).
 In ACA nothing ever enters M_adv: it stays Gaussian noise (the paper's Remark 1). ACA_PLUS, which the code has
 and the paper has not, fills it with the keys of attacked queries.
+
+Several processes: each BatchNorm sees the images of its own process, or with --sync-bn (on GPUs) those of
+all. On 8 GPUs a query and its key are then normalised among the same 32 images, by which a network can tell
+the key from the bank's: the leak against which MoCo shuffles keys among its GPUs. With --sync-bn it is 256
+images, as in the authors' code, which runs on one GPU.
 
     python amoc.py                                       the paper's ACC: CIFAR-10, ResNet-18, 200 epochs
     torchrun --standalone --nproc-per-node 8 amoc.py     the same on 8 GPUs, 32 of the 256 images on each
@@ -40,6 +46,7 @@ Measured on a CPU thread (Intel Xeon), 0.3 M-parameter encoder, 10,000 images of
 minutes: 43.0 and 2.6; a random encoder: 27.4 and 0. Not yet run on a GPU; the paper has 78.74 and 36.87 (ACC,
 200 epochs).
 """
+import argparse
 import math
 import pathlib
 from typing import NamedTuple
@@ -111,7 +118,8 @@ def info_nce(q, k, bank, temperature):
 
 def attack(net, target, x1, x2, noise, bank, args):
     """Eq. 3.3: the views that the variant attacks, moved within eps to maximise L_*; gives (x1_adv, x2_adv).
-    They start at `noise` (B, 2, 3, S, S) in [-1, 1], times eps.
+    They start at the images + eps `noise`, noise (B, 2, 3, S, S) in [-1, 1], or under --no-random-start at
+    the images.
 
     L_CCC is constant in the perturbation, so L_* alone is maximised. Eval mode: an embedding then depends on
     its own image only, so the embedding of the view that stands still is a constant, and no running statistic
@@ -119,7 +127,8 @@ def attack(net, target, x1, x2, noise, bank, args):
     """
     v, T = VARIANTS[args.variant], args.temperature
     eps, step_size, steps = args.eps / 255, args.step_size / 255, args.steps
-    start1, start2 = (x1 + eps * noise[:, 0]).clamp(0, 1), (x2 + eps * noise[:, 1]).clamp(0, 1)
+    start1 = (x1 + eps * noise[:, 0]).clamp(0, 1) if args.random_start else x1
+    start2 = (x2 + eps * noise[:, 1]).clamp(0, 1) if args.random_start else x2
     with eval_mode(net, target):
         if v.adv_query and v.adv_key:  # both at once
 
@@ -164,7 +173,7 @@ def train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, args):
     run.average_grads(net.parameters())
     opt.step()
     optim.ema(target, net, args.ema)  # Eq. 3.2
-    run.average_buffers(net, target)  # else the ranks' running statistics part
+    run.average_buffers(net, target)  # else the ranks' running statistics drift apart
     bank_clean.push(k)
     if v.adv_key or v.extra_key:  # CAC and AAC fill it, and never read it
         bank_adv.push(k_push)
@@ -199,6 +208,9 @@ def parser():
                    help="linf radius of the attack, in 1/255")
     p.add_argument("--step-size", type=run.number(0, 255), default=2.0, help="of the attack, in 1/255")
     p.add_argument("--steps", type=run.integer(0), default=5, help="of the attack")
+    p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
+                   help="start the attack at a random point of the ball (authors' code); without, at the "
+                        "image: with --steps 1 and --step-size equal to --eps that is FGSM")
     p.add_argument("--image-size", type=run.integer(1, 10000),
                    help="side of a view; default: that of the data's images, of a folder's 32")
     return p

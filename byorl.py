@@ -1,5 +1,5 @@
 """BYORL: bootstrap your own robust latents (Gowal et al. 2021, "Self-supervised Adversarial Robustness for
-the Low-label, High-data Regime", ICLR 2021).
+the Low-label, High-data Regime", ICLR 2021; Sec. 4.2 of Qi & Shah 2022, arXiv 2210.13463).
 
 BYOL, made robust. An online network predicts what a slowly moving copy of it, the target, says about another
 view of the same image; there are no labels and no negatives. Here the online network's view is first moved,
@@ -20,17 +20,23 @@ misprint, and maximise. Where the paper is silent, or its appendix was not at ha
 2006.07733) conventions: BatchNorm in the heads, LARS with trust 0.001 that leaves biases and norms alone,
 warm-up over 10 epochs, the target's BatchNorm in train mode; and a common augmentation for CIFAR without
 blur, the second view solarised now and then. Departures from the paper:
-    - the encoder: ResNet-18 (there a pre-activation ResNet-34, two to four times as wide), and 200 epochs
-      (there 1000);
-    - the attack: 5 steps of a fixed length (there 40, of AutoPGD's adaptive length, 21 times BYOL's cost).
+    - the encoder: ResNet-18 (the paper's: a pre-activation ResNet-34, two to four times as wide), and 200
+      epochs (the paper: 1000);
+    - the attack: 5 steps of a fixed length (the paper: 40, of AutoPGD's adaptive length, 21 times BYOL's
+      cost).
 The target is never attacked: the paper found that unstable.
+
 BatchNorm: there is one set, and the online network sees attacked views only, so that attacked images are what
 the exported statistics describe. The attack runs in train mode: it uses batch statistics, as the update does,
 so that moving one image shifts the others' normalisation; running statistics do not change. Each view has a
-pass of its own, and a process's BatchNorm sees its own images. The target is clean and constant, and computed
-once. A step costs 28 forwards: 2 of the target, 2 * 6 online, 2 * 5 backwards to the pixels, and 2 whole
-backwards that count 2 each; BYOL's costs 8. The log tells how far the projections are spread, and a run whose
-projections are all alike ends.
+pass of its own.
+
+Several processes: each BatchNorm sees the images of its own process, or with --sync-bn (on GPUs) those of
+all.
+
+The target is clean and constant, and computed once per step. A step costs 28 forwards: 2 of the target, 2 * 6
+online, 2 * 5 backwards to the pixels, and 2 whole backwards that count 2 each; BYOL's costs 8. The log tells
+how far the projections are spread, and a run whose projections are all alike ends.
 
     python byorl.py                                      linf 8/255: CIFAR-10, ResNet-18, 200 epochs
     torchrun --standalone --nproc-per-node 4 byorl.py    the same on 4 GPUs, 128 of the 512 images on each
@@ -44,6 +50,7 @@ Measured on a CPU thread (Intel Xeon), 0.3 M-parameter encoder, 10,000 images of
 and 0, a random encoder 27.4 and 0: robust at once, but slow to learn. With --lr 0.5 and 48 epochs, in 27
 minutes, 37.0 and 18.4. Not yet run on a GPU.
 """
+import argparse
 import pathlib
 
 import torch
@@ -83,13 +90,13 @@ def byol_loss(p, z):
 
 def attack(net, x, z, noise, args):
     """Eq. 5: x (B, 3, S, S) moved within eps to where the prediction is furthest from the clean target z (B,
-    256). It starts at `noise` (B, 3 S S), a point of the unit ball, times eps.
+    256). It starts at x + eps `noise`, noise (B, 3 S S) in the unit ball, or under --no-random-start at x.
 
     Train mode: batch statistics are part of what is attacked. No running statistic changes.
     """
     eps = args.eps / 255
     step_size = 1.25 * eps / max(1, args.steps) if args.step_size is None else args.step_size / 255
-    start = (x + eps * noise.view(x.shape)).clamp(0, 1)
+    start = (x + eps * noise.view(x.shape)).clamp(0, 1) if args.random_start else x
     with frozen_stats(net):
         return pgd(lambda x: byol_loss(embed(net, x), z),
                    x, eps, step_size, args.steps, args.norm, start=start)
@@ -109,7 +116,7 @@ def train_step(net, target, opt, x1, x2, noise, tau, args):
     run.average_grads(net.parameters())
     opt.step()
     optim.ema(target, net[:2], tau)
-    run.average_buffers(net, target)  # else the ranks' running statistics part
+    run.average_buffers(net, target)  # else the ranks' running statistics drift apart
     return {"loss": loss, "blind": blind}
 
 
@@ -144,6 +151,9 @@ def parser():
     p.add_argument("--step-size", type=run.number(0, 1e6),
                    help="of the attack, in 1/255; default: 1.25 eps / steps")
     p.add_argument("--steps", type=run.integer(0), default=5, help="of the attack")
+    p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
+                   help="start the attack at a random point of the ball (paper); without, at the "
+                        "image: with --steps 1 and --step-size equal to --eps that is FGSM")
     p.add_argument("--image-size", type=run.integer(1, 10000),
                    help="side of a view; default: that of the data's images, of a folder's 32")
     return p

@@ -13,20 +13,31 @@ BatchNorm for clean and attacked images alike, in-batch negatives; no bank, no m
     L_RoCL                      loss_rocl: nt_xent of the three views x1, x2, x_adv
     L_reg, lambda               loss_reg, --reg-weight
 
-We know the equations from later restatements (Qi & Shah 2022, arXiv 2210.13463), all hyper-parameters from
-the authors' code. Where we depart from that code:
-    - the gradient flows through both factors of a similarity (there the second is detached: the same loss,
+We know the equations from later restatements ("the survey": Qi & Shah 2022, arXiv 2210.13463), all
+hyper-parameters from the authors' code. Where we depart from that code:
+    - the gradient flows through both factors of a similarity (their code detaches the second: the same loss,
       another gradient);
-    - one temperature for all three losses (there 0.5 is written into two of them), and the whole batch's
-      negatives in the regulariser (there those of one GPU);
-    - z of the attack's target is computed once per attack, and `pgd` makes no weight gradient: exactly equal
-      in eval mode, and 30 instead of 43 forwards a step (a backward to the pixels counts 1, a whole one 2).
+    - one temperature serves all three losses (their code writes 0.5 into two of them), and the regulariser
+      has the whole batch's negatives (theirs: those of one GPU);
+    - LARS has the learning rate inside its momentum buffer (theirs: outside, and 1e-8 in its ratio), which
+      is the same as long as the rate is constant;
+    - z of the attack's target is computed once per attack, and `pgd` makes no weight gradient: the same in
+      eval mode, up to rounding, and 30 instead of 43 forwards per step (a backward to the pixels counts 1, a
+      whole one 2).
+
 In one thing we follow the code against the paper: with three views each positive has a term of its own,
 -log(e^positive / sum over all others), where the paper takes the log of the positives' sum. All published
 weights are of this form; with two views both are the same.
+
+The loss that the attack maximises is symmetric: the target is an anchor too, and the attacked views of other
+images are negatives (the survey's Eq. 4 has one anchor, and negatives that stand still).
+
 BatchNorm: the attack runs in eval mode and changes nothing. The regulariser's pass [x_adv; x2] and the main
-pass [x1; x2; x_adv] each have their own batch statistics and each move the running ones. Several processes
-share their negatives, except within the attack; their BatchNorms see their own images.
+pass [x1; x2; x_adv] each have their own batch statistics and each move the running ones.
+
+Several processes share their negatives, except within the attack, whose negatives are the images of its own
+process (in the authors' run 256, on each of 2 GPUs). Each BatchNorm sees the images of its own process, or
+with --sync-bn (on GPUs) those of all, as in the authors' code.
 
     python rocl.py                                       the authors' run: CIFAR-10, ResNet-18, 1000 epochs
     torchrun --standalone --nproc-per-node 2 rocl.py     the same on 2 GPUs, 256 of the 512 images on each
@@ -38,6 +49,7 @@ Measured on a CPU thread (Intel Xeon), 0.3 M-parameter encoder, 10,000 images of
 time 47.0 and 0.1, a random encoder 27.4 and 0. Not yet run on a GPU; the authors have 83.71 and 40.27 (1000
 epochs).
 """
+import argparse
 import math
 import pathlib
 
@@ -83,16 +95,18 @@ def nt_xent(views, temperature):
 
 def attack(net, x1, x2, noise, args):
     """x_adv (B, 3, S, S): x1 moved within eps to maximise the loss of the pair (x_adv, target), target x2
-    unless --attack-to says otherwise. It starts at `noise`, shaped as x1 and in [-1, 1], times eps.
+    unless --attack-to says otherwise. It starts at x1 + eps `noise`, noise (B, 3, S, S) in [-1, 1], or under
+    --no-random-start at x1.
 
     Eval mode: an embedding then depends on its own image only, so the target's is a constant, and no running
     statistic changes.
     """
-    eps, step_size = args.eps / 255, args.step_size / 255
+    eps = args.eps / 255
+    start = (x1 + eps * noise).clamp(0, 1) if args.random_start else x1
     with eval_mode(net):
         z = embed(net, x2 if args.attack_to == "other" else x1)[0].detach()
         return pgd(lambda x: nt_xent([*embed(net, x), z], args.temperature),
-                   x1, eps, step_size, args.steps, start=(x1 + eps * noise).clamp(0, 1))
+                   x1, eps, args.step_size / 255, args.steps, start=start)
 
 
 def train_step(net, opt, x1, x2, noise, args):
@@ -102,7 +116,7 @@ def train_step(net, opt, x1, x2, noise, args):
 
     x_adv = attack(net, x1, x2, noise, args)
     losses = {}
-    if args.reg_weight:  # before the main pass: the running statistics hang on the order
+    if args.reg_weight:  # before the main pass: running statistics depend on the order
         losses["loss_reg"] = loss_of(x_adv, x2 if args.regularize_to == "other" else x1)
     losses["loss_rocl"] = loss_of(x1, x2, x_adv)
     loss = losses["loss_rocl"] + args.reg_weight * losses.get("loss_reg", 0)
@@ -111,7 +125,7 @@ def train_step(net, opt, x1, x2, noise, args):
     loss.backward()
     run.average_grads(net.parameters())
     opt.step()
-    run.average_buffers(net)  # else the ranks' running statistics part
+    run.average_buffers(net)  # else the ranks' running statistics drift apart
     return {"loss": loss, **losses}
 
 
@@ -145,6 +159,9 @@ def parser():
     p.add_argument("--step-size", type=run.number(0, 255), default=1.785,
                    help="of the attack, in 1/255; this is 0.007")
     p.add_argument("--steps", type=run.integer(0), default=7, help="of the attack")
+    p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
+                   help="start the attack at a random point of the ball (authors' code); without, at the "
+                        "image: with --steps 1 and --step-size equal to --eps that is FGSM")
     p.add_argument("--image-size", type=run.integer(1, 10000),
                    help="side of a view; default: that of the data's images, of a folder's 32")
     return p

@@ -463,8 +463,7 @@ def caco_step(s, variant, compiled):
 def bank_step(s, script, args, compiled):
     net, target = (script.network(s.arch).to(s.device) for _ in range(2))
     target.requires_grad_(False).load_state_dict(net.state_dict())
-    bank = Bank(s.bank, 128).to(s.device)
-    bank.register_buffer("velocity", torch.zeros_like(bank.rows))
+    bank = script.make_bank(s.bank, 128).to(s.device)
     opt = torch.optim.SGD(net.parameters(), 0.0, momentum=0.9, weight_decay=args.weight_decay)
     x1, x2 = inputs(s)[2:]
     if compiled:

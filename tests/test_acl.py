@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import acl
+from common import data
 from common.pgd import eval_mode, pgd
 from tests.recipes import A, X, Z, unit
 from tests.scripts import read_flags
@@ -125,6 +127,57 @@ def test_each_variant_is_the_mean_of_its_terms(variant, views):
 def test_without_perturbation_and_with_equal_branches_ds_is_s2s():
     assert step(Linear(), "ds", eps=0.0)["loss"].item() == pytest.approx(
         step(Linear(), "s2s")["loss"].item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("variant, names", [
+    ("s2s", {"loss_clean"}), ("a2a", {"loss_adv"}), ("a2s", {"loss_adv_clean"}),
+    ("ds", {"loss_adv", "loss_clean"})])
+def test_each_term_of_a_variant_is_logged_by_the_kinds_of_its_views(variant, names):
+    assert step(Linear(), variant).keys() == {"loss", *names}
+
+
+def test_a_variant_may_attack_the_second_view_alone():
+    """It mirrors the attack on the first, and leaves the clean view as it is."""
+    net = Linear()
+    a1, a2 = acl.attack(net, x1, x2, noise, ("clean", "adv"), arguments())
+    b2, b1 = acl.attack(net, x2, x1, noise.flip(1), FIRST, arguments())
+    assert a1 is x1 and b1 is x1 and not torch.equal(a2, x2)
+    torch.testing.assert_close(a2, b2, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("terms, names", [
+    ([("clean", "adv")], {"loss_clean_adv"}), ([BOTH, FIRST], {"loss_adv", "loss_adv_clean"}),
+    ([FIRST, ("clean", "adv"), CLEAN], {"loss_adv_clean", "loss_clean_adv", "loss_clean"})])
+def test_variants_are_data(terms, names, monkeypatch, tmp_path):
+    """Of a new row too each view goes through the branch of its kind, attacked or clean, each term is logged."""
+    monkeypatch.setitem(acl.VARIANTS, "new", terms)
+    net, want = Linear(), []
+    for kinds in terms:
+        pair = acl.attack(net, x1, x2, noise, kinds, arguments()) if "adv" in kinds else (x1, x2)
+        want.append(slow_nt_xent(*(net(x) for x in pair), 0.5).item())
+    losses = step(net, "new")
+    assert losses.keys() == {"loss", *names}
+    assert losses["loss"].item() == pytest.approx(sum(want) / len(want), rel=1e-9)
+
+    net, v1, v2, u = real("new")
+    seen, embed, clean = [], acl.embed, torch.cat([v1, v2])
+
+    def spy(net, x, bn):
+        untouched = [(clean == image).flatten(1).all(1).any().item() for image in x]
+        seen.append((bn, net.training, untouched))
+        return embed(net, x, bn)
+
+    monkeypatch.setattr(acl, "embed", spy)
+    acl.train_step(net, torch.optim.SGD(net.parameters(), 0.1), v1, v2, u, arguments(variant="new"))
+    for bn, _, untouched in seen:  # in the attack and after it
+        assert all(untouched) if bn == "clean" else not any(untouched)
+    passes = [bn for bn, training, _ in seen if training]
+    assert passes == [bn for a, b in terms for bn in ([a] if a == b else [a, b])]
+    monkeypatch.setattr(acl, "embed", embed)
+    acl.pictures(tmp_path / "views.png", net, data.Images(255 * v1.byte(), torch.zeros(8).long(), 1),
+                 arguments(variant="new"))
+    rows = 2 + 2 * [kinds for kinds in terms if "adv" in kinds][0].count("adv")
+    assert Image.open(tmp_path / "views.png").size[1] == 2 + 34 * rows
 
 
 def real(variant):

@@ -11,8 +11,7 @@ from PIL import Image
 from torch import nn
 
 import adco
-from common import encoders
-from common.bank import Bank
+from common import encoders, run
 from common.pgd import eval_mode, pgd
 from tests.processes import in_two_processes
 from tests.recipes import X, Z, unit
@@ -151,7 +150,7 @@ def arguments(**flags):
 
 def test_the_hybrids_attack_equals_printed_values():
     net = Linear()
-    x_adv = adco.attack(net, x1, key, W, START, arguments())
+    x_adv = adco.attack(net, x1, key, None, W, START, arguments())
     d = (x_adv - x1).flatten(1)
     assert [(d * S(4, 48, 3)).sum().item(), d.abs().sum().item()] == pytest.approx(
         [-0.5178698677543978, 4.465596782585069], rel=1e-9)
@@ -161,15 +160,24 @@ def test_the_hybrids_attack_equals_printed_values():
     assert torch.autograd.grad(loss, net.W)[0].norm().item() == pytest.approx(0.7148191607210505, rel=1e-9)
     g = bank_gradient(unit(net(x_adv)).detach(), key, W, 0.02)
     assert g.norm().item() == pytest.approx(0.045378809810428564, rel=1e-9)
-    fgsm = adco.attack(net, x1, key, W, 0 * START, arguments(steps=1, step_size=8.0))
+    fgsm = adco.attack(net, x1, key, None, W, 0 * START, arguments(steps=1, step_size=8.0))
     assert ((fgsm - x1).flatten(1) * S(4, 48, 3)).sum().item() == pytest.approx(-0.13961055101384331, rel=1e-9)
     assert slow_loss(unit(net(fgsm)), key, W, 0.12).item() == pytest.approx(0.23449000222372507, rel=1e-9)
 
 
+def test_the_hybrids_attack_sees_the_keys_that_are_negatives():
+    net, keys = Linear(), unit(S(6, 6, 3))
+    fgsm = arguments(steps=1, step_size=8.0, random_start=False)
+    x_adv = adco.attack(net, x1, key, keys, W, START, fgsm)
+    x = x1.clone().requires_grad_()
+    (g,) = torch.autograd.grad(slow_loss(unit(net(x)), key, W, 0.12, keys), x)
+    torch.testing.assert_close(x_adv, (x1 + 8 / 255 * g.sign()).clamp(0, 1), rtol=0, atol=1e-12)
+    assert not torch.equal(x_adv, adco.attack(net, x1, key, None, W, START, fgsm))
+
+
 def memory(rows):
-    bank = Bank(*rows.shape).to(rows.dtype)
+    bank = adco.make_bank(*rows.shape).to(rows.dtype)
     bank.rows.copy_(rows)
-    bank.register_buffer("velocity", torch.zeros_like(rows))
     return bank
 
 
@@ -195,7 +203,7 @@ def test_a_step_is_descent_of_the_network_and_ascent_of_the_bank_at_one_point(fl
     for i, (share, x) in enumerate(zip(weight, x_q)):
         k = unit(Linear()(x_k[i % len(x_k)])).detach()
         if flags.get("eps", 8.0):
-            x = adco.attack(slow, x, k, W, START, arguments())
+            x = adco.attack(slow, x, k, None, W, START, arguments())
         keys = k if "batch_negatives" in flags else None
         loss = loss + share * slow_loss(unit(slow(x)), k, W, 0.12, keys)
         climb = climb + share * slow_loss(unit(slow(x)).detach(), k, w, 0.05, keys)
@@ -208,10 +216,29 @@ def test_a_step_is_descent_of_the_network_and_ascent_of_the_bank_at_one_point(fl
     assert target.W.grad is None
 
 
+@pytest.mark.parametrize("flags, queries, keys", [
+    ({}, 1, 1), ({"symmetric": True}, 2, 2), ({"multi_crop": True}, 3, 1)])
+def test_a_step_gathers_each_key_once_and_never_within_an_attack(flags, queries, keys, monkeypatch):
+    """A process that attacks alone, as for a picture, must not wait for the others."""
+    gathered, attack = [], adco.attack
+
+    def alone(*args):
+        before = len(gathered)
+        x_adv = attack(*args)
+        assert len(gathered) == before
+        return x_adv
+
+    monkeypatch.setattr(run, "gather", lambda z: gathered.append(z) or z)
+    monkeypatch.setattr(adco, "attack", alone)
+    x_q, x_k = [x1, x2, x1][:queries], [x2, x1][:keys]
+    step(Linear(), Linear().requires_grad_(False), x_q, x_k, batch_negatives=True, **flags)
+    assert len(gathered) == keys
+
+
 def test_a_symmetric_step_is_one_pass_over_stacked_rows():
     q1, q2, k1, k2 = (unit(S(4, 6, p)) for p in (0, 0.4, 0.1, 0.5))
     w = W.clone().requires_grad_()
-    both = adco.objective([(q1, k2), (q2, k1)], w, 0.05, arguments(symmetric=True))
+    both = adco.objective([(q1, k2, None), (q2, k1, None)], w, 0.05, arguments(symmetric=True))
     stacked = adco.contrastive_loss(torch.cat([q1, q2]), torch.cat([k2, k1]), w, 0.05)
     assert both.item() == pytest.approx(stacked.item(), rel=1e-12)
     torch.testing.assert_close(*(torch.autograd.grad(f, w)[0] for f in (both, stacked)), rtol=1e-12, atol=1e-12)
@@ -283,7 +310,7 @@ def test_the_attack_climbs_and_leaves_no_trace_and_its_constants_change_no_bit()
     net, target, bank, x1, x2, noise = real()
     k = F.normalize(target(x2), dim=1).detach()
     before, args, eps = copy.deepcopy(net.state_dict()), arguments(), 8 / 255
-    x_adv = adco.attack(net, x1, k, bank.rows, noise, args)
+    x_adv = adco.attack(net, x1, k, None, bank.rows, noise, args)
     assert all(torch.equal(v, before[name]) for name, v in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters()) and all(m.training for m in net.modules())
     assert (x_adv - x1).abs().max() <= eps + 1e-6 and 0 <= x_adv.min() and x_adv.max() <= 1
@@ -303,7 +330,7 @@ def test_a_step_of_the_hybrid_moves_running_statistics_once():
     net[0].bn1.momentum = 1.0
     args = arguments()
     k = adco.embed_keys(copy.deepcopy(target), [x2], torch.arange(8))[0]
-    x_adv = adco.attack(net, x1, k, bank.rows, noise, args)
+    x_adv = adco.attack(net, x1, k, None, bank.rows, noise, args)
     adco.train_step(net, target, torch.optim.SGD(net.parameters(), 0.1), bank, [x1], [x2], torch.arange(8),
                     [noise], arguments(ema=1.0))
     first = net[0].conv1((x_adv - net[0].mean) / net[0].std)  # conv1 has moved: its sign is enough

@@ -1,6 +1,7 @@
 """The mathematics of adios.py against slow float64 loops, and printed values (eight digits)."""
 import copy
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -351,6 +352,32 @@ def test_mae_is_the_mean_over_pixels_and_moves_both_networks():
     assert losses["loss"].item() == pytest.approx(want.item(), rel=1e-4)
     for part, old in zip((net, masker), before):
         assert any(not torch.equal(v, old[k]) for k, v in part.state_dict().items())
+
+
+class Fixed(nn.Module):
+    """A network that gives the same `rows` (B, D) whatever it sees."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, x):
+        return self.rows[: len(x)]
+
+
+@pytest.mark.parametrize("more, terms", [({}, 4), ({"single": True}, 1), ({"masker": "none"}, 1), ({"masks": 3}, 3)])
+@pytest.mark.parametrize("objective", ["simclr", "byol", "simsiam"])
+def test_the_chance_loss_that_is_printed_is_that_of_an_encoder_that_knows_nothing(objective, more, terms):
+    """All projections alike (simclr); predictions orthogonal to all targets (byol, simsiam)."""
+    args = arguments(objective=objective, batch_size=4, **more)
+    occluded = [x2.repeat(len(adios.MASKED[objective]), 1, 1, 1)] * terms
+    one, other = (torch.eye(6, dtype=torch.float64)[i].expand(8, 6) for i in (0, 1))
+    z, p = Fixed(one), Fixed(other)
+    net = nn.Sequential(nn.Identity(), z, p) if objective != "simclr" else z
+    loss = adios.disagreement(net, z, x1, x2, one[:4], occluded, False, args)
+    printed = re.search(r"chance loss (?:\d ln.* = )?([\d.]+)", adios.chance(args))[1]
+    assert loss.item() == pytest.approx(float(printed), abs=5e-4)
+    assert "best" not in adios.chance(args) or f"{0 if objective == 'byol' else -terms} at best" in adios.chance(args)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -213,6 +213,18 @@ def test_one_step_is_fgsm_and_a_step_size_given_wins():
     torch.testing.assert_close(v_adv, (v + 1 / 255 * g.sign()).clamp(0, 1))
 
 
+def test_without_a_random_start_the_attack_starts_at_v():
+    net, x, order, noise, args = real("--eps", "8", "--no-random-start")
+    v, *rest = parts(net, x, order, args)
+    ids_keep, ids_restore, target, mask = rest
+
+    def loss(v):
+        return adv_mae.mae_loss(net(v, ids_keep, ids_restore), target, mask)
+
+    want = pgd(loss, v, 8 / 255, 5 / 255, 2, start=v)
+    assert torch.equal(adv_mae.attack(net, v, noise, *rest, args), want)
+
+
 def test_without_eps_a_step_is_maes_to_the_bit():
     net, x, order, noise, args = real("--eps", "0")
     other = copy.deepcopy(net)

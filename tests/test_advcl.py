@@ -198,6 +198,22 @@ def test_each_pass_moves_its_own_branch_once_and_the_attacks_leave_no_trace():
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
+@pytest.mark.parametrize("flags", [[], ["--views", "x1+d", "x2+d", "xh"]])
+def test_a_norm_is_of_one_view_of_one_image(flags, monkeypatch):
+    """Were the norm l2, every view of every image would move by the radius, not all images of a view by it."""
+    monkeypatch.setattr(advcl, "pgd", lambda *a, **more: pgd(*a, norm="l2", **more))
+    net, (x1, x2, x), y, noise, args = real(*flags, "--no-random-start")
+    x1, x2, x = (0.3 + 0.4 * v for v in (x1, x2, x))  # far from the box
+    args.steps, args.step_size, args.eps = 1, 8.0, 8.0
+    clean, attacked = advcl.choose(args.views, x1, x2, x, 8)
+    z = [advcl.embed(net, v, "clean").detach() for v in clean]
+    for start, objective in ((attacked, lambda v: advcl.contrast(net, v, z, 0.5)),
+                             (x, lambda v: advcl.cluster_loss(net, v, y, CLUSTERS))):
+        x_adv = advcl.attack(net, objective, start, noise[1:] if start is attacked else noise[0], args)
+        length = (x_adv - start).flatten(-3).norm(dim=-1)
+        torch.testing.assert_close(length, torch.full_like(length, 8 / 255), rtol=1e-4, atol=0)
+
+
 ROWS = ["x1+d x2", "x1+d x2+d", "x1+d x2+d x1 x2", "x+d x1 x2", "x+d x1 x2 xl", "x+d x1 x2 xl xh",
         "x+d x1 x2 xh"]
 
@@ -250,16 +266,18 @@ def test_pseudo_labels_are_clusters_of_the_teachers_features_made_once(tmp_path,
         assert torch.equal(torch.cdist(h, centres).argmin(1), column)
     monkeypatch.setattr(advcl, "kmeans", None)  # from here on: kept, not made
     assert torch.equal(advcl.pseudo_labels(args, env, images, 32), labels)
-    for change in (dict(clusters=[2, 6]), dict(seed=1), "data", "teacher"):
-        other, others = copy.copy(args), images
+    for change in (dict(clusters=[2, 6]), dict(seed=1), "size", "data", "teacher"):
+        other, others, size = copy.copy(args), images, 32
         if isinstance(change, dict):
             vars(other).update(change)
+        elif change == "size":
+            size = 16
         elif change == "data":
             others = setting(tmp_path, limit=50)[2]
         else:
             encoders.export(encoders.make("slim"), args.teacher)
         with pytest.raises(TypeError):  # made anew
-            advcl.pseudo_labels(other, env, others, 32)
+            advcl.pseudo_labels(other, env, others, size)
 
 
 def test_a_run_with_a_teacher_uses_the_labels_of_its_images_and_says_so(tmp_path, monkeypatch):

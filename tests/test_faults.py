@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import errno
 import importlib
-import json
 import os
 import pathlib
 import signal
@@ -340,7 +339,7 @@ def test_two_processes_cannot_work_in_one_folder(script, npz, tmp_path):
 @pytest.mark.parametrize("script", BANKS)
 @pytest.mark.parametrize("at", [0, 2, 4])  # within the steps of MoCo, and within the keys that follow
 def test_a_signal_during_the_fill_is_answered_within_a_step(script, at, npz, tmp_path, monkeypatch):
-    module, count = importlib.import_module(script), []
+    count = []
     ask = run.stop_if_signalled
 
     def counted(args, env, state, step):
