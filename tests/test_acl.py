@@ -175,7 +175,7 @@ def test_variants_are_data(terms, names, monkeypatch, tmp_path):
     assert passes == [bn for a, b in terms for bn in ([a] if a == b else [a, b])]
     monkeypatch.setattr(acl, "embed", embed)
     acl.pictures(tmp_path / "views.png", net, data.Images(255 * v1.byte(), torch.zeros(8).long(), 1),
-                 arguments(variant="new"))
+                 v1.shape[2], arguments(variant="new"))
     rows = 2 + 2 * [kinds for kinds in terms if "adv" in kinds][0].count("adv")
     assert Image.open(tmp_path / "views.png").size[1] == 2 + 34 * rows
 
