@@ -271,7 +271,7 @@ def test_the_command_fine_tunes_a_vit_and_its_classifier_can_be_loaded(tmp_path,
     (["--preset", "amoc-slf", "--epochs", "10"], "--epochs 10: preset amoc-slf lowers its rate in epoch 20"),
     (["--preset", "mae-tune", "--milestones", "30"], "--milestones: preset mae-tune warms up"),
     (["--attacks", "c", "--data", "shapes"], "--attacks c: there is a CIFAR-10-C"),
-    (["--warmup", "-1"], "--warmup -1"), (["--drop-path", "2"], "--drop-path 2: must be from 0 to 1"),
+    (["--warmup", "-1"], "--warmup -1"), (["--drop-path", "2"], "--drop-path 2: must be a number from 0 to 1"),
     (["--layer-decay", "0.5"], "--layer-decay: preset amoc-slf has no place for it"),
     (["--preset", "amoc-aff", "--mixup", "0.5"], "--mixup: preset amoc-aff has no place for it"),
     (["--preset", "amoc-slf", "--warmup", "2"], "--warmup: preset amoc-slf")])

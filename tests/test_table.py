@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from common import table
+from common import files, table
 
 GROUPS = {"not pretrained": [(None, {"epochs": 0})], "nothing": [("amoc", {"variant": "CCC"})],
           "pixels": [("rocl", {}), ("amoc", {})]}
@@ -63,8 +63,8 @@ def test_one_run_twice_is_not_two_seeds(tmp_path):
 def test_a_line_after_one_that_was_cut_off_is_not_lost(tmp_path):
     path = tmp_path / "eval.jsonl"
     path.write_text('{"a": 1}\n{"a": 2, "b')
-    table.append(path, {"a": 3})
-    table.append(path, {"a": 4})
+    files.append_json_line(path, {"a": 3})
+    files.append_json_line(path, {"a": 4})
     assert table.lines(path) == [{"a": 1}, {"a": 3}, {"a": 4}]
 
 
@@ -73,7 +73,7 @@ def test_what_was_measured_in_two_ways_is_refused_and_a_wish_chooses(tmp_path):
         return {"preset": "slf", "bn": bn, "train": "x", "results": {attack: {"accuracy": 1, **result}}}
 
     for text in (line("clean", "adv"), line("pgd", "adv"), line("pgd", "adv", source="other"), line("pgd", "clean")):
-        table.append(tmp_path / "eval.jsonl", text)
+        files.append_json_line(tmp_path / "eval.jsonl", text)
     with pytest.raises(ValueError, match="slf pgd was measured twice, with another bn"):
         table.measured(tmp_path, source=None)
     assert table.measured(tmp_path, source=None, bn="adv").keys() == {("slf", "clean"), ("slf", "pgd")}
