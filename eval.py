@@ -241,16 +241,15 @@ def kl(logits, logits_adv):
 def classifier_loss(net, x, y, p, noise):
     """The loss of preset `p` on a batch; `noise` (B, 3, H, W) is uniform in [0, 1) and starts its attack. y
     (B,) or, mixed, (B, classes)."""
-    if p.loss == "clean":
-        return F.cross_entropy(net(x), y, label_smoothing=p.smoothing)
-    eps = 8 / 255
-    noise = 2 * noise - 1
-    start = x + (noise * eps if p.uniform else 0.001 * 2**0.5 * torch.erfinv(0.9999 * noise))
-
     def logits(x, bn):
         with encoders.branch(net, bn) if p.dual else contextlib.nullcontext():
             return net(x)
 
+    if p.loss == "clean":
+        return F.cross_entropy(logits(x, "clean"), y, label_smoothing=p.smoothing)
+    eps = 8 / 255
+    noise = 2 * noise - 1
+    start = x + (noise * eps if p.uniform else 0.001 * 2**0.5 * torch.erfinv(0.9999 * noise))
     with eval_mode(net):
         if p.loss == "pgd":
             def climb(x_adv):
@@ -722,7 +721,7 @@ def kept_table(args, named):
     columns = titles(args)
 
     def accept(line, attack, found):
-        return is_named(line, attack, found, named, source)
+        return (line["preset"], attack) in columns and is_named(line, attack, found, named, source)
 
     runs = []
     paths = encoder_paths(args)
@@ -732,10 +731,11 @@ def kept_table(args, named):
         folder = path.parent if single else path
         for file in [path.name] if single else table.evaluated(folder):
             runs.append((row_path(folder / file), table.measured(folder, file, accept, **wanted)))
-    if not any(results.keys() & columns.keys() for _, results in runs):
-        there = dict.fromkeys(f"{preset} {attack}" for _, results in runs for preset, attack in results)
-        raise ValueError(f"nothing was measured of what these flags name; of what they do not exclude there is "
-                         f"{', '.join(there) or 'nothing'}")
+    if not any(results for _, results in runs):
+        lines = [line for path in paths for line in table.lines(
+            (path if path.is_dir() else path.parent) / "eval.jsonl")]
+        there = dict.fromkeys(f"{line['preset']} {attack}" for line in lines for attack in table.results(line))
+        raise ValueError(f"nothing was measured of what these flags name; there is {', '.join(there) or 'nothing'}")
     return table.markdown(runs, columns, GROUPS, PUBLISHED, run.FREE)
 
 
