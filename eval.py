@@ -358,8 +358,8 @@ def held_out(images, p):
 
 
 def save_classifier(net, path, made=None, image_size=None):
-    """Write the classifier: how to build it, its weights, the side of the images that it was trained on, and of
-    what it was `made`."""
+    """Write the classifier: how to build it, its weights, the side of the images that it was trained on, and
+    of what it was `made`."""
     files.save({"format": FORMAT, **net.encoder.recipe, "branch": net.encoder.branch, "made": made,
                 "image_size": image_size, "classes": net.head.out_features,
                 "batch_norm": isinstance(net.norm, nn.BatchNorm1d),
@@ -371,9 +371,9 @@ FORMAT = "evaluated classifier, version 1"
 
 def load_classifier(path):
     """The classifier that an evaluation wrote to `path`: a plain nn.Module in eval mode, images in [0, 1] ->
-    logits, which any attack library can call. Its attribute `image_size` is the side of the images that it was
-    trained on (None where the file does not say). Raises FileNotFoundError, or ValueError that names what is
-    wrong."""
+    logits, which any attack library can call. Its attribute `image_size` is the side of the images that it
+    was trained on (None where the file does not say). Raises FileNotFoundError, or ValueError that names what
+    is wrong."""
     saved = encoders.read(path, FORMAT, "eval.py writes classifier-<preset>-<BN>.pt")
     encoder = encoders.rebuild(saved)
     net = Classifier(encoder, saved["classes"], saved.get("batch_norm", False))
@@ -402,8 +402,9 @@ def check_finite(values, net, what):
     take a NaN for class 0."""
     bad = (~values.isfinite().all(1)).nonzero()
     if len(bad):
-        raise ValueError(f"{getattr(net, 'path', 'the network')}: its output for {what} is not finite, first of "
-                         f"image {int(bad[0])}, batch {int(bad[0]) // 500}")
+        image = int(bad[0])
+        raise ValueError(f"{getattr(net, 'path', 'the network')}: its output for {what} is not finite, first "
+                         f"of image {image}, batch {image // 500}")
 
 
 @torch.no_grad()
@@ -480,7 +481,8 @@ def sanity(net, images, attack, seed, limit, batch_size):
     doubts = []
     for name, eps, steps in (("pgd20", attack.eps, 20), ("pgd100", attack.eps, 100),
                              ("pgd20 at 8 eps", 8 * attack.eps, 20)):
-        under = judge(net, images, Attack(attack.norm, eps, eps / 4, steps), seed, limit, batch_size=batch_size)
+        pgd_of = Attack(attack.norm, eps, eps / 4, steps)
+        under = judge(net, images, pgd_of, seed, limit, batch_size=batch_size)
         found[name] = under["accuracy"]
         doubts += [f"{name}: {text}" for text in under.get("warnings", [])]
     if found["pgd100"] > found["pgd20"] + 1:
@@ -526,8 +528,8 @@ def corrupted(net, images, kinds, folder=None, seed=0):
 def knn(encoder, train_images, test_images, k=200, temperature=0.1):
     """Weighted k-nearest-neighbour accuracy in per cent on un-augmented images (Wu et al. 2018, arXiv
     1805.01978): each of the k most similar training images votes for its class with weight
-    exp(cosine / temperature). Temperature 0.1 as in MoCo's CIFAR-10 demo. Raises ValueError where a feature is
-    not finite."""
+    exp(cosine / temperature). Temperature 0.1 as in MoCo's CIFAR-10 demo. Raises ValueError where a feature
+    is not finite."""
     with eval_mode(encoder):
         bank, labels = features(encoder, train_images, "training images")
         queries, wanted = features(encoder, test_images, "test images")
@@ -587,16 +589,21 @@ def parser():
     p.add_argument("--limit", type=whole, help="train on the first so many images of a fixed shuffle")
     p.add_argument("--test-limit", type=whole, help="test on the first so many images of a fixed shuffle")
     p.add_argument("--aa-limit", type=whole, help="AutoAttack on the first so many of these")
-    p.add_argument("--test-batch-size", type=whole, default=500, help="of attacks; AutoAttack's is 250 at most")
-    p.add_argument("--restarts", type=whole, default=1, help="of each attack; the worst counts, image by image")
-    p.add_argument("--source", type=run.path, help="a classifier-*.pt: attacks are made on it, and transferred")
-    p.add_argument("--image-size", type=run.integer(1, 10_000), help="side to which images are brought; default: "
-                   "the encoder's own; where its file names none, as they are, 32 for a folder")
+    p.add_argument("--test-batch-size", type=whole, default=500,
+                   help="of attacks; AutoAttack's is 250 at most")
+    p.add_argument("--restarts", type=whole, default=1,
+                   help="of each attack; the worst counts, image by image")
+    p.add_argument("--source", type=run.path,
+                   help="a classifier-*.pt: attacks are made on it, and transferred")
+    p.add_argument("--image-size", type=run.integer(1, 10_000),
+                   help="side to which images are brought; default: the encoder's own; where its file names "
+                   "none, as they are, 32 for a folder")
     p.add_argument("--pictures", action="store_true", help="of PGD and DeepFool: attacked-*.png")
     p.add_argument("--kept", action="store_true", help="measure nothing: the table of what was measured")
     p.add_argument("--seed", type=run.integer(0, 2**32 - 1), default=0)
     p.add_argument("--device", help="default: cuda if there is one, else cpu")
-    p.add_argument("--workers", type=run.integer(0, 1000), default=4, help="decoding processes, for an ImageFolder")
+    p.add_argument("--workers", type=run.integer(0, 1000), default=4,
+                   help="decoding processes, for an ImageFolder")
     g = p.add_argument_group("over the preset")
     g.add_argument("--epochs", type=whole)
     g.add_argument("--milestones", type=whole, nargs="*", help="epochs where the rate falls; none: cosine")
@@ -620,7 +627,8 @@ def given(argv):
     """The flags that stand on the command line, {name: value}: those that are left out are not there."""
     absent = object()
     found = argparse.Namespace(**dict.fromkeys(vars(parser().parse_args(argv)), absent))
-    return {name: value for name, value in vars(parser().parse_args(argv, found)).items() if value is not absent}
+    parser().parse_args(argv, found)  # a default does not replace what is there
+    return {name: value for name, value in vars(found).items() if value is not absent}
 
 
 def asked(args):
@@ -663,9 +671,9 @@ def check(args):
 
 def chosen(args, name):
     """Preset `name` with what the flags change."""
-    given = {f: getattr(args, f) for f in OVER} | {"dual": False if args.bn else None}
-    given = {f: tuple(v) if f == "milestones" else v for f, v in given.items() if v is not None}
-    return PRESETS[name]._replace(**given)
+    over = {f: getattr(args, f) for f in OVER} | {"dual": False if args.bn else None}
+    over = {f: tuple(v) if f == "milestones" else v for f, v in over.items() if v is not None}
+    return PRESETS[name]._replace(**over)
 
 
 def titles(args):
@@ -679,8 +687,8 @@ def titles(args):
 
 
 def encoder_paths(args):
-    """The paths of the flags, without the classifiers that an earlier evaluation left among `*.pt`. ValueError
-    where one is there twice."""
+    """The paths of the flags, without the classifiers that an earlier evaluation left among `*.pt`.
+    ValueError where one is there twice."""
     paths = [pathlib.Path(path) for path in args.paths]
     others = [path for path in paths if not path.name.startswith("classifier-")]
     if others and len(others) < len(paths):
@@ -688,7 +696,7 @@ def encoder_paths(args):
         paths = others
     seen = {}
     for path in paths:
-        place = path.resolve() if path.suffix == ".pt" else path.resolve() / "encoder.pt"
+        place = path.resolve() / "encoder.pt" if table.is_folder(path) else path.resolve()
         if place in seen:
             raise ValueError(f"{seen[place]} and {path} are one encoder, given twice")
         seen[place] = path
@@ -696,8 +704,8 @@ def encoder_paths(args):
 
 
 def row_path(path):
-    """What stands for the encoder at `path` in the table: its folder, or, where the file has a name of its own,
-    the file."""
+    """What stands for the encoder at `path` in the table: its folder, or, where the file has a name of its
+    own, the file."""
     return path.parent if path.name == "encoder.pt" else path
 
 
@@ -706,18 +714,18 @@ def name_foreign_lines(folders):
     for folder in dict.fromkeys(folders):
         numbers = table.foreign(folder / "eval.jsonl")
         if numbers:
-            print(f"{folder / 'eval.jsonl'}: line {', '.join(map(str, numbers))} holds no result, and is left out",
-                  file=sys.stderr)
+            which = ", ".join(map(str, numbers))
+            print(f"{folder / 'eval.jsonl'}: line {which} holds no result, and is left out", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The command: what was measured
 # ----------------------------------------------------------------------------------------------------------
 def kept_table(args, named):
-    """The table of what was measured and is what the flags `named` (see `given`) say. ValueError where that is
-    nothing."""
+    """The table of what was measured and is what the flags `named` (see `given`) say. ValueError where that
+    is nothing."""
     wanted = {name: named[name] for name in ("bn", "image_size") if name in named}
-    source = digest(pathlib.Path(args.source).read_bytes()) if args.source else None
+    source = digest_of(args.source) if args.source else None
     columns = titles(args)
 
     def accept(line, attack, found):
@@ -725,23 +733,23 @@ def kept_table(args, named):
 
     runs = []
     paths = encoder_paths(args)
-    name_foreign_lines(path if path.is_dir() else path.parent for path in paths)
-    for path in paths:
-        single = not path.is_dir()
-        folder = path.parent if single else path
-        for file in [path.name] if single else table.evaluated(folder):
+    folders = [path if table.is_folder(path) else path.parent for path in paths]
+    name_foreign_lines(folders)
+    for path, folder in zip(paths, folders):
+        for file in table.evaluated(folder) if path == folder else [path.name]:
             runs.append((row_path(folder / file), table.measured(folder, file, accept, **wanted)))
     if not any(results for _, results in runs):
-        lines = [line for path in paths for line in table.lines(
-            (path if path.is_dir() else path.parent) / "eval.jsonl")]
-        there = dict.fromkeys(f"{line['preset']} {attack}" for line in lines for attack in table.results(line))
-        raise ValueError(f"nothing was measured of what these flags name; there is {', '.join(there) or 'nothing'}")
+        lines = [line for folder in folders for line in table.measurements(folder)]
+        there = dict.fromkeys(
+            f"{line['preset']} {attack}" for line in lines for attack in table.results(line))
+        raise ValueError("nothing was measured of what these flags name; there is "
+                         f"{', '.join(there) or 'nothing'}")
     return table.markdown(runs, columns, GROUPS, PUBLISHED, run.FREE)
 
 
 def is_named(line, attack, found, named, source):
-    """Whether the result `found` for `attack`, of `line`, is what the flags `named` say. `source`: the digest of
-    that flag's file."""
+    """Whether the result `found` for `attack`, of `line`, is what the flags `named` say. `source`: the digest
+    of that flag's file."""
     row = ATTACKS.get(attack)
     flags = line.get("flags") if isinstance(line.get("flags"), dict) else {}  # old lines say more there
     recipe = line.get("recipe") if isinstance(line.get("recipe"), dict) else {}
@@ -782,6 +790,14 @@ def digest(*parts):
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
+def digest_of(path):
+    """The digest of a file. OSError that names it and the reason where it cannot be read."""
+    try:
+        return digest(pathlib.Path(path).read_bytes())
+    except OSError as e:
+        raise OSError(f"{path} cannot be read: {e.strerror}") from None
+
+
 def contents(images):
     """A digest of images and labels."""
     return digest(images.checksum().encode(), images.y.cpu().numpy().tobytes())
@@ -801,8 +817,8 @@ def public_corruptions(args):
 
 
 def public_contents(args):
-    """A digest of the public corruptions that count. Each file is read whole, once as long as its size and time
-    stay."""
+    """A digest of the public corruptions that count. Each file is read whole, once as long as its size and
+    time stay."""
     parts = []
     for name in (*corruptions.MAIN, "labels"):
         path = public_corruptions(args) / f"{name}.npy"
@@ -812,8 +828,8 @@ def public_contents(args):
 
 
 def check_public(folder, images):
-    """ValueError where the public corruptions in `folder` cannot be those of the test images `images`: their labels
-    are not, in the same order."""
+    """ValueError where the public corruptions in `folder` cannot be those of the test images `images`: their
+    labels are not, in the same order."""
     for kind in corruptions.MAIN:  # every file is there, and as long as the labels
         corruptions.read(folder, kind, 1)
     for severity in range(1, 6):
@@ -822,8 +838,8 @@ def check_public(folder, images):
             raise ValueError(f"{folder}: {len(y)} images a severity, for {len(images)} to be judged")
         rows = data.shuffled(len(y))[: len(images)]
         if not torch.equal(y[rows], images.y.cpu()):
-            raise ValueError(f"{folder / 'labels.npy'}: the labels of severity {severity} are not those of the test "
-                             "images in their order; the files belong to another data set, or are damaged")
+            raise ValueError(f"{folder / 'labels.npy'}: the labels of severity {severity} are not those of "
+                             "the test images in their order; the files are of other data, or damaged")
 
 
 class Sets(NamedTuple):
@@ -842,7 +858,8 @@ def load_sets(args, device, size):
     found = []
     for split, limit in (("labelled", args.limit), ("test", args.test_limit)):
         # test images shuffled, so that the first n are a fair sample
-        images = data.load(args.data, args.data_dir, split, device, limit, size or 32, args.workers, split == "test")
+        shuffle = split == "test"
+        images = data.load(args.data, args.data_dir, split, device, limit, size or 32, args.workers, shuffle)
         before = tuple(images.x.shape[2:]) if hasattr(images, "x") else None
         found.append(resized(images, size))
     train, test = found
@@ -874,8 +891,8 @@ def check_sets(args, sets):
             raise ValueError(f"{args.data}: some images have no label; an evaluation needs them all")
         if side is None or side_of(images) != side:
             shapes = " and ".join("{} x {}".format(*some.x.shape[2:]) for some in (sets.train, sets.test))
-            raise ValueError(f"{args.data}: training and test images are of {shapes} pixels, and must be square and "
-                             "of one size; give an --image-size to bring them to, as 32")
+            raise ValueError(f"{args.data}: training and test images are of {shapes} pixels, and must be "
+                             "square and of one size; give an --image-size to bring them to, as 32")
     if len(sets.train.y.unique()) < 2:
         raise ValueError(f"{args.data}: the training images are all of one class; an evaluation needs two")
     if "c-like" in attacks and side != 32:
@@ -884,7 +901,8 @@ def check_sets(args, sets):
         check_public(public_corruptions(args), sets.test)
     for name in attacks:
         if isinstance(ATTACKS.get(name), AutoAttack) and side < 5:
-            raise ValueError(f"--attacks {name}: AutoAttack needs images of side 5, these have {side}; --image-size 32")
+            raise ValueError(f"--attacks {name}: AutoAttack needs images of side 5, these have {side}; "
+                             "--image-size 32")
     for name in presets:
         if name == "knn":
             continue
@@ -895,13 +913,13 @@ def check_sets(args, sets):
                              f"{len(sets.train)} that is none")
         data.steps_per_epoch(len(sets.train) - held, p.batch_size)
         if p.augment == "reflect" and side <= 4:
-            raise ValueError(f"--preset {name}: reflects 4 pixels at the edges, for which images of side {side} are "
-                             "too small; --image-size 32")
+            raise ValueError(f"--preset {name}: reflects 4 pixels at the edges, for which images of side "
+                             f"{side} are too small; --image-size 32")
 
 
 def try_encoder(path, args, env, sets):
-    """Say on images of which side the encoder at `path` is judged, if that may surprise, and show it one: what it
-    cannot take, or makes no finite feature of, is a ValueError now."""
+    """Say on images of which side the encoder at `path` is judged, if that may surprise, and show it one:
+    what it cannot take, or makes no finite feature of, is a ValueError now."""
     encoder = encoders.load_encoder(path, args.bn)
     side = side_of(sets.test)
     if encoder.image_size:
@@ -937,12 +955,12 @@ def load_source(args, device):
     made = {}
     with contextlib.suppress(TypeError, ValueError):
         made = json.loads(net.made)
-    return Source(net, digest(pathlib.Path(args.source).read_bytes()), made if isinstance(made, dict) else {})
+    return Source(net, digest_of(args.source), made if isinstance(made, dict) else {})
 
 
 def doubts_of(source, args, sets):
-    """What is not known of the source of transferred attacks: a list of sentences. ValueError where it was trained
-    for other data."""
+    """What is not known of the source of transferred attacks: a list of sentences. ValueError where it was
+    trained for other data."""
     if not source:
         return []
     classes = source.net.head.out_features
@@ -950,8 +968,9 @@ def doubts_of(source, args, sets):
         raise ValueError(f"--source {args.source}: {classes} classes, {args.data} has {sets.train.classes}")
     side = side_of(sets.test)
     if source.net.image_size not in (None, side):
-        raise ValueError(f"--source {args.source}: was trained on images of side {source.net.image_size}, the attacked "
-                         f"are of {side}; --image-size {source.net.image_size}")
+        own = source.net.image_size
+        raise ValueError(f"--source {args.source}: was trained on images of side {own}, the attacked are of "
+                         f"{side}; --image-size {own}")
     if source.made.get("train") == sets.train_digest:
         return []
     name = source.made.get("data")
@@ -1019,7 +1038,7 @@ def evaluate(path, name, args, env, sets, source=None):
     encoder = encoders.load_encoder(path, args.bn, all_branches=p is not None and p.dual)
     encoder = encoder.to(env.device, memory_format=torch.channels_last)
     encoder.path = path
-    key = {"encoder": digest(path.read_bytes()), "preset": name, "bn": encoder.branch, "seed": args.seed,
+    key = {"encoder": digest_of(path), "preset": name, "bn": encoder.branch, "seed": args.seed,
            "data": args.data, "image_size": sets.size, "train": sets.train_digest,
            "recipe": json.loads(json.dumps(p._asdict() if p else {"k": 200, "temperature": 0.1}))}
     bn = "dual" if encoder.branch and p and p.dual else encoder.branch
@@ -1094,11 +1113,12 @@ def measured_table(args, named):
     sets = {}
     for path, size in sizes.items():
         if size not in sets:
-            sets[size] = load_sets(args, env.device, size)
-            check_sets(args, sets[size])
-            doubts_of(source, args, sets[size])
-            print(f"{args.data}: {len(sets[size].train)} training and {len(sets[size].test)} test images of side "
-                  f"{side_of(sets[size].test)}, {sets[size].train.classes} classes")
+            found = load_sets(args, env.device, size)
+            check_sets(args, found)
+            doubts_of(source, args, found)
+            print(f"{args.data}: {len(found.train)} training and {len(found.test)} test images of side "
+                  f"{side_of(found.test)}, {found.train.classes} classes")
+            sets[size] = found
         try_encoder(path, args, env, sets[size])
     if "knn" in presets and "attacks" in named and attacks != ["clean"]:
         print("k-NN is not attacked: it is judged on clean images")

@@ -44,7 +44,8 @@ def principal(h):
 def parser():
     p = run.Parser("plot.py", __doc__)
     p.add_argument("what", choices=("loss", "curve", "features"), help="loss, curve or features")
-    p.add_argument("folders", nargs="+", type=run.path, metavar="FOLDER", help="of runs; for features an encoder, too")
+    p.add_argument("folders", nargs="+", type=run.path, metavar="FOLDER",
+                   help="of runs; for features an encoder, too")
     p.add_argument("--out", type=run.path, help="the picture, .png, .pdf or .svg; default: <what>.png")
     p.add_argument("--data", default="cifar10", type=run.path,
                    help="for features: as in eval.py; so are the next three")
@@ -62,8 +63,8 @@ def check(args):
 
 @torch.no_grad()
 def features(path, args):
-    """Features (N, dim) of the encoder at `path` for the first test images of a fixed shuffle, their labels (N,),
-    and the number of classes."""
+    """Features (N, dim) of the encoder at `path` for the first test images of a fixed shuffle, their labels
+    (N,), and the number of classes."""
     encoder = encoders.load_encoder(path)
     size = args.image_size or encoder.image_size or 32
     images = data.load(args.data, args.data_dir, "test", size=size, shuffle=True)

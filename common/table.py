@@ -1,7 +1,7 @@
 """Results of evaluations as kept in eval.jsonl, and a Markdown table of them.
 
-A line of eval.jsonl that is no such line (cut off by a crash, foreign, damaged) is left out everywhere; `foreign`
-names it.
+A line of eval.jsonl that is no such line (cut off by a crash, foreign, damaged) is left out everywhere;
+`foreign` names it.
 """
 import json
 import math
@@ -14,7 +14,7 @@ from common import files
 
 
 def lines(path):
-    """The objects of a .jsonl file, if it is there; what is no JSON object, as a last line cut off, is left out."""
+    """The objects of a .jsonl file, if it is there; what is none, as a last line cut off, is left out."""
     return [line for _, line in files.json_lines(path) if line is not None]
 
 
@@ -55,24 +55,29 @@ def kept(path, key, attack, conditions, file="encoder.pt"):
 
 
 def evaluated(folder):
-    """The names of the encoders' files of which eval.jsonl in `folder` holds results. Raises FileNotFoundError
-    where there is none."""
-    if not (folder / "eval.jsonl").exists():
-        raise FileNotFoundError(f"{folder / 'eval.jsonl'}: no such file; nothing was measured there")
-    return list(dict.fromkeys(file_of(line) for line in lines(folder / "eval.jsonl") if results(line)))
+    """The names of the encoders' files of which eval.jsonl in `folder` holds results. Raises
+    FileNotFoundError where there is none."""
+    return list(dict.fromkeys(file_of(line) for line in measurements(folder)))
+
+
+def measurements(folder):
+    """The lines of eval.jsonl in `folder` that hold a result. Raises FileNotFoundError where there is no
+    such file."""
+    path = folder / "eval.jsonl"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; nothing was measured there")
+    return [line for line in lines(path) if results(line)]
 
 
 def measured(folder, file="encoder.pt", accept=None, **wanted):
-    """{(preset, attack): result} that eval.jsonl in `folder` holds of the encoder in `file` there: of lines and
-    results that agree with `wanted` and for which accept(line, attack, result), if given, is true.
+    """{(preset, attack): result} that eval.jsonl in `folder` holds of the encoder in `file` there: of lines
+    and results that agree with `wanted` and for which accept(line, attack, result), if given, is true.
 
-    Raises FileNotFoundError where there is no eval.jsonl, and ValueError where something was measured twice in
-    different ways."""
-    if not (folder / "eval.jsonl").exists():
-        raise FileNotFoundError(f"{folder / 'eval.jsonl'}: no such file; nothing was measured there")
+    Raises FileNotFoundError where there is no eval.jsonl, and ValueError where something was measured twice
+    in different ways."""
     found = {}
     hows = {}
-    for line in lines(folder / "eval.jsonl"):
+    for line in measurements(folder):
         if file_of(line) != file:
             continue
         for attack, result in results(line).items():
@@ -88,9 +93,15 @@ def measured(folder, file="encoder.pt", accept=None, **wanted):
             differ = [k for k, v in how.items() if v != hows.setdefault(name, how)[k]]
             if differ:
                 raise ValueError(f"{folder}: {' '.join(name)} was measured twice, with another "
-                                 f"{', '.join(differ)}; choose by a flag, or take lines out of its eval.jsonl")
+                                 f"{', '.join(differ)}; choose by a flag, or take lines out of its "
+                                 "eval.jsonl")
             found[name] = result
     return found
+
+
+def is_folder(path):
+    """Whether `path` is the folder of a run, and not the file of an encoder; either may be gone."""
+    return path.is_dir() or not (path.is_file() or path.suffix == ".pt")
 
 
 class Run(NamedTuple):
@@ -106,7 +117,7 @@ class Run(NamedTuple):
 
 def read_run(path, free):
     """The `Run` at `path`. Flags of the set `free` tell no methods apart."""
-    single = path.suffix == ".pt" and not path.is_dir()
+    single = not is_folder(path)
     found = lines((path.parent if single else path) / "log.jsonl")
     header = next((line for line in found if isinstance(line.get("flags"), dict)), None)
     if header is None:
@@ -186,7 +197,7 @@ def name_of(row):
     """What the names of a row's folders have in common; for encoders that are files of their own, the file's,
     after that of the folder if it is a run's."""
     if "folder" in row[0].flags and row[0].script == "?":
-        return row[0].path.stem if row[0].path.suffix == ".pt" else row[0].path.name
+        return row[0].path.name if is_folder(row[0].path) else row[0].path.stem
     file = row[0].flags.get("file")
     folders = [run.path.parent.name if file else run.path.name for run in row]
     name = os.path.commonprefix(folders).rstrip("-_") or folders[0]
