@@ -4,29 +4,33 @@
     python plot.py curve runs/*                          accuracy over eps, after eval.py --attacks curve
     python plot.py features runs/amoc --data shapes      test images in the first two principal components
 """
-import argparse
 import pathlib
 import re
 
 import torch
 
-from common import data, encoders, run, table
+from common import data, encoders, files, run, table
 
 
 def losses(folder):
     """{"": (epochs, mean losses)} of the log of the run in `folder`."""
-    points = [(line["epoch"], line["loss"]) for line in table.lines(folder / "log.jsonl") if "loss" in line]
+    points = [(line["epoch"], line["loss"]) for line in table.lines(folder / "log.jsonl")
+              if table.is_number(line.get("epoch")) and table.is_number(line.get("loss"))]
     return {"": tuple(zip(*points))} if points else {}
 
 
 def curves(folder):
-    """{preset: (eps in 1/255, accuracies)} of what eval.jsonl in `folder` holds under clean and pgd20-*."""
+    """{preset: (eps in 1/255, accuracies)} of what eval.jsonl in `folder` holds under clean and pgd20-*. The
+    name of an encoder that is not encoder.pt comes before the preset's."""
     found = {}
-    for (preset, attack), result in table.measured(folder, source=None, restarts=None).items():
-        name = re.fullmatch(r"clean|pgd20(?:-(\d+))?", attack)
-        if name:
-            eps = 0 if attack == "clean" else int(name[1] or 8)
-            found.setdefault(preset, {})[eps] = result["accuracy"]
+    for file in table.evaluated(folder):
+        before = "" if file == "encoder.pt" else f"{pathlib.PurePath(file).stem} "
+        results = table.measured(folder, file, source=None, restarts=None)
+        for (preset, attack), result in results.items():
+            name = re.fullmatch(r"clean|pgd20(?:-(\d+))?", attack)
+            if name:
+                eps = 0 if attack == "clean" else int(name[1] or 8)
+                found.setdefault(before + preset, {})[eps] = result["accuracy"]
     return {preset: tuple(zip(*sorted(points.items()))) for preset, points in found.items()
             if len(points) > 1}
 
@@ -38,31 +42,51 @@ def principal(h):
 
 
 def parser():
-    p = argparse.ArgumentParser(prog="plot.py", description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", help="loss, curve or features")
-    p.add_argument("folders", nargs="+", help="of runs")
-    p.add_argument("--out", help="the picture; default: <what>.png")
-    p.add_argument("--data", default="cifar10", help="for features: as in eval.py; so are the next three")
-    p.add_argument("--data-dir", default="data")
-    p.add_argument("--test-limit", type=int, default=1000)
-    p.add_argument("--image-size", type=int, default=32)
+    p = run.Parser("plot.py", __doc__)
+    p.add_argument("what", choices=("loss", "curve", "features"), help="loss, curve or features")
+    p.add_argument("folders", nargs="+", type=run.path, metavar="FOLDER",
+                   help="of runs; for features an encoder, too")
+    p.add_argument("--out", type=run.path, help="the picture, .png, .pdf or .svg; default: <what>.png")
+    p.add_argument("--data", default="cifar10", type=run.path,
+                   help="for features: as in eval.py; so are the next three")
+    p.add_argument("--data-dir", default="data", type=run.path)
+    p.add_argument("--test-limit", type=run.integer(2), default=1000, help="at most so many images")
+    p.add_argument("--image-size", type=run.integer(1, 10_000), help="default: the encoder's own, else 32")
     return p
 
 
 def check(args):
-    if args.what not in ("loss", "curve", "features"):
-        raise ValueError(f"{args.what}: choose loss, curve or features")
+    """ValueError for flags that do not go together."""
+    if args.out and pathlib.Path(args.out).suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--out {args.out}: must end in .png, .pdf or .svg")
 
 
 @torch.no_grad()
+def features(path, args):
+    """Features (N, dim) of the encoder at `path` for the first test images of a fixed shuffle, their labels
+    (N,), and the number of classes."""
+    encoder = encoders.load_encoder(path)
+    size = args.image_size or encoder.image_size or 32
+    images = data.load(args.data, args.data_dir, "test", size=size, shuffle=True)
+    rows = torch.arange(min(args.test_limit, len(images)))
+    if len(rows) < 2:
+        raise ValueError(f"{args.data}: one test image; features need two")
+    h = []
+    labels = []
+    for x, y in images.stream(rows.split(500)):
+        h.append(encoder(data.resize(x, size)))
+        labels.append(y)
+    h = torch.cat(h)
+    if not h.isfinite().all():
+        raise ValueError(f"{path}: its features are not finite")
+    return h, torch.cat(labels), images.classes
+
+
 def draw_features(axes, folder, args):
-    encoder = encoders.load_encoder(folder / "encoder.pt")
-    images = data.load(args.data, args.data_dir, "test", limit=args.test_limit, size=args.image_size)
-    parts = images.stream(torch.arange(len(images)).split(500))
-    h, y = (torch.cat(v) for v in zip(*((encoder(data.resize(x, args.image_size)), y) for x, y in parts)))
-    axes.scatter(*principal(h).T, c=y, s=4, cmap="tab10" if images.classes <= 10 else "viridis")
-    axes.set(title=folder.name, xticks=[], yticks=[])
+    path = folder if folder.suffix == ".pt" else folder / "encoder.pt"
+    h, y, classes = features(path, args)
+    axes.scatter(*principal(h).T, c=y, s=4, cmap="tab10" if classes <= 10 else "viridis")
+    axes.set(title=folder.stem if folder.suffix == ".pt" else folder.name, xticks=[], yticks=[])
 
 
 def main(argv=None):
@@ -82,15 +106,17 @@ def main(argv=None):
     else:
         lines = losses if args.what == "loss" else curves
         for folder in folders:
-            if not lines(folder):
+            found = lines(folder)
+            if not found:
                 raise ValueError(f"{folder}: no {args.what} was measured there")
-            for name, (x, y) in lines(folder).items():
+            for name, (x, y) in found.items():
                 axes[0].plot(x, y, marker=".", label=f"{folder.name} {name}")
         axes[0].set(xlabel="epoch" if args.what == "loss" else "eps of PGD-20, 1/255",
                     ylabel="loss" if args.what == "loss" else "accuracy, %")
         axes[0].legend()
-    out = args.out or f"{args.what}.png"
-    figure.savefig(out, dpi=150)
+    out = pathlib.Path(args.out or f"{args.what}.png")
+    with files.replacing(out) as temporary:
+        figure.savefig(temporary, dpi=150, format=out.suffix[1:])
     print(out)
 
 

@@ -40,6 +40,8 @@ def read(folder, name, severity):
         except Exception as e:
             raise ValueError(f"{path}: not a readable .npy file ({e})") from None
     x, y = arrays
+    if y.dtype.kind not in "iu":
+        raise ValueError(f"{folder}: labels.npy is {y.dtype}; labels must be integers")
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or len(x) % 5 or y.shape != (len(x),):
         raise ValueError(f"{folder}: {name}.npy is {x.dtype} {x.shape}, labels.npy {y.shape}; they must be "
                          "uint8 (5 N, H, W, 3), one severity after the other, and (5 N,)")

@@ -1,61 +1,157 @@
-"""Results of evaluations as kept in eval.jsonl, and a Markdown table of them."""
-import contextlib
+"""Results of evaluations as kept in eval.jsonl, and a Markdown table of them.
+
+A line of eval.jsonl that is no such line (cut off by a crash, foreign, damaged) is left out everywhere;
+`foreign` names it.
+"""
 import json
+import math
 import os
 import pathlib
 import statistics
+from typing import NamedTuple
+
+from common import files
 
 
 def lines(path):
-    """The objects of a .jsonl file, if it is there; what is not JSON, as a last line cut off, is left out."""
-    found = []
-    for text in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(text))
-    return found
+    """The objects of a .jsonl file, if it is there; what is none, as a last line cut off, is left out."""
+    return [line for _, line in files.json_lines(path) if line is not None]
 
 
-def append(path, line):
-    """Add an object to a .jsonl file, on a line of its own even where the one before was cut off."""
-    cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-    with open(path, "a") as f:
-        f.write("\n" * cut + json.dumps(line) + "\n")
+def results(line):
+    """What a line of eval.jsonl holds, {attack: result}; nothing where it is no such line, or None."""
+    if line is None or not isinstance(line.get("preset"), str) or not isinstance(line.get("results"), dict):
+        return {}
+    return {attack: found for attack, found in line["results"].items()
+            if isinstance(found, dict) and is_number(found.get("accuracy"))}
 
 
-def kept(path, key, attack, conditions):
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def foreign(path):
+    """The numbers, from 1, of the lines of eval.jsonl at `path` that hold no result."""
+    return [number for number, line in files.json_lines(path) if not results(line)]
+
+
+def file_of(line):
+    """The name of the encoder's file that a line of eval.jsonl is about."""
+    path = line.get("path")
+    return pathlib.PurePath(path).name if isinstance(path, str) and path else "encoder.pt"
+
+
+def kept(path, key, attack, conditions, file="encoder.pt"):
     """The result for `attack` that eval.jsonl at `path` holds of the evaluation `key`, a dict that is part of
-    its line, under just these conditions: {name: value or None}. None if there is none."""
+    its line, of the encoder in `file` beside it, under just these conditions: {name: value or None}. None if
+    there is none."""
     for line in lines(path):
-        found = line["results"].get(attack)
-        if found and key.items() <= line.items() and all(found.get(k) == v for k, v in conditions.items()):
+        found = results(line).get(attack)
+        if not found or file_of(line) != file or not key.items() <= line.items():
+            continue
+        if all(found.get(name) == value for name, value in conditions.items()):
             return found
+    return None
 
 
-def measured(folder, **wanted):
-    """{(preset, attack): result} of eval.jsonl in `folder`, of lines and results that agree with `wanted`.
-    Raises FileNotFoundError where there is none, and ValueError where something was measured twice in
-    different ways."""
-    if not (folder / "eval.jsonl").exists():
-        raise FileNotFoundError(f"{folder / 'eval.jsonl'}: no such file; nothing was measured there")
-    found, hows = {}, {}
-    for line in lines(folder / "eval.jsonl"):
-        for attack, result in line["results"].items():
-            if any({**line, **result}.get(k) != v for k, v in wanted.items()):
+def evaluated(folder):
+    """The names of the encoders' files of which eval.jsonl in `folder` holds results. Raises
+    FileNotFoundError where there is none."""
+    return list(dict.fromkeys(file_of(line) for line in measurements(folder)))
+
+
+def measurements(folder):
+    """The lines of eval.jsonl in `folder` that hold a result. Raises FileNotFoundError where there is no
+    such file."""
+    path = folder / "eval.jsonl"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; nothing was measured there")
+    return [line for line in lines(path) if results(line)]
+
+
+def measured(folder, file="encoder.pt", accept=None, **wanted):
+    """{(preset, attack): result} that eval.jsonl in `folder` holds of the encoder in `file` there: of lines
+    and results that agree with `wanted` and for which accept(line, attack, result), if given, is true.
+
+    Raises FileNotFoundError where there is no eval.jsonl, and ValueError where something was measured twice
+    in different ways."""
+    found = {}
+    hows = {}
+    for line in measurements(folder):
+        if file_of(line) != file:
+            continue
+        for attack, result in results(line).items():
+            both = {**line, **result}
+            if any(both.get(name) != value for name, value in wanted.items()):
                 continue
-            how = {k: {**line, **result}.get(k) for k in (
+            if accept and not accept(line, attack, result):
+                continue
+            how = {name: both.get(name) for name in (
                 "encoder", "bn", "data", "image_size", "seed", "recipe", "train", "test", "images",
-                "settings", "files", "batch_size")}
+                "settings", "restarts", "source", "files", "batch_size")}
             name = line["preset"], attack
             differ = [k for k, v in how.items() if v != hows.setdefault(name, how)[k]]
             if differ:
                 raise ValueError(f"{folder}: {' '.join(name)} was measured twice, with another "
-                                 f"{', '.join(differ)}; take lines out of its eval.jsonl")
+                                 f"{', '.join(differ)}; choose by a flag, or take lines out of its "
+                                 "eval.jsonl")
             found[name] = result
     return found
 
 
+def is_folder(path):
+    """Whether `path` is the folder of a run, and not the file of an encoder; either may be gone."""
+    return path.is_dir() or not (path.is_file() or path.suffix == ".pt")
+
+
+class Run(NamedTuple):
+    """What the log of a run says, without one what its path does."""
+
+    path: pathlib.Path  # its folder; or, of an encoder that is not encoder.pt, that file
+    script: str
+    flags: dict  # that tell methods apart
+    seed: object
+    spent: float
+    unit: str  # of `spent`: CPU-s or s; empty where nothing is known
+
+
+def read_run(path, free):
+    """The `Run` at `path`. Flags of the set `free` tell no methods apart."""
+    single = not is_folder(path)
+    found = lines((path.parent if single else path) / "log.jsonl")
+    header = next((line for line in found if isinstance(line.get("flags"), dict)), None)
+    if header is None:
+        return Run(path, "?", {"folder": str(path)}, None, 0, "")
+    words = str(header.get("command")).split()
+    script = pathlib.Path(words[1]).stem if len(words) > 1 else "?"
+    flags = {name: value for name, value in header["flags"].items() if name not in free}
+    seed = flags.pop("seed", None)
+    if single:
+        flags["file"] = path.name
+    on_cpu = str(header.get("device")).endswith("threads")
+    clock = "cpu_seconds" if on_cpu else "seconds"
+    times = [line[clock] for line in found if is_number(line.get(clock))]
+    if not times:
+        return Run(path, script, flags, seed, 0, "")
+    return Run(path, script, flags, seed, times[-1], "CPU-s" if on_cpu else "s")
+
+
+def rows(paths, free):
+    """The runs at `paths`, those that differ only in their seed or in flags of the set `free` together: lists
+    of `Run`. Raises ValueError where two of one row have the same seed: one was copied."""
+    found = {}
+    for path in paths:
+        run = read_run(path, free)
+        row = found.setdefault(json.dumps([run.script, run.flags]), {})
+        seed = json.dumps(run.seed)
+        if seed in row:
+            raise ValueError(f"{row[seed].path} and {path} are one run: the same flags, the same seed")
+        row[seed] = run
+    return [list(row.values()) for row in found.values()]
+
+
 def markdown(runs, columns, groups, published, free):
-    """The table of `runs`, pairs of a folder and its results {column: {"accuracy", "stderr"}}.
+    """The table of `runs`, pairs of a path (see `Run`) and its results {column: {"accuracy", "stderr"}}.
 
     Each run's script, flags and time are in the folder's log.jsonl. Runs that differ in their seed, or in
     flags of the set `free`, are one row: mean ± standard deviation. One alone has its standard error in
@@ -71,39 +167,41 @@ def markdown(runs, columns, groups, published, free):
     Raises ValueError where two runs of one row have the same seed.
     """
     columns = {c: title for c, title in columns.items() if any(c in results for _, results in runs)}
-    rows, spent = {}, {}
-    for folder, results in runs:
-        if not results.keys() & columns.keys():
-            continue
-        log, *epochs = lines(folder / "log.jsonl") or [{"command": "? ?", "flags": {"folder": str(folder)}}]
-        if epochs:
-            cpu = log["device"].endswith("threads")
-            spent[folder] = epochs[-1]["cpu_seconds" if cpu else "seconds"], "CPU-s" if cpu else "s"
-        script = pathlib.Path(log["command"].split()[1]).stem
-        flags = {k: v for k, v in log["flags"].items() if k not in free}
+    runs = [(path, results) for path, results in runs if results.keys() & columns.keys()]
+    grouped = {}
+    for row in rows([path for path, _ in runs], free):
         group = next((title for title, kinds in groups.items()
-                      if any(fits(script, flags, *kind) for kind in kinds)), "other")
-        seed = flags.pop("seed", None)
-        row = rows.setdefault(group, {}).setdefault(json.dumps([script, flags]), {})
-        if seed in row:
-            raise ValueError(f"{row[seed][0]} and {folder} are one run: the same flags, the same seed")
-        row[seed] = folder, results
+                      if any(fits(row[0].script, row[0].flags, *kind) for kind in kinds)), "other")
+        grouped.setdefault(group, []).append(row)
+    of_path = dict(runs)
     out = [["", "seeds", "pretraining", *columns.values(), "published"], ["---"] * (len(columns) + 4)]
     for group in [*groups, "other"]:
-        out += [[f"**{group}**"] + [""] * (len(columns) + 3)] if group in rows else []
-        for key, row in rows.get(group, {}).items():
-            folders, found = zip(*row.values())
-            script, flags = json.loads(key)
-            paper = next((text for *kind, text in published
-                          if flags.get("epochs") != 0 and fits(script, flags, *kind)), "")
-            name = os.path.commonprefix([folder.name for folder in folders]).rstrip("-_") or folders[0].name
-            times, units = zip(*(spent.get(folder, (0, "")) for folder in folders))
-            time = f"{statistics.mean(times):.0f} {units[0]}" if set(units) in ({"s"}, {"CPU-s"}) else ""
+        if group in grouped:
+            out.append([f"**{group}**"] + [""] * (len(columns) + 3))
+        for row in grouped.get(group, []):
+            found = [of_path[run.path] for run in row]
             cells = [cell([results[c] for results in found if c in results], len(found)) for c in columns]
-            out.append([f"[{name}]({folders[0].as_posix()})", str(len(found)), time, *cells, paper])
+            time = ""
+            if {run.unit for run in row} in ({"s"}, {"CPU-s"}):
+                time = f"{statistics.mean(run.spent for run in row):.0f} {row[0].unit}"
+            paper = next((text for *kind, text in published if row[0].flags.get("epochs") != 0
+                          and fits(row[0].script, row[0].flags, *kind)), "")
+            link = f"[{name_of(row)}]({row[0].path.as_posix()})"
+            out.append([link, str(len(found)), time, *cells, paper])
     if not any(row[-1] for row in out[2:]):
         out = [row[:-1] for row in out]
     return "\n".join("| " + " | ".join(row) + " |" for row in out)
+
+
+def name_of(row):
+    """What the names of a row's folders have in common; for encoders that are files of their own, the file's,
+    after that of the folder if it is a run's."""
+    if "folder" in row[0].flags and row[0].script == "?":
+        return row[0].path.name if is_folder(row[0].path) else row[0].path.stem
+    file = row[0].flags.get("file")
+    folders = [run.path.parent.name if file else run.path.name for run in row]
+    name = os.path.commonprefix(folders).rstrip("-_") or folders[0]
+    return f"{name}/{row[0].path.stem}" if file else name
 
 
 def fits(script, flags, wanted_script, wanted):
@@ -115,9 +213,17 @@ def cell(results, seeds=1):
     values = [found["accuracy"] for found in results]
     if not values:
         return ""
-    doubtful = any(found.get("warnings") or found.get("sanity", {}).get("doubts") for found in results)
     if len(values) > 1:
         text = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
     else:
-        text = f"{values[0]:.2f} ({results[0]['stderr']:.2f})"
-    return text + "†" * doubtful + (f" [{len(values)}]" if len(values) < seeds else "")
+        text = f"{values[0]:.2f}"
+        if is_number(results[0].get("stderr")):
+            text += f" ({results[0]['stderr']:.2f})"
+    return text + "†" * any(doubtful(found) for found in results) + (
+        f" [{len(values)}]" if len(values) < seeds else "")
+
+
+def doubtful(found):
+    """Whether a result has warnings, or its sanity check doubts, of its own."""
+    sanity = found.get("sanity")
+    return bool(found.get("warnings") or (isinstance(sanity, dict) and sanity.get("doubts")))

@@ -271,7 +271,7 @@ def test_the_command_fine_tunes_a_vit_and_its_classifier_can_be_loaded(tmp_path,
     (["--preset", "amoc-slf", "--epochs", "10"], "--epochs 10: preset amoc-slf lowers its rate in epoch 20"),
     (["--preset", "mae-tune", "--milestones", "30"], "--milestones: preset mae-tune warms up"),
     (["--attacks", "c", "--data", "shapes"], "--attacks c: there is a CIFAR-10-C"),
-    (["--warmup", "-1"], "--warmup -1"), (["--drop-path", "2"], "--drop-path 2: must be from 0 to 1"),
+    (["--warmup", "-1"], "--warmup -1"), (["--drop-path", "2"], "--drop-path 2: must be a number from 0 to 1"),
     (["--layer-decay", "0.5"], "--layer-decay: preset amoc-slf has no place for it"),
     (["--preset", "amoc-aff", "--mixup", "0.5"], "--mixup: preset amoc-aff has no place for it"),
     (["--preset", "amoc-slf", "--warmup", "2"], "--warmup: preset amoc-slf")])
@@ -629,3 +629,408 @@ def test_a_random_encoder_does_not_solve_shapes():
     images, test = data.load("shapes", limit=4000), data.load("shapes", split="test", limit=1000)
     evaluation.train(net, images, evaluation.PRESETS["amoc-slf"]._replace(epochs=6, milestones=(4,)), seed=0)
     assert 10 < evaluation.judge(net, test)["accuracy"] < 35
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The recipes, typed by hand from the papers and their codes
+# ----------------------------------------------------------------------------------------------------------
+ROWS = """
+amoc-slf         linear clean   25 15,20       0.1  2e-4   128 zero    reflect
+amoc-alf         linear pgd     25 15,20       0.1  5e-4   128 zero    reflect
+amoc-alf-trades  linear trades  25 15,20       0.1  5e-4   128 zero    reflect
+amoc-full        all    clean   40 30,35       0.1  2e-4   128 zero    reflect
+amoc-aff         all    pgd     40 30,35       0.1  5e-4   128 zero    reflect
+amoc-aff-trades  all    trades 100 40,60       0.1  5e-4   128 zero    reflect
+rocl-slf         linear clean  150 30,50,100   0.1  5e-4  1024 default none
+rocl-alf         linear pgd    150 30,50,100   0.1  5e-4  1024 default none
+acl-probe        linear clean  100 cosine      0.1  0      512 default none
+acl-aff-25       all    trades  25 15,20       0.1  2e-4   128 zero    constant
+acl-aff-100      all    trades 100 40,60       0.1  2e-4   128 zero    constant
+advcl-slf        linear clean   25 15,20       0.01 2e-4   512 default constant
+robustssl-slf    linear clean   25 15,20       0.01 2e-4   512 zero    constant
+robustssl-alf    linear pgd     25 15,20       0.01 2e-4   512 zero    constant
+robustssl-aff    all    trades  25 15,20       0.1  2e-4   128 zero    constant
+mae-tune         all    clean  100 cosine     2e-3  0.05  1024 zero    rrc
+mae-slf          linear clean   90 cosine      6.4  0    16384 zero    rrc
+mae-tune-cifar   all    clean  100 cosine     1e-3  0.05   256 zero    constant
+mae-slf-cifar    linear clean   25 15,20       0.1  0      128 zero    constant
+"""
+GAUSSIAN_START = ["acl-aff-25", "acl-aff-100", "robustssl-aff"]
+MORE = {
+    "rocl-alf": {"step_size": 0.007}, "acl-probe": {"nesterov": True}, "acl-aff-25": {"validation": 0.1},
+    "robustssl-aff": {"dual": True},
+    "mae-tune": {"optimizer": "adamw", "warmup": 5, "layer_decay": 0.65, "drop_path": 0.1, "smoothing": 0.1,
+                 "mixup": 0.8, "cutmix": 1.0, "head_std": 2e-5, "renew_norm": True},
+    "mae-slf": {"optimizer": "lars", "warmup": 10, "head_std": 0.01, "batch_norm": True},
+    "mae-tune-cifar": {"optimizer": "adamw", "warmup": 5, "layer_decay": 0.75, "drop_path": 0.1, "smoothing": 0.1,
+                       "head_std": 2e-5, "renew_norm": True},
+    "mae-slf-cifar": {"batch_norm": True}}
+BY_DEFAULT = {
+    "step_size": 2 / 255, "nesterov": False, "optimizer": "sgd", "warmup": 0, "layer_decay": 1.0, "drop_path": 0.0,
+    "smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "head_std": 0.0, "renew_norm": False, "batch_norm": False,
+    "validation": 0.0, "dual": False}
+
+
+def typed():
+    for row in ROWS.strip().splitlines():
+        name, trains, loss, epochs, falls, lr, decay, batch, start, augment = row.split()
+        falls = () if falls == "cosine" else tuple(map(int, falls.split(",")))
+        yield name, {
+            **BY_DEFAULT, "trains": trains, "loss": loss, "epochs": int(epochs), "milestones": falls, "lr": float(lr),
+            "weight_decay": float(decay), "batch_size": int(batch), "zero": start == "zero", "augment": augment,
+            "uniform": name not in GAUSSIAN_START, **MORE.get(name, {})}
+
+
+TYPED = dict(typed())
+
+
+def test_the_presets_are_those_of_the_papers():
+    assert {name: p._asdict() for name, p in evaluation.PRESETS.items()} == TYPED
+    assert len(TYPED) == 19
+
+
+def test_the_attacks_are_those_of_the_papers():
+    linf, l2, l1 = ("linf", 8 / 255), ("l2", 0.5), ("l1", 12.0)
+    want = {
+        "pgd20": (*linf, 2 / 255, 20), "pgd20-amoc": (*linf, 0.0031, 20), "pgd20-rocl": (*linf, 0.00314, 20),
+        "pgd20-rocl-16": ("linf", 16 / 255, 0.00627, 20), "pgd20-l2": (*l2, 0.1, 20), "pgd20-l1": (*l1, 1.2, 20),
+        "pgd50-l2-amoc": (*l2, 0.05, 50), "pgd50-l1-amoc": ("l1_dense", 12.0, 1.2, 50),
+        "pgd20-1": ("linf", 1 / 255, 0.25 / 255, 20), "pgd20-2": ("linf", 2 / 255, 0.5 / 255, 20),
+        "pgd20-4": ("linf", 4 / 255, 1 / 255, 20), "pgd20-6": ("linf", 6 / 255, 1.5 / 255, 20),
+        "pgd20-12": ("linf", 12 / 255, 3 / 255, 20), "pgd20-16": ("linf", 16 / 255, 4 / 255, 20),
+        "deepfool": (8 / 255,), "aa": (*linf, "standard"), "aa-4": ("linf", 4 / 255, "standard"),
+        "aa-l2": (*l2, "standard"), "apgd": (*linf, "apgd"), "c": (corruptions.MAIN, True),
+        "c-like": (tuple(corruptions.LIKE), False)}
+    kinds = {"deepfool": evaluation.DeepFool, "c": evaluation.Corruptions, "c-like": evaluation.Corruptions,
+             **dict.fromkeys(("aa", "aa-4", "aa-l2", "apgd"), evaluation.AutoAttack)}
+    assert evaluation.ATTACKS.keys() == want.keys()
+    for name, row in evaluation.ATTACKS.items():
+        assert type(row) is kinds.get(name, evaluation.Attack) and len(row) == len(want[name]), name
+        for value, expected in zip(row, want[name]):
+            assert value == (pytest.approx(expected) if isinstance(expected, float) else expected), name
+    assert evaluation.CURVE == ("clean", "pgd20-1", "pgd20-2", "pgd20-4", "pgd20-6", "pgd20", "pgd20-12", "pgd20-16")
+
+
+FALLS = {  # what remains of the rate in the epochs up to, and from, each
+    (25, (15, 20)): [1] * 15 + [0.1] * 5 + [0.01] * 5, (40, (30, 35)): [1] * 30 + [0.1] * 5 + [0.01] * 5,
+    (100, (40, 60)): [1] * 40 + [0.1] * 20 + [0.01] * 40,
+    (150, (30, 50, 100)): [1] * 30 + [0.1] * 20 + [0.01] * 50 + [0.001] * 50}
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_the_rate_of_every_preset_in_every_epoch(name):
+    p, row = evaluation.PRESETS[name], TYPED[name]
+    for epoch in range(row["epochs"]):
+        for part in (0, 0.5, 0.999):
+            t, warm = epoch + part, row["warmup"]
+            if row["milestones"]:
+                want = row["lr"] * FALLS[row["epochs"], row["milestones"]][epoch]
+            elif t < warm:
+                want = row["lr"] * t / warm
+            else:
+                want = 1e-6 + (row["lr"] - 1e-6) * (1 + math.cos(math.pi * (t - warm) / (row["epochs"] - warm))) / 2
+            assert evaluation.lr_at(p, epoch, t) == pytest.approx(want, rel=1e-9), (epoch, part)
+
+
+class Linear64(nn.Module):
+    """Logits of flattened images, and the mode of each query."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(W.clone())
+        self.modes = []
+
+    def forward(self, x):
+        self.modes.append(self.training)
+        return x.flatten(1) @ self.weight.T
+
+
+@pytest.mark.parametrize("name", [name for name, row in TYPED.items() if row["loss"] != "clean"])
+def test_the_training_attack_of_a_preset_equals_a_slow_loop(name):
+    """Start, ball, step, number of steps and objective; the modes of the network; the loss."""
+    row, net = TYPED[name], Linear64()
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    p = evaluation.PRESETS[name]
+    assert net.training
+    loss = evaluation.classifier_loss(net, x, y, p, noise)
+    clean = row["loss"] == "trades"
+    assert net.modes == [False] * (10 + clean) + [True] * (1 + clean) and net.training
+
+    normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0)
+    u = 2 * noise - 1
+    start = u * 8 / 255 if row["uniform"] else 0.001 * normal.icdf((1 + 0.9999 * u) / 2)
+    x_adv = (x + start).clamp(0, 1)
+    for _ in range(10):
+        z = (x_adv.flatten(1) @ W.T).softmax(1)
+        q = (x.flatten(1) @ W.T).softmax(1) if clean else F.one_hot(y, 5).double()
+        g = ((z - q) @ W).view_as(x)  # of CE(z, y), and of KL(q || z), to x_adv
+        x_adv = x_adv + (0.007 if name == "rocl-alf" else 2 / 255) * g.sign()
+        x_adv = torch.minimum(torch.maximum(x_adv, x - 8 / 255), x + 8 / 255).clamp(0, 1)
+    z = (x_adv.flatten(1) @ W.T).softmax(1)
+    if clean:
+        q = (x.flatten(1) @ W.T).softmax(1)
+        want = -q[range(4), y].log().mean() + 6 * (q * (q / z).log()).sum(1).mean()
+    else:
+        want = -z[range(4), y].log().mean()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-9)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Training as the recipes say
+# ----------------------------------------------------------------------------------------------------------
+class Spy(nn.Module):
+    """An encoder that notes, at each query, its mode, the head's, and whether a gradient of weights is wanted."""
+
+    dim, branch, recipe = 4, None, {}
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.queries, self.net = nn.Conv2d(3, 4, 3), [], []
+        self.bn1 = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        self.queries.append((self.training, self.net[0].training, self.conv1.weight.requires_grad))
+        return self.bn1(self.conv1(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_the_modes_of_training_and_whose_weights_move(name):
+    """A frozen encoder is in eval mode throughout; else it is in train mode for the update, eval for the attack."""
+    row, encoder = TYPED[name], Spy()
+    net = evaluation.Classifier(encoder, 3, row["batch_norm"])
+    encoder.net.append(net)
+    p = evaluation.PRESETS[name]._replace(epochs=1, milestones=(), warmup=0, batch_size=16, validation=0.0, dual=False)
+    evaluation.train(net, coloured(16), p, seed=0)
+    everything = row["trains"] == "all"
+    attack = {"clean": 0, "pgd": 10, "trades": 11}[row["loss"]]
+    update = 2 if row["loss"] == "trades" else 1
+    assert encoder.queries == attack * [(False, False, everything)] + update * [(everything, True, everything)]
+    assert not net.training and not encoder.training
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_each_step_has_the_rate_of_its_epoch_and_the_optimizer_of_the_preset(name, monkeypatch):
+    made, rates = [], []
+    optimizer, loss = evaluation.optimizer, evaluation.classifier_loss
+
+    def noted(net, p):
+        made.append(optimizer(net, p))
+        return made[0]
+
+    def rate(*args):
+        rates.append({group["lr"] / group["scale"] for group in made[0].param_groups})
+        return loss(*args)
+
+    monkeypatch.setattr(evaluation, "optimizer", noted), monkeypatch.setattr(evaluation, "classifier_loss", rate)
+    monkeypatch.setattr(evaluation, "pgd", lambda climb, x, *rest, **more: x)
+    row, net = TYPED[name], evaluation.Classifier(encoders.make("slim"), 3)
+    falls = (1,) if row["milestones"] else ()
+    warm = min(1, row["warmup"])
+    p = evaluation.PRESETS[name]._replace(epochs=2, milestones=falls, warmup=warm, batch_size=8, validation=0.0,
+                                          dual=False, lr=1e-3)
+    evaluation.train(net, coloured(16), p, seed=0)
+    half = 1e-6 + (1e-3 - 1e-6) * (1 + math.cos(math.pi / 2)) / 2
+    three = [1e-6 + (1e-3 - 1e-6) * (1 + math.cos(math.pi * t / 4)) / 2 for t in range(4)]
+    want = [1e-3, 1e-3, 1e-4, 1e-4] if falls else [0, 5e-4, 1e-3, half] if warm else three
+    assert all(max(found) - min(found) < 1e-12 for found in rates)
+    assert [min(found) for found in rates] == pytest.approx(want)
+    groups = made[0].param_groups
+    kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}.get(row["optimizer"])
+    assert type(made[0]).__name__ == "LARS" if kind is None else type(made[0]) is kind
+    if row["optimizer"] == "adamw":
+        assert all(group["betas"] == (0.9, 0.999) for group in groups)
+        assert {group["weight_decay"] for group in groups} == {0.0, 0.05}
+        gamma = row["layer_decay"]
+        scales = {part: [g["scale"] for g in groups if any(w is v for v in g["params"])][0] for part, w in (
+            ("conv1", net.encoder.conv1.weight), *((i, getattr(net.encoder, f"layer{i}")[0].conv1.weight)
+                                                   for i in range(1, 5)), ("head", net.head.weight))}
+        assert list(scales.values()) == pytest.approx([gamma**5, gamma**4, gamma**3, gamma**2, gamma, 1])
+    else:
+        assert all(group["momentum"] == 0.9 and group["weight_decay"] == row["weight_decay"] for group in groups)
+        assert all(group.get("nesterov", False) == row["nesterov"] for group in groups)
+
+
+@pytest.mark.parametrize("name, start", [("zero", "amoc-slf"), ("default", "rocl-slf"), ("normal", "mae-slf")])
+def test_the_classifier_starts_as_the_preset_says(name, start):
+    net = evaluation.Classifier(Pixels(), 200)
+    p = evaluation.PRESETS[start]._replace(epochs=1, milestones=(), warmup=0, batch_size=16, lr=1e-30, weight_decay=0)
+    evaluation.train(net, coloured(16), p, seed=0)
+    weight, bias = net.head.weight, net.head.bias
+    if name == "zero":
+        assert weight.abs().max() < 1e-20 and bias.abs().max() < 1e-20
+    elif name == "default":
+        assert 0.5 < weight.abs().max() <= 1 / 3**0.5 and bias.abs().max() > 0.5
+    else:
+        assert weight.std().item() == pytest.approx(0.01, rel=0.1) and bias.abs().max() < 1e-20
+
+
+@pytest.mark.parametrize("kind", ["reflect", "constant", "rrc", "none"])
+def test_augmentation_is_that_of_the_preset(kind):
+    p = evaluation.PRESETS["amoc-slf"]._replace(augment=kind)
+    x, y = coloured(6).x, torch.arange(6)
+    got, labels = evaluation.augment(x, y, data.Rng((1, 2, 3), 6, slice(6)), p, lambda x, y: (x, y))
+    rng, float_x = data.Rng((1, 2, 3), 6, slice(6)), x.float() / 255
+    if kind == "none":
+        want = float_x
+    elif kind == "rrc":
+        want = data.random_resized_crop(x, rng, 32, scale=(0.08, 1.0), flip=0.5, filter="bicubic")
+    else:
+        top, left = (rng.uniform(2) * 9).floor().long().unbind(1)
+        padded = F.pad(float_x, [4] * 4, mode=kind)
+        cut = torch.stack([image[:, t : t + 32, c : c + 32] for image, t, c in zip(padded, top, left)])
+        want = torch.where((rng.uniform(1) < 0.5).view(-1, 1, 1, 1), cut.flip(3), cut)
+    torch.testing.assert_close(got, want)
+    assert labels is y
+
+
+@pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0), (0.0, 0.0)])
+def test_mixed_images_and_labels_reach_the_loss(monkeypatch, mixup, cutmix):
+    kinds = evaluation.mixer(evaluation.PRESETS["mae-tune"]._replace(mixup=mixup, cutmix=cutmix), 3)
+    if mixup or cutmix:
+        alphas = [(type(kind).__name__, kind.alpha, kind.num_classes) for kind in kinds.transforms]
+        assert alphas == [row for row in (("MixUp", 0.8, 3), ("CutMix", 1.0, 3)) if row[1] in (mixup, cutmix)]
+        assert kinds.p == [1 / len(alphas)] * len(alphas)
+    seen = []
+    loss = evaluation.classifier_loss
+    monkeypatch.setattr(evaluation, "classifier_loss", lambda net, x, y, *rest: seen.append((x, y)) or loss(
+        net, x, y, *rest))
+    p = evaluation.PRESETS["mae-tune"]._replace(
+        epochs=4, warmup=0, batch_size=12, mixup=mixup, cutmix=cutmix, augment="none", optimizer="sgd")
+    evaluation.train(evaluation.Classifier(Pixels(), 3), coloured(12), p, seed=0)
+    for x, y in seen:
+        if mixup or cutmix:
+            assert y.shape == (12, 3) and torch.allclose(y.sum(1), torch.ones(12))
+        else:
+            assert y.shape == (12,) and sorted(y.tolist()) == [0] * 4 + [1] * 4 + [2] * 4
+            assert {tuple(image.flatten().tolist()) for image in x} == {
+                tuple(image.flatten().tolist()) for image in coloured(12).x.float() / 255}
+
+
+@pytest.mark.parametrize("n, held", [(10, 1), (44, 4), (50, 5), (96, 10), (50_000, 5_000)])
+def test_a_tenth_is_held_out_and_only_where_the_preset_says_so(n, held):
+    images = data.Images(torch.zeros(n, 3, 1, 1, dtype=torch.uint8), torch.zeros(n).long(), 2)
+    for name, p in evaluation.PRESETS.items():
+        assert evaluation.held_out(images, p) == (held if name == "acl-aff-25" else 0)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Attacks as they reach the network
+# ----------------------------------------------------------------------------------------------------------
+class Asked(Red):
+    def __init__(self):
+        super().__init__()
+        self.queries = []
+
+    def forward(self, x):
+        self.queries.append((x.detach().clone(), self.training, x.requires_grad))
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("name", [name for name, row in evaluation.ATTACKS.items()
+                                  if isinstance(row, evaluation.Attack)])
+def test_pgd_starts_at_random_in_the_ball_anew_for_each_batch_and_restart(name):
+    attack, net = evaluation.ATTACKS[name], Asked()
+    image = torch.randint(100, 150, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = data.Images(image.repeat(6, 1, 1, 1), torch.zeros(6).long(), 2)  # all alike
+    net.train()
+    evaluation.judge(net, images, attack, seed=5, restarts=2, batch_size=3)
+    assert not any(training for _, training, _ in net.queries) and net.training
+    runs = [net.queries[i : i + attack.steps + 1] for i in range(0, len(net.queries), attack.steps + 1)]
+    assert len(runs) == 4 and all([wants for *_, wants in run] == [True] * attack.steps + [False] for run in runs)
+    first = [run[0][0] - image / 255 for run in runs]  # two restarts of the first batch, two of the second
+    for delta in first:
+        order = {"linf": torch.inf, "l2": 2, "l1": 1, "l1_dense": 1}[attack.norm]
+        length = delta.flatten(1).norm(order, dim=1)
+        assert (length <= attack.eps * (1 + 1e-5)).all() and (length > 0.1 * attack.eps).all()
+    starts = torch.cat(first).flatten(1)
+    assert len({tuple(start.tolist()) for start in starts}) == 12  # within a batch, over batches and restarts
+    again = Asked()
+    evaluation.judge(again, images, attack, seed=5, restarts=2, batch_size=3)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(net.queries, again.queries))
+    other = Asked()
+    evaluation.judge(other, images, attack, seed=6, restarts=2, batch_size=3)
+    assert not any(torch.equal(a[0], b[0]) for a, b in zip(net.queries[:1], other.queries))
+
+
+def test_the_attack_climbs_the_cross_entropy_of_the_source_in_eval_mode():
+    """A source with dropout and a wrong label of its own: what it is asked, and for which gradient."""
+    source, net = Asked().train(), Asked().train()
+    images = data.Images(torch.full((2, 3, 8, 8), 128, dtype=torch.uint8), torch.tensor([0, 1]), 2)
+    evaluation.judge(net, images, evaluation.ATTACKS["pgd20"], source=source)
+    assert len(source.queries) == 20 and not any(training for _, training, _ in source.queries) and source.training
+    assert len(net.queries) == 1 and not net.queries[0][1] and net.training
+    red = net.queries[0][0][:, 0].mean((1, 2))
+    torch.testing.assert_close(red, torch.tensor([128 - 8, 128 + 8]) / 255)  # away from each label
+
+
+@pytest.mark.parametrize("pgd20, pgd100, at_8, doubts", [
+    (40, 42, 0, ["PGD-100 is weaker than PGD-20"]), (40, 41, 1, []), (40, 30, 2, ["images stand at 8 eps"]),
+    (10, 90, 90, ["PGD-100 is weaker than PGD-20", "images stand at 8 eps"])])
+def test_each_doubt_of_the_sanity_check_can_be_reached(monkeypatch, pgd20, pgd100, at_8, doubts):
+    asked = []
+
+    def judge(net, images, attack, seed, limit, batch_size):
+        asked.append(attack)
+        far = attack.eps > 0.2
+        return {"accuracy": at_8 if far else pgd100 if attack.steps == 100 else pgd20}
+
+    monkeypatch.setattr(evaluation, "judge", judge)
+    found = evaluation.sanity(None, None, evaluation.ATTACKS["aa"], 0, 5, 500)
+    assert found == {"pgd20": pgd20, "pgd100": pgd100, "pgd20 at 8 eps": at_8, "doubts": doubts}
+    eps = 8 / 255
+    assert asked == [("linf", eps, eps / 4, 20), ("linf", eps, eps / 4, 100), ("linf", 8 * eps, 2 * eps, 20)]
+
+
+def test_a_network_makes_pgd_of_100_steps_weaker_than_of_20():
+    """Not by a mock: a gradient that points uphill for 20 steps, and downhill after."""
+    class Turns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.asked = 0
+
+        def forward(self, x):
+            self.asked += x.requires_grad
+            z = (x[:, 0].mean((1, 2)) - 0.47) * 10
+            z = z if self.asked <= 40 or not x.requires_grad else 2 * z.detach() - z  # of the same value
+            return torch.stack([z, -z], 1)
+
+    images = data.Images(torch.full((4, 3, 8, 8), 122, dtype=torch.uint8), torch.zeros(4).long(), 2)
+    found = evaluation.sanity(Turns(), images, evaluation.ATTACKS["aa"], 0, 4, 500)
+    assert (found["pgd20"], found["pgd100"]) == (0, 100) and "PGD-100 is weaker than PGD-20" in found["doubts"]
+
+
+def test_tf32_is_off_while_it_evaluates(exported, monkeypatch):
+    seen = []
+    judge = evaluation.judge
+    backends = torch.backends
+
+    def looked(*args):
+        seen.append((backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32))
+        return judge(*args)
+
+    monkeypatch.setattr(evaluation, "judge", looked)
+    monkeypatch.setattr(backends.cudnn, "allow_tf32", True), monkeypatch.setattr(backends.cuda.matmul, "allow_tf32", True)
+    run_main(exported, "--attacks", "clean")
+    assert seen == [(False, False)]
+
+
+def test_votes_are_weighed_by_similarity_at_a_temperature_of_a_tenth():
+    """Two neighbours that are less like it outvote one that is more only where the temperature is high."""
+    class Direction(nn.Module):
+        def forward(self, x):
+            angle = x.mean((1, 2, 3)) * 255 / 100
+            return 7 * torch.stack([angle.cos(), angle.sin()], 1)
+
+    level = torch.tensor([0, 45, 45, 200], dtype=torch.uint8).view(4, 1, 1, 1).repeat(1, 3, 4, 4)
+    train = data.Images(level, torch.tensor([0, 1, 1, 2]), 3)
+    test = data.Images(level[:1] + 10, torch.tensor([0]), 3)
+    near, far = math.cos(0.1), math.cos(0.35)
+    assert math.exp(near / 0.1) < 2 * math.exp(far / 0.1) and math.exp(near / 0.05) > 2 * math.exp(far / 0.05)
+    assert evaluation.knn(Direction(), train, test) == 0
+    assert evaluation.knn(Direction(), train, test, temperature=0.05) == 100
+    assert evaluation.knn(Direction(), train, test, k=1) == 100 and evaluation.knn(Direction(), train, test, k=2) == 100
+
+
+def test_the_standard_error_is_that_of_a_share():
+    for accuracy, n, want in ((50, 1000, 1.58), (50, 10_000, 0.5), (90, 100, 3.0), (0, 10, 0), (100, 10, 0)):
+        assert evaluation.score(accuracy, n) == {"accuracy": accuracy, "stderr": want, "images": n}

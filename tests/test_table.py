@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from common import table
+from common import files, table
 
 GROUPS = {"not pretrained": [(None, {"epochs": 0})], "nothing": [("amoc", {"variant": "CCC"})],
           "pixels": [("rocl", {}), ("amoc", {})]}
@@ -63,8 +63,8 @@ def test_one_run_twice_is_not_two_seeds(tmp_path):
 def test_a_line_after_one_that_was_cut_off_is_not_lost(tmp_path):
     path = tmp_path / "eval.jsonl"
     path.write_text('{"a": 1}\n{"a": 2, "b')
-    table.append(path, {"a": 3})
-    table.append(path, {"a": 4})
+    files.append_json_line(path, {"a": 3})
+    files.append_json_line(path, {"a": 4})
     assert table.lines(path) == [{"a": 1}, {"a": 3}, {"a": 4}]
 
 
@@ -73,7 +73,7 @@ def test_what_was_measured_in_two_ways_is_refused_and_a_wish_chooses(tmp_path):
         return {"preset": "slf", "bn": bn, "train": "x", "results": {attack: {"accuracy": 1, **result}}}
 
     for text in (line("clean", "adv"), line("pgd", "adv"), line("pgd", "adv", source="other"), line("pgd", "clean")):
-        table.append(tmp_path / "eval.jsonl", text)
+        files.append_json_line(tmp_path / "eval.jsonl", text)
     with pytest.raises(ValueError, match="slf pgd was measured twice, with another bn"):
         table.measured(tmp_path, source=None)
     assert table.measured(tmp_path, source=None, bn="adv").keys() == {("slf", "clean"), ("slf", "pgd")}
@@ -93,3 +93,76 @@ def test_a_result_is_kept_under_its_own_conditions_and_a_cut_line_is_none(tmp_pa
 
     assert [kept(0, 9), kept(0, 5), kept(1, 9), kept(0, 9, 2), kept(1, 5), kept(1, 9, 2)] == [1, 2, 3, 4, None, None]
     assert table.kept(tmp_path / "none.jsonl", {}, "pgd", {}) is None
+
+
+def test_an_encoder_that_is_a_file_of_its_own_is_a_row_of_its_own(tmp_path):
+    """With a log beside it, it is of that run, and seeds are one row; without, it has its own name alone."""
+    runs = []
+    for seed in (0, 1):
+        run = folder(tmp_path / f"acc-{seed}", "amoc", variant="ACC", seed=seed)
+        runs += [(run, {"clean": found(30 + seed)}), (run / "epoch5.pt", {"clean": found(20 + seed)})]
+    many = tmp_path / "encoders"
+    many.mkdir()
+    runs += [(many / f"{name}.pt", {"clean": found(10)}) for name in "ab"]
+    rows = table.markdown(runs, {"clean": "SA"}, GROUPS, PUBLISHED, {"out"}).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| **pixels**", f"| [acc]({runs[0][0]})", f"| [acc/epoch5]({runs[1][0]})",
+        "| **other**", f"| [a]({many}/a.pt)", f"| [b]({many}/b.pt)"]
+    assert [row.split(" | ")[1] for row in rows if "](" in row] == ["2", "2", "1", "1"]
+
+
+def test_results_of_two_files_of_a_folder_are_told_apart(tmp_path):
+    for i, path in enumerate(("runs/x/encoder.pt", "runs/x/b.pt", None, "elsewhere/b.pt")):
+        line = {"preset": "slf", "encoder": str(i), "results": {f"pgd{i}": {"accuracy": i}}}
+        files.append_json_line(tmp_path / "eval.jsonl", line | ({"path": path} if path else {}))
+    assert table.evaluated(tmp_path) == ["encoder.pt", "b.pt"]
+    assert table.measured(tmp_path).keys() == {("slf", "pgd0"), ("slf", "pgd2")}
+    assert table.measured(tmp_path, "b.pt").keys() == {("slf", "pgd1"), ("slf", "pgd3")}
+    assert table.kept(tmp_path / "eval.jsonl", {"preset": "slf"}, "pgd1", {}) is None
+    assert table.kept(tmp_path / "eval.jsonl", {"preset": "slf"}, "pgd1", {}, "b.pt") == {"accuracy": 1}
+
+
+def test_measured_again_in_the_same_way_the_last_counts_and_accept_chooses(tmp_path):
+    for accuracy in (1, 2):
+        files.append_json_line(tmp_path / "eval.jsonl", {"preset": "slf", "results": {"pgd": {"accuracy": accuracy}}})
+    assert table.measured(tmp_path) == {("slf", "pgd"): {"accuracy": 2}}
+    assert table.measured(tmp_path, accept=lambda line, attack, result: result["accuracy"] == 1) == {
+        ("slf", "pgd"): {"accuracy": 1}}
+    assert table.measured(tmp_path, preset="knn") == {}
+
+
+@pytest.mark.parametrize("differ", ["encoder", "bn", "data", "image_size", "seed", "recipe", "train"])
+def test_lines_that_differ_in_what_decides_are_not_mixed(tmp_path, differ):
+    for value in (1, 2):
+        files.append_json_line(tmp_path / "eval.jsonl", {
+            "preset": "slf", differ: value, "results": {"pgd": {"accuracy": 1}}})
+    with pytest.raises(ValueError, match=f"measured twice, with another {differ}; choose by a flag"):
+        table.measured(tmp_path)
+
+
+@pytest.mark.parametrize("differ", ["test", "images", "settings", "restarts", "source", "files", "batch_size"])
+def test_results_that_differ_in_what_decides_are_not_mixed(tmp_path, differ):
+    for value in (1, 2):
+        files.append_json_line(tmp_path / "eval.jsonl", {
+            "preset": "slf", "results": {"pgd": {"accuracy": 1, differ: value}}})
+    with pytest.raises(ValueError, match=f"measured twice, with another {differ}"):
+        table.measured(tmp_path)
+
+
+def test_cells():
+    assert table.cell([]) == ""
+    assert table.cell([found(12.345, 0.5)]) == "12.35 (0.50)" or table.cell([found(12.345, 0.5)]) == "12.34 (0.50)"
+    assert table.cell([{"accuracy": 3}]) == "3.00"
+    assert table.cell([found(1), found(3)]) == "2.00 ± 1.41" and table.cell([found(1), found(3)], 3) == "2.00 ± 1.41 [2]"
+    for doubtful in ({"warnings": ["w"]}, {"sanity": {"doubts": ["d"]}}):
+        assert table.cell([found(1) | doubtful]) == "1.00 (1.00)†" and table.cell([found(1), found(1) | doubtful])[-1] == "†"
+    for fine in ({"warnings": []}, {"sanity": {"doubts": []}}, {"sanity": {}}, {"sanity": 5}):
+        assert table.cell([found(1) | fine]) == "1.00 (1.00)"
+
+
+@pytest.mark.parametrize("device, want", [("a CPU, 2 threads", "8 CPU-s"), ("NVIDIA H100", "3 s")])
+def test_the_time_is_that_of_the_device(tmp_path, device, want):
+    log = [{"command": "python amoc.py", "device": device, "flags": {"seed": 0}}, {"epoch": 0, "seconds": 1, "cpu_seconds": 2},
+           {"epoch": 1, "seconds": 3, "cpu_seconds": 8}]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    assert table.markdown([(tmp_path, {"a": found(1)})], {"a": "A"}, {}, [], set()).splitlines()[-1].split(" | ")[2] == want
