@@ -51,14 +51,17 @@ def read(folder, name, severity):
 
 
 def corrupt(x, name, severity, generator=None):
-    """x (B, 3, H, W) float in [0, 1], H = W, corrupted by `name`, a key of LIKE, at `severity` 1 to 5.
+    """x (B, 3, H, W) float in [0, 1], H = W, not normalised, corrupted by `name`, a key of LIKE, at `severity`
+    1 to 5.
 
     generator  on the device of x, for the noises and fog; None: the global one.
 
     Returns the like of x on 8-bit levels: cut down, not rounded, as in the public files. Raises ValueError
-    for an unknown name or severity.
+    for an unknown name or severity, or images that are no floats or do not lie in [0, 1]; for the latter it
+    waits for the device.
     """
     _check(name, severity, LIKE)
+    _check_units(x)
     f, constants = LIKE[name]
     c = constants[severity - 1]
     if name in RANDOM:
@@ -75,6 +78,15 @@ def _check(name, severity, names):
         raise ValueError(f"severity {severity}: must be 1, 2, 3, 4 or 5")
 
 
+def _check_units(x):
+    if not x.is_floating_point():
+        raise ValueError(f"images are {x.dtype}: must be floats in [0, 1], as x.float() / 255 is")
+    if len(x):
+        least, most = torch.aminmax(x)
+        if not (least >= -1e-3 and most <= 1 + 1e-3):  # what rounding leaves outside is clipped below
+            raise ValueError(f"images from {least:.3g} to {most:.3g}: must be in [0, 1], not normalised")
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Noise
 # ----------------------------------------------------------------------------------------------------------
@@ -87,7 +99,7 @@ def gaussian_noise(x, c, generator):
 
 
 def shot_noise(x, c, generator):
-    return torch.poisson(x * c, generator=generator) / c
+    return torch.poisson(x.clamp_min(0) * c, generator=generator) / c  # rounding may leave -1e-8
 
 
 def impulse_noise(x, c, generator):

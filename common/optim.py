@@ -18,7 +18,10 @@ def warmup_cosine(step, steps, warmup, peak, end=0.0):
 
 @torch.no_grad()
 def ema(target, net, m):
-    """target <- m target + (1 - m) net, over the parameters; buffers (running statistics) are left alone."""
+    """target <- m target + (1 - m) net, over the parameters; buffers (running statistics) are left alone.
+    Raises ValueError for an m that is not from 0 to 1."""
+    if not 0 <= m <= 1:
+        raise ValueError(f"m {m}: must be from 0 to 1")
     torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), 1 - m)
 
 
@@ -55,14 +58,29 @@ class LARS(torch.optim.Optimizer):
         w <- w - v
     With `clip` the ratio is divided by lr and then at most 1: no tensor steps faster than plain SGD.
     Biases and BatchNorm count as tensors too; a group with `trust=None, weight_decay=0` leaves them out.
+
+    Raises ValueError for an lr, momentum or weight_decay that is negative or not finite, or a trust that is
+    not positive, of all or of one group.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=1e-6, trust=0.001, clip=False):
         super().__init__(
             params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust, clip=clip))
+        for group in [self.defaults, *self.param_groups]:
+            for name in ("lr", "momentum", "weight_decay"):
+                if not 0 <= group[name] < math.inf:
+                    raise ValueError(f"LARS: {name} {group[name]}: must be finite and not negative")
+            if group["trust"] is not None and not 0 < group["trust"] < math.inf:
+                raise ValueError(f"LARS: trust {group['trust']}: must be finite and positive, or None")
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
+        """One step by the gradients there are; those of `closure`, if given, which is called first and whose
+        loss is returned, as by torch's own optimizers."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             lr, decay, trust = group["lr"], group["weight_decay"], group["trust"]
             ws = [w for w in group["params"] if w.grad is not None]
@@ -84,6 +102,7 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_mul_(momenta, group["momentum"])
             torch._foreach_add_(momenta, updates)
             torch._foreach_sub_(ws, momenta)
+        return loss
 
 
 def lars_groups(net):

@@ -4,6 +4,7 @@ Madry et al. 2018 (arXiv 1706.06083): repeat { step uphill; project onto the bal
 gradient of the input is computed: no parameter gradient is made, and none has to be zeroed afterwards.
 """
 import contextlib
+import math
 
 import torch
 from torch import nn
@@ -14,24 +15,39 @@ def pgd(loss_fn, x, eps, step_size, steps, norm="linf", random_start=True, start
     """Maximise `loss_fn` over the `eps`-ball around `x`, inside the box [lo, hi].
 
     loss_fn    x_adv (B, ...) -> scalar. Whatever does not depend on x_adv is best computed once, outside.
-    x          images (B, ...) in [lo, hi]; neither changed nor given a gradient.
-    eps        radius, in the units of x (8 / 255 for linf, 0.5 for l2, 12 for l1); 0 gives x back.
-    step_size  length of a step in the same norm.
+    x          images (B, ...), floats in [lo, hi] and not normalised: that is the network's first layer. They
+               are neither changed nor given a gradient. There is one perturbation, and one ball, for each
+               x[i]: under l2 and l1, V views of B images are to come as (V B, ...), not as (V, B, ...).
+    eps        radius, in the units of x: where these are pixels in [0, 1], 8 / 255 for linf, 0.5 for l2, 12
+               for l1. 0 gives x back.
+    step_size  length of a step, in the same norm and units.
+    steps      how many of them.
     norm       "linf": step sign(g), clip to the ball. "l2": step g / |g|_2, rescale onto the ball.
                "l1": step along the sign of the top 1 % of coordinates, less those already at the edge of the
                box that they would be pushed over (SLIDE, Tramer & Boneh 2019, arXiv 1904.13000), project on
                ball and box jointly. "l1_dense": step g / |g|_1, rescale onto the ball; weak, but what older
                papers report as l1.
     start      where to begin, taken as it is; else uniform noise in the ball (`random_start`), clipped, or x.
+    lo, hi     the box, in the units of x; -inf and inf: none.
     generator  for that noise.
 
     Returns x_adv, detached, with |x_adv - x| <= eps and lo <= x_adv <= hi; float32 rounding aside, both hold
-    exactly. Raises ValueError for a negative eps or step_size, steps < 0, or an unknown norm.
+    exactly. Raises ValueError for an eps or step_size that is negative or not finite, for linf an eps above
+    hi - lo, steps < 0, an unknown norm, a start shaped unlike x, or images that are no floats or lie outside
+    the box (`check_box`).
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm {norm!r}: choose one of {', '.join(NORMS)}")
-    if eps < 0 or step_size < 0 or steps < 0:
-        raise ValueError(f"eps, step_size and steps must not be negative, got {eps}, {step_size}, {steps}")
+    check_norm(norm)
+    for name, value in (("eps", eps), ("step_size", step_size), ("steps", steps)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} {value}: must be finite, and not negative")
+    if not lo <= hi:
+        raise ValueError(f"box [{lo}, {hi}]: its lower end must not be above the upper one")
+    if norm == "linf" and eps > hi - lo:
+        raise ValueError(f"eps {eps:g} is larger than the range [{lo:g}, {hi:g}]: eps is in the units of x; "
+                         "of pixels in [0, 1], 8 / 255")
+    if start is not None and start.shape != x.shape:
+        raise ValueError(f"start {tuple(start.shape)}: must be shaped as x is, {tuple(x.shape)}")
+    check_box(x, lo, hi)
     x = x.detach()
     if eps == 0:
         return x.clone()
@@ -53,10 +69,39 @@ def pgd(loss_fn, x, eps, step_size, steps, norm="linf", random_start=True, start
 
 
 NORMS = ("linf", "l2", "l1", "l1_dense")
+ROUNDING = 1e-3  # images may lie so far outside the box: TensorFloat-32 products can resize white to 1.0005
+
+
+def check_norm(norm, known=NORMS):
+    """ValueError where `norm` is none of those `known`."""
+    if norm not in known:
+        raise ValueError(f"norm {norm!r}: choose one of {', '.join(known)}")
+
+
+def check_box(x, lo, hi):
+    """ValueError where images x (B, ...) are no floats, or not all in [lo, hi]: normalised ones would be
+    clipped to that box, and so moved by far more than eps.
+
+    On CUDA nobody waits for the answer: the device checks it, and an error there ends the process.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"images are {x.dtype}: must be floats in [{lo:g}, {hi:g}], as x.float() / 255 is")
+    if x.numel() == 0 or (lo == -math.inf and hi == math.inf):
+        return
+    message = (f"images must lie in [{lo:g}, {hi:g}]; normalisation belongs inside the network, as its first "
+               "layer")
+    least, most = torch.aminmax(x.detach())
+    fine = (least >= lo - ROUNDING) & (most <= hi + ROUNDING)  # NaN is neither
+    if x.is_cuda:
+        torch._assert_async(fine, message)
+    elif not fine:
+        raise ValueError(f"{message} (these go from {least:.3g} to {most:.3g})")
 
 
 def direction(g, x, norm, lo=0.0, hi=1.0):
-    """The step of unit length in `norm` (see `pgd`) for the gradient `g` at `x`, both (B, ...)."""
+    """The step of unit length in `norm` (see `pgd`) for the gradient `g` at `x`, both (B, ...); for l1 inside
+    the box [lo, hi], in the units of x."""
+    check_norm(norm)
     if norm == "linf":
         return g.sign()
     if norm != "l1":
@@ -69,7 +114,9 @@ def direction(g, x, norm, lo=0.0, hi=1.0):
 
 
 def project(delta, eps, norm):
-    """Each `delta` (B, ...) into the `eps`-ball: its nearest point, or (l1_dense) a mere rescaling."""
+    """Each `delta` (B, ...) into the ball of radius `eps`, in the units of delta: its nearest point, or
+    (l1_dense) a mere rescaling."""
+    check_norm(norm)
     if norm == "linf":
         return delta.clamp(-eps, eps)
     if norm == "l1":
@@ -81,7 +128,7 @@ def project(delta, eps, norm):
 
 def project_l1_box(delta, eps, lo, hi):
     """The nearest point to `delta` (B, ...) in {d: |d|_1 <= eps and lo <= d <= hi}, for tensors lo <= 0 <=
-    hi.
+    hi; all of them in the same units.
 
     It is clamp(sign(delta) * max(|delta| - t, 0), lo, hi) with the smallest t >= 0 that fits the ball (Croce
     & Hein 2021, arXiv 2103.01208, Prop. 2.1). |d|_1 falls piecewise linearly in t, with a kink where a
@@ -106,7 +153,10 @@ def project_l1_box(delta, eps, lo, hi):
 
 
 def uniform(x, eps, norm, generator=None):
-    """Noise shaped as `x`, uniform in the `eps`-ball (l2, l1: Gaussian, Laplace direction)."""
+    """Noise shaped as `x` (B, ...), uniform in the ball of radius `eps`, in whose units it is (l2, l1:
+    Gaussian, Laplace direction)."""
+    check_norm(norm)
+
     def rand(*shape):
         return torch.rand(shape, generator=generator, device=x.device, dtype=x.dtype)
     if norm == "linf":
@@ -117,13 +167,14 @@ def uniform(x, eps, norm, generator=None):
     else:
         noise = (2 * rand(*x.shape) - 1).sign() * -rand(*x.shape).clamp_min(1e-12).log()
         length = noise.flatten(1).abs().sum(1)
-    radius = rand(len(x)) ** (1 / x[0].numel())
+    radius = rand(len(x)) ** (1 / max(1, math.prod(x.shape[1:])))
     return noise * _per_image(eps * radius / length.clamp_min(1e-12), x)
 
 
 def in_ball(u, norm):
-    """Points (..., n) of the unit ball, uniform in it, from numbers u (..., 1 + n) uniform in [0, 1): where
-    the noise is to be a function of each image's own numbers. norm "linf" or "l2"."""
+    """Points (..., n) of the ball of radius 1, uniform in it, from numbers u (..., 1 + n) uniform in [0, 1):
+    where the noise is to be a function of each image's own numbers. norm "linf" or "l2"."""
+    check_norm(norm, ("linf", "l2"))
     radius, u = u[..., :1], 2 * u[..., 1:] - 1
     if norm == "linf":
         return u

@@ -186,6 +186,25 @@ def test_bad_input_is_named(tmp_path):
         corrupt(x0, "fog", 6)
 
 
+@pytest.mark.parametrize("name", LIKE)
+@pytest.mark.parametrize("x, words", [
+    ((255 * x0).to(torch.uint8), "images are torch.uint8: must be floats in \\[0, 1\\]"),
+    (255 * x0, "images from 0 to 255: must be in \\[0, 1\\]"),
+    ((x0 - 0.5) / 0.25, "images from -2 to 2: must be in \\[0, 1\\]"),
+    (x0.masked_fill(x0 == 1, np.nan), "images from nan to nan")], ids=["uint8", "0-255", "normalised", "NaN"])
+def test_images_in_other_units_are_refused(name, x, words):
+    with pytest.raises(ValueError, match=words):
+        corrupt(x, name, 1)
+
+
+@pytest.mark.parametrize("name", LIKE)
+def test_rounding_and_an_empty_batch_are_no_other_units(name):
+    x = corrupt((x0 * (1 + 1e-3) - 5e-4).double(), name, 1)
+    assert x.shape == x0.shape and x.min() >= 0 and x.max() <= 1
+    if name != "jpeg_compression":  # which stacks its images
+        assert corrupt(x0[:0], name, 1).shape == (0, 3, 32, 32)
+
+
 def test_nineteen_kinds_are_named_thirteen_are_made():
     assert len(corruptions.MAIN) == 15 and len({*corruptions.MAIN, *corruptions.EXTRA}) == 19
     assert len(LIKE) == 13 and set(LIKE) < {*corruptions.MAIN, *corruptions.EXTRA}

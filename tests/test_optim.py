@@ -28,9 +28,31 @@ def test_ema_moves_parameters_and_leaves_buffers():
     target, net = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
     nn.init.constant_(net.weight, 3.0)
     net.running_mean += 5
+    net.num_batches_tracked += 7
+    before = {name: buffer.clone() for name, buffer in target.named_buffers()}
+    kept = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     optim.ema(target, net, 0.9)
     torch.testing.assert_close(target.weight, torch.full((4,), 1.2))
-    assert torch.equal(target.running_mean, torch.zeros(4))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in target.named_buffers())
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in net.state_dict().items())
+    assert target.weight.requires_grad and target.weight.grad is None
+
+
+@pytest.mark.parametrize("m, want", [(0.0, 3.0), (1.0, 1.0)])
+def test_ema_at_its_ends_copies_or_stays(m, want):
+    target, net = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+    nn.init.constant_(net.weight, 3.0)
+    optim.ema(target, net, m)
+    assert torch.equal(target.weight, torch.full((4,), want))
+
+
+@pytest.mark.parametrize("m", [-0.1, 1.1, math.nan, math.inf])
+def test_an_ema_that_is_no_mean_is_refused_and_changes_nothing(m):
+    target, net = nn.Linear(2, 2), nn.Linear(2, 2)
+    before = target.weight.clone()
+    with pytest.raises(ValueError, match=f"m {m}: must be from 0 to 1"):
+        optim.ema(target, net, m)
+    assert torch.equal(target.weight, before)
 
 
 def test_ema_printed_value():
@@ -77,6 +99,51 @@ def test_lars_without_trust_is_sgd():
         a.grad, b.grad = A(3, 3, p), A(3, 3, p)
         ours.step(), sgd.step()
     torch.testing.assert_close(a, b)
+
+
+def test_lars_takes_a_closure_as_torchs_optimizers_do():
+    """It is called once, with gradients on, before the step; its loss is returned. Without one: None."""
+    w, v = nn.Parameter(A(3, 2, 0)), nn.Parameter(A(3, 2, 0))
+    a, b = optim.LARS([w], 0.5), optim.LARS([v], 0.5)
+    seen = []
+
+    def closure():
+        assert torch.is_grad_enabled()
+        a.zero_grad()
+        loss = w.square().sum()
+        loss.backward()
+        seen.append(w.detach().clone())
+        return loss
+
+    for _ in range(2):
+        loss = a.step(closure)
+        v.grad = 2 * v.detach()
+        assert b.step() is None
+        assert loss.requires_grad and loss.item() == seen[-1].square().sum().item()
+        assert torch.equal(w, v) and not torch.equal(w, seen[-1])
+    assert len(seen) == 2
+    with torch.no_grad():
+        a.step(closure)
+
+
+@pytest.mark.parametrize("name, value", [
+    (name, value) for name in ("lr", "momentum", "weight_decay", "trust")
+    for value in (-1.0, math.nan, math.inf)] + [("trust", 0.0)])
+@pytest.mark.parametrize("in_group", [False, True])
+def test_lars_refuses_numbers_that_make_no_step(name, value, in_group):
+    w = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ValueError, match=f"LARS: {name} {value}: must be finite and"):
+        if in_group:
+            optim.LARS([{"params": [w], name: value}], 0.1)
+        else:
+            optim.LARS([w], **{"lr": 0.1, name: value})
+
+
+def test_lars_allows_zeros_and_no_trust():
+    w = nn.Parameter(torch.ones(2, 2))
+    w.grad = torch.ones(2, 2)
+    optim.LARS([{"params": [w], "trust": None}], lr=0.0, momentum=0.0, weight_decay=0.0).step()
+    assert torch.equal(w, torch.ones(2, 2))
 
 
 def names_of(depth):

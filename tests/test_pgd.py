@@ -1,10 +1,13 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from common import encoders
-from common.pgd import NORMS, eval_mode, frozen_stats, pgd, project, project_l1_box, uniform
+from common.pgd import (NORMS, check_box, direction, eval_mode, frozen_stats, in_ball, pgd, project,
+                        project_l1_box, uniform)
 from tests.recipes import A, X, Z
 
 W = 0.1 * Z(5, 192)
@@ -181,12 +184,118 @@ def test_projection_is_idempotent_and_keeps_what_is_inside(norm):
     )
 
 
-@pytest.mark.parametrize(
-    "bad, word", [({"eps": -1}, "negative"), ({"steps": -1}, "negative"), ({"norm": "l7"}, "l7")]
-)
-def test_bad_arguments_are_named(bad, word):
-    with pytest.raises(ValueError, match=word):
+@pytest.mark.parametrize("bad, words", [
+    ({"eps": -1}, "eps -1: .*not negative"),
+    ({"eps": math.nan}, "eps nan: must be finite"),
+    ({"eps": math.inf}, "eps inf: must be finite"),
+    ({"step_size": -0.1}, "step_size -0.1: .*not negative"),
+    ({"step_size": math.nan}, "step_size nan: must be finite"),
+    ({"step_size": math.inf}, "step_size inf: must be finite"),
+    ({"steps": -1}, "steps -1: .*not negative"),
+    ({"norm": "l7"}, "'l7': choose one of linf"),
+    ({"lo": 1.0, "hi": 0.0}, r"box \[1.0, 0.0\]"),
+    ({"lo": math.nan}, r"box \[nan, 1.0\]"),
+    ({"start": x0[:2]}, r"start \(2, 3, 8, 8\).*\(4, 3, 8, 8\)")])
+def test_bad_arguments_are_named(bad, words):
+    with pytest.raises(ValueError, match=words):
         pgd(ce, x0, **{"eps": 0.1, "step_size": 0.1, "steps": 1, **bad})
+
+
+# Units ------------------------------------------------------------------------------------------------------
+def test_a_linf_radius_in_other_units_than_the_images_is_named():
+    with pytest.raises(ValueError, match=r"eps 8 is larger than the range \[0, 1\].*units of x.*8 / 255"):
+        pgd(ce, x0, 8, 2, 1)
+    pgd(ce, x0, 1.0, 0.1, 1)  # all of the range is allowed
+    pgd(lambda x: ce(x / 255), 255 * x0, 8, 2, 1, hi=255.0)  # as are images of another range
+    pgd(ce, x0, 8, 2, 1, lo=-math.inf, hi=math.inf)
+    for norm in ("l2", "l1", "l1_dense"):  # whose radius may be larger than the range of a pixel
+        pgd(ce, x0, 8, 2, 1, norm)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("x", [
+    (x0 - 0.5) / 0.25, 255 * x0, x0.masked_fill(x0 == x0.max(), 1.01), x0.masked_fill(x0 == x0.min(), -0.01),
+    x0.masked_fill(x0 == x0.max(), math.nan)], ids=["normalised", "0-255", "above", "below", "NaN"])
+@pytest.mark.parametrize("eps", [0, 8 / 255])
+def test_images_outside_the_box_are_refused(norm, x, eps):
+    """Clipping them to [0, 1] would move them by far more than eps."""
+    with pytest.raises(ValueError, match=r"images must lie in \[0, 1\].*normalis.*inside the network") as e:
+        pgd(ce, x, eps, 2 / 255, 1, norm)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("lo, hi", [(-2.0, 2.0), (-math.inf, math.inf), (-2.0, math.inf), (-math.inf, 2.0)])
+def test_another_box_is_for_images_of_its_own_range(lo, hi):
+    x = 4 * x0 - 2
+    x_adv = pgd(ce, x, 0.1, 0.1, 2, lo=lo, hi=hi)
+    assert 0 < (x_adv - x).abs().max() <= 0.1 + 1e-12 and x_adv.min() >= lo and x_adv.max() <= hi
+    outside = 2 * x if math.isfinite(lo) or math.isfinite(hi) else x
+    if outside is not x:
+        with pytest.raises(ValueError, match="images must lie in"):
+            pgd(ce, outside, 0.1, 0.1, 2, lo=lo, hi=hi)
+
+
+def test_what_rounding_leaves_outside_the_box_is_taken():
+    """Products of matrices that resize a white image exceed 1: by 5e-7 in float32, 5e-4 in TensorFloat-32."""
+    x = x0.masked_fill(x0 > 0.9, 1 + 5e-4).masked_fill(x0 < 0.1, -5e-4)
+    x_adv = pgd(ce, x, 8 / 255, 2 / 255, 2)
+    assert x_adv.min() >= 0 and x_adv.max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_integer_images_are_refused(dtype):
+    with pytest.raises(ValueError, match=f"images are {dtype}: .*float.*255"):
+        pgd(ce, torch.ones(2, 3, 8, 8, dtype=dtype), 0.1, 0.1, 1)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_an_empty_batch_stays_empty(norm):
+    assert pgd(lambda x: x.sum(), x0[:0], 0.5, 0.1, 1, norm).shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1", "l1_dense"])
+def test_the_ball_is_of_each_first_index_not_of_what_it_holds(norm):
+    """(V, B, ...) has V perturbations; as (V B, ...) each image has one of its own."""
+    views, eps = 0.25 + 0.5 * X(6, 3, 8, 8).view(2, 3, 3, 8, 8), 0.4
+
+    def climb(x):
+        return (x.flatten() * torch.linspace(1, 2, x.numel(), dtype=x.dtype)).sum()
+
+    def lengths(x, like):
+        return (x - like).flatten(1).norm(ORDER[norm], dim=1)
+
+    joint = lengths(pgd(climb, views, eps, eps, 3, norm, random_start=False), views)
+    each = lengths(pgd(climb, views.flatten(0, 1), eps, eps, 3, norm, random_start=False), views.flatten(0, 1))
+    assert joint.shape == (2,) and (joint <= eps * (1 + 1e-9)).all()
+    assert each.shape == (6,) and (each > 0.8 * eps).all() and (each <= eps * (1 + 1e-9)).all()
+
+
+def test_on_cuda_the_box_is_checked_without_waiting(monkeypatch):
+    """There `torch._assert_async` is asked, and no value comes to the host."""
+    asked = []
+    monkeypatch.setattr(torch, "_assert_async", lambda fine, message: asked.append((fine, message)))
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    check_box((x0 - 1).as_subclass(OnGPU), 0.0, 1.0)
+    check_box(x0.as_subclass(OnGPU), 0.0, 1.0)
+    assert [bool(fine) for fine, _ in asked] == [False, True]
+    assert all("images must lie in [0, 1]" in message for _, message in asked)
+
+
+@pytest.mark.parametrize("call", [
+    lambda norm: direction(x0, x0, norm), lambda norm: project(x0, 0.1, norm), lambda norm: uniform(x0, 0.1, norm),
+    lambda norm: in_ball(x0, norm), lambda norm: pgd(ce, x0, 0.1, 0.1, 1, norm)],
+    ids=["direction", "project", "uniform", "in_ball", "pgd"])
+def test_an_unknown_norm_is_named_by_each_function(call):
+    with pytest.raises(ValueError, match="norm 'l3': choose one of linf, l2"):
+        call("l3")
+
+
+def test_points_of_the_unit_ball_are_of_linf_and_l2_only():
+    with pytest.raises(ValueError, match="norm 'l1': choose one of linf, l2$"):
+        in_ball(x0, "l1")
 
 
 @pytest.mark.parametrize("norm, eps, step", [("linf", 8 / 255, 2 / 255), ("l2", 0.5, 0.1), ("l1_dense", 12.0, 1.2)])
