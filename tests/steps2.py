@@ -125,15 +125,15 @@ def memory(opt, net):
     return {names[id(w)]: copy.deepcopy(dict(of_w)) for w, of_w in opt.state.items()}
 
 
-def same(found, want, where=""):
+def same(found, want, where="", atol=1e-11):
     """Nested dicts have equal keys and, to rounding in float64, equal numbers."""
     if isinstance(want, dict):
         assert found.keys() == want.keys(), f"{where}: {sorted(found)} and {sorted(want)}"
         for key in want:
-            same(found[key], want[key], f"{where} {key}")
+            same(found[key], want[key], f"{where} {key}", atol)
         return
     found, want = (torch.as_tensor(value).detach().double() for value in (found, want))
-    torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-11, msg=lambda text: f"{where}: {text}")
+    torch.testing.assert_close(found, want, rtol=1e-9, atol=atol, msg=lambda text: f"{where}: {text}")
 
 
 def all_moved(before, after, names):
