@@ -1,0 +1,186 @@
+"""Two whole steps of AdCo against the method written out: plain loops in float64, nothing of adco.py or common/."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import adco
+from common.bank import Bank
+from tests import steps2 as plain
+
+FLAGS = dict(ema=0.9, temperature=0.3, bank_temperature=0.2, bank_lr=0.4, bank_momentum=0.8, bank_decay=0.03,
+             lr=0.1, weight_decay=0.02, eps=0.0, step_size=25.0, steps=3)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The method
+# ----------------------------------------------------------------------------------------------------------
+def embed(f, x, order, mode):
+    """u(f(x)), rows in the order of x. In training BatchNorm sees two groups of the images in `order`, and each
+    moves the running statistics by half of their usual way."""
+    z = {}
+    half = (len(x) + 1) // 2
+    for group in (order[:half], order[half:]):
+        h = torch.nn.functional.conv2d((x[group] - f["0.mean"]) / f["0.std"], f["0.conv.weight"])
+        h = plain.batch_norm(f, "0.norm", h, mode, share=0.5)
+        h = h.relu().mean((2, 3))
+        for i, row in zip(group, plain.unit(plain.linear(f, "1", h))):
+            z[i] = row
+    return torch.stack([z[i] for i in range(len(x))])
+
+
+def contrast(q, k, bank, T, flags):
+    """Eq. 3, and for each query the probability of each row of the bank."""
+    n = plain.unit(bank)
+    total, probabilities = 0.0, []
+    for i in range(len(q)):
+        positive = torch.exp(q[i] @ k[i] / T)
+        rows = [torch.exp(q[i] @ n[j] / T) for j in range(len(n))]
+        keys = [torch.exp(q[i] @ key / T) for key in k] if flags.batch_negatives else [positive]
+        total = total - torch.log(positive / (sum(keys) + sum(rows)))
+        probabilities.append([row / (sum(keys) + sum(rows)) for row in rows])
+    return total / len(q), probabilities
+
+
+def ascent(q, k, bank, T, flags):
+    """The gradient of Eq. 3 in the rows w_j = |w_j| n_j: Eq. 7's mean of p q, without its part along n_j."""
+    _, p = contrast(q, k, bank, T, flags)
+    g = torch.zeros_like(bank)
+    for j, w in enumerate(bank):
+        n = w / w.norm()
+        pull = sum(p[i][j] * q[i] for i in range(len(q))) / len(q)
+        g[j] = (pull - (n @ pull) * n) / (T * w.norm())
+    return g
+
+
+def attack(f, x, k, bank, noise, flags):
+    """PGD in the pixels of the query, running statistics in BatchNorm."""
+    eps = flags.eps / 255
+    x_adv = (x + eps * noise).clamp(0, 1)
+    for _ in range(flags.steps):
+        x_adv = x_adv.detach().requires_grad_()
+        loss, _ = contrast(embed(f, x_adv, range(len(x)), "eval"), k, bank, flags.temperature, flags)
+        (g,) = torch.autograd.grad(loss, x_adv)
+        x_adv = x_adv.detach() + flags.step_size / 255 * g.sign()
+        x_adv = x + (x_adv - x).clamp(-eps, eps)
+        x_adv = x_adv.clamp(0, 1)
+    plain.some_not_all((x_adv == 0) | (x_adv == 1))
+    plain.some_not_all(((x_adv - x).abs() - eps).abs() < 1e-12)
+    return x_adv
+
+
+def step(net, target, bank, past, names, x_q, x_k, order, noise, flags):
+    """Changes net, target, bank {"rows", "velocity"} and the optimizer's past; returns what is logged."""
+    plain.moving_average(target, net, names, flags.ema)
+    keys = [embed(target, x, order, "train").detach() for x in x_k]
+    if flags.multi_crop:
+        keys = keys * len(x_q)
+    if flags.eps:
+        x_q = [attack(net, x, k, bank["rows"], start, flags) for x, k, start in zip(x_q, keys, noise)]
+
+    weights = plain.with_gradient(net, names)
+    queries = [embed(net, x, range(len(x)), "train") for x in x_q]
+    share = 0.5 if flags.symmetric else 1.0  # a mean of both directions, but a sum over crops
+    loss, before, g = 0.0, 0.0, 0.0
+    for q, k in zip(queries, keys):
+        loss = loss + share * contrast(q, k, bank["rows"], flags.temperature, flags)[0]
+        q = q.detach()
+        before = before + share * contrast(q, k, bank["rows"], flags.bank_temperature, flags)[0]
+        g = g + share * ascent(q, k, bank["rows"], flags.bank_temperature, flags)
+    plain.sgd(net, names, torch.autograd.grad(loss, weights), past, flags.lr, 0.9, flags.weight_decay)
+    old = bank["rows"]
+    bank["velocity"] = flags.bank_momentum * bank["velocity"] - g + flags.bank_decay * old
+    bank["rows"] = old - flags.bank_lr * bank["velocity"]
+
+    after = 0.0
+    for q, k in zip(queries, keys):
+        after = after + share * contrast(q.detach(), k, bank["rows"], flags.bank_temperature, flags)[0]
+    q, k = queries[0].detach(), keys[0]
+    n = plain.unit(bank["rows"])
+    _, p = contrast(q, k, bank["rows"], flags.bank_temperature, flags)
+    hits = [float(q[i] @ k[i] > max(q[i] @ row for row in n)) for i in range(len(q))]
+    return {
+        "loss": loss,
+        "mass": sum(sum(row) for row in p) / len(p),
+        "bank_gain": after - before,
+        "rotation": sum((a - b).norm() for a, b in zip(n, plain.unit(old))) / len(n),
+        "norm": sum(row.norm() for row in bank["rows"]) / len(n),
+        "accuracy": sum(hits) / len(hits),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The script
+# ----------------------------------------------------------------------------------------------------------
+def optimizer(net, flags):
+    return torch.optim.SGD(net.parameters(), flags.lr, momentum=0.9, weight_decay=flags.weight_decay)
+
+
+def bank_of(rows, velocity):
+    bank = Bank(*rows.shape).double()
+    bank.register_buffer("velocity", velocity.clone())
+    bank.rows = rows.clone()
+    return bank
+
+
+def step_of_the_script(net, target, opt, bank, x_q, x_k, order, noise, args):
+    order = torch.tensor(order)
+    return adco.train_step(net, target, opt, bank, x_q, x_k, order, noise if args.eps else None, args)
+
+
+def network(seed):
+    return plain.randomised(nn.Sequential(plain.Encoder(4, adco.GroupedNorm), nn.Linear(4, 3)), seed, scale=1.5)
+
+
+HYBRID = dict(eps=40.0)
+
+
+@pytest.mark.parametrize("more", [
+    {}, dict(symmetric=True), dict(multi_crop=True), dict(batch_negatives=True),
+    dict(symmetric=True, batch_negatives=True), dict(multi_crop=True, batch_negatives=True), HYBRID,
+    dict(symmetric=True, **HYBRID), dict(multi_crop=True, batch_negatives=True, **HYBRID)],
+    ids=lambda more: " ".join(more) or "plain")
+def test_two_steps_are_the_methods(more):
+    given = {**FLAGS, **more}
+    flags = SimpleNamespace(**{"symmetric": False, "multi_crop": False, "batch_negatives": False, **given})
+    g = torch.Generator().manual_seed(3)
+    rows = torch.randn(7, 3, generator=g, dtype=torch.float64) * (0.5 + 0.25 * torch.arange(7.0))[:, None]
+    velocity = 0.3 * torch.randn(7, 3, generator=g, dtype=torch.float64)
+
+    net, target, bank = network(1), network(2).requires_grad_(False), bank_of(rows, velocity)
+    opt = optimizer(net, flags)
+    names, args = plain.trained(net), plain.arguments(adco, given)
+    want = dict(net=plain.state(net), target=plain.state(target), bank=dict(rows=rows, velocity=velocity), past={})
+    start = {key: dict(part) for key, part in want.items()}
+    for t in range(2):
+        x1, x2 = plain.images(5, 6, 10 + t), plain.images(5, 6, 20 + t)
+        x_q, x_k = [x1], [x2]
+        if flags.symmetric:
+            x_q, x_k = [x1, x2], [x2, x1]
+        if flags.multi_crop:
+            x_q = [x1, plain.images(5, 5, 30 + t), plain.images(5, 4, 40 + t)]
+        order = [[3, 0, 4, 2, 1], [2, 4, 0, 1, 3]][t]
+        noise = [2 * torch.rand(x.shape, generator=g, dtype=torch.float64) - 1 for x in x_q]
+        logged = step(want["net"], want["target"], want["bank"], want["past"], names, x_q, x_k, order, noise, flags)
+        found = step_of_the_script(net, target, opt, bank, x_q, x_k, order, noise, args)
+        plain.same(found, logged, f"step {t}, logged")
+        plain.same(plain.state(net), want["net"], f"step {t}, net")
+        plain.same(plain.state(target), want["target"], f"step {t}, target")
+        plain.same(plain.state(bank), want["bank"], f"step {t}, bank")
+        plain.same(plain.memory(opt, net), want["past"], f"step {t}, optimizer")
+    moving = [*names, "0.norm.running_mean", "0.norm.running_var"]
+    plain.all_moved(start["net"], want["net"], moving)
+    plain.all_moved(start["target"], want["target"], moving)
+    plain.all_moved(start["bank"], want["bank"], ["rows", "velocity"])
+    assert 0.01 < logged["mass"] < 0.99 and abs(logged["bank_gain"]) > 1e-4
+
+
+def test_a_run_has_the_optimizer_of_these_steps(tmp_path, monkeypatch):
+    given = ["--arch", "slim", "--lr", "0.03", "--weight-decay", "0.02", "--bank-size", "8", "--fill-steps", "0"]
+    (net, target, bank), (opt,) = plain.optimizers_of_main(adco, given, tmp_path, monkeypatch)
+    assert type(opt) is torch.optim.SGD
+    assert not any(w.requires_grad for w in target.parameters()) and bank.velocity.abs().sum() == 0
+    found, want = plain.settings(opt, net), dict(lr=0.03, momentum=0.9, weight_decay=0.02, maximize=False)
+    for name, _ in net.named_parameters():
+        assert {key: found[name][key] for key in want} == want, name

@@ -1,0 +1,187 @@
+"""Two whole steps of CaCo against the method written out: plain loops in float64, nothing of caco.py or common/."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import caco
+from common.bank import Bank
+from tests import steps2 as plain
+
+FLAGS = dict(temperature=0.3, bank_momentum=0.8, lr=0.1, weight_decay=0.02, positives="cooperative", optimizer="sgd")
+EMA, BANK_LR = 0.9, 0.4  # of this epoch
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The method
+# ----------------------------------------------------------------------------------------------------------
+def embed(f, x):
+    """u(f(x)), all norms in training."""
+    h = torch.nn.functional.conv2d((x - f["0.mean"]) / f["0.std"], f["0.conv.weight"])
+    h = plain.batch_norm(f, "0.norm", h, "train").relu().mean((2, 3))
+    h = plain.batch_norm(f, "1.norm", plain.linear(f, "1.hidden", h), "train").relu()
+    return plain.unit(plain.linear(f, "1.out", h))
+
+
+def nearest(k, bank):
+    """For each key the row of the bank with the largest cosine."""
+    found = []
+    for key in k:
+        cosines = [float(key @ w / w.norm()) for w in bank]
+        found.append(cosines.index(max(cosines)))
+    return found
+
+
+def contrast(q, y, bank, T):
+    """The loss over the bank's rows alone, and for each query the probability of each row."""
+    total, probabilities = 0.0, []
+    for i in range(len(q)):
+        rows = [torch.exp(q[i] @ w / w.norm() / T) for w in bank]
+        probabilities.append([row / sum(rows) for row in rows])
+        total = total - torch.log(probabilities[i][y[i]])
+    return total / len(q), probabilities
+
+
+def direction(q, y, bank, T, flags):
+    """Eqs. 7 and 12: where the rows w_j = |w_j| n_j are to go, less what is along n_j. A negative goes to the
+    query by p, the query's positive by 1 - p; Eq. 13's positive flees by as much."""
+    _, p = contrast(q, y, bank, T)
+    sign = 1 if flags.positives == "cooperative" else -1
+    h = torch.zeros_like(bank)
+    for j, w in enumerate(bank):
+        n = w / w.norm()
+        pull = 0.0
+        for i in range(len(q)):
+            pull = pull + (sign * (1 - p[i][j]) if j == y[i] else p[i][j]) * q[i] / len(q)
+        h[j] = (pull - (n @ pull) * n) / (T * w.norm())
+    return h
+
+
+def step(net, target, bank, past, names, x, flags):
+    """Changes net, target, bank {"rows", "velocity"} and the optimizer's past; returns what is logged, and the
+    positives."""
+    T, old = flags.temperature, bank["rows"]
+    weights = plain.with_gradient(net, names)
+    q = [embed(net, view) for view in x]
+    plain.moving_average(target, net, names, EMA)
+    k1, k2 = [embed(target, view).detach() for view in x[:2]]
+    y1, y2 = nearest(k2, old), nearest(k1, old)  # of the other view's keys
+
+    big = [(q[0], y1), (q[1], y2)]
+    small = [(view, y) for view in q[2:] for y in (y1, y2)]
+    loss, h = 0.0, 0.0
+    for pairs, share in ((big, 1 / 2 if small else 1), (small, 1 / max(1, len(small)))):
+        for queries, y in pairs:  # a sum of two views; in multi-crop the mean of big ones, and that of small ones
+            loss = loss + share * contrast(queries, y, old, T)[0]
+            h = h + share * direction(queries.detach(), y, old, T, flags)
+    before = sum(contrast(queries.detach(), y, old, T)[0] for queries, y in big) / 2
+
+    grads = torch.autograd.grad(loss, weights)
+    if flags.optimizer == "sgd":
+        plain.sgd(net, names, grads, past, flags.lr, 0.9, flags.weight_decay)
+    else:
+        plain.lars(net, names, grads, past, flags.lr, flags.weight_decay, trust=0.001, clip=False)
+    bank["velocity"] = flags.bank_momentum * bank["velocity"] - h
+    bank["rows"] = old - BANK_LR * bank["velocity"]
+
+    n, losses, probabilities, cosines = plain.unit(bank["rows"]), [], [], []
+    for queries, y in big:
+        found, p = contrast(queries.detach(), y, bank["rows"], T)
+        losses.append(found)
+        probabilities += [p[i][y[i]] for i in range(len(y))]
+        cosines += [max(query @ row for row in n) for query in queries.detach()]
+    return {
+        "loss": loss,
+        "bank_change": sum(losses) / 2 - before,
+        "p": sum(probabilities) / len(probabilities),
+        "unique": len(set(y1)),
+        "cosine": sum(cosines) / len(cosines),
+        "rotation": sum((a - b).norm() for a, b in zip(n, plain.unit(old))) / len(n),
+        "norm": sum(row.norm() for row in bank["rows"]) / len(n),
+    }, (y1, y2)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The script
+# ----------------------------------------------------------------------------------------------------------
+def optimizer(net, args):
+    return caco.optimizer(net, args)
+
+
+def bank_of(rows, velocity):
+    bank = Bank(*rows.shape).double()
+    bank.register_buffer("velocity", velocity.clone())
+    bank.rows = rows.clone()
+    return bank
+
+
+def step_of_the_script(net, target, opt, bank, x, args):
+    return caco.train_step(net, target, opt, bank, x, EMA, BANK_LR, args)
+
+
+class Projector(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Linear(4, 12, bias=False)
+        self.norm = nn.BatchNorm1d(12)
+        self.out = nn.Linear(12, 3, bias=False)
+
+    def forward(self, h):
+        return self.out(self.norm(self.hidden(h)).relu())
+
+
+def network(seed):
+    return plain.randomised(nn.Sequential(plain.Encoder(4, nn.BatchNorm2d), Projector()), seed)
+
+
+@pytest.mark.parametrize("small", [0, 3], ids=["two views", "multi-crop"])
+@pytest.mark.parametrize("more", [
+    dict(positives="cooperative"), dict(positives="adversarial"), dict(optimizer="lars", lr=30.0)],
+    ids=lambda more: " ".join(map(str, more.values())))
+def test_two_steps_are_the_methods(more, small):
+    given = {**FLAGS, **more}
+    flags = SimpleNamespace(**given)
+    g = torch.Generator().manual_seed(3)
+    rows = torch.randn(7, 3, generator=g, dtype=torch.float64) * (0.5 + 0.25 * torch.arange(7.0))[:, None]
+    velocity = 0.3 * torch.randn(7, 3, generator=g, dtype=torch.float64)
+
+    args = plain.arguments(caco, given)
+    net, target, bank = network(13), network(113).requires_grad_(False), bank_of(rows, velocity)
+    opt = optimizer(net, args)
+    names = plain.trained(net)
+    want = dict(net=plain.state(net), target=plain.state(target), bank=dict(rows=rows, velocity=velocity), past={})
+    start = {key: dict(part) for key, part in want.items()}
+    for t in range(2):
+        sides = [6, 6] + small * [4]
+        x = [plain.images(6, side, 10 * i + t) for i, side in enumerate(sides)]
+        logged, (y1, y2) = step(want["net"], want["target"], want["bank"], want["past"], names, x, flags)
+        assert y1 != y2 and min(len(set(y1)), len(set(y2))) > 2  # else the views could be confused
+        found = step_of_the_script(net, target, opt, bank, x, args)
+        plain.same(found, logged, f"step {t}, logged")
+        plain.same(plain.state(net), want["net"], f"step {t}, net")
+        plain.same(plain.state(target), want["target"], f"step {t}, target")
+        plain.same(plain.state(bank), want["bank"], f"step {t}, bank")
+        plain.same(plain.memory(opt, net), want["past"], f"step {t}, optimizer")
+    moving = [name for name in start["net"] if name not in ("0.mean", "0.std")]
+    plain.all_moved(start["net"], want["net"], moving)
+    plain.all_moved(start["target"], want["target"], moving)
+    plain.all_moved(start["bank"], want["bank"], ["rows", "velocity"])
+    assert logged["unique"] < 6 and 0.05 < logged["p"] < 0.95
+
+
+@pytest.mark.parametrize("kind, class_of, treated", [
+    ("sgd", torch.optim.SGD, dict(lr=0.03, momentum=0.9, weight_decay=0.02)),
+    ("lars", caco.optim.LARS, dict(lr=0.03, momentum=0.9, weight_decay=0.02, trust=0.001, clip=False))])
+def test_a_run_has_the_optimizer_of_these_steps(kind, class_of, treated, tmp_path, monkeypatch):
+    given = ["--arch", "slim", "--lr", "0.03", "--weight-decay", "0.02", "--bank-size", "8", "--fill-steps", "0",
+             "--optimizer", kind]
+    (net, target, bank), (opt,) = plain.optimizers_of_main(caco, given, tmp_path, monkeypatch)
+    assert type(opt) is class_of and bank.velocity.abs().sum() == 0
+    assert not any(w.requires_grad for w in target.parameters())
+    for name, w in net.named_parameters():
+        found = plain.settings(opt, net)[name]
+        want = treated
+        if kind == "lars" and w.dim() < 2:
+            want = {**treated, "trust": None, "weight_decay": 0.0}
+        assert {key: found[key] for key in want} == want, name
