@@ -10,9 +10,12 @@ without BatchNorms (`folded`); where few points stand, several targets (FAB) or 
 the batch. Points do not influence each other in eval mode, so all this changes rounding only; `stop=False` in
 `apgd` and `fab` runs every point to the end as the official code does. A point that stands to the end costs
 10,000 passes, a backward one counted as one, of the official 10,700.
+
+Logits of an attacked image that are not all finite speak for no class: they count as misclassified.
 """
 import contextlib
 import math
+import numbers
 import time
 import warnings
 
@@ -27,9 +30,12 @@ TARGETS = 9
 
 
 def autoattack(net, x, y, eps, norm="linf", version="standard", seed=0, batch_size=250, fast=False, log=None):
-    """Attack the logits `net(x)` (N, C), C >= 2, of the images x (N, 3, H, W) in [0, 1] with labels y (N,).
+    """Attack the logits `net(x)` (N, C), C >= 2, of the images x (N, 3, H, H) in [0, 1] with labels y (N,).
 
-    eps         radius in units of x, > 0; norm "linf" or "l2".
+    net         a module or a function; it gives the logits alone, finite ones for x.
+    x           float32 or float64; what lies outside of [0, 1] by rounding (1e-6) is clipped.
+    y           integers of any type: a tensor, an array or a list.
+    eps         radius in units of x, > 0, for linf at most 1; norm "linf" or "l2".
     version     a key of VERSIONS, or a tuple of stages.
     seed        of every (stage, batch). The batches matter too: their points share a Square's positions.
     batch_size  the surviving points are packed into batches of this size before each stage.
@@ -37,7 +43,7 @@ def autoattack(net, x, y, eps, norm="linf", version="standard", seed=0, batch_si
                 it with the result. Otherwise autocast is off inside; TF32 is as the caller has set it.
     log         called with a line of text after each stage.
 
-    Returns x_adv (N, 3, H, W) and a report. x_adv is misclassified, and within eps and [0, 1], wherever
+    Returns x_adv (N, 3, H, H) and a report. x_adv is misclassified, and within eps and [0, 1], wherever
     anything was found, and x elsewhere: each find is checked again, apart from the attack. Finds lie just
     beyond the boundary of `net`, and say little about another network. The report holds plain types:
     accuracies in per cent (`clean`, `robust`, and `robust` after each of `stages`), images sent forward and
@@ -46,37 +52,41 @@ def autoattack(net, x, y, eps, norm="linf", version="standard", seed=0, batch_si
     Eval mode is forced inside; modes, gradients and the global random state are left as they were. The memory
     format of x is kept. Raises ValueError for an input that it cannot judge.
     """
-    stages = VERSIONS.get(version, version) if isinstance(version, str) else tuple(version)
-    if isinstance(stages, str) or any(s not in STAGES for s in stages):
+    if isinstance(version, str):
+        stages = VERSIONS.get(version, ())
+    else:
+        stages = tuple(version) if hasattr(version, "__iter__") else ()
+    if not stages or any(s not in STAGES for s in stages) or len(set(stages)) < len(stages):
         raise ValueError(f"version {version!r}: {', '.join(VERSIONS)}, or a tuple of {', '.join(STAGES)}")
     if norm not in ("linf", "l2"):
         raise ValueError(f"norm {norm!r}: choose linf or l2")
-    if not eps > 0 or not batch_size > 0:
-        raise ValueError(f"eps and batch_size must be positive, got {eps} and {batch_size}")
-    if len(x) != len(y) or not len(x):
-        raise ValueError(f"{len(x)} images and {len(y)} labels: as many of both, and at least one")
-    if not x.is_floating_point() or x.dim() != 4 or x.shape[2] != x.shape[3] or x.shape[2] < 5:
+    for name, number in (("batch_size", batch_size), ("seed", seed)):
+        if not isinstance(number, numbers.Integral):
+            raise ValueError(f"{name} must be an integer, got {number!r}")
+    if not isinstance(eps, numbers.Real) or not 0 < eps < math.inf or not batch_size > 0:
+        raise ValueError(f"eps and batch_size must be positive and finite, got {eps!r} and {batch_size}")
+    eps = float(eps)
+    seed = int(seed)
+    batch_size = int(batch_size)
+    check_radius(eps, norm)
+    x, y = images_and_labels(x, y)
+    if x.dim() != 4 or x.shape[2] != x.shape[3] or x.shape[2] < 5:
         raise ValueError(f"images are {x.dtype} {tuple(x.shape)}; they must be float (N, C, H, H), H >= 5")
-    if not (x.min() >= 0 and x.max() <= 1):
-        raise ValueError("images must be in [0, 1]; normalisation is the network's first layer")
-    x, y = x.detach(), y.to(x.device)
     found, report = [], {"norm": norm, "eps": eps, "seed": seed, "batch_size": batch_size, "images": len(x),
                          "precision": "bf16 search, fp32 verified" if fast else "fp32"}
     sizes = [math.ceil(batch_size * part / 16) for part in (1, 2, 3, 4, 6, 8, 12, 16)]
     sizes = () if x.device.type == "cpu" else sizes
     with eval_mode(net):
         judge = Queries(net, sizes)
-        search = Queries(folded(net, x[:batch_size], eps), sizes, fast, batch_size)
         with torch.no_grad():
             logits = torch.cat([judge(part) for part in x.split(batch_size)])
-        if logits.dim() != 2 or not logits.isfinite().all():
-            raise ValueError("the network must give finite logits (N, C)")
-        if y.min() < 0 or y.max() >= logits.shape[1]:
-            raise ValueError(f"labels go from {y.min()} to {y.max()}, for {logits.shape[1]} classes")
+        check_clean(logits, y, batch_size)
+        search = Queries(folded(net, x[:batch_size], eps), sizes, fast, batch_size)
         if logits.shape[1] < 4 and "apgd-t" in stages:
             found.append("fewer than 4 classes: the targeted DLR loss does not exist, apgd-t is left out")
             stages = tuple(s for s in stages if s != "apgd-t")
-        standing = logits.argmax(1) == y
+        standing = ~mistaken(logits, y)
+        not_finite = torch.zeros_like(standing)  # points fooled by an image whose logits are not
         found += misuse(judge, x[:batch_size], y[:batch_size], logits[:batch_size])
         x_adv, x, percent = x.clone(), x.contiguous(), 100 / len(x)
         report.update(clean=percent * int(standing.sum()), stages={})
@@ -87,7 +97,9 @@ def autoattack(net, x, y, eps, norm="linf", version="standard", seed=0, batch_si
             for rows in points.split(batch_size) if len(points) else ():
                 adv = stage(query, x[rows], y[rows], eps, norm, torch.Generator().manual_seed(seed))
                 with torch.no_grad():
-                    fooled = (judge(adv).argmax(1) != y[rows]) & inside(adv, x[rows], eps, norm)
+                    z = judge(adv)
+                fooled = mistaken(z, y[rows]) & inside(adv, x[rows], eps, norm)
+                not_finite[rows] = fooled & ~finite(z)
                 x_adv[rows[fooled]] = adv[fooled]
                 standing[rows[fooled]] = False
                 denied.append(rows[(adv != x[rows]).flatten(1).any(1) & ~fooled])
@@ -106,9 +118,106 @@ def autoattack(net, x, y, eps, norm="linf", version="standard", seed=0, batch_si
             if name == "square" and name != stages[0] and percent * (before - after) > 0.2:
                 found.append(f"Square, which sees no gradient, fooled {before - after} points that stood all "
                              "before it: the network masks its gradients")
+    count = int(not_finite.sum())
+    if count:
+        found.append(f"{count} attacked images gave logits that are not finite: they count as misclassified")
     for text in found:
         warnings.warn(text, stacklevel=2)
     return x_adv, report | {"robust": percent * int(standing.sum()), "warnings": found}
+
+
+def check_radius(eps, norm):
+    """Raises ValueError for an `eps` that was meant in units of 1/255."""
+    if norm == "linf" and eps > 1:
+        raise ValueError(f"eps is {eps:g} for images in [0, 1], which lets any image become any other; "
+                         "it is in their units, such as 8 / 255")
+
+
+def images_and_labels(x, y):
+    """Images x (N, ...) as a float tensor in [0, 1], and labels y as an int64 tensor (N,) beside it; both may
+    come as tensors, arrays or lists. Raises ValueError that names what would work."""
+    x = as_tensor(x, "images")
+    if x.dtype not in (torch.float32, torch.float64):
+        hint = "x.float()" if x.is_floating_point() else "they must be float in [0, 1]: x.float() / 255"
+        raise ValueError(f"images are {x.dtype} {tuple(x.shape)}, and float32 or float64 is needed; {hint}")
+    y = as_tensor(y, "labels")
+    hint = None
+    if y.dim() == 2 and y.shape[1] > 1:
+        hint = "of one-hot labels y.argmax(1)"
+    elif y.dim() != 1:
+        hint = "y.flatten()"
+    elif len(y) and (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool):
+        hint = "y.long()"
+    if hint:
+        raise ValueError(f"labels are {y.dtype} {tuple(y.shape)}; integers (N,) are needed: {hint}")
+    if x.dim() < 2:
+        raise ValueError(f"images are {x.dtype} {tuple(x.shape)}; they must be (N, ...)")
+    if len(x) != len(y) or not x.numel():
+        raise ValueError(f"{len(x)} images and {len(y)} labels: as many of both, and at least one")
+    low = x.min()
+    high = x.max()
+    if not (low >= -1e-6 and high <= 1 + 1e-6):
+        raise ValueError(f"images go from {low:g} to {high:g}, and must be in [0, 1]; "
+                         "normalisation is the network's first layer")
+    if low < 0 or high > 1:
+        x = x.clamp(0, 1)
+    return x, y.to(x.device, torch.long)
+
+
+def as_tensor(v, name):
+    """`v` as a tensor without a gradient: a tensor itself, a copy of an array or a list."""
+    if isinstance(v, torch.Tensor):
+        return v.detach()
+    try:
+        return torch.tensor(v)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be a tensor, an array or a list of numbers: {error}") from error
+
+
+def check_clean(logits, y, batch_size):
+    """Raises ValueError where the clean `logits` (N, C), made in batches, are not finite or lack a class
+    of y."""
+    bad = (~finite(logits)).nonzero()
+    if len(bad):
+        image = int(bad[0])
+        batch = image // batch_size
+        last = min((batch + 1) * batch_size, len(logits)) - 1
+        raise ValueError("the network must give finite logits for the clean images; it does not in "
+                         f"batch {batch} (images {batch * batch_size} to {last}), first for image {image}")
+    if y.min() < 0 or y.max() >= logits.shape[1]:
+        raise ValueError(f"labels go from {y.min()} to {y.max()}, for {logits.shape[1]} classes")
+
+
+def checked(logits, images):
+    """What a network returned for so many images, if it is logits (images, C), C >= 2. Raises ValueError that
+    says what to return instead."""
+    if not isinstance(logits, torch.Tensor):
+        hint = ""
+        if isinstance(logits, dict) and logits:
+            key = "logits" if "logits" in logits else next(iter(logits))
+            hint = f", by a module that gives net(x)[{key!r}]"
+        elif isinstance(logits, (tuple, list)):
+            hint = ", by a module that gives net(x)[0]"
+        raise ValueError(f"the network returns a {type(logits).__name__}; "
+                         f"it must return the logits (N, C) alone{hint}")
+    if logits.dim() != 2 or len(logits) != images:
+        raise ValueError(f"the network gives {tuple(logits.shape)} for {images} images; "
+                         "it must give logits (N, C)")
+    if logits.shape[1] < 2:
+        raise ValueError(f"the network gives logits {tuple(logits.shape)}: "
+                         "an attack needs two classes or more")
+    return logits
+
+
+def finite(logits):
+    """(n,) whether all logits of an image, (n, C), are finite."""
+    return logits.isfinite().all(1)
+
+
+def mistaken(logits, y):
+    """(n,) whether the logits (n, C) do not speak for the class y: another is highest, or one is not finite
+    (argmax would read NaN as the class that it stands at, 0 where it stands at all)."""
+    return (logits.argmax(1) != y) | ~finite(logits)
 
 
 def folded(net, x, eps):
@@ -151,7 +260,8 @@ def misuse(net, x, y, logits):
         _, _, g = net.gradient(x[right], lambda z: margin(z, y[right]))
         zero = int((g.flatten(1).abs().amax(1) == 0).sum())
         if zero:
-            found.append(f"the gradient is exactly zero for {zero} of {len(g)} images: it tells nothing")
+            found.append(f"the gradient is exactly zero or not finite for {zero} of {len(g)} images: "
+                         "it tells nothing")
     return found
 
 
@@ -173,18 +283,19 @@ class Queries:
         size = next((s for s in self.sizes if s >= len(x)), len(x))
         padded = x if size == len(x) else torch.cat([x, x.new_zeros(size - len(x), *x.shape[1:])])
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.fast):
-            logits = self.net(padded)[: len(x)]
+            logits = checked(self.net(padded), size)[: len(x)]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def gradient(self, x, loss):
-        """Logits, loss(logits) (n,), and its gradient with respect to x."""
+        """Logits, loss(logits) (n,), and its gradient with respect to x, 0 where it is not finite: one such
+        pixel would make NaN of its length, and so of the next image."""
         self.backwards += len(x)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             logits = self(x)
             value = loss(logits)
             (g,) = torch.autograd.grad(value.sum(), x)
-        return logits.detach(), value.detach(), g
+        return logits.detach(), value.detach(), g.nan_to_num(0, 0, 0)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -227,9 +338,10 @@ def dlr_targeted(z, y, t):
 
 
 def margin(z, y):
-    """z_y less the largest other logit, (n,); not above 0 where misclassified."""
+    """z_y less the largest other logit, (n,); not above 0 where misclassified: -inf where not finite."""
     z_y = z.gather(1, y[:, None])
-    return (z_y - z.scatter(1, y[:, None], -torch.inf).amax(1, keepdim=True)).squeeze(1)
+    gap = (z_y - z.scatter(1, y[:, None], -torch.inf).amax(1, keepdim=True)).squeeze(1)
+    return gap.masked_fill(~finite(z), -torch.inf)
 
 
 def due(i, every):
@@ -279,7 +391,7 @@ def apgd(net, x, y, eps, norm, loss, generator, t=None, steps=100, stop=True):
     noise = 2 * noise - 1 if norm == "linf" else noise
     z = (x + eps * (noise / (length(noise, norm) + 1e-12))).clamp(0, 1)
     logits, value, g = net.gradient(z, lambda z: loss(z, y, t))
-    wrong = logits.argmax(1) != y
+    wrong = mistaken(logits, y)
     out, fooled, rows = x.clone(), torch.zeros_like(wrong), torch.arange(len(x), device=x.device)
     t, adv, z_prev, gaps = y if t is None else t, z, z, checkpoints(steps)
     best, best_z, best_g, checked, halved = value, z, g, value, torch.ones_like(wrong)
@@ -300,12 +412,12 @@ def apgd(net, x, y, eps, norm, loss, generator, t=None, steps=100, stop=True):
         w = project(z + column(step, z) * ascent, x, eps, norm)
         z, z_prev = project(z + (w - z) * a + (z - z_prev) * (1 - a), x, eps, norm), z
         logits, value, g = net.gradient(z, lambda z: loss(z, y, t))
-        new = logits.argmax(1) != y
+        new = mistaken(logits, y)
         adv = torch.where(column(new & ~wrong if stop else new, z), z, adv)
         wrong = wrong | new
         rises, last = rises + (value > last), value
         better = value > best
-        best, best_z = best.maximum(value), torch.where(column(better, z), z, best_z)
+        best, best_z = torch.where(better, value, best), torch.where(column(better, z), z, best_z)
         best_g = torch.where(column(better, z), g, best_g)
         if i + 1 in gaps:
             halve = (rises <= 0.75 * gaps[i + 1]) | (~halved & (checked >= best))
@@ -374,13 +486,13 @@ def fab(net, x, y, t, eps, norm, steps=100, stop=True):
             if near.any():
                 rows, x, y, t, z, adv, best, near = (v[~near] for v in (rows, x, y, t, z, adv, best, near))
         _, f, g = net.gradient(z, lambda q: (q.gather(1, t[:, None]) - q.gather(1, y[:, None])).squeeze(1))
-        w = g.flatten(1)
+        f, w = f.nan_to_num(0, 0, 0), g.flatten(1)  # logits that are not finite: stay, and step back below
         b = (w * z.flatten(1)).sum(1, keepdim=True) - f[:, None]
         d1, d2 = (to_plane(v.flatten(1), w, b, norm).view_as(v) for v in (z, x))
         l1, l2 = (length(d, norm).clamp_min(1e-8) for d in (d1, d2))
         alpha = (l1 / (l1 + l2)).clamp_max(0.1)
         z = ((1 - alpha) * (z + 1.05 * d1) + alpha * (x + 1.05 * d2)).clamp(0, 1)
-        wrong, far = net(z).argmax(1) != y, length(z - x, norm).flatten()
+        wrong, far = mistaken(net(z), y), length(z - x, norm).flatten()
         closer = wrong & (far < best) & ~(near & stop)
         adv, best = torch.where(column(closer, z), z, adv), torch.where(closer, far, best)
         z = torch.where(column(wrong, z), x + 0.9 * (z - x), z)

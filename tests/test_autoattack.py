@@ -478,9 +478,9 @@ def test_square_runs_at_any_side(side):
     with torch.no_grad():
         y = pooled(x).argmax(1)
     for norm in NORMS:
-        query = aa.Queries(pooled)
+        query = aa.Queries(lambda v: pooled(v) + 100 * F.one_hot(y, 10))  # both stand to the end
         out = aa.square(query, x, y, 0.01, norm, seeded(), queries=20)
-        assert out.shape == x.shape and query.forwards >= 42
+        assert torch.equal(out, x) and query.forwards == 42
 
 
 def test_filling_up_to_few_batch_shapes_changes_nothing():
@@ -555,11 +555,203 @@ def test_masked_gradients_show_in_square():
     (dict(y=torch.arange(3)), "4 images and 3 labels"),
     (dict(y=torch.full((4,), 5)), "labels go from 5 to 5"),
     (dict(net=lambda x: x.flatten(1) * torch.nan), "finite logits"),
+    (dict(net=lambda x: x.flatten(1)[:, :1]), r"logits \(4, 1\): an attack needs two classes or more"),
+    (dict(net=lambda x: x.flatten(1)[:, :0]), r"logits \(4, 0\): an attack needs two classes or more"),
+    (dict(net=lambda x: x), r"\(4, 3, 8, 8\) for 4 images; it must give logits \(N, C\)"),
+    (dict(net=lambda x: x.flatten(1)[:1]), r"\(1, 192\) for 4 images; it must give logits \(N, C\)"),
+    (dict(net=lambda x: x.sum()), r"the network gives \(\) for 4 images; it must give logits \(N, C\)"),
+    (dict(net=lambda x: (x.flatten(1), x)), r"returns a tuple; .*net\(x\)\[0\]"),
+    (dict(net=lambda x: [x.flatten(1), x]), r"returns a list; .*net\(x\)\[0\]"),
+    (dict(net=lambda x: {"logits": x.flatten(1)}), r"returns a dict; .*net\(x\)\['logits'\]"),
+    (dict(net=lambda x: {"out": x.flatten(1)}), r"returns a dict; .*net\(x\)\['out'\]"),
+    (dict(net=lambda x: None), "returns a NoneType; it must return the logits"),
+    (dict(x=torch.rand(4, 3, 8, 8).half()), r"torch.float16 .*x.float\(\)"),
+    (dict(x=torch.rand(4, 3, 8, 8).bfloat16()), r"torch.bfloat16 .*x.float\(\)"),
+    (dict(x=torch.zeros(4, 3, 8, 8, dtype=torch.uint8)), r"x.float\(\) / 255"),
+    (dict(x="images"), "images"),
+    (dict(x=torch.rand(0, 3, 8, 8), y=torch.arange(0)), "at least one"),
+    (dict(x=torch.rand(4, 3, 4, 4)), "H >= 5"),
+    (dict(y=torch.eye(4)), r"labels are torch.float32 \(4, 4\).*y.argmax\(1\)"),
+    (dict(y=torch.eye(4).long()), r"labels are torch.int64 \(4, 4\).*y.argmax\(1\)"),
+    (dict(y=torch.arange(4)[:, None]), r"labels are torch.int64 \(4, 1\).*y.flatten\(\)"),
+    (dict(y=torch.arange(4.0)), r"labels are torch.float32 \(4,\).*y.long\(\)"),
+    (dict(y=[0.0, 1.0, 2.0, 3.0]), r"labels are torch.float32 \(4,\).*y.long\(\)"),
+    (dict(y=torch.ones(4, dtype=torch.bool)), r"labels are torch.bool \(4,\).*y.long\(\)"),
+    (dict(y=["cat", "dog", "cat", "dog"]), "labels"),
+    (dict(y=3), r"labels are torch.int64 \(\)"),
+    (dict(y=torch.full((4,), -1)), "labels go from -1 to -1"),
+    (dict(eps=float("inf")), "must be positive and finite"),
+    (dict(eps=float("inf"), norm="l2"), "must be positive and finite"),
+    (dict(eps=float("nan"), norm="l2"), "must be positive and finite"),
+    (dict(eps=-0.1), "must be positive and finite"), (dict(eps="8/255"), "must be positive and finite"),
+    (dict(eps=8), "eps is 8 .*8 / 255"), (dict(eps=1.001), "eps is 1.001 .*8 / 255"),
+    (dict(batch_size=2.5), "batch_size must be an integer"), (dict(seed=0.5), "seed must be an integer"),
+    (dict(version=()), "version"), (dict(version=("square", "square")), "version"),
+    (dict(version=3), "version"),
 ])
 def test_bad_input_is_named(change, message):
     arguments = dict(net=linear()[0], x=torch.rand(4, 3, 8, 8), y=torch.arange(4), eps=0.1) | change
     with pytest.raises(ValueError, match=message):
         autoattack(**arguments)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Logits and gradients that are not finite
+# ----------------------------------------------------------------------------------------------------------
+def leaves_the_finite(columns, value):
+    """A network of 5 classes that says 0, with a gradient, on grey images; off them, these columns of its
+    logits are `value`. Of NaN everywhere argmax makes class 0."""
+    weights = 0.01 * Z(5, 3 * 8 * 8)
+    ahead = torch.tensor([3.0, 0, 0, 0, 0])
+
+    def net(x):
+        logits = x.flatten(1) @ weights.to(x).T + ahead.to(x)
+        moved = (x - 0.5).abs().flatten(1).amax(1) > 1e-6
+        broken = torch.zeros_like(logits, dtype=torch.bool)
+        broken[moved, columns] = True
+        return logits.masked_fill(broken, value)
+
+    return net
+
+
+@pytest.mark.parametrize("columns, value", [
+    (slice(0, 5), torch.nan), (4, torch.nan), (0, torch.inf), (4, torch.inf), (4, -torch.inf)])
+@pytest.mark.parametrize("stage", aa.STAGES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_logits_that_are_not_finite_count_as_misclassified(norm, stage, columns, value):
+    """Off the clean image they speak for no class; to read them as class 0 would call the points robust."""
+    net = leaves_the_finite(columns, value)
+    x, y = torch.full((3, 3, 8, 8), 0.5), torch.zeros(3, dtype=torch.long)
+    eps = {"linf": 0.1, "l2": 1.0}[norm]
+    with pytest.warns(UserWarning, match="3 attacked images gave logits that are not finite"):
+        x_adv, report = autoattack(net, x, y, eps, norm, version=(stage,))
+    assert report["clean"] == 100 and report["robust"] == 0
+    (text,) = report["warnings"]
+    assert text == "3 attacked images gave logits that are not finite: they count as misclassified"
+    assert aa.inside(x_adv, x, eps, norm).all() and (x_adv != x).flatten(1).any(1).all()
+    options = {"queries": 3} if stage == "square" else {"stop": False}
+    out = aa.STAGES[stage](aa.Queries(net), x, y, eps, norm, seeded(), **options)
+    assert aa.inside(out, x, eps, norm).all() and (out != x).flatten(1).any(1).all()
+
+
+def test_points_whose_logits_are_not_finite_do_not_disturb_the_others():
+    net, x, y = trained()
+    x = x.clone()
+    x[:3, 0, 0, 0] = 0.25 / 255  # the mark of an image that the network cannot bear to see moved
+
+    def breaks(v):
+        top = v[:, 0, 0, 0]
+        return net(v).masked_fill(((top > 0) & (top < 0.2 / 255))[:, None], torch.nan)
+
+    with torch.no_grad():
+        y = net(x).argmax(1)
+    want, _ = autoattack(net, x, y, 0.1 / 255, version=("apgd-ce",))
+    with pytest.warns(UserWarning, match="attacked images gave logits that are not finite"):
+        got, _ = autoattack(breaks, x, y, 0.1 / 255, version=("apgd-ce",))
+    assert (got[:3] != x[:3]).any()
+    torch.testing.assert_close(got[3:], want[3:], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", ["apgd-ce", "apgd-t", "fab-t"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_gradient_that_is_not_finite_in_one_pixel_does_not_stop_the_attack(norm, stage):
+    """The root of 0 has an infinite slope, and infinity times 0 is NaN, as is the length of that gradient."""
+    plain, _ = linear()
+    x = 0.25 + 0.5 * X(6, 3, 8, 8)
+    y = plain(x).argmax(1)
+
+    def net(x):
+        nothing = (0 * x[:, 0, 0, :1]).sqrt()
+        return plain(x) + nothing
+
+    v = x.clone().requires_grad_()
+    assert torch.autograd.grad(net(v)[:, 0].sum(), v)[0].isnan().flatten(1).sum(1).tolist() == [1] * 6
+    x_adv, report = autoattack(net, x, y, {"linf": 0.2, "l2": 3.0}[norm], norm, version=(stage,))
+    assert report["robust"] == 0 and x_adv.isfinite().all()
+
+
+def test_a_gradient_that_is_nowhere_finite_is_named():
+    x, y = torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
+
+    def net(x):
+        return torch.tensor([2.0, 1, 0, 0]) + (0 * x.sum((1, 2, 3), keepdim=True)).sqrt().flatten(1)
+
+    with pytest.warns(UserWarning, match="exactly zero or not finite for 4 of 4 images"):
+        x_adv, report = autoattack(net, x, y, 0.1, version=("apgd-ce", "fab-t"))
+    assert report["robust"] == 100 and torch.equal(x_adv, x)
+
+
+def test_clean_logits_that_are_not_finite_are_refused_by_their_batch():
+    x, y = torch.rand(7, 3, 8, 8), torch.zeros(7, dtype=torch.long)
+
+    def net(v):
+        clean = (v[:, None] == x[5]).flatten(1).all(1)
+        grey = v.mean((1, 2, 3)).masked_fill(clean, torch.inf)
+        return torch.tensor([2.0, 1, 0, 0, 0]) + grey[:, None]
+
+    with pytest.raises(ValueError, match=r"finite logits.* batch 1 \(images 3 to 5\), first for image 5"):
+        autoattack(net, x, y, 0.1, batch_size=3)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# As a library
+# ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", [
+    "uint8", "int8", "int16", "int32", "int64", "uint16", "list", "tuple", "numpy uint8", "numpy int32",
+    "numpy uint16", "numpy int64"])
+def test_integer_labels_of_any_kind_are_taken(kind):
+    net, x, y = trained()
+    x, y = x[:6], y[:6]
+    want, report = autoattack(net, x, y, EPS["linf"], version=("apgd-ce",))
+    if kind.startswith("numpy"):
+        labels = y.numpy().astype(kind.split()[1])
+    elif kind in ("list", "tuple"):
+        labels = {"list": list, "tuple": tuple}[kind](y.tolist())
+    else:
+        labels = y.to(getattr(torch, kind))
+    got, same = autoattack(net, x, labels, EPS["linf"], version=("apgd-ce",))
+    assert torch.equal(got, want) and same["robust"] == report["robust"] < 100
+
+
+def test_images_are_taken_from_numpy_and_lists():
+    net, x, y = trained()
+    x, y = x[:4], y[:4]
+    want, _ = autoattack(net, x, y, EPS["linf"], version=("apgd-ce",))
+    read_only = x.numpy().copy()
+    read_only.setflags(write=False)
+    for images in (x.numpy(), read_only, x.tolist()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            got, _ = autoattack(net, images, y, EPS["linf"], version=("apgd-ce",))
+        assert torch.equal(got, want)
+
+
+def test_images_a_rounding_outside_the_box_are_clipped():
+    net, x, y = trained()
+    x = x[:4].clone()
+    x[0, 0, 0, 0], x[1, 0, 0, 0] = 0, 1
+    with torch.no_grad():
+        y = net(x).argmax(1)
+    outside = x.clone()
+    outside[0, 0, 0, 0], outside[1, 0, 0, 0] = -9e-7, 1 + 9e-7
+    before = outside.clone()
+    want, _ = autoattack(net, x, y, EPS["linf"], version=("apgd-ce",))
+    got, _ = autoattack(net, outside, y, EPS["linf"], version=("apgd-ce",))
+    assert torch.equal(got, want) and torch.equal(outside, before) and got.min() >= 0 and got.max() <= 1
+    for value in (-2e-6, 1 + 2e-6):
+        outside[0, 0, 0, 0] = value
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            autoattack(net, outside, y, EPS["linf"], version=("apgd-ce",))
+
+
+def test_numbers_of_numpy_are_taken_and_the_report_is_plain():
+    import json
+
+    import numpy
+    net, x, y = trained()
+    _, report = autoattack(net, x[:2], y[:2], numpy.float32(0.01), version=["apgd-ce"], seed=numpy.int64(3),
+                           batch_size=numpy.int32(2))
+    assert json.loads(json.dumps(report))["batch_size"] == 2
 
 
 @pytest.mark.parametrize("norm", NORMS)
