@@ -365,7 +365,7 @@ def test_the_log_has_each_epochs_mean_loss_and_last_rate_and_its_chance_value(ca
 CHANCE = {  # the values in the log's first line
     "amoc": [math.log(48 + 1)], "rocl": [2 * math.log(3 * 16 - 1), math.log(2 * 16 - 1)],
     "acl": [math.log(2 * 16 - 1)], "advcl": [], "adco": [math.log(40 + 1)], "caco": [2 * math.log(40)],
-    "byorl": [], "adv_mae": [1 - 1 / 48], "adpe": [1 - 1 / 48], "adios": [math.log(2 * 16 - 1)]}
+    "byorl": [], "adv_mae": [1 - 1 / 48], "adpe": [1 - 1 / 48], "adios": []}  # that of ADIOS: test_adios.py
 
 
 def test_advcls_chance_value_counts_its_views(watched):
@@ -712,8 +712,8 @@ ATTACKS = {  # options of pgd, how BatchNorms stand, and what is attacked, in tu
     "amoc AAC": (LINF, EVAL, lambda x: [torch.cat([x["x1"], x["x2"]])]),
     "rocl": (LINF, EVAL, lambda x: [x["x1"]]),
     "acl": (LINF, EVAL, lambda x: [torch.cat([x["x1"], x["x2"]])]),
-    "advcl": (LINF, FROZEN, lambda x: [x["x"][None]]),
-    "advcl teacher": (LINF, FROZEN, lambda x: [torch.stack([x["x1"], x["x2"]]), x["x"]]),
+    "advcl": (LINF, FROZEN, lambda x: [x["x"]]),
+    "advcl teacher": (LINF, FROZEN, lambda x: [torch.cat([x["x1"], x["x2"]]), x["x"]]),
     "adco hybrid": (LINF, EVAL, lambda x: x["x_q"]),
     "byorl": (BYORL_LINF, FROZEN, lambda x: [x["x1"], x["x2"]]),
     "byorl l2": (BYORL_L2, FROZEN, lambda x: [x["x1"], x["x2"]]),
