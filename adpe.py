@@ -212,7 +212,7 @@ def check(args):
     run.not_negative(args, "epochs", "lr", "warmup", "weight_decay", "radius", "adv_lr", "steps",
                      *["step_size"] * (args.step_size is not None))
     run.positive(args, "batch_size", "image_size", "save_every", "crops")
-    encoders.check_masked(args)
+    encoders.check_masked(args.arch, args.image_size, args.decoder, args.mask_ratio)
 
 
 def network(args):

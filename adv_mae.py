@@ -168,7 +168,7 @@ def check(args):
     run.positive(args, "batch_size", "image_size", "save_every")
     if args.step_size is not None:
         run.not_negative(args, "step_size")
-    encoders.check_masked(args)
+    encoders.check_masked(args.arch, args.image_size, args.decoder, args.mask_ratio)
 
 
 def network(args):
