@@ -51,8 +51,8 @@ def read(folder, name, severity):
 
 
 def corrupt(x, name, severity, generator=None):
-    """x (B, 3, H, W) float in [0, 1], H = W, not normalised, corrupted by `name`, a key of LIKE, at `severity`
-    1 to 5.
+    """x (B, 3, H, W) float in [0, 1] (not normalised), H = W, corrupted by `name`, a key of LIKE, at
+    `severity` 1 to 5.
 
     generator  on the device of x, for the noises and fog; None: the global one.
 

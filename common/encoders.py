@@ -8,6 +8,7 @@ one.
 """
 import contextlib
 import math
+import pathlib
 from collections import OrderedDict
 
 import torch
@@ -33,8 +34,25 @@ class BranchNorm(nn.Module):
 
 @contextlib.contextmanager
 def branch(net, name):
-    """Every BranchNorm of `net` uses branch `name` inside the block. Raises ValueError for an unknown one."""
-    norms = [m for m in net.modules() if isinstance(m, BranchNorm)]
+    """Every BranchNorm of `net` uses branch `name` inside the block. A network without any BatchNorm is left
+    alone.
+
+    Raises ValueError where a BranchNorm has no such branch, or where all BatchNorms of `net` are plain ones:
+    clean and attacked images would share their statistics, and nothing would show it.
+    """
+    norms = []
+    plain = False
+    for m in net.modules():  # once: this is on the way of every embedding
+        if isinstance(m, BranchNorm):
+            norms.append(m)
+        elif isinstance(m, nn.modules.batchnorm._BatchNorm):
+            plain = True  # those inside a BranchNorm, too
+    if plain and not norms:
+        other = "adv" if name == "clean" else name
+        branches = f'("clean", "{other}")'
+        raise ValueError(f"BN branch {name!r}: this network has plain BatchNorms only; build it by "
+                         f"make(arch, {branches}), or by torchvision with "
+                         f"norm_layer=lambda c: BranchNorm(c, {branches})")
     for m in norms:
         if name not in m.branches:
             raise ValueError(f"BN branch {name!r}: this network has {', '.join(m.branches)}")
@@ -110,7 +128,7 @@ class ResNet(nn.Module):
                 blocks.append(Block(c_in, c, 2 if i > 1 and j == 0 else 1, bottleneck, norm))
                 c_in = 4 * c if bottleneck else c
             self.add_module(f"layer{i}", nn.Sequential(*blocks))
-        self.dim, self.stages = c_in, len(depths)
+        self.dim = c_in
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
@@ -118,8 +136,7 @@ class ResNet(nn.Module):
     def forward(self, x):
         x = (x - self.mean) / self.std
         x = self.maxpool(self.bn1(self.conv1(x)).relu())
-        for i in range(1, self.stages + 1):
-            x = getattr(self, f"layer{i}")(x)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return x.mean((2, 3))
 
 
@@ -140,7 +157,8 @@ def patchify(x, patch):
     channel), channel fastest. Raises ValueError where H or W is no multiple of `patch`."""
     B, C, H, W = x.shape
     if H % patch or W % patch:
-        raise ValueError(f"images of {H} x {W}: no multiple of the patch size {patch}")
+        raise ValueError(f"images of {H} x {W}: no multiple of the patch size {patch}; choose another "
+                         "--image-size")
     x = x.reshape(B, C, H // patch, patch, W // patch, patch)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, C * patch * patch)
 
@@ -153,9 +171,11 @@ def unpatchify(patches, patch):
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, g * patch, g * patch)
 
 
-def coordinates(height, width, device=None):
-    """(row, column) of each patch of a grid: (L, 2) float64, row by row."""
-    rows, columns = (torch.arange(n, device=device, dtype=torch.float64) for n in (height, width))
+def coordinates(height, width, device="cpu", dtype=torch.float64):
+    """(row, column) of each patch of a grid: (L, 2), row by row. They are whole, so exact in any `dtype`;
+    not every device has float64."""
+    rows = torch.arange(height, device=device, dtype=dtype)
+    columns = torch.arange(width, device=device, dtype=dtype)
     return torch.cartesian_prod(rows, columns)
 
 
@@ -172,9 +192,9 @@ def sincos_at(at, dim):
     return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
 
 
-def sincos_2d(dim, height, width=None, device=None):
-    """`sincos_at` every patch of a grid: (L, dim) float64."""
-    return sincos_at(coordinates(height, width or height, device), dim)
+def sincos_2d(dim, height, width=None):
+    """`sincos_at` every patch of a grid: (L, dim) float64, on the CPU."""
+    return sincos_at(coordinates(height, width or height), dim)
 
 
 def relative_index(offsets, alpha=1.9, beta=3.8, gamma=15.2):
@@ -188,9 +208,10 @@ def relative_index(offsets, alpha=1.9, beta=3.8, gamma=15.2):
 
 def lookup_weights(offsets, K):
     """Bilinear weights (..., (2K+1)^2) of a table's entries at `offsets` (..., 2) from its centre, clamped to
-    [-K, K]. At integers one weight is 1 and the others 0; the derivative there is one-sided."""
+    [-K, K]. At integers one weight is 1 and the others 0; the derivative there is one-sided. An offset that
+    is NaN makes all weights NaN."""
     at = offsets.clamp(-K, K) + K
-    low = at.detach().floor().clamp_max(2 * K - 1)
+    low = at.detach().nan_to_num().floor().clamp_max(2 * K - 1)  # no entry has the number NaN
     f = (at - low)[..., None]
     low = F.one_hot(low.long(), 2 * K + 1).to(f)  # (..., 2, 2K+1)
     rows, columns = ((1 - f) * low + f * low.roll(1, -1)).unbind(-2)
@@ -221,7 +242,7 @@ class Relative(nn.Module):
     def forward(self, height, width, shift=0.0, extra=0.0):
         """(1 + L, 1 + L, d). `shift` (2,) is added to every offset between patches, `extra` (d, 7, 7) to the
         table."""
-        at = coordinates(height, width, self.table.device).to(self.table.dtype)
+        at = coordinates(height, width, self.table.device, self.table.dtype)
         offsets = relative_index(at[:, None] - at + shift)
         inner = lookup(self.table + extra, offsets).permute(1, 2, 0)
         L = len(at)
@@ -287,7 +308,8 @@ class ViT(nn.Module):
     def __init__(self, arch, patch, dim, depth, heads, size, mean, std, positions, relative, fc_norm):
         super().__init__()
         if size % patch:
-            raise ValueError(f"image size {size}: no multiple of the patch size {patch} of {arch}")
+            raise ValueError(f"image size {size}: no multiple of the patch size {patch} of {arch}; choose "
+                             "another --image-size")
         if positions not in ("sincos", "learned"):
             raise ValueError(f"positions {positions!r}: choose sincos or learned")
         self.recipe = {"arch": arch, "size": size, "mean": list(mean), "std": list(std),
@@ -313,8 +335,8 @@ class ViT(nn.Module):
 
     def sincos(self, height, width):
         """(1, 1 + L, dim); zero for the cls token."""
-        at_patches = sincos_2d(self.dim, height, width, self.pos_embed.device)
-        return F.pad(at_patches, (0, 0, 1, 0)).to(self.pos_embed.dtype)[None]
+        positions = F.pad(sincos_2d(self.dim, height, width), (0, 0, 1, 0))[None].to(self.pos_embed.dtype)
+        return positions.to(self.pos_embed.device, non_blocking=self.pos_embed.is_cuda)
 
     def normalise(self, patches):
         """Patches (B, n, 3 patch^2) of pixels -> what the network is shown, channel by channel."""
@@ -329,7 +351,7 @@ class ViT(nn.Module):
         """Tokens (B, n, dim) with their positions -> (B, 1 + n, dim) after the last block and norm, the cls
         token first. `biases`: one for each block (`TransformerBlock`)."""
         cls = self.cls_token + self.pos_embed[:, :1]
-        x = torch.cat([cls.expand(len(tokens), -1, -1), tokens], 1)
+        x = torch.cat([cls.expand(tokens.shape[0], -1, -1), tokens], 1)  # tracing would fix len(tokens)
         for i, block in enumerate(self.blocks):
             x = block(x, biases[i] if biases else None)
         return self.norm(x)
@@ -339,8 +361,9 @@ class ViT(nn.Module):
         positions, biases = self.pos_embed, None
         if grid != self.grid:
             if self.recipe["positions"] == "learned":
+                side = self.recipe["size"]
                 raise ValueError(f"images of {x.shape[2]} x {x.shape[3]}: this encoder's positions were "
-                                 f"learned for {self.recipe['size']} x {self.recipe['size']}")
+                                 f"learned for {side} x {side} (--image-size {side})")
             positions = self.sincos(*grid)
         if self.relative:
             rows = [block.attn.relative(*grid) for block in self.blocks]
@@ -362,7 +385,7 @@ class PatchDecoder(nn.Module):
         self.pred = nn.Linear(width, 3 * encoder.patch**2)
         xavier(self)
         positions = F.pad(sincos_2d(width, *encoder.grid), (0, 0, 1, 0)).float()  # zero for cls
-        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("positions", positions.to(self.pred.weight.device), persistent=False)
 
     def forward(self, h, biases=None):
         h = h + self.positions
@@ -372,11 +395,12 @@ class PatchDecoder(nn.Module):
 
 
 def check_masked(arch, image_size, decoder, mask_ratio):
-    """ValueError that names the first flag of a masked autoencoder, of --arch, --image-size, --decoder
-    (width, blocks, heads) and --mask-ratio, which does not fit."""
+    """ValueError that names the first flag of a masked autoencoder that does not fit: --arch, --image-size
+    (a side, in pixels), --decoder (width, blocks, heads) and --mask-ratio (from 0 to 1)."""
     if arch not in VITS:
         raise ValueError(f"--arch {arch}: choose one of {', '.join(VITS)}")
-    patch, (width, _, heads) = VITS[arch][0], decoder
+    patch = VITS[arch][0]
+    width, _, heads = decoder
     if image_size % patch:
         raise ValueError(f"--image-size {image_size}: no multiple of {arch}'s patch size, {patch}")
     if min(decoder) < 1 or width % 4 or width % heads:
@@ -403,7 +427,12 @@ def make(arch, branches=(), stem=None, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.
          size=None, positions="sincos", relative=False, fc_norm=False):
     """An encoder by name. For a ResNet, `branches`: of its BatchNorm (none: a plain one; a ViT has no
     BatchNorm), and `stem`; for a ViT, `size`, `positions`, `relative` and `fc_norm`, see there. None: the
-    default of `arch`."""
+    default of `arch`. `mean` and `std` of the three channels are of images in [0, 1]. Raises ValueError that
+    names what cannot be."""
+    numbers = [*mean, *std]
+    if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, numbers)) or min(std) <= 0:
+        raise ValueError(f"mean {list(mean)}, std {list(std)}: must be three finite numbers each, those of "
+                         "std positive")
     if arch in VITS:
         *shape, default = VITS[arch]
         return ViT(arch, *shape, size or default, mean, std, positions, relative, fc_norm)
@@ -463,22 +492,33 @@ def export(encoder, path, branch=None, image_size=None):
     arch, mean, std, ...    how to build it (`rebuild`)
     image_size              the side of the images it was pretrained on, in pixels; None: not known
     branch                  the BN branch that `state` holds (None without branches)
-    state                   torchvision's keys: `resnet18().load_state_dict(state, strict=False)` lacks `fc`,
-                            and the stem's convolution differs where `stem` is not "imagenet"; or timm's:
+    state                   torchvision's keys: of a `resnet18()` whose `fc` is `nn.Identity()`; its first
+                            convolution differs where `stem` is not "imagenet". Or timm's:
                             `VisionTransformer(..., num_classes=0, global_pool="avg", fc_norm=False)`
     others                  {branch: its BatchNorm tensors}, the branches not chosen
+
+    Raises ValueError, and writes nothing, for a network that `make` did not build, a branch that it lacks, or
+    a parameter or buffer that is not finite.
     """
+    if not isinstance(getattr(encoder, "recipe", None), dict):
+        raise ValueError(f"{path}: not written, as {type(encoder).__name__} is not an encoder of `make`")
+    names = {n for m in encoder.modules() if isinstance(m, BranchNorm) for n in m.branches}
+    if names and branch not in names:
+        raise ValueError(f"BN branch {branch!r}: this encoder has {', '.join(sorted(names))}")
+    if branch is not None and not names:
+        raise ValueError(f"BN branch {branch!r}: this encoder has none")
+    tensors = encoder.state_dict()
+    bad = files.not_finite(tensors)
+    if bad:
+        raise ValueError(f"{path}: not written, as {bad} is not finite")
     states = {branch: {}}
-    for key, tensor in encoder.state_dict().items():
+    for key, tensor in tensors.items():
         name, tensor = None, tensor.detach().cpu().contiguous().clone()
         if ".branches." in key:
             before, after = key.split(".branches.")
             name, leaf = after.split(".", 1)
             key = f"{before}.{leaf}"
         states.setdefault(name or branch, {})[key] = tensor
-    names = {n for m in encoder.modules() if isinstance(m, BranchNorm) for n in m.branches}
-    if names and branch not in names:
-        raise ValueError(f"BN branch {branch!r}: this encoder has {', '.join(sorted(names))}")
     state = states.pop(branch)
     files.save({"format": FORMAT, **encoder.recipe, "image_size": image_size, "branch": branch,
                 "state": state, "others": states}, path)
@@ -491,11 +531,16 @@ def load_encoder(path, branch=None, all_branches=False):
     """The exported encoder at `path`, in eval mode, with plain BatchNorm; `branch` None is the exported
     choice. `all_branches`: with all of them instead, that one in use.
 
-    Its attribute `branch` names the one loaded, `image_size` the side of the images it was pretrained on (None
-    where the file does not say). Raises FileNotFoundError, or ValueError that names what is
-    wrong: not such a file, an unknown branch, or the first missing, unexpected or misshaped tensor.
+    Its attribute `branch` names the one loaded, `image_size` the side of the images it was pretrained on, in
+    pixels (None where the file does not say). Raises FileNotFoundError, or ValueError that names what is
+    wrong: not such a file, an unknown branch, or the first missing, unexpected or misshaped tensor, or one
+    that is not finite.
     """
-    saved = read(path, FORMAT, "pretraining writes encoder.pt when it ends")
+    hint = "pretraining writes encoder.pt when it ends"
+    saved = read(path, FORMAT, hint)
+    for key in ("arch", "branch", "state", "others"):
+        if key not in saved:
+            raise ValueError(f"{path}: {key!r} is missing; {hint}")
     parts = {saved["branch"]: saved["state"], **saved["others"]}
     branch = branch or saved["branch"]
     if branch not in parts:
@@ -506,7 +551,10 @@ def load_encoder(path, branch=None, all_branches=False):
         before, leaf = key.rsplit(".", 1)
         del state[key]
         state |= {f"{before}.branches.{name}.{leaf}": part[key] for name, part in parts.items()}
-    encoder = rebuild(saved, branches=sorted(parts, key=lambda name: name != branch) if keep else ())
+    try:
+        encoder = rebuild(saved, branches=sorted(parts, key=lambda name: name != branch) if keep else ())
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
     load_strict(encoder, state, path)
     encoder.branch = branch
     encoder.image_size = saved.get("image_size")
@@ -528,7 +576,10 @@ def rebuild(saved, branches=()):
 
 
 def read(path, kind, hint):
-    """The dict saved at `path` of format `kind`; else an error that names the file and gives `hint`."""
+    """The dict saved at `path` of format `kind`. Raises FileNotFoundError, or ValueError that names the file,
+    what it is instead or which of its tensors is not finite, and gives `hint`."""
+    if pathlib.Path(path).is_dir():
+        raise ValueError(f"{path}: is a folder; {hint}")
     try:
         saved = files.load(path)
     except FileNotFoundError as e:
@@ -536,18 +587,42 @@ def read(path, kind, hint):
     except ValueError as e:
         raise ValueError(f"{e}; {hint}") from None
     if not isinstance(saved, dict) or saved.get("format") != kind:
-        raise ValueError(f"{path}: not an {kind}; {hint}")
+        raise ValueError(f"{path}: not an {kind} but {_what(saved)}; {hint}")
+    bad = files.not_finite(saved)
+    if bad:
+        raise ValueError(f"{path}: {bad} is not finite; {hint}")
     return saved
 
 
+def _what(saved):
+    """What a loaded file seems to hold, in words."""
+    if not isinstance(saved, dict):
+        return f"a {type(saved).__name__}"
+    if not saved:
+        return "an empty dict"
+    if "format" in saved:
+        return f"an {saved['format']}"
+    if all(isinstance(value, torch.Tensor) for value in saved.values()):
+        return f"a plain state_dict of {len(saved)} tensors, without architecture and normalisation"
+    if {"flags", "step", "state"} <= saved.keys():
+        return "the checkpoint of a run"
+    return f"a dict of {', '.join(map(str, list(saved)[:5]))}"
+
+
 def load_strict(net, state, path):
-    """`net.load_state_dict(state)`; a missing, unexpected or misshaped tensor is a ValueError naming it."""
+    """`net.load_state_dict(state)`; a missing, unexpected or misshaped tensor, or one that is not finite, is
+    a ValueError naming it and the file, `path`. Nothing is loaded then."""
     want = net.state_dict()
     for key in dict.fromkeys([*want, *state]):
         if key not in state:
             raise ValueError(f"{path}: {key} is missing")
         if key not in want:
             raise ValueError(f"{path}: {key} is unexpected")
+        if not isinstance(state[key], torch.Tensor):
+            raise ValueError(f"{path}: {key} is a {type(state[key]).__name__}, not a tensor")
         if state[key].shape != want[key].shape:
             raise ValueError(f"{path}: {key} is {tuple(state[key].shape)}, expected {tuple(want[key].shape)}")
+    bad = files.not_finite(state)
+    if bad:
+        raise ValueError(f"{path}: {bad} is not finite")
     net.load_state_dict(state)

@@ -1,4 +1,9 @@
+import contextlib
+import copy
+import io
 import math
+import pickle
+import warnings
 
 import pytest
 import torch
@@ -7,7 +12,7 @@ from torch import nn
 from torchvision import models
 
 from common import encoders
-from common.encoders import branch, export, load_encoder, make
+from common.encoders import BranchNorm, branch, export, load_encoder, make
 
 BRANCHES = ("clean", "adv")
 
@@ -27,7 +32,7 @@ def trained(arch="slim", branches=BRANCHES, side=32, **options):
     with torch.no_grad():
         for i, name in enumerate(branches or [None]):
             for seed in (0, 1):
-                with branch(net, name):
+                with branch(net, name) if name else contextlib.nullcontext():
                     net.train()(pictures(8, side, seed) ** (i + 1))
     return net.eval()
 
@@ -100,7 +105,7 @@ def test_patchify_takes_oblong_images_and_refuses_what_does_not_divide():
         i, j = divmod(token, 3)
         want = [x[1, c, 2 * i + a, 2 * j + b].item() for a in range(2) for b in range(2) for c in range(3)]
         assert patches[1, token].tolist() == want
-    with pytest.raises(ValueError, match="4 x 6.*patch size 4"):
+    with pytest.raises(ValueError, match="4 x 6.*patch size 4; choose another --image-size"):
         encoders.patchify(x, 4)
 
 
@@ -247,7 +252,7 @@ def test_another_size_gets_the_positions_of_its_own_grid_unless_they_were_learne
         large.pos_embed[:, :1] = small.pos_embed[:, :1]
     x = pictures(2, 64)
     assert torch.equal(small(x), large(x))
-    with pytest.raises(ValueError, match="64 x 64.*learned for 32 x 32"):
+    with pytest.raises(ValueError, match=r"64 x 64.*learned for 32 x 32 \(--image-size 32\)"):
         make("vit_slim", positions="learned")(x)
 
 
@@ -270,11 +275,34 @@ def test_a_vit_starts_as_mae_does():
 
 @pytest.mark.parametrize("flags, words", [
     (dict(arch="vit"), "'vit': choose one of slim, resnet18, .*vit_slim, vit_tiny"),
-    (dict(arch="vit_tiny", size=30), "image size 30.*patch size 4"),
-    (dict(arch="vit_tiny", positions="none"), "'none': choose sincos or learned")])
+    (dict(arch="slim", stem="big"), "'big': choose one of cifar, imagenet, small"),
+    (dict(arch="vit_tiny", size=30), "image size 30.*patch size 4 of vit_tiny; choose another --image-size"),
+    (dict(arch="vit_tiny", positions="none"), "'none': choose sincos or learned"),
+    *((dict(arch=arch, **how), words) for arch in ("slim", "vit_slim") for how, words in (
+        (dict(std=(0.2, 0.0, 0.2)), r"std \[0.2, 0.0, 0.2\]"), (dict(std=(0.2, 0.2, -0.2)), "std .*positive"),
+        (dict(mean=(0.2, math.nan, 0.2)), r"mean \[0.2, nan, 0.2\]"),
+        (dict(std=(0.2, 0.2, math.inf)), "inf.*finite"),
+        (dict(mean=(0.5,)), "three")))])
 def test_a_network_that_cannot_be_made_is_named(flags, words):
     with pytest.raises(ValueError, match=words):
         make(**flags)
+
+
+@pytest.mark.parametrize("how, words", [
+    (dict(arch="slim"), "--arch slim: choose one of vit_slim, vit_tiny"),
+    (dict(image_size=30), "--image-size 30: no multiple of vit_slim's patch size, 4"),
+    (dict(decoder=(16, 0, 2)), "--decoder 16 0 2: all must be positive"),
+    (dict(decoder=(16, 1, 0)), "--decoder 16 1 0"),
+    (dict(decoder=(18, 1, 2)), "--decoder 18 1 2.*multiple of 4"),
+    (dict(decoder=(16, 1, 3)), "--decoder 16 1 3.*heads"),
+    (dict(mask_ratio=1.0), "--mask-ratio 1: of 64 patches"), (dict(mask_ratio=0.0), "--mask-ratio 0"),
+    (dict(mask_ratio=math.nan), "--mask-ratio nan"), (dict(mask_ratio=0.01), None),
+    (dict(image_size=4), "--mask-ratio 0.75: of 1 patches some must stay, some go"),
+    (dict(mask_ratio=0.99), "--mask-ratio 0.99: of 64 patches some must stay"), (dict(), None)])
+def test_a_masked_autoencoder_that_cannot_be_made_is_named_by_its_flag(how, words):
+    flags = {"arch": "vit_slim", "image_size": 32, "decoder": (16, 1, 2), "mask_ratio": 0.75, **how}
+    with pytest.raises(ValueError, match=words) if words else contextlib.nullcontext():
+        encoders.check_masked(**flags)
 
 
 # For fine-tuning --------------------------------------------------------------------------------------------
@@ -366,11 +394,65 @@ def test_an_unknown_branch_is_refused_with_the_known_ones_and_changes_nothing():
     assert torch.equal(net(x), before)
 
 
-def test_a_network_without_branches_is_left_alone():
-    net, x = trained(branches=()), pictures()
-    before = net(x)
+PLAIN = {  # networks that have BatchNorms, and no branches
+    "ours": lambda: nn.Sequential(make("slim"), encoders.mlp(128, 128, 16)),
+    "torchvision's": lambda: models.resnet18(num_classes=4),
+    "its projector's": lambda: nn.Sequential(make("vit_slim"), encoders.mlp(96, 16, 16, norm=nn.BatchNorm1d)),
+    "synchronised": lambda: nn.SyncBatchNorm.convert_sync_batchnorm(make("slim")),
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_batchnorms_without_branches_are_refused_with_the_remedy(kind):
+    """Else clean and attacked images would share their statistics, and the losses look plausible."""
+    net, words = PLAIN[kind](), "BN branch 'adv': .*plain BatchNorm.*norm_layer=lambda c: BranchNorm"
+    with pytest.raises(ValueError, match=words) as e:
+        with branch(net, "adv"):
+            pass
+    assert "\n" not in str(e.value)
+
+
+def test_the_remedy_works_for_torchvisions_resnet18():
+    """As the message has it: a forward pass in each branch, with statistics and affines of its own."""
+    with pytest.raises(ValueError) as e, branch(models.resnet18(), "adv"):
+        pass
+    norm_layer = str(e.value).split("norm_layer=")[1]
+    torch.manual_seed(0)
+    net = models.resnet18(num_classes=4, norm_layer=eval(norm_layer, {"BranchNorm": BranchNorm}))
+    assert not any(type(m) is nn.BatchNorm2d for m in net.children())
+    x = pictures(2)
+    for name, images in (("clean", x), ("adv", 1 - x)):
+        with branch(net, name):
+            net.train()(images).sum().backward()
+    norms = [m.branches for m in net.modules() if isinstance(m, BranchNorm)]
+    assert len(norms) == 20
+    for clean, adv in [(m["clean"], m["adv"]) for m in norms]:
+        assert clean.num_batches_tracked == adv.num_batches_tracked == 1
+        assert not torch.equal(clean.running_mean, adv.running_mean)
+        assert clean.weight.grad is not None and adv.weight.grad is not None
+    net.eval()
+    with branch(net, "clean"):
+        clean = net(x)
     with branch(net, "adv"):
-        assert torch.equal(net(x), before)
+        assert not torch.allclose(net(x), clean, atol=1e-2)
+
+
+@pytest.mark.parametrize("net", [
+    nn.Linear(3, 3), make("vit_slim"), encoders.mlp(3, 4, 3),
+    nn.Sequential(nn.GroupNorm(1, 3), nn.InstanceNorm2d(3)),
+    nn.ModuleDict({"encoder": make("slim", BRANCHES), "head": encoders.mlp(128, 8, 8, norm=nn.BatchNorm1d)})],
+    ids=["linear", "ViT", "MLP", "other norms", "a head without branches"])
+def test_a_network_without_batchnorm_or_with_some_branches_is_fine(net):
+    with branch(net, "adv"):
+        pass
+
+
+def test_choosing_a_branch_costs_one_walk_through_the_network(monkeypatch):
+    net, walks, modules = trained(), [], nn.Module.modules
+    monkeypatch.setattr(nn.Module, "modules", lambda self: walks.append(self) or modules(self))
+    with branch(net, "adv"):
+        pass
+    assert walks == [net]
 
 
 def test_a_state_dict_carries_every_branch():
@@ -381,6 +463,121 @@ def test_a_state_dict_carries_every_branch():
             assert torch.equal(net(x), copy(x))
 
 
+# Other programs ---------------------------------------------------------------------------------------------
+NORMALISE = ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+
+
+def tiny_resnet(branches=(), bottleneck=False):
+    return encoders.ResNet("tiny", (1, 1, 2, 1), (8, 8, 16, 16), bottleneck, "imagenet", branches, *NORMALISE)
+
+
+def tiny_vit(positions="sincos", relative=False, fc_norm=False):
+    return encoders.ViT("tiny", 8, 16, 2, 2, 32, *NORMALISE, positions, relative, fc_norm)
+
+
+NETWORKS = {
+    "ResNet": tiny_resnet,
+    "bottlenecks": lambda: tiny_resnet(bottleneck=True),
+    "branches": lambda: tiny_resnet(BRANCHES),
+    "ViT": tiny_vit,
+    "relative": lambda: tiny_vit(relative=True),
+    "learned": lambda: tiny_vit("learned", fc_norm=True),
+}
+
+
+def named(name):
+    torch.manual_seed(0)
+    return NETWORKS[name]().eval()
+
+
+@pytest.mark.parametrize("name", ["ResNet", "bottlenecks"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_torchscript_compiles_a_resnet_with_its_names_and_features(name):
+    net, x = named(name), pictures(2)
+    scripted = torch.jit.script(net)
+    assert torch.equal(scripted(x), net(x))
+    assert {*scripted.state_dict()} - {"mean", "std"} == {*net.state_dict()}  # it keeps every buffer
+    file = io.BytesIO()
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    assert torch.equal(torch.jit.load(file)(x), net(x))
+    net.train(), scripted.train()
+    torch.testing.assert_close(scripted(x), net(x))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_traced_network_takes_batches_of_other_sizes(name):
+    net, x = named(name), pictures(5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of deprecation, and of the size of the images, which is fixed
+        traced = torch.jit.trace(net, x[:2])
+    torch.testing.assert_close(traced(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["copy", "pickle"])
+def test_copies_and_pickles_are_whole_and_apart(name, again):
+    net, x = named(name), pictures(2)
+    other = again(net)
+    assert torch.equal(other(x), net(x)) and other.recipe == net.recipe
+    with torch.no_grad():
+        next(other.parameters()).zero_()
+    assert next(net.parameters()).abs().sum() > 0
+
+
+class NoFloat64(torch.utils._python_dispatch.TorchDispatchMode):
+    """A device without float64, as Apple's: the "meta" device stands for it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "meta":
+                assert tensor.dtype != torch.float64, f"{function} makes float64 on the device"
+        return out
+
+
+@pytest.mark.parametrize("name, side", [*((name, 32) for name in NETWORKS), ("ViT", 48), ("relative", 48)])
+def test_no_float64_is_made_on_the_device(name, side, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **how: contextlib.nullcontext())  # "meta" has none
+    net = named(name).to("meta")
+    with NoFloat64():
+        net(torch.rand(2, 3, side, side, device="meta"))
+        with torch.device("meta"):
+            made = nn.ModuleList([named(name)])
+            if isinstance(made[0], encoders.ViT):
+                made.append(encoders.PatchDecoder(made[0], 16, 1, 2))
+    assert {t.device.type for t in [*made.parameters(), *made.buffers()]} == {"meta"}
+
+
+def test_coordinates_are_float64_on_the_cpu_and_exact_in_the_type_asked_for():
+    at = encoders.coordinates(3, 5)
+    assert at.dtype == torch.float64 and at.device.type == "cpu" and at.tolist() == [
+        [i, j] for i in range(3) for j in range(5)]
+    assert torch.equal(encoders.coordinates(3, 5, dtype=torch.float32), at.float())
+    assert encoders.coordinates(3, 5, "meta", torch.float32).device.type == "meta"
+
+
+def test_positions_that_are_not_finite_stay_so_and_do_not_crash():
+    """So that the run's own line on a loss that is not finite stops it."""
+    offsets = torch.tensor([[0.5, -1.0], [math.nan, 2.0], [1.0, math.nan], [math.inf, -math.inf], [9.0, 2.5]])
+    index = encoders.relative_index(offsets)
+    bad = torch.tensor([False, True, True, False, False])
+    assert torch.equal(index.isnan().any(1), bad)
+    weights = encoders.lookup_weights(index, 3)
+    assert weights.shape == (5, 49) and torch.equal(weights.isnan().any(1), bad)
+    table = torch.arange(49.0).view(1, 7, 7).requires_grad_()
+    found = encoders.lookup(table, index.requires_grad_())
+    assert torch.equal(found[0].isnan(), bad)
+    found[0, ~bad].sum().backward()
+    kept = encoders.lookup(table, encoders.relative_index(offsets[~bad]))
+    assert torch.equal(found[0, ~bad], kept[0])
+    relative = encoders.Relative(4)
+    with torch.no_grad():
+        r = relative(2, 2, shift=torch.tensor([math.nan, 0.0]))
+    assert r[1:, 1:].isnan().all() and r[0].isfinite().all()
+
+
 # Exported encoders ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
 def test_an_exported_encoder_is_torchvisions_resnet_without_fc(tmp_path, arch):
@@ -388,9 +585,8 @@ def test_an_exported_encoder_is_torchvisions_resnet_without_fc(tmp_path, arch):
     export(net, tmp_path / "encoder.pt", "adv")
     saved = torch.load(tmp_path / "encoder.pt", weights_only=True)
     theirs = getattr(models, arch)(num_classes=1)
-    keys = theirs.load_state_dict(saved["state"], strict=False)
-    assert set(keys.missing_keys) == {"fc.weight", "fc.bias"} and keys.unexpected_keys == []
     theirs.fc = nn.Identity()
+    theirs.load_state_dict(saved["state"])
     mean, std = (torch.tensor(saved[k]).view(3, 1, 1) for k in ("mean", "std"))
     with torch.no_grad(), branch(net, "adv"):
         ours, theirs = net(x), theirs.eval()((x - mean) / std)
@@ -461,30 +657,135 @@ def test_a_loaded_encoder_gives_the_exported_features_to_the_bit(tmp_path, branc
         export(net, path, exported)
         for name in (None, *branches):
             encoder = load_encoder(path, name)
-            with branch(net, name or exported):
+            with branch(net, name or exported) if branches else contextlib.nullcontext():
                 assert torch.equal(encoder(x), net(x))
             assert encoder.branch == (name or exported)
             assert not any(m.training or isinstance(m, encoders.BranchNorm) for m in encoder.modules())
 
 
-def test_exporting_an_unknown_branch_is_refused_and_writes_nothing(tmp_path):
-    with pytest.raises(ValueError, match="'attacked'.*adv, clean"):
-        export(make("slim", BRANCHES), tmp_path / "encoder.pt", "attacked")
+@pytest.mark.parametrize("net, chosen, words", [
+    (lambda: make("slim", BRANCHES), "attacked", "'attacked'.*adv, clean"),
+    (lambda: make("slim", BRANCHES), None, "None.*adv, clean"),
+    (lambda: make("slim"), "adv", "BN branch 'adv': this encoder has none"),
+    (lambda: make("vit_slim"), "adv", "BN branch 'adv': this encoder has none"),
+    (models.resnet18, None, "ResNet is not an encoder of `make`"),
+    (lambda: nn.Linear(2, 2), None, "Linear is not an encoder")])
+def test_what_cannot_be_exported_is_refused_and_writes_nothing(tmp_path, net, chosen, words):
+    with pytest.raises(ValueError, match=words):
+        export(net(), tmp_path / "encoder.pt", chosen)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("spoil, error, says", [
-    (lambda path: path.unlink(), FileNotFoundError, "no such file"),
-    (lambda path: path.write_bytes(path.read_bytes()[:2000]), ValueError, "truncated"),
-    (lambda path: torch.save({"state_dict": {}}, path), ValueError, "not an exported encoder"),
-    (lambda path: torch.save(torch.zeros(3), path), ValueError, "not an exported encoder")])
-def test_what_is_no_exported_encoder_is_refused_with_its_path(tmp_path, spoil, error, says):
+def some_tensors():
+    norm = "layer2.0.bn1.branches"
+    for name in ("conv1.weight", f"{norm}.adv.weight", f"{norm}.clean.running_var"):
+        for value in (math.nan, math.inf):
+            yield "slim", name, value
+    yield "vit_slim", "blocks.1.attn.qkv.bias", -math.inf
+
+
+@pytest.mark.parametrize("arch, name, value", some_tensors())
+def test_a_tensor_that_is_not_finite_is_not_exported_nor_is_the_old_file_touched(tmp_path, arch, name, value):
+    net, path = make(arch, () if arch == "vit_slim" else BRANCHES), tmp_path / "encoder.pt"
+    chosen = None if arch == "vit_slim" else "adv"
+    export(net, path, chosen)
+    before = path.read_bytes()
+    net.state_dict()[name].view(-1)[-1] = value
+    for target in (path, tmp_path / "other.pt"):
+        with pytest.raises(ValueError, match=f"{target}: not written.* {name} is not finite"):
+            export(net, target, chosen)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("part, name", [
+    ("state", "layer2.0.conv1.weight"), ("state", "bn1.running_var"), ("others", "bn1.running_mean")])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_tensor_that_is_not_finite_is_not_loaded(tmp_path, part, name, value):
+    path = tmp_path / "encoder.pt"
+    export(make("slim", BRANCHES), path, "adv")
+    saved = torch.load(path, weights_only=True)
+    tensors = saved["state"] if part == "state" else saved["others"]["clean"]
+    tensors[name].view(-1)[0] = value
+    torch.save(saved, path)
+    with pytest.raises(ValueError, match=f"encoder.pt: .*{name} is not finite"):
+        load_encoder(path)
+
+
+def test_weights_of_a_classifier_that_are_not_finite_are_not_loaded():
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    for name in ("0.bias", "1.running_var"):
+        state = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+        state[name][1] = math.nan
+        with pytest.raises(ValueError, match=f"^file.pt: {name} is not finite"):
+            encoders.load_strict(net, state, "file.pt")
+    with pytest.raises(ValueError, match="^file.pt: 0.bias is a list, not a tensor"):
+        encoders.load_strict(net, {**net.state_dict(), "0.bias": [0.0, 0.0]}, "file.pt")
+    assert all(tensor.isfinite().all() for tensor in net.state_dict().values())
+
+
+def plain(path):
+    torch.save(make("slim").state_dict(), path)
+
+
+def whole_module(path):
+    torch.save(make("slim"), path)
+
+
+def changed(**parts):
+    def spoil(path):
+        saved = torch.load(path, weights_only=True)
+        saved.update(parts)
+        torch.save({key: value for key, value in saved.items() if value is not None}, path)
+    return spoil
+
+
+def folder(path):
+    path.unlink(), path.mkdir()
+
+
+FOREIGN = {
+    "absent": (lambda path: path.unlink(), FileNotFoundError, "no such file"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:2000]), ValueError, "truncated"),
+    "empty": (lambda path: path.write_bytes(b""), ValueError, "cannot be read"),
+    "text": (lambda path: path.write_text("hello"), ValueError, "cannot be read"),
+    "folder": (folder, ValueError, "is a folder"),
+    "plain": (plain, ValueError, "not an exported encoder.* but a plain state_dict of 72 tensors"),
+    "torchvision": (lambda path: torch.save(models.resnet18().state_dict(), path), ValueError,
+                    "not an exported encoder.* but a plain state_dict of 122 tensors"),
+    "lightning": (lambda path: torch.save({"state_dict": {}, "epoch": 1}, path), ValueError,
+                  "not an exported encoder.* but a dict of state_dict, epoch;"),
+    "checkpoint": (lambda path: torch.save({"flags": {}, "world": 1, "step": 2, "state": {}}, path),
+                   ValueError, "not an exported encoder.* but the checkpoint of a run;"),
+    "nothing": (lambda path: torch.save({}, path), ValueError, "not an exported encoder.* but an empty dict;"),
+    "tensor": (lambda path: torch.save(torch.zeros(3), path), ValueError,
+               "not an exported encoder.* but a Tensor;"),
+    "list": (lambda path: torch.save([1, 2], path), ValueError, "not an exported encoder.* but a list;"),
+    "module": (whole_module, ValueError, "state_dict"),
+    "another format": (changed(format="evaluated classifier, version 1"), ValueError,
+                       "not an exported encoder.* but an evaluated classifier, version 1;"),
+    "another version": (changed(format="exported encoder, version 9"), ValueError,
+                        "but an exported encoder, version 9;"),
+    "no state": (changed(state=None), ValueError, "'state' is missing"),
+    "no others": (changed(others=None), ValueError, "'others' is missing"),
+    "no arch": (changed(arch=None), ValueError, "'arch' is missing"),
+    "unknown arch": (changed(arch="resnet9"), ValueError, "arch 'resnet9': choose one of slim"),
+    "bad normalisation": (changed(std=[0.0, 0.2, 0.2]), ValueError, "std .*positive"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_no_exported_encoder_is_refused_in_one_line_with_its_path(tmp_path, kind):
+    spoil, error, says = FOREIGN[kind]
     path = tmp_path / "encoder.pt"
     export(make("slim", BRANCHES), path, "adv")
     spoil(path)
     with pytest.raises(error, match=says) as e:
         load_encoder(path)
-    assert str(path) in str(e.value)
+    message = str(e.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message
+    if kind not in ("unknown arch", "bad normalisation"):
+        assert message.endswith("; pretraining writes encoder.pt when it ends")
+    assert str(e.traceback[-1].statement).strip().startswith("raise ")  # so run.cli prints it as one line
 
 
 def test_loading_an_unknown_branch_is_refused_with_the_known_ones(tmp_path):

@@ -264,8 +264,11 @@ def test_the_ball_is_of_each_first_index_not_of_what_it_holds(norm):
     def lengths(x, like):
         return (x - like).flatten(1).norm(ORDER[norm], dim=1)
 
-    joint = lengths(pgd(climb, views, eps, eps, 3, norm, random_start=False), views)
-    each = lengths(pgd(climb, views.flatten(0, 1), eps, eps, 3, norm, random_start=False), views.flatten(0, 1))
+    def moved(x):
+        return lengths(pgd(climb, x, eps, eps, 3, norm, random_start=False), x)
+
+    joint = moved(views)
+    each = moved(views.flatten(0, 1))
     assert joint.shape == (2,) and (joint <= eps * (1 + 1e-9)).all()
     assert each.shape == (6,) and (each > 0.8 * eps).all() and (each <= eps * (1 + 1e-9)).all()
 
@@ -285,8 +288,9 @@ def test_on_cuda_the_box_is_checked_without_waiting(monkeypatch):
 
 
 @pytest.mark.parametrize("call", [
-    lambda norm: direction(x0, x0, norm), lambda norm: project(x0, 0.1, norm), lambda norm: uniform(x0, 0.1, norm),
-    lambda norm: in_ball(x0, norm), lambda norm: pgd(ce, x0, 0.1, 0.1, 1, norm)],
+    lambda norm: direction(x0, x0, norm), lambda norm: project(x0, 0.1, norm),
+    lambda norm: uniform(x0, 0.1, norm), lambda norm: in_ball(x0, norm),
+    lambda norm: pgd(ce, x0, 0.1, 0.1, 1, norm)],
     ids=["direction", "project", "uniform", "in_ball", "pgd"])
 def test_an_unknown_norm_is_named_by_each_function(call):
     with pytest.raises(ValueError, match="norm 'l3': choose one of linf, l2"):
