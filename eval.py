@@ -322,7 +322,7 @@ def train(net, images, p, seed):
     opt, mix = optimizer(net, p), mixer(p, net.head.out_features)
     best, n = None, held_out(images, p)
     if n:
-        rows = data.shuffled(len(images))
+        rows = data.fixed_order(len(images))
         held, images = data.Part(images, rows[:n]), data.Part(images, rows[n:])
     steps = data.steps_per_epoch(len(images), p.batch_size)
     for epoch in range(p.epochs):
@@ -504,7 +504,7 @@ def corrupted(net, images, kinds, folder=None, seed=0):
             x, y = corruptions.read(folder, kind, severity)
             if len(images) > len(y):
                 raise ValueError(f"{folder}: {len(y)} images a severity, for {len(images)} to be judged")
-            rows = data.shuffled(len(y))[: len(images)]
+            rows = data.fixed_order(len(y))[: len(images)]
             x, y = (v[rows].to(images.y.device) for v in (x, y))
             there = resized(data.Images(x, y, images.classes), images.x.shape[2])
         with eval_mode(net):

@@ -1,7 +1,7 @@
 """Images on the device, in an order and under augmentations that are a function of (seed, epoch, global
 position).
 
-`load` puts a data set on the device as uint8 (ImageFolder trees, too large for that, are streamed by
+`load` puts a data set on the device as uint8 (folders of pictures, too large for that, are streamed by
 workers). `batches` cuts it into steps. Every random number of a step is drawn for the *whole* batch from a
 generator seeded by (seed, epoch, step), and each process keeps the rows of its own images: so 1 or 8
 processes, and a resumed run, see the same (but for the fewer-than-8 images of a last step that do not divide
@@ -10,18 +10,26 @@ among 8).
 Augmentation works on batches (B, 3, H, W), one parameter per image. Each comes as a pair: the function of its
 parameters, equal to its torchvision counterpart, and `random_...`, which draws them as torchvision does.
 Parameters live on the CPU until they are used: a thousand numbers a step cost nothing there, and which image
-gets what is known without a host sync. Images are float32 in [0, 1]; only `resized_crop` and `pad_crop` take
-uint8 as well, being where a view begins.
+gets what is known without a host sync.
+
+Images are float32 in [0, 1], and integers are refused. What begins a view takes uint8 (0 to 255) as well, and
+gives floats: `resized_crop`, `pad_crop`, `resize`, `to_float`. `flip` only moves pixels, of any dtype.
 """
+import concurrent.futures
+import contextlib
 import hashlib
+import json
 import math
 import os
 import pathlib
+import time
+import zipfile
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torchvision import datasets
 
 NAMES = ("cifar10", "cifar100", "stl10", "shapes")
@@ -31,79 +39,147 @@ NAMES = ("cifar10", "cifar100", "stl10", "shapes")
 # Data sets
 # ----------------------------------------------------------------------------------------------------------
 class Images:
-    """A data set on the device: `x` (N, 3, H, W) uint8, `y` (N,) int64 (-1: none) of `classes`."""
+    """A data set on the device: `x` (N, 3, H, W) uint8, `y` (N,) int64 (-1: none) of `classes`, which is at
+    least 1."""
 
     def __init__(self, x, y, classes):
-        self.x, self.y, self.classes = x, y, classes
-        self.size = x.shape[3] if x.shape[2] == x.shape[3] else None
+        self.x = x
+        self.y = y
+        self.classes = classes
 
     def __len__(self):
         return len(self.x)
 
+    @property
+    def size(self):
+        """The side of the images in pixels; None if they are not square."""
+        height, width = self.x.shape[2:]
+        return height if height == width else None
+
     def checksum(self):
-        """A hash of the images and their order."""
+        """A hash of the images and their order: of their bytes alone, since results record it."""
         return hashlib.sha256(self.x.cpu().numpy().tobytes()).hexdigest()
 
     def stream(self, indices):
         """Yield `(x, y)` for each index tensor of the iterable `indices`."""
         for i in indices:
             i = i.to(self.x.device, non_blocking=True)
-            yield self.x[i], self.y[i]
+            y = self.y[i.to(self.y.device, non_blocking=True)]
+            yield self.x[i], y.to(self.x.device, non_blocking=True)
 
 
 class Folder:
-    """An ImageFolder tree, decoded by workers as it is needed; each image becomes the central square of side
-    `size`.
+    """Pictures in files, decoded by workers as they are needed. Each is turned as its EXIF orientation says,
+    and becomes the central square of side `size` pixels. 16-bit greyscale becomes 8-bit: v / 257, rounded.
 
-    Like `Images`, but `x` does not exist. A file that cannot be decoded ends the run with an error that names
-    it.
+    Like `Images`, but `x` does not exist. `samples` are (path, label), the paths below `root`. `y` begins as
+    those labels on the device; it may be replaced by any tensor of N rows, for workers know nothing of it.
+
+    A file that cannot be decoded ends the run with an error that names it. So does greyscale of 32-bit
+    integers or floats (PIL's modes I and F): nobody knows which of its numbers is white.
     """
 
-    def __init__(self, root, size, device, workers, keep):
-        tree, self.root = datasets.ImageFolder(root), root
-        self.classes, self.size, self.device, self.workers = len(tree.classes), size, device, workers
-        self.samples = [tree.samples[i] for i in keep(len(tree))]
-        self.y = torch.tensor([label for _, label in self.samples])
+    def __init__(self, root, samples, classes, size, device, workers):
+        self.root = root
+        self.samples = samples
+        self.classes = classes
+        self.size = size
+        self.device = device
+        self.workers = workers
+        self.y = torch.tensor([label for _, label in samples], device=device)
 
     def __len__(self):
         return len(self.samples)
 
     def checksum(self):
-        """A hash of the files' names, sizes and order, and of the side they are decoded to."""
-        files = [(os.path.relpath(path, self.root), os.path.getsize(path)) for path, _ in self.samples]
-        return hashlib.sha256(repr((files, self.size)).encode()).hexdigest()
+        """A hash of the files' contents, names, labels and order, and of the side they are decoded to.
+
+        A file is read once: its hash is remembered in the user's cache directory (XDG_CACHE_HOME, else
+        ~/.cache) until its size or one of its times changes. Under torch.distributed all processes must call
+        this together: the first one reads, and tells the others. Raises OSError that names a file that cannot
+        be read.
+        """
+        return _from_the_first_process(self._checksum)
+
+    def _checksum(self, meanwhile):
+        names = [path.removeprefix(self.root).lstrip(os.sep) for path, _ in self.samples]
+        digests = _digests_of_files(self.root, names, meanwhile)
+        whole = hashlib.sha256(repr((self.size, self.classes)).encode())
+        for (_, label), name, digest in zip(self.samples, names, digests):
+            whole.update(repr((name.replace(os.sep, "/"), label, digest)).encode())
+        return whole.hexdigest()
+
+    def stream(self, indices):
+        """Yield `(x, y)` for each index tensor of the iterable `indices`; x (B, 3, size, size) uint8."""
+        indices = list(indices)
+        loader = torch.utils.data.DataLoader(
+            _Squares([path for path, _ in self.samples], self.size),
+            batch_sampler=[i.tolist() for i in indices], num_workers=self.workers,
+            pin_memory=torch.device(self.device).type == "cuda", worker_init_fn=_worker,
+        )
+        try:
+            for x, i in zip(loader, indices):
+                y = self.y[i.to(self.y.device, non_blocking=True)]
+                yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        except ValueError as e:  # from a worker it comes wrapped in that worker's traceback
+            raise ValueError(str(e).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+
+
+class _Squares(torch.utils.data.Dataset):
+    """What workers decode: the pictures at `paths` as squares (3, size, size) uint8."""
+
+    def __init__(self, paths, size):
+        self.paths = paths
+        self.size = size
+
+    def __len__(self):
+        return len(self.paths)
 
     def __getitem__(self, i):
-        path, _ = self.samples[i]
+        path = self.paths[i]
         try:
-            image = datasets.folder.default_loader(path)
+            with open(path, "rb") as f:
+                image = _rgb(Image.open(f))
             scale = self.size / min(image.size)
             sides = [max(self.size, round(side * scale)) for side in image.size]
             image = image.resize(sides, 2)  # bilinear
             left, top = [(side - self.size) // 2 for side in image.size]
             image = image.crop((left, top, left + self.size, top + self.size))
         except Exception as e:
-            raise ValueError(f"{path}: cannot be decoded as an image ({e}); repair it or remove it") from None
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), self.y[i]
+            why = " ".join(str(e).split())
+            raise ValueError(
+                f"{path}: cannot be decoded as an image ({why}); repair it or remove it") from None
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-    def stream(self, indices):
-        loader = torch.utils.data.DataLoader(
-            self, batch_sampler=[i.tolist() for i in indices], num_workers=self.workers,
-            pin_memory=torch.device(self.device).type == "cuda", worker_init_fn=_worker,
-        )
-        try:
-            for x, y in loader:
-                yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-        except ValueError as e:  # from a worker it comes wrapped in that worker's traceback
-            raise ValueError(str(e).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+
+def _rgb(image):
+    """The PIL image `image`, upright, with 8 bits for each of three channels."""
+    image.load()
+    with contextlib.suppress(Exception):  # EXIF that cannot be read says nothing
+        ImageOps.exif_transpose(image, in_place=True)
+    # I;16 and its kin; some formats, or older versions of PIL, give 16 bits as I
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        values = np.asarray(image).astype(np.int64)
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))  # 65535 / 257 = 255
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode}: it does not say which number is white; convert it to 8 bits")
+    return image.convert("RGB")
+
+
+def _worker(_):
+    torch.set_num_threads(1)
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()  # a signal to the whole group is for the main process, which ends its workers itself
 
 
 class Part:
     """Of the data set `images` those at `rows` (a list or tensor of ints), in that order."""
 
     def __init__(self, images, rows):
-        self.images, self.rows = images, torch.as_tensor(rows)
-        self.y, self.classes = images.y[self.rows.to(images.y.device)], images.classes
+        self.images = images
+        self.rows = torch.as_tensor(rows)
+        self.y = images.y[self.rows.to(images.y.device)]
+        self.classes = images.classes
 
     def __len__(self):
         return len(self.rows)
@@ -118,40 +194,58 @@ def load(name, root="data", split="train", device="cpu", limit=None, size=None, 
     name    cifar10, cifar100, stl10 (torchvision, downloaded into `root` when absent; STL-10's "train" is
             its unlabelled images and its 5,000 labelled ones), shapes (procedural), a path to an .npz with
             x_train, y_train, x_test, y_test (uint8 NHWC, integer labels), or a path to a folder with train/
-            and test/ (or val/), each in ImageFolder layout.
-    split   "train", "labelled" (STL-10's 5,000; elsewhere the same as "train") or "test".
-    limit   keep the first `limit` images of a fixed shuffle (files are often ordered by class), `shuffled`.
+            and test/ (or val/), each in ImageFolder layout, in ImageFolder's order. Names with a dot in front
+            are passed over, links are followed, and within a class each file counts once.
+    split   "train", "labelled" (STL-10's 5,000; elsewhere the same as "train", but labels must be there) or
+            "test" (of a folder test/, or where that has no class folders val/).
+    limit   keep the first `limit` images of `fixed_order` (files are often ordered by class).
     shuffle  in that order without a limit too.
-    size    folders only: the side of the decoded square.
+    size    folders only: the side of the decoded square in pixels.
+    workers  folders only: the number of decoding processes; 0: this one decodes.
 
-    Raises ValueError or FileNotFoundError, naming the file and what would work.
+    For "train" labels may be absent: an .npz with x_train alone; a folder train/, or without one the folder
+    itself, with pictures and no class folders. Then `y` is -1 throughout, and `classes` 1. A class folder may
+    be empty there too.
+
+    Raises ValueError, FileNotFoundError or OSError, naming the file and what would work.
     """
+    name = str(name)
+
     def keep(n):
         if limit is not None and not 0 < limit <= n:
             raise ValueError(f"limit {limit}: {name} has {n} images in split {split!r}")
-        return shuffled(n)[:limit] if shuffle or limit is not None else range(n)
+        return fixed_order(n)[:limit] if shuffle or limit is not None else range(n)
 
+    if not name.strip():
+        raise ValueError(f"data '': must be one of {', '.join(NAMES)}, the path of an .npz or of a folder")
     if split not in ("train", "labelled", "test"):
         raise ValueError(f"split {split!r}: choose one of train, labelled, test")
+    if workers < 0:
+        raise ValueError(f"workers {workers}: must be 0 or more")
     if name not in NAMES and not name.endswith(".npz") and pathlib.Path(name).is_dir():
         if size is None:
-            raise ValueError(f"{name}: a folder needs `size`, the side of the decoded square")
-        return Folder(_split_of_folder(name, split), size, device, workers, keep)
+            raise ValueError(
+                f"{name}: a folder needs `size`, the side of the decoded square; give --image-size")
+        if size < 1:
+            raise ValueError(f"size {size}: must be 1 pixel or more; give another --image-size")
+        folder, samples, classes = _from_folder(pathlib.Path(name), split)
+        samples = [samples[i] for i in keep(len(samples))]
+        return Folder(str(folder), samples, classes, size, device, workers)
     if name == "shapes":
         x, y, _ = shapes(2_000 if split == "test" else 10_000, seed=1 if split == "test" else 0)
         classes = len(SHAPES)
     elif name in NAMES:
         x, y, classes = _from_torchvision(name, root, split)
     elif name.endswith(".npz"):
-        x, y, classes = _from_npz(name, "test" if split == "test" else "train")
+        x, y, classes = _from_npz(name, split)
     else:
         raise ValueError(f"data {name!r}: not one of {', '.join(NAMES)}; not an .npz, and no such folder")
     rows = torch.as_tensor(keep(len(x)))
     return Images(x[rows].contiguous().to(device), y[rows].to(device), classes)
 
 
-def shuffled(n):
-    """0 to n - 1 in the order that is always the same."""
+def fixed_order(n):
+    """A permutation of 0 to n - 1, as a list: always the same one."""
     return np.random.default_rng(0).permutation(n).tolist()
 
 
@@ -167,8 +261,9 @@ def _from_torchvision(name, root, split):
     try:
         found = kind(root, download=True, **which)
     except Exception as e:
+        why = " ".join(str(e).split())
         raise ValueError(
-            f"{name} cannot be read from {root!r}, nor downloaded into it ({e}); put torchvision's files "
+            f"{name} cannot be read from {root!r}, nor downloaded into it ({why}); put torchvision's files "
             "there, or use --data shapes or --data some.npz") from None
     if first and dist.is_initialized():
         dist.all_reduce(torch.zeros(1))
@@ -178,46 +273,281 @@ def _from_torchvision(name, root, split):
 
 
 def _from_npz(path, split):
+    """x (N, 3, H, W) uint8, y (N,) int64 and the number of classes; y is -1 where the file has no labels."""
+    part = "test" if split == "test" else "train"
+    arrays = _read_npz(path, f"x_{part}", f"y_{part}", "y_train")
+    needed = [f"x_{part}"]
+    if split != "train":
+        needed += [f"y_{part}", "y_train"]
+    for key in needed:
+        if key not in arrays:
+            raise ValueError(f"{path}: {key} is not in it; it must hold x_train, x_test and their labels "
+                             "y_train, y_test (for pretraining x_train alone will do)")
+    x = arrays[f"x_{part}"]
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or not x.size:
+        raise ValueError(
+            f"{path}: x_{part} is {x.dtype} {x.shape}; it must be uint8 (N, H, W, 3), and not empty")
+    x = torch.from_numpy(x).permute(0, 3, 1, 2)
+    if "y_train" not in arrays:
+        return x, torch.full((len(x),), -1), 1
+    y = arrays[f"y_{part}"]
+    if y.shape != (len(x),) or y.dtype.kind not in "iu":
+        raise ValueError(f"{path}: y_{part} is {y.dtype} {y.shape}; it must be integers ({len(x)},)")
+    labels = arrays["y_train"]
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
+        raise ValueError(
+            f"{path}: y_train is {labels.dtype} {labels.shape}; it must be integers (N,), N > 0")
+    classes = max(1, int(labels.max()) + 1)
+    if classes > max(len(labels), 100_000):
+        raise ValueError(f"{path}: the largest label in y_train is {classes - 1}; "
+                         "labels must be class numbers 0 to C - 1, not ids")
+    if y.min() < -1 or y.max() >= classes:
+        raise ValueError(f"{path}: y_{part} goes from {y.min()} to {y.max()}; "
+                         f"y_train has classes 0 to {classes - 1}")
+    return x, torch.from_numpy(y.astype(np.int64)), classes
+
+
+def _read_npz(path, *keys):
+    """{key: array}, of the arrays `keys`, those that the file has."""
+    refused = f"{path}: not a readable .npz file"
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            x, y, labels = arrays[f"x_{split}"], arrays[f"y_{split}"], arrays["y_train"]
+        with open(path, "rb") as f:
+            begins = f.read(6)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except KeyError as e:
-        raise ValueError(f"{path}: {e.args[0]}; it must hold x_train, y_train, x_test and y_test") from None
+    except OSError as e:
+        raise ValueError(f"{refused} ({e.strerror})") from None
+    if begins == b"\x93NUMPY":
+        raise ValueError(
+            f"{refused} but a single array, an .npy; write it by np.savez(path, x_train=..., ...)")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{refused}, such as np.savez(path, x_train=..., ...) writes; or it is cut off")
+    arrays = {}
+    reading = "the whole"
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            for key in keys:
+                reading = key
+                if key in archive.files:
+                    arrays[key] = archive[key]
     except Exception as e:
-        raise ValueError(f"{path}: not a readable .npz file ({e})") from None
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or not len(x):
-        raise ValueError(f"{path}: x_{split} is {x.dtype} {x.shape}; it must be uint8 (N, H, W, 3), N > 0")
-    if y.shape != (len(x),) or y.dtype.kind not in "iu":
-        raise ValueError(f"{path}: y_{split} is {y.dtype} {y.shape}; it must be integers ({len(x)},)")
-    classes = max(1, int(labels.max()) + 1)
-    if y.min() < -1 or y.max() >= classes:
-        raise ValueError(f"{path}: y_{split} goes from {y.min()} to {y.max()}; "
-                         f"y_train has classes 0 to {classes - 1}")
-    return torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(y.astype(np.int64)), classes
+        why = " ".join(str(e).split())
+        if "allow_pickle" in why:  # what is not numbers would have to be unpickled, that is, executed
+            why = "no array of numbers"
+        raise ValueError(f"{refused} ({reading}: {why})") from None
+    return arrays
 
 
-def _split_of_folder(name, split):
-    for candidate in ("test", "val") if split == "test" else ("train",):
-        folder = pathlib.Path(name) / candidate
-        if folder.is_dir():
-            train = pathlib.Path(name) / "train"
-            if split == "test" and train.is_dir() and _classes(folder) != _classes(train):
-                raise ValueError(f"{folder}: its classes are not those of {train}; make the folders agree")
-            if any(f.suffix.lower() in datasets.folder.IMG_EXTENSIONS for f in folder.glob("*/**/*")):
-                return folder
-            raise ValueError(f"{folder}: holds no images; it must be {folder}/<class>/<image>.png, .jpg, …")
-    raise FileNotFoundError(f"{name}: has no folder {'test or val' if split == 'test' else 'train'}")
+def _from_folder(root, split):
+    """The folder with the pictures of `split` in `root`, a list of their (path, label), and the number of
+    classes. Without labels: -1, and 1 class."""
+    folder = _folder_of_split(root, split)
+    classes = [] if folder == root else _classes(folder)
+    samples = []
+    empty = []
+    for label, name in enumerate(classes):
+        paths = _pictures(os.path.join(folder, name))
+        samples += [(path, label) for path in paths]
+        if not paths:
+            empty.append(name)
+    if samples and empty and split != "train":
+        raise ValueError(f"{folder}: class {empty[0]!r} has no images; add some, or remove the class "
+                         "from train and test")
+    if samples:
+        return folder, samples, len(classes)
+    paths = _pictures(folder, below=False)
+    if not paths:
+        raise ValueError(f"{folder}: holds no images; it must be {folder}/<class>/<image>.png, .jpg, …")
+    if split != "train":
+        raise ValueError(f"{folder}: its pictures have no labels, which split {split!r} needs; "
+                         f"it must be {folder}/<class>/<image>.png, .jpg, …")
+    return folder, [(path, -1) for path in paths], 1
+
+
+def _folder_of_split(root, split):
+    train = root / "train"
+    if split == "test":
+        there = [root / name for name in ("test", "val") if (root / name).is_dir()]
+        if not there:
+            raise FileNotFoundError(f"{root}: has no folder test or val with images and their labels, "
+                                    f"{root}/test/<class>/<image>.png, .jpg, …")
+        labelled = [folder for folder in there if _classes(folder)]  # in ImageNet val, not test
+        if not labelled:
+            return there[0]
+        if train.is_dir() and _classes(train):
+            _refuse_other_classes(labelled[0], train)
+        return labelled[0]
+    if train.is_dir():
+        return train
+    if _pictures(root, below=False):
+        return root
+    raise FileNotFoundError(f"{root}: has no folder train, and no pictures in itself")
 
 
 def _classes(folder):
-    return sorted(f.name for f in folder.iterdir() if f.is_dir())
+    return sorted(entry.name for entry in _entries(folder) if _is_folder(entry))
 
 
-def _worker(_):
-    torch.set_num_threads(1)
-    os.setpgrp()  # a signal to the whole group is for the main process, which ends its workers itself
+def _refuse_other_classes(folder, train):
+    here = set(_classes(folder))
+    differ = sorted(here ^ set(_classes(train)))
+    if differ:
+        where = folder if differ[0] in here else train
+        raise ValueError(f"{folder}: its classes are not those of {train} ({differ[0]!r} is only in "
+                         f"{where.name}); make the folders agree")
+
+
+def _pictures(folder, below=True):
+    """The paths of the pictures in `folder` and, if asked for, below it, in the order of torchvision's
+    ImageFolder.
+
+    Links are followed, but not to a folder that holds `folder`. What can be reached in several ways counts
+    once, and not by a link if there is another way.
+    """
+    found = []
+    top = os.path.realpath(folder)
+    reached = set()  # real paths, of folders and linked files
+    folders = [str(folder)]
+    linked_folders = []
+    linked_files = []
+    while folders or linked_folders:
+        here = folders.pop() if folders else linked_folders.pop(0)
+        real = os.path.realpath(here)
+        if real in reached or top.startswith(os.path.join(real, "")):
+            continue
+        reached.add(real)
+        for entry in sorted(_entries(here), key=lambda entry: entry.name):
+            path = os.path.join(here, entry.name)
+            if _is_folder(entry):
+                if below:
+                    (linked_folders if entry.is_symlink() else folders).append(path)
+            elif datasets.folder.is_image_file(entry.name):
+                (linked_files if entry.is_symlink() else found).append(path)
+    if linked_files:
+        reached.update(os.path.realpath(path) for path in found)
+    for path in sorted(linked_files):
+        real = os.path.realpath(path)
+        if real not in reached:
+            reached.add(real)
+            found.append(path)
+    return sorted(found, key=os.path.split)
+
+
+def _entries(folder):
+    """What lies in a folder, but for names with a dot in front: thumbnails, checkpoints of notebooks, ..."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as e:
+        raise OSError(f"{folder}: cannot be read ({e.strerror})") from None
+
+
+def _is_folder(entry):
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The contents of files, each read once
+# ----------------------------------------------------------------------------------------------------------
+def _from_the_first_process(make):
+    """What `make(meanwhile)` returns in the first process is returned in all; an OSError is raised in all.
+    `make` must call meanwhile() every few minutes: the others give up after half an hour without a word."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return make(lambda: None)
+    told = [None, None]  # result, error
+    if dist.get_rank() == 0:
+        try:
+            told[0] = make(lambda: dist.broadcast_object_list([None, None], src=0))
+        except OSError as e:
+            told[1] = str(e)
+        dist.broadcast_object_list(told, src=0)
+    while told == [None, None]:
+        dist.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise OSError(told[1])
+    return told[0]
+
+
+def _digests_of_files(folder, names, meanwhile):
+    """The hash of the contents of each of the files `names` in `folder`, remembered in the user's cache
+    directory, in one file for each folder. Calls meanwhile() after every thousand files."""
+    folder = os.path.abspath(folder)
+    paths = [os.path.join(folder, name) for name in names]
+    cache = _cache_of(folder)
+    known = _read_cache(cache)
+    entries = {}
+
+    def read(some):
+        return [(path, _entry(path, known)) for path in some]
+
+    try:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            for begin in range(0, len(paths), 1024):
+                for found in pool.map(read, [paths[i : i + 128] for i in range(begin, begin + 1024, 128)]):
+                    entries.update(found)
+                meanwhile()
+    finally:  # also what was read until an error
+        if any(known.get(path) != entry for path, entry in entries.items()):
+            _write_cache(cache, {**known, **entries})
+    return [entries[path][3] for path in paths]
+
+
+def _entry(path, known):
+    """Of a file [size, mtime and ctime in ns, hash of its contents]; what `known` has if the first three are
+    equal. (ctime: a file may be replaced by one of its size and mtime, as rsync does.)"""
+    try:
+        stat = os.stat(path)
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        entry = known.get(path)
+        if isinstance(entry, list) and entry[:3] == stamp and len(entry) == 4 and isinstance(entry[3], str):
+            return entry
+        now = time.time_ns()
+        if any(abs(now - changed) < CLOCK_TICK for changed in stamp[1:]):
+            time.sleep(CLOCK_TICK / 1e9)  # so that whoever writes it once we have read it changes its times
+        return [*stamp, _digest_of_file(path)]
+    except OSError as e:
+        raise OSError(f"{path}: cannot be read ({e.strerror})") from None
+
+
+CLOCK_TICK = 20_000_000  # ns; kernels give files the time of their last tick, 1 to 10 ms ago
+
+
+def _digest_of_file(path):
+    with open(path, "rb") as f:
+        return hashlib.sha256(f.read()).hexdigest()
+
+
+def _cache_of(folder):
+    """The path of the JSON file that holds {absolute path: entry} of the files in `folder`."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # its standard says that others are to be ignored
+        base = os.path.join(os.path.expanduser("~"), ".cache")
+    name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+    return pathlib.Path(base) / "adversarial-pretraining" / f"contents-{name}.json"
+
+
+def _read_cache(path):
+    """What `_write_cache` wrote; nothing where that cannot be read."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write_cache(path, entries):
+    """Write the cache, whole or not at all. Where it cannot be written, files are read again next time."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # other processes may be writing it too
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(entries))
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -246,9 +576,22 @@ def _seed(*key):
 
 
 def steps_per_epoch(n, batch_size, world=1, least=1):
-    """Steps of an epoch over `n` images; a short last one is left out below two images a process."""
+    """Steps of an epoch over `n` images, `batch_size` in each over `world` processes. A short last one is
+    left out below two images per process.
+
+    `least` images per process are what a step of the method needs: 2 where BatchNorm or negatives within the
+    batch need two. Raises ValueError if a step would have fewer, if `batch_size` does not divide among the
+    processes, and if it is larger than `n`.
+    """
     if batch_size % world:
         raise ValueError(f"batch size {batch_size} does not divide among {world} processes")
+    share = batch_size // world
+    if share < least:
+        if world == 1:
+            raise ValueError(f"--batch-size {batch_size}: this method needs at least {least} images per step")
+        images = "1 image" if share == 1 else f"{share} images"
+        raise ValueError(f"--batch-size {batch_size} over {world} processes is {images} each; this method "
+                         f"needs at least {least}")
     if batch_size > n:
         raise ValueError(f"batch size {batch_size} is larger than the data: {n} images")
     return n // batch_size + (n % batch_size >= 2 * world)
@@ -259,7 +602,7 @@ def batches(images, batch_size, seed, epoch, rank=0, world=1, start=0):
 
     x (b, 3, H, W) uint8 and y (b,) on the device, b = batch_size / world (less in a short last step, whose
     remainder by `world` is left out); `rng` an `Rng` for those images. The order is a new permutation each
-    epoch.
+    epoch. Raises ValueError as `steps_per_epoch` does.
     """
     steps = steps_per_epoch(len(images), batch_size, world)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_seed(seed, epoch)))
@@ -278,17 +621,32 @@ def batches(images, batch_size, seed, epoch, rank=0, world=1, start=0):
 # Augmentation
 # ----------------------------------------------------------------------------------------------------------
 def to_float(x):
-    """uint8 -> float in [0, 1]; a float stays as it is."""
-    return x.float() / 255 if x.dtype == torch.uint8 else x
+    """uint8 (0 to 255) -> float32 in [0, 1]; floats, which are in [0, 1] already, stay as they are.
+
+    Raises ValueError for other dtypes.
+    """
+    if x.dtype == torch.uint8:
+        return x.float() / 255
+    if not x.is_floating_point():
+        raise ValueError(f"images are {x.dtype}: they must be uint8 (0 to 255), or floats in [0, 1]")
+    return x
+
+
+def _refuse_integers(x, function):
+    if not x.is_floating_point():
+        raise ValueError(f"{function}: images are {x.dtype}; it takes floats in [0, 1], as to_float gives")
 
 
 def resized_crop(x, top, left, height, width, size, flip=None, filter="bilinear"):
     """Cut the box of each image and resize it to (size, size): torchvision's `resized_crop`, antialiased.
 
-    x (B, 3, H, W); top, left, height, width (B,) in pixels; flip (B,) bool mirrors the result; filter
-    "bilinear" or "bicubic" (which overshoots, and is clipped). Resizing is linear and separable, so it is two
-    batched matrix products; a crop and a mirror are only other rows in those matrices.
+    x (B, 3, H, W) floats in [0, 1] or uint8 -> float in [0, 1]; top, left, height, width (B,) and size in
+    pixels; flip (B,) bool mirrors the result; filter "bilinear" or "bicubic" (which overshoots, and is
+    clipped). Resizing is linear and separable, so it is two batched matrix products; a crop and a mirror are
+    only other rows in those matrices. Raises ValueError for other dtypes, and where size is below 1.
     """
+    if size < 1:
+        raise ValueError(f"size {size}: a crop has at least one pixel; give a larger --image-size")
     B, C, H, W = x.shape
     rows = _resize_matrix(FILTERS[filter], top, height, H, size, x.device)
     columns = _resize_matrix(FILTERS[filter], left, width, W, size, x.device, flip)
@@ -324,7 +682,8 @@ def _resize_matrix(filter, start, length, n_in, n_out, device, flip=None):
 
 
 def resize(x, size):
-    """Images x (B, 3, H, W) as floats of side `size`; of that side already, as they are."""
+    """Images x (B, 3, H, W), floats in [0, 1] or uint8, as floats in [0, 1] of side `size` pixels; of that
+    side already, their pixels do not change. Raises ValueError for other dtypes."""
     if x.shape[2:] == (size, size):
         return to_float(x)
     zero, one = torch.zeros(len(x)), torch.ones(len(x))
@@ -332,7 +691,12 @@ def resize(x, size):
 
 
 def random_resized_crop(x, rng, size, scale, ratio=(3 / 4, 4 / 3), flip=0.0, filter="bilinear"):
-    """torchvision's `RandomResizedCrop`, then `RandomHorizontalFlip(flip)` in the same products."""
+    """torchvision's `RandomResizedCrop`, then `RandomHorizontalFlip(flip)` in the same products.
+
+    x (B, 3, H, W) floats in [0, 1] or uint8 -> float in [0, 1] of side `size` pixels; scale: the range of
+    the crop's share of the area; ratio: that of width / height; flip: a probability. Errors:
+    `resized_crop`'s.
+    """
     u = rng.uniform(4, 10)  # ten attempts each, as in torchvision
     p = rng.uniform(1)[:, 0]
     top, left, height, width = _crop_boxes(u, x.shape[2], x.shape[3], scale, ratio)
@@ -356,8 +720,10 @@ def _crop_boxes(u, H, W, scale, ratio):
 
 
 def color_jitter(x, brightness, contrast, saturation, hue, order):
-    """torchvision's `ColorJitter` with given factors (B,), hue in turns, applied in `order` (B, 4): each row
-    a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue."""
+    """torchvision's `ColorJitter` of x (B, 3, H, W), floats in [0, 1], with given factors (B,), 1 for none,
+    and hue (B,) in turns, 0 for none. They are applied in `order` (B, 4): each row a permutation of 0
+    brightness, 1 contrast, 2 saturation, 3 hue. Raises ValueError for integers."""
+    _refuse_integers(x, "color_jitter")
     place, by_place = (order == 3).int().argmax(1).sort()  # images whose hue comes first, second, ...: slices
     ends = [0, *place.bincount(minlength=4).cumsum(0).tolist()]
     blends = order[order != 3].view(-1, 3)[by_place]
@@ -378,12 +744,14 @@ def color_jitter(x, brightness, contrast, saturation, hue, order):
 
 
 def adjust_hue(x, turn):
-    """Rotate the hue of x (B, 3, H, W) by `turn` (B,) in turns: torchvision's `adjust_hue`.
+    """Rotate the hue of x (B, 3, H, W), floats in [0, 1], by `turn` (B,) in turns (1 is the whole circle):
+    torchvision's `adjust_hue`. Raises ValueError for integers.
 
     HSV's own definition, read backwards: with V the maximum, C the range and d the distance, in turns around
     the colour circle, to the hue that lacks this channel (3/6 for red, 5/6 for green, 7/6 for blue), it is V
     - C clamp(2 - 6d, 0, 1). V and C do not change.
     """
+    _refuse_integers(x, "adjust_hue")
     r, g, b = x.unbind(1)
     v = x.amax(1)
     c = v - x.amin(1)
@@ -395,7 +763,12 @@ def adjust_hue(x, turn):
 
 
 def random_color_jitter(x, rng, brightness, contrast, saturation, hue, p=1.0):
-    """torchvision's `RandomApply([ColorJitter(...)], p)`; the order of the four is random too, as there."""
+    """torchvision's `RandomApply([ColorJitter(...)], p)`; the order of the four is random too, as there.
+
+    x (B, 3, H, W) floats in [0, 1]. The factors go from 1 - brightness to 1 + brightness, and so on; the hue
+    from -hue to hue, in turns. Raises ValueError for integers.
+    """
+    _refuse_integers(x, "random_color_jitter")
     u, order = rng.uniform(5), rng.uniform(4).argsort(1)
     rows = (u[:, 4] < p).nonzero()[:, 0]
     u, order = 2 * u[rows] - 1, order[rows]
@@ -404,25 +777,36 @@ def random_color_jitter(x, rng, brightness, contrast, saturation, hue, p=1.0):
 
 
 def grayscale(x, where):
-    """torchvision's `rgb_to_grayscale`, three channels out, for the images `where` (B,) bool says."""
+    """torchvision's `rgb_to_grayscale`, three channels out, for the images `where` (B,) bool says.
+
+    x (B, 3, H, W) floats in [0, 1]; raises ValueError for integers.
+    """
+    _refuse_integers(x, "grayscale")
     return _apply(_grey, x, where.nonzero()[:, 0])
 
 
 def random_grayscale(x, rng, p):
+    """torchvision's `RandomGrayscale(p)` of x (B, 3, H, W), floats in [0, 1]. Raises ValueError for
+    integers."""
     return grayscale(x, rng.uniform(1)[:, 0] < p)
 
 
 def gaussian_blur(x, sigma, kernel_size):
-    """torchvision's `gaussian_blur` (reflected edges) with a sigma (B,) for each image; 0 leaves an image as
-    it is.
+    """torchvision's `gaussian_blur` (reflected edges) of x (B, 3, H, W), floats in [0, 1], with a sigma (B,)
+    in pixels for each image; 0 leaves an image as it is. kernel_size is in pixels too.
 
     Like resizing, two batched matrix products: row i of the matrix holds the kernel around i, folded at the
-    edges.
+    edges. Raises ValueError for integers, for a kernel size that is not odd, and where half of it, rounded
+    down, is not below both sides.
     """
+    _refuse_integers(x, "gaussian_blur")
     B, C, H, W = x.shape
     radius = kernel_size // 2
-    if kernel_size % 2 == 0 or radius >= min(H, W):
-        raise ValueError(f"kernel size {kernel_size}: must be odd, below twice the side ({H}, {W})")
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel size {kernel_size}: must be odd and positive")
+    if radius >= min(H, W):
+        raise ValueError(f"kernel size {kernel_size}: images to blur are {H} x {W}, and their sides must be "
+                         f"at least {radius + 1}; give a larger --image-size")
     rows = sigma.nonzero()[:, 0]
     tap = torch.arange(-radius, radius + 1, device=x.device)[:, None]
     width = sigma[rows].float()[:, None].to(x.device, non_blocking=True)
@@ -441,33 +825,50 @@ def gaussian_blur(x, sigma, kernel_size):
 
 
 def random_gaussian_blur(x, rng, sigma, p, kernel_size):
-    """torchvision's `RandomApply([GaussianBlur(kernel_size, sigma)], p)`."""
+    """torchvision's `RandomApply([GaussianBlur(kernel_size, sigma)], p)`.
+
+    x (B, 3, H, W) floats in [0, 1]; sigma (from, to) and kernel_size in pixels. Errors: `gaussian_blur`'s.
+    """
     u = rng.uniform(2)
     drawn = sigma[0] + (sigma[1] - sigma[0]) * u[:, 0]
     return gaussian_blur(x, torch.where(u[:, 1] < p, drawn, 0.0), kernel_size)
 
 
 def solarize(x, where, threshold=0.5):
-    """torchvision's `solarize` (invert from the threshold up) for the images `where` (B,) bool says."""
+    """torchvision's `solarize` (invert from the threshold up) for the images `where` (B,) bool says.
+
+    x (B, 3, H, W) floats in [0, 1], and so is the threshold; raises ValueError for integers.
+    """
+    _refuse_integers(x, "solarize")
     return torch.where(_columns(x, where)[0] & (x >= threshold), 1 - x, x)
 
 
 def random_solarize(x, rng, p, threshold=0.5):
+    """torchvision's `RandomSolarize(threshold, p)` of x (B, 3, H, W), floats in [0, 1], as is the threshold;
+    raises ValueError for integers."""
     return solarize(x, rng.uniform(1)[:, 0] < p, threshold)
 
 
 def flip(x, where):
-    """torchvision's `hflip` for the images `where` (B,) bool says."""
+    """torchvision's `hflip` for the images `where` (B,) bool says; x (B, 3, H, W) of any dtype."""
     return torch.where(_columns(x, where)[0], x.flip(3), x)
 
 
 def random_flip(x, rng, p=0.5):
+    """torchvision's `RandomHorizontalFlip(p)` of x (B, 3, H, W) of any dtype."""
     return flip(x, rng.uniform(1)[:, 0] < p)
 
 
 def pad_crop(x, top, left, padding, mode="constant"):
-    """Pad all sides as torchvision's `pad` does (constant 0, or reflect), cut (H, W) at top, left (B,)."""
+    """Pad all sides as torchvision's `pad` does (constant 0, or reflect), cut (H, W) at top, left (B,).
+
+    x (B, 3, H, W) floats in [0, 1] or uint8 -> float in [0, 1]; padding, top and left in pixels. Raises
+    ValueError for other dtypes, and where there is not enough to reflect: both sides must be above `padding`.
+    """
     B, C, H, W = x.shape
+    if mode == "reflect" and padding >= min(H, W):
+        raise ValueError(f"padding {padding} by reflection: images are {H} x {W}, and their sides must be at "
+                         f"least {padding + 1}; give a larger --image-size")
     padded = F.pad(to_float(x), [padding] * 4, mode=mode)
     rows = (top.long()[:, None] + torch.arange(H)).to(x.device, non_blocking=True)
     columns = (left.long()[:, None] + torch.arange(W)).to(x.device, non_blocking=True)
@@ -476,7 +877,10 @@ def pad_crop(x, top, left, padding, mode="constant"):
 
 
 def random_pad_crop(x, rng, padding, mode="constant"):
-    """torchvision's `RandomCrop(side, padding, padding_mode=mode)`."""
+    """torchvision's `RandomCrop(side, padding, padding_mode=mode)`; padding in pixels.
+
+    x (B, 3, H, W) floats in [0, 1] or uint8 -> float in [0, 1]. Errors: `pad_crop`'s.
+    """
     top, left = (rng.uniform(2) * (2 * padding + 1)).floor().unbind(1)
     return pad_crop(x, top, left, padding, mode)
 

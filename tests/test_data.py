@@ -12,6 +12,12 @@ from torchvision.transforms import functional as tv
 from common import data, run
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The user's cache directory is a folder of this test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def close(ours, theirs, atol=1e-5):
     torch.testing.assert_close(ours, torch.stack(list(theirs)), atol=atol, rtol=0)
 
