@@ -836,7 +836,7 @@ def check_public(folder, images):
         _, y = corruptions.read(folder, corruptions.MAIN[0], severity)
         if len(images) > len(y):
             raise ValueError(f"{folder}: {len(y)} images a severity, for {len(images)} to be judged")
-        rows = data.shuffled(len(y))[: len(images)]
+        rows = data.fixed_order(len(y))[: len(images)]
         if not torch.equal(y[rows], images.y.cpu()):
             raise ValueError(f"{folder / 'labels.npy'}: the labels of severity {severity} are not those of "
                              "the test images in their order; the files are of other data, or damaged")

@@ -408,7 +408,8 @@ def check_masked(arch, image_size, decoder, mask_ratio):
                          "multiple of 4 and of the heads")
     patches = (image_size // patch) ** 2
     if not 0 < mask_ratio < 1 or not 1 <= int(patches * (1 - mask_ratio)) < patches:
-        raise ValueError(f"--mask-ratio {mask_ratio:g}: of {patches} patches some must stay, some go")
+        raise ValueError(f"--mask-ratio {mask_ratio:g}: of {patches} patches (--image-size {image_size}) "
+                         "some must stay, some go")
 
 
 VITS = {  # patch, width, blocks, heads, image size

@@ -1,3 +1,8 @@
+import os
+import tempfile
+
 import torch
+
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # checksums of folders are kept there
 
 torch.set_num_threads(1)  # as in the processes that the tests start: the number of threads decides the rounding

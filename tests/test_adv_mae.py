@@ -272,7 +272,7 @@ def test_learning_rate_equals_printed_values(epoch, lr):
 
 def test_the_papers_network_has_its_sizes():
     with torch.device("meta"):
-        net = adv_mae.network(arguments("--arch", "vit_base", "--image-size", "224", "--decoder", "512", "8", "16"))
+        net = adv_mae.network(arguments("--arch", "vit_base", "--image-size", "224", "--decoder", "512", "8", "16"), 224)
     assert sum(p.numel() for p in net.parameters()) == 85_798_656 + 512 + 768 * 512 + 512 + 8 * (
         12 * 512**2 + 13 * 512) + 2 * 512 + 513 * 768
 

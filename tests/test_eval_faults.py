@@ -119,7 +119,7 @@ def test_public_corruptions_are_read_once_a_process(public, monkeypatch):
 
 ORDER = np.arange(20) % 4
 WRONG = {
-    "another order": np.tile(ORDER[::-1], 5), "shuffled as the images are": np.tile(ORDER[data.shuffled(20)], 5),
+    "another order": np.tile(ORDER[::-1], 5), "shuffled as the images are": np.tile(ORDER[data.fixed_order(20)], 5),
     "beyond the classes": np.tile(ORDER + 4, 5), "floats": np.tile(ORDER, 5).astype(np.float32),
     "one severity alone": np.concatenate([np.tile(ORDER, 4), ORDER[::-1]]), "all one": np.zeros(100, int)}
 
