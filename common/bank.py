@@ -21,15 +21,26 @@ class Bank(nn.Module):
     """`rows` (K, D), unit vectors: at first noise, equal on all ranks given one seed; then the last K keys.
 
     `pointer`, a Python int (one on the device would cost a host sync a step), is the row the next key goes
-    to. Both are in the state dict.
+    to. Both are in the state dict. Raises ValueError for a size or dim below 1, or where there is no memory
+    for the rows, here or on the device they are moved to.
     """
 
     def __init__(self, size, dim):
         super().__init__()
-        if size < 1:
-            raise ValueError(f"bank size {size}: must be at least 1")
-        self.register_buffer("rows", nn.functional.normalize(torch.randn(size, dim), dim=1))
+        if size < 1 or dim < 1:
+            raise ValueError(f"bank size {size} x {dim}: must be at least 1 x 1")
+        try:
+            rows = nn.functional.normalize(torch.randn(size, dim), dim=1)
+        except RuntimeError:  # of the allocator: nothing else can fail
+            raise ValueError(_too_large(size, dim)) from None
+        self.register_buffer("rows", rows)
         self.pointer = 0
+
+    def _apply(self, fn, recurse=True):  # what .to(device) comes to, of this module or of one around it
+        try:
+            return super()._apply(fn, recurse)
+        except torch.OutOfMemoryError:
+            raise ValueError(_too_large(*self.rows.shape)) from None
 
     @torch.no_grad()
     def push(self, keys):
@@ -57,27 +68,41 @@ class Bank(nn.Module):
         self.pointer = pointer
 
 
+def _too_large(size, dim):
+    gib = size * dim * 4 / 2**30
+    return f"bank size {size} x {dim}: needs {gib:.0f} GiB, which cannot be had; lower --bank-size"
+
+
 def bank_logsumexp(q, bank, temperature):
     """y_i = ln sum_j exp(q_i . bank_j / temperature), differentiable (once) in q and in bank.
 
     q (N, D), bank (K, D), any rows (nothing is normalised here) -> (N,). Products are of rows in q's dtype,
     sums and y in fp32 (float64: all through), each gradient in its argument's dtype. Only q, bank and y are
-    kept for backward. Raises ValueError for a temperature that is not positive, an empty bank, rows of
-    different lengths, fp16 (where small probabilities vanish), or a BANK_OP that is unknown or impossible.
+    kept for backward. Raises ValueError for a temperature that is not positive and finite, an empty bank, rows
+    of different lengths, fp16 (where small probabilities vanish), or a BANK_OP that is unknown or impossible.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature {temperature}: must be positive")
-    if q.dim() != 2 or bank.dim() != 2 or q.shape[1] != bank.shape[1] or not len(bank):
-        raise ValueError(f"q {tuple(q.shape)} and bank {tuple(bank.shape)}: must be (N, D) and (K, D), K > 0")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature {temperature}: must be positive and finite")
+    _check_rows(q, bank)
     if q.dtype == torch.float16:
         raise ValueError("q is float16: use bfloat16 or float32")
     return _BankLogSumExp.apply(q, bank, float(temperature))
 
 
+def _check_rows(q, bank):
+    if q.dim() != 2 or bank.dim() != 2 or q.shape[1] != bank.shape[1] or not len(bank):
+        raise ValueError(f"q {tuple(q.shape)} and bank {tuple(bank.shape)}: must be (N, D) and (K, D), K > 0")
+
+
 @torch.no_grad()
 def bank_argmax(q, bank):
-    """For each row of q (N, D) the row of bank (K, D) with the largest inner product, the first of several:
-    (N,) int64. No gradient."""
+    """For each row of q (N, D) the row of bank (K, D) with the largest inner product: (N,) int64, without
+    gradient.
+
+    Where several are largest but for rounding, it is one of them, and which is not promised: a GPU may round
+    the products of equal rows differently. Raises ValueError for an empty bank, or rows of different lengths.
+    """
+    _check_rows(q, bank)
     top = torch.full((len(q),), -torch.inf, dtype=_wide(q), device=q.device)
     index = torch.zeros(len(q), dtype=torch.int64, device=q.device)
     for rows, b in _chunks(q, bank):

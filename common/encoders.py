@@ -40,14 +40,9 @@ def branch(net, name):
     Raises ValueError where a BranchNorm has no such branch, or where all BatchNorms of `net` are plain ones:
     clean and attacked images would share their statistics, and nothing would show it.
     """
-    norms = []
-    plain = False
-    for m in net.modules():  # once: this is on the way of every embedding
-        if isinstance(m, BranchNorm):
-            norms.append(m)
-        elif isinstance(m, nn.modules.batchnorm._BatchNorm):
-            plain = True  # those inside a BranchNorm, too
-    if plain and not norms:
+    modules = list(net.modules())  # one walk: every embedding comes by here
+    norms = [m for m in modules if isinstance(m, BranchNorm)]
+    if not norms and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
         other = "adv" if name == "clean" else name
         branches = f'("clean", "{other}")'
         raise ValueError(f"BN branch {name!r}: this network has plain BatchNorms only; build it by "

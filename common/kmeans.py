@@ -12,10 +12,16 @@ def kmeans(h, k, generator, restarts=3, iterations=100):
     before (k-means++, Arthur & Vassilvitskii 2007), and alternates assignment and means until no label
     changes, or `iterations` times. A cluster that comes out empty is given the row farthest from its centre.
     Random numbers come from `generator`, on the CPU; memory beyond h is about 2^24 numbers. Raises ValueError
-    where k is not from 1 to N.
+    where k is not from 1 to N, a row is not finite, or restarts or iterations are below 1.
     """
     if not 1 <= k <= len(h):
         raise ValueError(f"{k} clusters of {len(h)} rows: must be from 1 to {len(h)}")
+    for name, value in (("restarts", restarts), ("iterations", iterations)):
+        if value < 1:
+            raise ValueError(f"{name} {value}: must be at least 1")
+    bad = (~h.isfinite().all(1)).nonzero()[:, 0]
+    if len(bad):
+        raise ValueError(f"row {bad[0].item()} of {len(h)} is not finite")
     best, best_cost = None, math.inf
     for _ in range(restarts):
         centres, labels = _start(h, k, generator), None

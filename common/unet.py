@@ -10,17 +10,20 @@ class UNet(nn.Module):
     """Images (B, 3, S, S) in [0, 1] -> (B, channels, S, S); normalisation is its first layer.
 
     k = int(log2 S - 1) blocks (3x3 convolution, GroupNorm of 8, ReLU) down and as many up, with `width`
-    channels at first and twice that below; between them an MLP. Raises ValueError where S is below 16 or no
-    multiple of 2^(k - 1), or 8 does not divide `width`.
+    channels at first and twice that below; between them an MLP. `size` is S, in pixels. Raises ValueError
+    where it is below 16 or no multiple of 2^(k - 1), where 8 does not divide `width`, and in `forward` for
+    images of another size.
     """
 
     def __init__(self, channels, width, size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)):
         super().__init__()
+        self.size = size
         k, c = int(math.log2(max(size, 4)) - 1), width
         if size < 16 or size % 2 ** (k - 1):
-            raise ValueError(f"image size {size} of a U-Net: 16 or more, and a multiple of {2 ** (k - 1)}")
+            raise ValueError(f"image size {size} of a U-Net: 16 or more, and a multiple of {2 ** (k - 1)}; "
+                             "choose another --image-size")
         if c < 1 or c % 8:
-            raise ValueError(f"width {c} of a U-Net: must be a multiple of 8")
+            raise ValueError(f"width {c} of a U-Net: must be a multiple of 8; choose another --mask-width")
         side, down, up = size // 2 ** (k - 1), (k - 3) * [c] + 3 * [2 * c], 2 * [2 * c] + (k - 2) * [c]
         joined = [below + skip for below, skip in zip([2 * c, *up], reversed(down))]
 
@@ -39,6 +42,9 @@ class UNet(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, x):
+        if x.shape[2:] != (self.size, self.size):
+            raise ValueError(f"images of {x.shape[2]} x {x.shape[3]}: this U-Net is for {self.size} x "
+                             f"{self.size} (--image-size {self.size})")
         x, skips = (x - self.mean) / self.std, []
         for block in self.down:
             x = block(F.interpolate(x, scale_factor=0.5) if skips else x)

@@ -275,7 +275,8 @@ def test_full_banks_on_a_gpu_use_the_kernels_and_small_ones_do_not(monkeypatch):
 @pytest.mark.parametrize(
     "q, b, T, word",
     [
-        (torch.randn(2, 3), torch.randn(4, 3), 0.0, "temperature"),
+        *((torch.randn(2, 3), torch.randn(4, 3), T, f"temperature {T}: must be positive and finite")
+          for T in (0.0, -0.2, math.nan, math.inf)),
         (torch.randn(2, 3), torch.randn(0, 3), 0.2, "K > 0"),
         (torch.randn(2, 3), torch.randn(4, 5), 0.2, r"\(4, 5\)"),
         (torch.randn(2, 3).half(), torch.randn(4, 3), 0.2, "float16"),
@@ -284,6 +285,51 @@ def test_full_banks_on_a_gpu_use_the_kernels_and_small_ones_do_not(monkeypatch):
 def test_bad_arguments_are_named(q, b, T, word):
     with pytest.raises(ValueError, match=word):
         bank_logsumexp(q, b, T)
+
+
+@pytest.mark.parametrize("q, b", [((2, 3), (0, 3)), ((2, 3), (4, 5)), ((3,), (4, 3)), ((2, 3), (3,))])
+def test_argmax_needs_rows_of_equal_length_and_at_least_one(q, b):
+    with pytest.raises(ValueError, match=r"must be \(N, D\) and \(K, D\), K > 0"):
+        bank_module.bank_argmax(torch.randn(q), torch.randn(b))
+
+
+def test_argmax_of_equal_products_is_one_of_them():
+    q, b = unit(S(4, 6, 0)), unit(S(9, 6, 2))
+    found = bank_module.bank_argmax(q, b.repeat(3, 1))
+    assert (found % 9).tolist() == [2, 0, 1, 2] and found.max() < 27
+
+
+@pytest.mark.parametrize("size, dim, words", [
+    (0, 4, "bank size 0 x 4: must be at least 1 x 1"), (-3, 4, "bank size -3 x 4"), (4, 0, "bank size 4 x 0"),
+    (4, -1, "bank size 4 x -1"),
+    (10**15, 128, f"bank size {10**15} x 128: needs 476837158 GiB, which cannot be had; lower --bank-size"),
+    (10**18, 128, "which cannot be had; lower --bank-size")])  # more bytes than an int64 counts
+def test_a_bank_that_cannot_be_made_is_refused_in_one_line(size, dim, words):
+    with pytest.raises(ValueError, match=f"^.*{words}.*$"):
+        Bank(size, dim)
+
+
+def test_a_bank_that_a_device_has_no_memory_for_is_refused_in_one_line(monkeypatch):
+    """Alone, and as a part of a network; other errors on the way stay as they are."""
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 95.37 GiB")
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no such device")
+
+    bank = Bank(8, 4)
+    monkeypatch.setattr(torch.Tensor, "to", full)
+    for module in (bank, torch.nn.ModuleList([bank])):
+        with pytest.raises(ValueError, match="^bank size 8 x 4: needs 0 GiB, .*; lower --bank-size$"):
+            module.to(torch.float64)
+    monkeypatch.setattr(torch.Tensor, "to", broken)
+    with pytest.raises(RuntimeError, match="no such device"):
+        bank.to(torch.float64)
+
+
+def test_a_bank_moves_as_other_modules_do():
+    bank = Bank(8, 4)
+    assert bank.double() is bank and bank.rows.dtype == torch.float64 and bank.to("meta").rows.is_meta
 
 
 @pytest.mark.parametrize("size", [1, 5, 16])

@@ -51,6 +51,21 @@ def test_no_cluster_is_empty_even_where_rows_repeat():
     assert sorted(kmeans(torch.randn(9, 3, generator=generator()), 9, generator()).tolist()) == list(range(9))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite_are_refused(value):
+    h = torch.rand(20, 2)
+    h[7, 1] = value
+    with pytest.raises(ValueError, match="row 7 of 20 is not finite"):
+        kmeans(h, 3, generator())
+
+
+@pytest.mark.parametrize("how", [dict(restarts=0), dict(iterations=0)])
+def test_no_run_gives_no_labels_and_is_refused(how):
+    (name,) = how
+    with pytest.raises(ValueError, match=f"{name} 0: must be at least 1"):
+        kmeans(torch.rand(20, 2), 3, generator(), **how)
+
+
 @pytest.mark.parametrize("k", [0, 21])
 def test_a_number_of_clusters_that_cannot_be_is_refused(k):
     with pytest.raises(ValueError, match=f"{k} clusters of 20 rows: must be from 1 to 20"):
