@@ -51,9 +51,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import data, encoders, optim, run
-from common.encoders import BranchNorm, branch
+from common import data, dist, encoders, optim, run
+from common.augment import random_color_jitter, random_grayscale, random_resized_crop
+from common.log import Log
 from common.pgd import eval_mode, pgd
+from common.resnet import BranchNorm, branch
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, from the authors' code
 
@@ -70,9 +72,9 @@ VARIANTS = {  # terms of the loss: the kinds of x1 and x2, each of which is also
 # ----------------------------------------------------------------------------------------------------------
 def augment(x, rng, size):
     """One view of the uint8 images x (B, 3, H, W): floats (B, 3, size, size) in [0, 1]. No blur."""
-    x = data.random_resized_crop(x, rng, size, scale=(0.1, 1.0), flip=0.5, filter="bicubic")
-    x = data.random_color_jitter(x, rng, 0.4, 0.4, 0.4, 0.1, p=0.8)
-    x = data.random_grayscale(x, rng, p=0.2)
+    x = random_resized_crop(x, rng, size, scale=(0.1, 1.0), flip=0.5, filter="bicubic")
+    x = random_color_jitter(x, rng, 0.4, 0.4, 0.4, 0.1, p=0.8)
+    x = random_grayscale(x, rng, p=0.2)
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -136,14 +138,14 @@ def train_step(net, opt, x1, x2, noise, args):
         pair = attack(net, x1, x2, noise, kinds, args) if "adv" in kinds else (x1, x2)
         z1, z2 = embed_pair(net, *pair, kinds)
         name = kinds[0] if kinds[0] == kinds[1] else "_".join(kinds)
-        losses[f"loss_{name}"] = nt_xent(run.gather(z1), run.gather(z2), args.temperature)
+        losses[f"loss_{name}"] = nt_xent(dist.gather(z1), dist.gather(z2), args.temperature)
     loss = sum(losses.values()) / len(losses)
 
     opt.zero_grad()
     loss.backward()
-    run.average_grads(net.parameters())
+    dist.average_grads(net.parameters())
     opt.step()
-    run.average_buffers(net)  # else the ranks' running statistics drift apart
+    dist.average_buffers(net)  # else the ranks' running statistics drift apart
     return {"loss": loss, **losses}
 
 
@@ -219,7 +221,7 @@ def main(argv=None):
     if args.compile:
         net.compile()
 
-    log = run.Log(args, env, steps * args.epochs, images)
+    log = Log(args, env, steps * args.epochs, images)
     state = dict(net=net, opt=opt, log=log)
     step = run.resume(args, env, state)
     log.start(step, f"chance loss ln(2B - 1) = {math.log(2 * args.batch_size - 1):.3f}")

@@ -50,8 +50,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import data, encoders, optim, run
+from common import data, dist, encoders, optim, run
+from common.augment import random_color_jitter, random_gaussian_blur, random_grayscale, random_resized_crop
 from common.bank import Bank, bank_argmax, bank_logsumexp
+from common.log import Log
 from common.pgd import eval_mode, pgd
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, from the authors' code
@@ -74,10 +76,10 @@ class GroupedNorm(nn.BatchNorm2d):
 
 def augment(x, rng, side, size, args):
     """One view of the uint8 images x (B, 3, H, W), of `side` where `size` is 224: floats in [0, 1]."""
-    x = data.random_resized_crop(x, rng, round(size * side / 224), scale=CROPS[side], flip=0.5)
-    x = data.random_color_jitter(x, rng, 0.4, 0.4, 0.4, 0.1, p=0.8)
-    x = data.random_grayscale(x, rng, p=0.2)
-    x = data.random_gaussian_blur(x, rng, sigma=(0.1, 2.0), p=0.5 * args.blur, kernel_size=13)
+    x = random_resized_crop(x, rng, round(size * side / 224), scale=CROPS[side], flip=0.5)
+    x = random_color_jitter(x, rng, 0.4, 0.4, 0.4, 0.1, p=0.8)
+    x = random_grayscale(x, rng, p=0.2)
+    x = random_gaussian_blur(x, rng, sigma=(0.1, 2.0), p=0.5 * args.blur, kernel_size=13)
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -146,7 +148,7 @@ def embed_keys(target, x_k, order):
 
 def batch_keys(k, args):
     """For --batch-negatives the keys k (B, 128) of all processes, which call it together; else None."""
-    return run.gather(k) if args.batch_negatives else None
+    return dist.gather(k) if args.batch_negatives else None
 
 
 def train_step(net, target, opt, bank, x_q, x_k, order, noise, args):
@@ -166,11 +168,11 @@ def train_step(net, target, opt, bank, x_q, x_k, order, noise, args):
 
     opt.zero_grad()
     (loss + loss_bank).backward()  # the first has no gradient in the bank, the second none in the network
-    run.average_grads([*net.parameters(), w])
+    dist.average_grads([*net.parameters(), w])
     opt.step()
     bank.rows, bank.velocity = bank_step(w.detach(), bank.velocity, w.grad, args.bank_lr,
                                          args.bank_momentum, args.bank_decay)
-    run.average_buffers(net, target)  # else the ranks' running statistics drift apart
+    dist.average_buffers(net, target)  # else the ranks' running statistics drift apart
     return {"loss": loss, **alarms(triples, loss_bank, w, bank.rows, args)}
 
 
@@ -201,10 +203,10 @@ def fill(net, target, opt, bank, images, size, args, env):
         loss = objective([(embed(net, x1), k, batch_keys(k, args))], bank.rows, args.temperature, args)
         opt.zero_grad()
         loss.backward()
-        run.average_grads(net.parameters())
+        dist.average_grads(net.parameters())
         opt.step()
         bank.push(k)
-    run.average_buffers(net)  # else the ranks' running statistics drift apart
+    dist.average_buffers(net)  # else the ranks' running statistics drift apart
     target.load_state_dict(net.state_dict())
     new = 0  # rows of the bank
     while new < args.bank_size:  # the last batch of an epoch may be short
@@ -306,7 +308,7 @@ def main(argv=None):
     if args.compile:
         net.compile(), target.compile()
 
-    log = run.Log(args, env, steps * args.epochs, images)
+    log = Log(args, env, steps * args.epochs, images)
     state = dict(net=net, target=target, bank=bank, opt=opt, log=log)
     step = run.resume(args, env, state)
     log.start(step, f"chance loss ln(K + 1) = {math.log(args.bank_size + 1):.3f}")

@@ -48,9 +48,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import data, encoders, optim, run
+from common import data, dist, encoders, optim, run
+from common.augment import random_color_jitter, random_grayscale, random_resized_crop, resize
+from common.log import Log, check_spread
 from common.pgd import eval_mode, frozen_stats
 from common.unet import UNet
+from common.vit import VITS, patchify, unpatchify
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's
 
@@ -64,9 +67,9 @@ HEADS = {  # sizes of the layers of projector and predictor
 # ----------------------------------------------------------------------------------------------------------
 def augment(x, rng, size):
     """One view of the uint8 images x (B, 3, H, W): floats (B, 3, size, size) in [0, 1]."""
-    x = data.random_resized_crop(x, rng, size, scale=(0.08, 1.0), flip=0.5)
-    x = data.random_color_jitter(x, rng, 0.8, 0.8, 0.8, 0.2, p=0.8)
-    x = data.random_grayscale(x, rng, p=0.2)
+    x = random_resized_crop(x, rng, size, scale=(0.08, 1.0), flip=0.5)
+    x = random_color_jitter(x, rng, 0.8, 0.8, 0.8, 0.2, p=0.8)
+    x = random_grayscale(x, rng, p=0.2)
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -115,9 +118,9 @@ def byol_loss(p, z):
 def rebuild(net, x):
     """Encoder (a ViT) and decoder of each token: x (B, 3, H, W) -> (B, 3, H, W)."""
     with run.autocast(x.device):
-        tokens = net[0].embed(encoders.patchify(x, net[0].patch)) + net[0].pos_embed[:, 1:]
+        tokens = net[0].embed(patchify(x, net[0].patch)) + net[0].pos_embed[:, 1:]
         patches = net[1](net[0].encode(tokens))[:, 1:]
-    return encoders.unpatchify(patches.to(x.dtype), net[0].patch)
+    return unpatchify(patches.to(x.dtype), net[0].patch)
 
 
 def disagreement(net, target, x1, x2, z1_target, occluded, for_masker, args):
@@ -127,8 +130,8 @@ def disagreement(net, target, x1, x2, z1_target, occluded, for_masker, args):
     if args.objective == "mae":
         return sum((rebuild(net, x) - x1).square().mean() for x in occluded)  # Eq. 11 of the survey
     if args.objective == "simclr":
-        z1 = run.gather(embed(net, x1))
-        return sum(simclr_loss(z1, run.gather(embed(net, x)), args.temperature) for x in occluded)
+        z1 = dist.gather(embed(net, x1))
+        return sum(simclr_loss(z1, dist.gather(embed(net, x)), args.temperature) for x in occluded)
     if args.objective == "byol":
         loss = sum(byol_loss(embed(net, x), z1_target) for x in occluded)
         if for_masker:
@@ -176,10 +179,10 @@ def train_step(net, target, masker, opt, opt_mask, x1, x2, given, pick, tau, arg
     loss = loss_of(masks.detach(), pick[:, 0], False)
     opt.zero_grad()
     loss.backward()
-    run.average_grads(net.parameters())
+    dist.average_grads(net.parameters())
     opt.step()
     nets = [net, target] if target else [net]
-    run.average_buffers(*nets)  # else the ranks' running statistics drift apart
+    dist.average_buffers(*nets)  # else the ranks' running statistics drift apart
     losses = {"loss": loss}
     if given is None:
         with frozen_stats(net):
@@ -187,7 +190,7 @@ def train_step(net, target, masker, opt, opt_mask, x1, x2, given, pick, tau, arg
         penalty = len(views) * mask_penalty(masks)  # of both views, where both are masked
         opt_mask.zero_grad()
         (args.mask_weight * penalty - loss_mask).backward(inputs=list(masker.parameters()))
-        run.average_grads(masker.parameters())
+        dist.average_grads(masker.parameters())
         opt_mask.step()
         losses |= {"loss_mask": loss_mask, "penalty": penalty}
     if target:
@@ -233,8 +236,8 @@ def parser():
 def check(args):
     if args.masks < 2 and args.masker != "none":
         raise ValueError(f"--masks {args.masks}: must be at least 2; a single one would remove everything")
-    if args.objective == "mae" and args.arch not in encoders.VITS:
-        raise ValueError(f"--arch {args.arch}: --objective mae needs one of {', '.join(encoders.VITS)}")
+    if args.objective == "mae" and args.arch not in VITS:
+        raise ValueError(f"--arch {args.arch}: --objective mae needs one of {', '.join(VITS)}")
 
 
 def network(arch, objective, size):
@@ -288,7 +291,7 @@ def main(argv=None):
     if args.compile:
         net[0].compile(), masker.compile()
 
-    log = run.Log(args, env, steps * args.epochs, images)
+    log = Log(args, env, steps * args.epochs, images)
     state = dict(net=net, masker=masker, opt=opt, opt_mask=opt_mask, log=log)
     state |= {"target": target} if target else {}
     step = run.resume(args, env, state)
@@ -309,8 +312,8 @@ def main(argv=None):
             step += 1
         log.check()  # a loss that is not finite stops the run here, not in what follows
         with eval_mode(net), torch.no_grad():
-            z = net[: 1 if args.objective == "mae" else 2](data.resize(sample, size))
-        log.epoch(epoch, step, lr=lr, mask_lr=mask_lr, **run.check_spread(z, args))
+            z = net[: 1 if args.objective == "mae" else 2](resize(sample, size))
+        log.epoch(epoch, step, lr=lr, mask_lr=mask_lr, **check_spread(z, args))
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
             if env.rank == 0:  # before the checkpoint, so that none is missing when the run goes on
                 pictures(out / "masks.png", masker, images, size, args)

@@ -6,7 +6,7 @@ of numbers, delta, shared by all images. The aim is better features, not robustn
 
     paper                       here
     MAE+                        MAEPlus: mask tokens enter before the encoder, which sees all positions
-    p[u, v], g                  Relative.table and relative_index in common.encoders (iRPE, arXiv 2107.14222)
+    p[u, v], g                  Relative.table and relative_index in common.vit (iRPE, arXiv 2107.14222)
     delta in p[g(x), g(y)]      MAEPlus.biases: masked queries i read the offset pos_i - pos_j + delta
     four kinds of delta         --position, --mode; DELTAS
     max over delta              ascend (--adversary persistent) or attack (--adversary pgd)
@@ -48,9 +48,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import data, encoders, optim, run
-from common.encoders import patchify, relative_logits, sincos_at
+from common import data, dist, encoders, optim, run
+from common.augment import random_resized_crop
+from common.log import Log
 from common.pgd import pgd, project, uniform
+from common.vit import (
+    PatchDecoder, check_masked, coordinates, patchify, relative_logits, sincos_at, unpatchify)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in MAE's code
 DELTAS = {  # shape of delta for encoder width D and `widths`, that of a head in each block
@@ -66,7 +69,7 @@ DELTAS = {  # shape of delta for encoder width D and `widths`, that of a head in
 # ----------------------------------------------------------------------------------------------------------
 def augment(x, rng, size, min_scale, crops):
     """Crops of the uint8 images x (B, 3, H, W): floats (crops B, 3, size, size) in [0, 1]."""
-    return torch.cat([data.random_resized_crop(x, rng, size, (min_scale, 1.0), flip=0.5, filter="bicubic")
+    return torch.cat([random_resized_crop(x, rng, size, (min_scale, 1.0), flip=0.5, filter="bicubic")
                       for _ in range(crops)])
 
 
@@ -81,11 +84,11 @@ class MAEPlus(nn.Module):
     def __init__(self, encoder, decoder, position, mode):
         super().__init__()
         self.encoder, self.position, self.mode = encoder, position, mode
-        self.decoder = encoders.PatchDecoder(encoder, *decoder)
+        self.decoder = PatchDecoder(encoder, *decoder)
         self.blocks = [*self.encoder.blocks, *self.decoder.blocks]
         self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.dim))
         nn.init.normal_(self.mask_token, std=0.02)
-        self.register_buffer("at", encoders.coordinates(*encoder.grid).float(), persistent=False)  # (L, 2)
+        self.register_buffer("at", coordinates(*encoder.grid).float(), persistent=False)  # (L, 2)
         widths = [block.attn.d for block in self.blocks]
         self.delta = nn.Parameter(torch.zeros(DELTAS[position, mode](encoder.dim, widths)))
         used = torch.ones(self.delta.shape)
@@ -111,7 +114,7 @@ class MAEPlus(nn.Module):
         return self.mask_token + positions
 
     def biases(self, rows, masked, delta):
-        """For each block, the function from queries to their relative logits (encoders.TransformerBlock)."""
+        """For each block, the function from queries to their relative logits (TransformerBlock)."""
         if delta is None or not rows:
             return [lambda q, r=r: relative_logits(q, r) for r in rows]
         queries, found = F.pad(masked, (1, 0))[:, None, :, None], []  # cls is not masked
@@ -145,13 +148,13 @@ def attack(net, tokens, rows, masked, target, noise, args):
     tokens, rows = tokens.detach(), [r.detach() for r in rows]
 
     def loss(delta):
-        return mae_loss(net(tokens, rows, masked, run.gather(delta)[:len(delta)]), target, masked)
+        return mae_loss(net(tokens, rows, masked, dist.gather(delta)[:len(delta)]), target, masked)
 
     step_size = 5 / 8 * args.radius if args.step_size is None else args.step_size
     zero = torch.zeros_like(noise)
     delta = pgd(loss, zero, args.radius, step_size, args.steps, args.norm,
                 start=args.radius * noise if args.random_start else zero, lo=-torch.inf, hi=torch.inf)
-    return run.gather(delta)[:len(delta)]
+    return dist.gather(delta)[:len(delta)]
 
 
 @torch.no_grad()
@@ -174,7 +177,7 @@ def train_step(net, opt, opt_delta, x, u, noise, args):
 
     opt.zero_grad(), opt_delta.zero_grad()
     loss.backward()  # one backward for the weights, which descend, and for delta, which ascends
-    run.average_grads(net.parameters())
+    dist.average_grads(net.parameters())
     opt.step()
     if args.radius and args.adversary == "persistent":
         ascend(net.delta, opt_delta, args.radius, args.norm)
@@ -255,7 +258,7 @@ def pictures(path, net, images, size, args):
     patches = patchify(augment(x, rng, size, args.min_scale, 1)[:1], net.encoder.patch)
     patches[:, masked] *= 0.3
     zoom = max(1, 256 // size)
-    panels = encoders.unpatchify(patches, net.encoder.patch).repeat(len(net.delta), 1, 1, 1)
+    panels = unpatchify(patches, net.encoder.patch).repeat(len(net.delta), 1, 1, 1)
     panels = F.interpolate(panels, scale_factor=zoom)
     for panel, delta in zip(panels, net.delta):
         for at, green_and_blue in ((net.at, 1.0), (net.at + delta, 0.2)):
@@ -273,7 +276,7 @@ def main(argv=None):
     images = data.load(args.data, args.data_dir, "train", device, args.limit,
                        args.image_size or 32, args.workers)
     size = run.image_size(args, images)
-    encoders.check_masked(args.arch, size, args.decoder, args.mask_ratio)
+    check_masked(args.arch, size, args.decoder, args.mask_ratio)
     steps = data.steps_per_epoch(len(images), args.batch_size, env.world)
 
     net = run.to_device(network(args, size), args, env)
@@ -283,7 +286,7 @@ def main(argv=None):
     if args.compile:
         net.compile()
 
-    log = run.Log(args, env, steps * args.epochs, images)
+    log = Log(args, env, steps * args.epochs, images)
     state = dict(net=net, opt=opt, opt_delta=opt_delta, log=log)
     step = run.resume(args, env, state)
     log.start(step, f"predicting each patch's mean: loss 1 - 1/D = {1 - 1 / (3 * net.encoder.patch**2):.3f}")

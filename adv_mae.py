@@ -48,9 +48,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import data, encoders, optim, run
-from common.encoders import patchify, unpatchify
+from common import data, dist, encoders, optim, run
+from common.augment import random_resized_crop
+from common.log import Log
 from common.pgd import in_ball, pgd
+from common.vit import PatchDecoder, check_masked, patchify, unpatchify
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in MAE's code
 
@@ -60,7 +62,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in MA
 # ----------------------------------------------------------------------------------------------------------
 def augment(x, rng, size):
     """A crop of the uint8 images x (B, 3, H, W): floats (B, 3, size, size) in [0, 1]."""
-    return data.random_resized_crop(x, rng, size, scale=(0.2, 1.0), flip=0.5, filter="bicubic")
+    return random_resized_crop(x, rng, size, scale=(0.2, 1.0), flip=0.5, filter="bicubic")
 
 
 def random_masking(u, ratio):
@@ -85,7 +87,7 @@ class MAE(nn.Module):
 
     def __init__(self, encoder, decoder):
         super().__init__()
-        self.encoder, self.decoder = encoder, encoders.PatchDecoder(encoder, *decoder)
+        self.encoder, self.decoder = encoder, PatchDecoder(encoder, *decoder)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder[0]))
         nn.init.normal_(self.mask_token, std=0.02)
 
@@ -132,7 +134,7 @@ def train_step(net, opt, x, u, noise, args):
 
     opt.zero_grad()
     loss.backward()
-    run.average_grads(net.parameters())
+    dist.average_grads(net.parameters())
     opt.step()
     return {"loss": loss}
 
@@ -224,7 +226,7 @@ def main(argv=None):
     images = data.load(args.data, args.data_dir, "train", device, args.limit,
                        args.image_size or 32, args.workers)
     size = run.image_size(args, images)
-    encoders.check_masked(args.arch, size, args.decoder, args.mask_ratio)
+    check_masked(args.arch, size, args.decoder, args.mask_ratio)
     steps = data.steps_per_epoch(len(images), args.batch_size, env.world)
 
     net = run.to_device(network(args, size), args, env)
@@ -233,7 +235,7 @@ def main(argv=None):
     if args.compile:
         net.compile()
 
-    log = run.Log(args, env, steps * args.epochs, images)
+    log = Log(args, env, steps * args.epochs, images)
     state = dict(net=net, opt=opt, log=log)
     step = run.resume(args, env, state)
     flat = 1 - 1 / (3 * net.encoder.patch**2)

@@ -53,10 +53,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import data, encoders, files, optim, run
-from common.encoders import branch
+from common import data, dist, encoders, files, optim, run
+from common.augment import (
+    random_color_jitter, random_flip, random_grayscale, random_pad_crop, random_resized_crop, resize)
 from common.kmeans import kmeans
+from common.log import Log
 from common.pgd import frozen_stats, pgd
+from common.resnet import branch
 
 BASE_TEMPERATURE = 0.07  # of the authors' code; see above
 VIEWS = ("x1", "x2", "x1+d", "x2+d", "x+d", "xl", "xh")  # "+d": attacked, through BN branch "adv"
@@ -67,9 +70,9 @@ VIEWS = ("x1", "x2", "x1+d", "x2+d", "x+d", "xl", "xh")  # "+d": attacked, throu
 # ----------------------------------------------------------------------------------------------------------
 def strong(x, rng, size):
     """A crop of the uint8 images x (B, 3, H, W): floats (B, 3, size, size) in [0, 1]. No blur."""
-    x = data.random_resized_crop(x, rng, size, scale=(0.2, 1.0), flip=0.5)
-    x = data.random_color_jitter(x, rng, 0.4, 0.4, 0.4, 0.1, p=0.8)
-    x = data.random_grayscale(x, rng, p=0.2)
+    x = random_resized_crop(x, rng, size, scale=(0.2, 1.0), flip=0.5)
+    x = random_color_jitter(x, rng, 0.4, 0.4, 0.4, 0.1, p=0.8)
+    x = random_grayscale(x, rng, p=0.2)
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -77,7 +80,7 @@ def augment(x, rng, size, views):
     """Of uint8 images x (B, 3, H, W): x1, x2, x (B, 3, size, size), and noise (A + 1, B, 3, size, size) in
     [-1, 1] that starts the attack on clusters and those on the A views to attack."""
     x1, x2 = (strong(x, rng, size) for _ in range(2))  # `rng` moves on between them
-    x = data.random_flip(data.random_pad_crop(data.resize(x, size), rng, 4), rng)
+    x = random_flip(random_pad_crop(resize(x, size), rng, 4), rng)
     noise = rng.uniform(1 + sum(name.endswith("+d") for name in views), *x.shape[1:], device=x.device)
     return x1, x2, x, 2 * noise.transpose(0, 1) - 1
 
@@ -153,7 +156,7 @@ def train_step(net, opt, x1, x2, x, labels, clusters, noise, args):
     constants = [v.detach() for v in z]  # batch statistics: they depend on the clean views alone
     x_adv = attack(net, lambda x: contrast(net, x, constants, args.temperature), to_attack, noise[1:], args)
     z += [embed(net, view, "adv") for view in x_adv]
-    loss = loss_con = multiview_loss([run.gather(v) for v in z], args.temperature)
+    loss = loss_con = multiview_loss([dist.gather(v) for v in z], args.temperature)
     losses = {"loss_con": loss_con}
     if clusters:
         x_ce = attack(net, lambda x: cluster_loss(net, x, labels, clusters), x, noise[0], args)
@@ -162,9 +165,9 @@ def train_step(net, opt, x1, x2, x, labels, clusters, noise, args):
 
     opt.zero_grad()
     loss.backward()
-    run.average_grads(net.parameters())
+    dist.average_grads(net.parameters())
     opt.step()
-    run.average_buffers(net)  # else the ranks' running statistics drift apart
+    dist.average_buffers(net)  # else the ranks' running statistics drift apart
     return {"loss": loss, **losses}
 
 
@@ -183,12 +186,12 @@ def pseudo_labels(args, env, images, size):
     if env.rank == 0 and not (path.exists() and encoders.read(path, kind, hint)["made_with"] == made_with):
         with torch.no_grad():
             parts = images.stream(torch.arange(len(images)).split(500))
-            h = torch.cat([teacher(data.resize(x, size)) for x, _ in parts])
+            h = torch.cat([teacher(resize(x, size)) for x, _ in parts])
         h = F.normalize(h, dim=1)  # (N, D)
         generator = torch.Generator().manual_seed(args.seed)
         labels = torch.stack([kmeans(h, k, generator) for k in args.clusters], 1).cpu()
         files.save({"format": kind, "made_with": made_with, "labels": labels}, path)
-    run.barrier()
+    dist.barrier()
     return encoders.read(path, kind, hint)["labels"].to(env.device)
 
 
@@ -285,7 +288,7 @@ def main(argv=None):
     if args.compile:
         net["encoder"].compile()
 
-    log = run.Log(args, env, steps * args.epochs, images)
+    log = Log(args, env, steps * args.epochs, images)
     state = dict(net=net, opt=opt, log=log)
     step = run.resume(args, env, state)
     if clusters:  # only now: another run's labels in this folder must not be overwritten

@@ -55,10 +55,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import data, encoders, optim, run
+from common import data, dist, encoders, optim, run
+from common.augment import random_color_jitter, random_gaussian_blur, random_grayscale, random_resized_crop
 from common.bank import Bank, bank_logsumexp
-from common.encoders import branch
+from common.log import Log
 from common.pgd import eval_mode, pgd
+from common.resnet import branch
 
 MEAN, STD = (0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2617)  # CIFAR-10's, from the authors' code
 
@@ -92,10 +94,10 @@ VARIANTS = {
 # ----------------------------------------------------------------------------------------------------------
 def augment(x, rng, size):
     """One view of the uint8 images x (B, 3, H, W), as in MoCo v2: floats (B, 3, size, size) in [0, 1]."""
-    x = data.random_resized_crop(x, rng, size, scale=(0.2, 1.0), flip=0.5)
-    x = data.random_color_jitter(x, rng, 0.4, 0.4, 0.4, 0.1, p=0.8)
-    x = data.random_grayscale(x, rng, p=0.2)
-    x = data.random_gaussian_blur(x, rng, sigma=(0.1, 2.0), p=0.5, kernel_size=13)
+    x = random_resized_crop(x, rng, size, scale=(0.2, 1.0), flip=0.5)
+    x = random_color_jitter(x, rng, 0.4, 0.4, 0.4, 0.1, p=0.8)
+    x = random_grayscale(x, rng, p=0.2)
+    x = random_gaussian_blur(x, rng, sigma=(0.1, 2.0), p=0.5, kernel_size=13)
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -170,10 +172,10 @@ def train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, args):
 
     opt.zero_grad()
     loss.backward()
-    run.average_grads(net.parameters())
+    dist.average_grads(net.parameters())
     opt.step()
     optim.ema(target, net, args.ema)  # Eq. 3.2
-    run.average_buffers(net, target)  # else the ranks' running statistics drift apart
+    dist.average_buffers(net, target)  # else the ranks' running statistics drift apart
     bank_clean.push(k)
     if v.adv_key or v.extra_key:  # CAC and AAC fill it, and never read it
         bank_adv.push(k_push)
@@ -256,7 +258,7 @@ def main(argv=None):
     if args.compile:
         net.compile(), target.compile()
 
-    log = run.Log(args, env, steps * args.epochs, images)
+    log = Log(args, env, steps * args.epochs, images)
     state = dict(net=net, target=target, bank_clean=bank_clean, bank_adv=bank_adv, opt=opt, log=log)
     step = run.resume(args, env, state)
     log.start(step, f"chance loss ln(K + 1) = {math.log(args.bank_size + 1):.3f}")

@@ -57,7 +57,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import data, encoders, optim, run
+from common import data, dist, encoders, optim, run
+from common.augment import random_color_jitter, random_grayscale, random_resized_crop, random_solarize, resize
+from common.log import Log, check_spread
 from common.pgd import eval_mode, frozen_stats, in_ball, pgd
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's
@@ -69,10 +71,10 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's
 def augment(x, rng, size, solarize):
     """One view of the uint8 images x (B, 3, H, W): floats (B, 3, size, size) in [0, 1]; `solarize` is a
     probability."""
-    x = data.random_resized_crop(x, rng, size, scale=(0.08, 1.0), flip=0.5)
-    x = data.random_color_jitter(x, rng, 0.4, 0.4, 0.2, 0.1, p=0.8)
-    x = data.random_grayscale(x, rng, p=0.2)
-    x = data.random_solarize(x, rng, p=solarize)
+    x = random_resized_crop(x, rng, size, scale=(0.08, 1.0), flip=0.5)
+    x = random_color_jitter(x, rng, 0.4, 0.4, 0.2, 0.1, p=0.8)
+    x = random_grayscale(x, rng, p=0.2)
+    x = random_solarize(x, rng, p=solarize)
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -113,10 +115,10 @@ def train_step(net, target, opt, x1, x2, noise, tau, args):
 
     opt.zero_grad()
     loss.backward()
-    run.average_grads(net.parameters())
+    dist.average_grads(net.parameters())
     opt.step()
     optim.ema(target, net[:2], tau)
-    run.average_buffers(net, target)  # else the ranks' running statistics drift apart
+    dist.average_buffers(net, target)  # else the ranks' running statistics drift apart
     return {"loss": loss, "blind": blind}
 
 
@@ -198,7 +200,7 @@ def main(argv=None):
     if args.compile:
         net.compile(), target.compile()
 
-    log = run.Log(args, env, steps * args.epochs, images)
+    log = Log(args, env, steps * args.epochs, images)
     state = dict(net=net, target=target, opt=opt, log=log)
     step = run.resume(args, env, state)
     sample, _, _ = next(data.batches(images, min(256, len(images)), args.seed, 0))
@@ -218,8 +220,8 @@ def main(argv=None):
             step += 1
         log.check()  # a loss that is not finite stops the run here, not in what follows
         with eval_mode(net), torch.no_grad():
-            z = net[:2](data.resize(sample, size))
-        log.epoch(epoch, step, lr=lr, ema=tau, **run.check_spread(z, args))
+            z = net[:2](resize(sample, size))
+        log.epoch(epoch, step, lr=lr, ema=tau, **check_spread(z, args))
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
             if env.rank == 0:  # before the checkpoint, so that none is missing when the run goes on
                 pictures(out / "views.png", net, target, images, size, args)

@@ -56,8 +56,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import data, encoders, optim, run
+from common import data, dist, encoders, optim, run
+from common.augment import (
+    random_color_jitter, random_gaussian_blur, random_grayscale, random_resized_crop, random_solarize)
 from common.bank import Bank, bank_argmax, bank_logsumexp
+from common.log import Log
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, from the authors' code
 TWO_VIEWS = [  # side where --image-size is 224, area of the crop, saturation, p of blur (--blur), of solarise
@@ -71,11 +74,11 @@ MULTI_CROP = 2 * [(224, (0.14, 1.0), 0.4, 0.5, 0.0)] + 6 * [(96, (0.05, 0.14), 0
 def augment(x, rng, view, size, args):
     """One view of the uint8 images x (B, 3, H, W), a row of the tables above: floats in [0, 1]."""
     side, scale, saturation, blur, solarize = view
-    x = data.random_resized_crop(x, rng, round(size * side / 224), scale=scale, flip=0.5)
-    x = data.random_color_jitter(x, rng, 0.4, 0.4, saturation, 0.1, p=0.8)
-    x = data.random_grayscale(x, rng, p=0.2)
-    x = data.random_gaussian_blur(x, rng, sigma=(0.1, 2.0), p=blur * args.blur, kernel_size=13)
-    return data.random_solarize(x, rng, p=solarize).contiguous(memory_format=torch.channels_last)
+    x = random_resized_crop(x, rng, round(size * side / 224), scale=scale, flip=0.5)
+    x = random_color_jitter(x, rng, 0.4, 0.4, saturation, 0.1, p=0.8)
+    x = random_grayscale(x, rng, p=0.2)
+    x = random_gaussian_blur(x, rng, sigma=(0.1, 2.0), p=blur * args.blur, kernel_size=13)
+    return random_solarize(x, rng, p=solarize).contiguous(memory_format=torch.channels_last)
 
 
 def views(x, rng, size, args):
@@ -148,10 +151,10 @@ def train_step(net, target, opt, bank, x, ema, bank_lr, args):
                         if small else loss_view)
     opt.zero_grad()
     loss.backward()  # the network will descend it, the bank climb
-    run.average_grads([*net.parameters(), w])
+    dist.average_grads([*net.parameters(), w])
     opt.step()
     bank.rows, bank.velocity = bank_step(w.detach(), bank.velocity, w.grad, bank_lr, args.bank_momentum)
-    run.average_buffers(net, target)  # else the ranks' running statistics drift apart
+    dist.average_buffers(net, target)  # else the ranks' running statistics drift apart
     return {"loss": loss, **alarms(*rows, loss_view, w, bank.rows, T)}
 
 
@@ -178,10 +181,10 @@ def fill(net, target, opt, bank, images, size, args, env):
         loss = F.softplus(bank_logsumexp(q, bank.rows, T) - (q * k).sum(1) / T).mean()
         opt.zero_grad()
         loss.backward()
-        run.average_grads(net.parameters())
+        dist.average_grads(net.parameters())
         opt.step()
         bank.push(k)
-    run.average_buffers(net)  # else the ranks' running statistics drift apart
+    dist.average_buffers(net)  # else the ranks' running statistics drift apart
     target.load_state_dict(net.state_dict())
     with torch.no_grad():
         new = 0  # rows of the bank
@@ -275,7 +278,7 @@ def main(argv=None):
     if args.compile:
         net.compile(), target.compile()
 
-    log = run.Log(args, env, steps * args.epochs, images)
+    log = Log(args, env, steps * args.epochs, images)
     state = dict(net=net, target=target, bank=bank, opt=opt, log=log)
     step = run.resume(args, env, state)
     log.start(step, f"chance loss 2 ln K = {2 * math.log(args.bank_size):.3f}")

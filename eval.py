@@ -55,9 +55,12 @@ from torchvision.transforms import v2
 from torchvision.utils import save_image
 
 from common import corruptions, data, encoders, files, optim, run, table
+from common.augment import random_flip, random_pad_crop, random_resized_crop, resize, to_float
 from common.autoattack import autoattack
 from common.deepfool import deepfool
+from common.log import header
 from common.pgd import eval_mode, pgd
+from common.resnet import branch
 
 
 class Preset(NamedTuple):
@@ -242,7 +245,7 @@ def classifier_loss(net, x, y, p, noise):
     """The loss of preset `p` on a batch; `noise` (B, 3, H, W) is uniform in [0, 1) and starts its attack. y
     (B,) or, mixed, (B, classes)."""
     def logits(x, bn):
-        with encoders.branch(net, bn) if p.dual else contextlib.nullcontext():
+        with branch(net, bn) if p.dual else contextlib.nullcontext():
             return net(x)
 
     if p.loss == "clean":
@@ -291,10 +294,10 @@ def optimizer(net, p):
 def augment(x, y, rng, p, mix):
     """A training batch of preset `p` from uint8 images: x (B, 3, H, W) in [0, 1], y as `mix` leaves it."""
     if p.augment == "rrc":
-        x = data.random_resized_crop(x, rng, x.shape[2], scale=(0.08, 1.0), flip=0.5, filter="bicubic")
+        x = random_resized_crop(x, rng, x.shape[2], scale=(0.08, 1.0), flip=0.5, filter="bicubic")
     elif p.augment != "none":
-        x = data.random_flip(data.random_pad_crop(data.to_float(x), rng, 4, p.augment), rng)
-    x, y = mix(data.to_float(x), y)
+        x = random_flip(random_pad_crop(to_float(x), rng, 4, p.augment), rng)
+    x, y = mix(to_float(x), y)
     return x.contiguous(memory_format=torch.channels_last), y
 
 
@@ -394,7 +397,7 @@ def load_classifier(path):
 def in_order(images, batch_size=500, limit=None):
     """Yield `(x, y)` over all images, or the first `limit`; x float in [0, 1]."""
     for x, y in images.stream(torch.arange(min(len(images), limit or len(images))).split(batch_size)):
-        yield data.to_float(x).contiguous(memory_format=torch.channels_last), y
+        yield to_float(x).contiguous(memory_format=torch.channels_last), y
 
 
 def check_finite(values, net, what):
@@ -870,7 +873,7 @@ def resized(images, size):
     """The data set `images`, on the device, at side `size`."""
     if size is None or not hasattr(images, "x") or images.x.shape[2:] == (size, size):
         return images
-    parts = [(data.resize(x, size) * 255).round().to(torch.uint8) for x in images.x.split(1000)]
+    parts = [(resize(x, size) * 255).round().to(torch.uint8) for x in images.x.split(1000)]
     return data.Images(torch.cat(parts), images.y, images.classes)
 
 
@@ -1064,7 +1067,7 @@ def evaluate(path, name, args, env, sets, source=None):
             found |= {k: v for k, v in how.items() if v is not None}
             line = key | {"results": {attack: found}, "train_images": len(sets.train), "path": str(path),
                           "epoch": "best on held-out images" if p and p.validation else "last",
-                          "seconds": round(time.time() - began, 1), **run.header(args, env)}
+                          "seconds": round(time.time() - began, 1), **header(args, env)}
             files.append_json_line(path.parent / "eval.jsonl", line)
         results[name, attack] = found
         print(f"{path} {name} {attack}: {table.cell([found])}", flush=True)

@@ -10,6 +10,7 @@ import re
 import torch
 
 from common import data, encoders, files, run, table
+from common.augment import resize
 
 
 def losses(folder):
@@ -74,7 +75,7 @@ def features(path, args):
     h = []
     labels = []
     for x, y in images.stream(rows.split(500)):
-        h.append(encoder(data.resize(x, size)))
+        h.append(encoder(resize(x, size)))
         labels.append(y)
     h = torch.cat(h)
     if not h.isfinite().all():

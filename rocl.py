@@ -57,7 +57,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import data, encoders, optim, run
+from common import data, dist, encoders, optim, run
+from common.augment import random_color_jitter, random_grayscale, random_resized_crop, to_float
+from common.log import Log
 from common.pgd import eval_mode, pgd
 
 
@@ -66,9 +68,9 @@ from common.pgd import eval_mode, pgd
 # ----------------------------------------------------------------------------------------------------------
 def augment(x, rng, size):
     """One view of the uint8 images x (B, 3, H, W): floats (B, 3, size, size) in [0, 1]; the crop is last."""
-    x = data.random_color_jitter(data.to_float(x), rng, 0.4, 0.4, 0.4, 0.1, p=0.8)
-    x = data.random_grayscale(x, rng, p=0.2)
-    x = data.random_resized_crop(x, rng, size, scale=(0.08, 1.0), flip=0.5)
+    x = random_color_jitter(to_float(x), rng, 0.4, 0.4, 0.4, 0.1, p=0.8)
+    x = random_grayscale(x, rng, p=0.2)
+    x = random_resized_crop(x, rng, size, scale=(0.08, 1.0), flip=0.5)
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -112,7 +114,7 @@ def attack(net, x1, x2, noise, args):
 def train_step(net, opt, x1, x2, noise, args):
     """One iteration on two views (B, 3, S, S); `noise`, of their shape and in [-1, 1], starts the attack."""
     def loss_of(*views):
-        return nt_xent([run.gather(z) for z in embed(net, *views)], args.temperature)
+        return nt_xent([dist.gather(z) for z in embed(net, *views)], args.temperature)
 
     x_adv = attack(net, x1, x2, noise, args)
     losses = {}
@@ -123,9 +125,9 @@ def train_step(net, opt, x1, x2, noise, args):
 
     opt.zero_grad()
     loss.backward()
-    run.average_grads(net.parameters())
+    dist.average_grads(net.parameters())
     opt.step()
-    run.average_buffers(net)  # else the ranks' running statistics drift apart
+    dist.average_buffers(net)  # else the ranks' running statistics drift apart
     return {"loss": loss, **losses}
 
 
@@ -201,7 +203,7 @@ def main(argv=None):
     if args.compile:
         net.compile()
 
-    log = run.Log(args, env, steps * args.epochs, images)
+    log = Log(args, env, steps * args.epochs, images)
     state = dict(net=net, opt=opt, log=log)
     step = run.resume(args, env, state)
     chance = 2 * math.log(3 * args.batch_size - 1), math.log(2 * args.batch_size - 1)

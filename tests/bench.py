@@ -38,6 +38,7 @@ import amoc
 import byorl
 import caco
 import rocl
+from common import augment, log, shapes
 from common import autoattack as aa
 from common import data, encoders, optim, run
 from common.bank import Bank
@@ -176,7 +177,7 @@ class TwoViews(torch.utils.data.Dataset):
 def augment(s):
     """An epoch of each: by worker processes that live already, and by `data.batches` in this process."""
     workers, batch = 2 if s.flush is None else os.cpu_count(), 32 if s.quick else 256
-    x, y, _ = data.shapes(batch if s.quick else 4 * batch, seed=0)
+    x, y, _ = shapes.shapes(batch if s.quick else 4 * batch, seed=0)
     x, y = x.repeat(workers, 1, 1, 1), y.repeat(workers)
     images = data.Images(x.to(s.device), y.to(s.device), 10)
     loader = torch.utils.data.DataLoader(TwoViews(x), batch, num_workers=workers, persistent_workers=True)
@@ -598,7 +599,7 @@ def robust_classifier(s):
     images = data.load("shapes", device=s.device, limit=128 if s.quick else None)
     for epoch in range(1 if s.quick else 2):
         for x, y, _ in data.batches(images, 64, 0, epoch):
-            x = data.to_float(x)
+            x = augment.to_float(x)
             with eval_mode(net):
                 x = pgd(lambda v, y=y: F.cross_entropy(net(v), y), x, 4 / 255, 3 / 255, 2)
             loss = F.cross_entropy(net(x), y)
@@ -615,7 +616,7 @@ def autoattack(s):
         pyautoattack = None
     net, eps = robust_classifier(s), 8 / 255
     n = 4 if s.quick else 64 if s.flush is None else 1000
-    x = data.to_float(data.load("shapes", split="test", device=s.device, limit=n).x)
+    x = augment.to_float(data.load("shapes", split="test", device=s.device, limit=n).x)
     last = x.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         net(last)
@@ -680,7 +681,7 @@ def main(argv=None):
     flush = torch.empty(2**28, dtype=torch.uint8, device=device) if cuda else None
     s = Setting(device, *size, args.quick, flush)
     threads = f", {torch.get_num_threads()} CPU threads" if cuda else ""
-    print(f"{run.header(args, run.Env(device, 0, 1))['device']}{threads}; torch {torch.__version__}")
+    print(f"{log.header(args, run.Env(device, 0, 1))['device']}{threads}; torch {torch.__version__}")
     for name in args.sections or SECTIONS:
         SECTIONS[name](s)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import adios
-from common import data, run
+from common import augment, data, run, shapes
 from common.unet import UNet
 
 
@@ -44,8 +44,8 @@ def measure(out, n=1000):
     size = args.image_size or 32
     masker = UNet(args.masks, args.mask_width, size, adios.MEAN, adios.STD)
     masker.load_state_dict(saved["state"]["masker"])
-    x, _, covered = data.shapes(n, seed=2)
-    x, figure = data.resize(x, size), F.interpolate(covered[:, None], 2 * [size])[:, 0] > 0.5
+    x, _, covered = shapes.shapes(n, seed=2)
+    x, figure = augment.resize(x, size), F.interpolate(covered[:, None], 2 * [size])[:, 0] > 0.5
     random = adios.control(data.Rng((args.seed,), n, slice(n)), size, args, "cpu")[:n]
     square = max(best_iou(m.expand(n, -1, -1, -1), figure) for m in squares(size))
     return {"masker": best_iou(adios.propose(masker, x), figure), "random": best_iou(random, figure), "square": square}

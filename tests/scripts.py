@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 
-from common import encoders
+from common import vit
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -59,5 +59,5 @@ def read_flags(script, *flags):
     if hasattr(script, "check"):
         script.check(args)
     if hasattr(args, "mask_ratio"):
-        encoders.check_masked(args.arch, args.image_size or 32, args.decoder, args.mask_ratio)
+        vit.check_masked(args.arch, args.image_size or 32, args.decoder, args.mask_ratio)
     return args

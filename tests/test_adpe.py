@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import adpe
-from common import data, encoders
-from common.encoders import lookup, relative_index
+from common import data, encoders, shapes, vit
+from common.vit import lookup, relative_index
 from tests.processes import in_two_processes
 from tests.scripts import read_flags
 
@@ -85,7 +85,7 @@ def test_the_lookup_equals_printed_values_and_slow_loops_with_its_gradients():
 
 
 def centre(table, delta=(0.0, 0.0)):
-    at = encoders.coordinates(3, 3)
+    at = vit.coordinates(3, 3)
     return lookup(table, relative_index(at[4] - at + delta if isinstance(delta, torch.Tensor)
                                         else at[4] - at + tensor(*delta)))
 
@@ -94,7 +94,7 @@ def test_a_query_reads_the_table_as_printed():
     assert centre(PLAIN)[0].tolist() == [32, 31, 30, 25, 24, 23, 18, 17, 16]
     assert centre(PLAIN, (1, 0))[0].tolist() == pytest.approx(
         [38.62806924, 37.62806924, 36.62806924, 32, 31, 30, 25, 24, 23], abs=6e-9)
-    at = encoders.coordinates(8, 8)
+    at = vit.coordinates(8, 8)
     everything = lookup(PLAIN, relative_index(at[:, None] - at))
     assert everything.sum().item() == pytest.approx(98304, rel=1e-12)
     assert everything.square().sum().item() == pytest.approx(3209781.174, rel=1e-9)
@@ -164,14 +164,14 @@ def real(*flags, trained=True):
             for name, p in net.named_parameters():
                 if "relative" in name:
                     p.normal_(std=0.3)
-    x, y, _ = data.shapes(4, seed=0)
+    x, y, _ = shapes.shapes(4, seed=0)
     x, _, rng = next(data.batches(data.Images(x, y, 10), 4, 0, 0))
     x = adpe.augment(x, rng, 16, 0.2, args.crops)
     return net, x, *adpe.random_numbers(rng, net, args, "cpu"), args
 
 
 def parts(net, x, order, args):
-    patches = encoders.patchify(x, 4)
+    patches = vit.patchify(x, 4)
     return net.tokens(patches), net.rows(), adpe.random_mask(order, args.mask_ratio), net.encoder.normalise(patches)
 
 
@@ -218,8 +218,8 @@ def test_delta_enters_at_masked_tokens_only_as_in_slow_loops(position, mode):
     net, x, order, _, args = real(*form(position, mode))
     net, x, delta = net.double(), x[:1].double(), random_delta(net).double()
     tokens, rows, masked, _ = parts(net, x, order[:1], args)
-    D, L, at = 96, 16, encoders.coordinates(4, 4)
-    clean, h = encoders.sincos_2d(D, 4), [net.encoder.cls_token[0, 0]]
+    D, L, at = 96, 16, vit.coordinates(4, 4)
+    clean, h = vit.sincos_2d(D, 4), [net.encoder.cls_token[0, 0]]
     for i in range(L):
         if not masked[0, i]:
             h.append(tokens[0, i])
@@ -228,7 +228,7 @@ def test_delta_enters_at_masked_tokens_only_as_in_slow_loops(position, mode):
         elif mode == "embedding":
             h.append(net.mask_token[0, 0] + clean[i] + delta[0])
         else:
-            h.append(net.mask_token[0, 0] + encoders.sincos_at(at[i] + delta[0], D))
+            h.append(net.mask_token[0, 0] + vit.sincos_at(at[i] + delta[0], D))
     h = torch.stack(h)
     for n, block in enumerate(net.blocks):
         if n == 4:
@@ -316,7 +316,7 @@ def test_constants_of_the_attack_change_no_bit():
     fast = adpe.attack(net, tokens, rows, masked, target, start, args)
 
     def again(delta):
-        return adpe.mae_loss(net(net.tokens(encoders.patchify(x, 4)), net.rows(), masked, delta), target, masked)
+        return adpe.mae_loss(net(net.tokens(vit.patchify(x, 4)), net.rows(), masked, delta), target, masked)
 
     slow = adpe.pgd(again, torch.zeros_like(start), 1.0, 0.625, 2, start=start, lo=-math.inf, hi=math.inf)
     assert torch.equal(fast, slow)
@@ -361,8 +361,8 @@ def test_the_exported_encoder_is_the_clean_one(position, tmp_path):
     saved = torch.load(tmp_path / "encoder.pt", weights_only=True)["state"]
     assert any("relative" in key for key in saved) == (position == "relative") and "delta" not in saved
     x = torch.rand(2, 3, 16, 16)
-    tokens, rows = net.tokens(encoders.patchify(x, 4)), net.rows()
-    biases = [lambda q, r=r: encoders.relative_logits(q, r) for r in rows]
+    tokens, rows = net.tokens(vit.patchify(x, 4)), net.rows()
+    biases = [lambda q, r=r: vit.relative_logits(q, r) for r in rows]
     want = net.encoder.encode(tokens, biases)[:, 1:].mean(1)
     torch.testing.assert_close(encoders.load_encoder(tmp_path / "encoder.pt")(x), want, rtol=1e-4, atol=1e-5)
 
@@ -370,7 +370,7 @@ def test_the_exported_encoder_is_the_clean_one(position, tmp_path):
 @pytest.mark.parametrize("position, mode", FORMS)
 def test_every_form_has_its_picture(position, mode, tmp_path):
     net, *_, args = real(*form(position, mode))
-    x, y, _ = data.shapes(4, seed=0)
+    x, y, _ = shapes.shapes(4, seed=0)
     for name in ("a", "b"):
         adpe.pictures(
             tmp_path / f"{name}.png", net, data.Images(x, y, 10), args.image_size, args)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import adv_mae
-from common import data, optim
-from common.encoders import patchify
+from common import augment, data, optim, shapes
+from common.vit import patchify
 from common.pgd import pgd
 from tests.scripts import read_flags
 
@@ -126,9 +126,9 @@ def real(*flags):
     args = arguments("--arch", "vit_slim", "--decoder", "32", "2", "2", *flags)
     torch.manual_seed(0)
     net = adv_mae.network(args, 32)
-    x, y, _ = data.shapes(8, seed=0)
+    x, y, _ = shapes.shapes(8, seed=0)
     _, _, rng = next(data.batches(data.Images(x, y, 10), 8, 0, 0))
-    return net, data.to_float(x), *adv_mae.random_numbers(rng, net.encoder, args, "cpu"), args
+    return net, augment.to_float(x), *adv_mae.random_numbers(rng, net.encoder, args, "cpu"), args
 
 
 def parts(net, x, order, args):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import advcl
-from common import data, encoders, run
+from common import data, encoders, run, shapes
 from common.pgd import frozen_stats, pgd
 from tests.recipes import X, Z, unit
 from tests.scripts import read_flags
@@ -250,7 +250,7 @@ def setting(tmp_path, *flags, limit=None):
     torch.manual_seed(3)
     encoders.export(encoders.make("slim"), tmp_path / "teacher.pt")
     args = arguments("--teacher", str(tmp_path / "teacher.pt"), "--clusters", "2", "5", "--out", str(tmp_path), *flags)
-    x, y, _ = data.shapes(60, seed=4)
+    x, y, _ = shapes.shapes(60, seed=4)
     return args, run.Env(torch.device("cpu"), 0, 1), data.Images(x[:limit], y[:limit], 10)
 
 

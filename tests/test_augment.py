@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from common import data
+from common import augment, data
+from tests.scripts import SCRIPTS
 
 
 def pictures(n=32, side=40):
@@ -112,7 +113,7 @@ every_augmentation = pytest.mark.parametrize("which", AUGMENTATIONS)
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The calls of data.random_*: their name, the numbers they got, the pixels that came in and went out."""
+    """The scripts' calls of augment.random_*: their name, the numbers they got, the pixels that came in and went out."""
     found = []
 
     def watch(name, function):
@@ -126,9 +127,10 @@ def calls(monkeypatch):
             found.append((name, numbers, x, out.clone()))
             return out
 
-        monkeypatch.setattr(data, name, called)
+        for script in SCRIPTS:
+            monkeypatch.setattr(importlib.import_module(script), name, called, raising=False)
 
-    for name, function in list(vars(data).items()):
+    for name, function in list(vars(augment).items()):
         if name.startswith("random_") and callable(function):
             watch(name, function)
     return found
@@ -142,11 +144,11 @@ def test_a_view_is_made_by_these_calls_in_this_order(which, calls):
     assert [name for name, *_ in calls] == [name for view in table for name, _ in view]
     assert len(views) == len(table)
     for view, wanted in zip(views, table):
-        before = data.resize(x, 32) if wanted is WEAK else x
+        before = augment.resize(x, 32) if wanted is WEAK else x
         for name, numbers in wanted:
             _, given, came_in, went_out = calls.pop(0)
             assert given == pytest.approx(numbers) if name != "random_resized_crop" else same_crop(given, numbers)
-            assert torch.equal(data.to_float(came_in), data.to_float(before))
+            assert torch.equal(augment.to_float(came_in), augment.to_float(before))
             before = went_out
         assert torch.equal(view, before)
         assert view.dtype == torch.float32 and view.min() >= -1e-6 and view.max() <= 1 + 1e-6
@@ -222,7 +224,7 @@ def test_all_offsets_of_a_padded_crop_occur_equally_often(padding, mode):
     n, side, middle = 200 * count**2, 13, 6
     x = torch.zeros(n, 1, side, side, dtype=torch.uint8)
     x[:, :, middle, middle] = 255
-    out = data.random_pad_crop(x, rng(n), padding, mode)
+    out = augment.random_pad_crop(x, rng(n), padding, mode)
     assert out.shape == x.shape and out.dtype == torch.float32
     at = out[:, 0].flatten(1).argmax(1)
     assert (out.sum((1, 2, 3)) == 1).all()
@@ -237,7 +239,7 @@ def test_blur_has_a_sigma_of_its_own_for_each_image_throughout_its_range():
     n = 4000
     x = torch.zeros(n, 3, 15, 15)
     x[:, :, 7, 7] = 1
-    out = data.random_gaussian_blur(x, rng(n), sigma=(0.3, 2.0), p=0.75, kernel_size=13)
+    out = augment.random_gaussian_blur(x, rng(n), sigma=(0.3, 2.0), p=0.75, kernel_size=13)
     ratio = out[:, :, 7, 8] / out[:, :, 7, 7]
     blurred = ratio[:, 0] > 0
     assert abs(blurred.double().mean() - 0.75) < 4 * (0.75 * 0.25 / n) ** 0.5
@@ -253,14 +255,14 @@ def test_blur_has_a_sigma_of_its_own_for_each_image_throughout_its_range():
 def test_blur_reaches_as_far_as_its_kernel_and_loses_no_light(kernel_size):
     x = torch.zeros(8, 3, 31, 31)
     x[:, :, 15, 15] = 1
-    out = data.random_gaussian_blur(x, rng(8), sigma=(5, 6), p=1, kernel_size=kernel_size)
+    out = augment.random_gaussian_blur(x, rng(8), sigma=(5, 6), p=1, kernel_size=kernel_size)
     lit = (out[:, 0] > 0).any(0)
     assert lit.any(0).sum() == lit.any(1).sum() == kernel_size and lit.sum() == kernel_size**2
     torch.testing.assert_close(out.sum((2, 3)), torch.ones(8, 3))
 
 
 def jittered(x, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, p=1.0):
-    return data.random_color_jitter(x, rng(len(x)), brightness, contrast, saturation, hue, p)
+    return augment.random_color_jitter(x, rng(len(x)), brightness, contrast, saturation, hue, p)
 
 
 def test_brightness_multiplies_by_what_is_uniform_about_one():
@@ -300,26 +302,26 @@ def test_jitter_of_probability_p_leaves_the_other_images_as_they_are():
 def test_a_flip_mirrors_a_share_p_left_to_right_and_nothing_else(p):
     n = 4000
     x = torch.randint(256, (n, 3, 6, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    out = data.random_flip(data.to_float(x), rng(n), p)
-    mirrored = (out == data.to_float(x.flip(3))).flatten(1).all(1)
-    same = (out == data.to_float(x)).flatten(1).all(1)
+    out = augment.random_flip(augment.to_float(x), rng(n), p)
+    mirrored = (out == augment.to_float(x.flip(3))).flatten(1).all(1)
+    same = (out == augment.to_float(x)).flatten(1).all(1)
     assert (mirrored | same).all() and not (mirrored & same).any()
     assert abs(mirrored.double().mean() - p) < 4 * (p * (1 - p) / n) ** 0.5 + 1e-9
 
 
 def test_a_flip_is_of_half_of_the_images_unless_told_otherwise():
-    x = data.to_float(pictures(1000, 6))
-    out = data.random_flip(x, rng(1000))
+    x = augment.to_float(pictures(1000, 6))
+    out = augment.random_flip(x, rng(1000))
     assert 0.43 < (out != x).flatten(1).any(1).double().mean() < 0.57
 
 
 def test_solarize_inverts_from_half_up_and_grayscale_weighs_the_channels():
     x = torch.tensor([0.2, 0.5, 0.9]).view(1, 3, 1, 1).expand(2000, 3, 2, 2)
-    out = data.random_solarize(x, rng(2000), 0.2)
+    out = augment.random_solarize(x, rng(2000), 0.2)
     changed = (out != x).flatten(1).any(1)
     assert abs(changed.double().mean() - 0.2) < 4 * (0.2 * 0.8 / 2000) ** 0.5
     torch.testing.assert_close(out[changed][0, :, 0, 0], torch.tensor([0.2, 0.5, 0.1]))
-    out = data.random_grayscale(x, rng(2000), 0.3)
+    out = augment.random_grayscale(x, rng(2000), 0.3)
     changed = (out != x).flatten(1).any(1)
     assert abs(changed.double().mean() - 0.3) < 4 * (0.3 * 0.7 / 2000) ** 0.5
     grey = 0.2989 * 0.2 + 0.587 * 0.5 + 0.114 * 0.9
@@ -329,9 +331,9 @@ def test_solarize_inverts_from_half_up_and_grayscale_weighs_the_channels():
 def test_two_draws_of_one_rng_differ_and_a_draw_of_an_equal_one_does_not():
     x = pictures()
     first, second = rng(len(x)), rng(len(x))
-    a, b = (data.random_resized_crop(x, first, 16, scale=(0.2, 1.0)) for _ in range(2))
+    a, b = (augment.random_resized_crop(x, first, 16, scale=(0.2, 1.0)) for _ in range(2))
     assert (a != b).flatten(1).any(1).all()
-    assert torch.equal(a, data.random_resized_crop(x, second, 16, scale=(0.2, 1.0)))
+    assert torch.equal(a, augment.random_resized_crop(x, second, 16, scale=(0.2, 1.0)))
 
 
 # ----------------------------------------------------------------------------------------------------------

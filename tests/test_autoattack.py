@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common import augment, shapes
 from common import autoattack as aa
 from common import data, encoders
 from common.autoattack import autoattack
@@ -25,8 +26,8 @@ def trained():
     net = nn.Sequential(
         nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(),
         nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
-    x, y, _ = data.shapes(3000, seed=0)
-    x = F.avg_pool2d(data.to_float(x), 2)
+    x, y, _ = shapes.shapes(3000, seed=0)
+    x = F.avg_pool2d(augment.to_float(x), 2)
     opt = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
     for i in range(300):
         rows = torch.randint(3000, (64,), generator=torch.Generator().manual_seed(i))
@@ -36,8 +37,8 @@ def trained():
         F.cross_entropy(net((v + 2 / 255 * g.sign()).clamp(0, 1).detach()), w).backward()
         opt.step()
     net.eval().zero_grad()
-    x, y, _ = data.shapes(100, seed=1)
-    x = F.avg_pool2d(data.to_float(x), 2)
+    x, y, _ = shapes.shapes(100, seed=1)
+    x = F.avg_pool2d(augment.to_float(x), 2)
     rows = (~fooled(net, x, y)).nonzero().squeeze(1)[:N]
     assert len(rows) == N
     return net, x[rows], y[rows]
@@ -304,7 +305,7 @@ def test_encoders_are_folded(arch, branches):
     torch.manual_seed(0)
     encoder = encoders.make(arch, branches)
     net = nn.Sequential(encoder, nn.Linear(encoder.dim, 10))
-    x = data.to_float(data.shapes(24, seed=2)[0])
+    x = augment.to_float(shapes.shapes(24, seed=2)[0])
     with torch.no_grad():
         net(x)  # statistics
     net.eval()

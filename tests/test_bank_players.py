@@ -6,7 +6,7 @@ import torch
 
 import adco
 import caco
-from common import data, run
+from common import augment, data, run, shapes
 
 pytestmark = pytest.mark.parametrize("script", [adco, caco])
 
@@ -18,7 +18,7 @@ def setting(script, *flags):
     net = script.network("slim")
     target = copy.deepcopy(net).requires_grad_(False)
     opt = torch.optim.SGD(net.parameters(), 0.01)
-    x, y, _ = data.shapes(28, seed=0)
+    x, y, _ = shapes.shapes(28, seed=0)
     return net, target, opt, script.make_bank(args.bank_size, 128), data.Images(x, y, 10), args
 
 
@@ -26,7 +26,7 @@ def test_a_bank_made_for_a_step_is_all_that_the_step_needs(script):
     net, target, opt, bank, images, args = setting(script, "--bank-size", "8")
     assert bank.state_dict().keys() == {"rows", "velocity", "_extra_state"}
     assert bank.velocity.shape == (8, 128) and not bank.velocity.any()
-    x = data.to_float(images.x[:16])
+    x = augment.to_float(images.x[:16])
     rest = ([x], [x], torch.arange(16), None, args) if script is adco else ([x, x], 0.9, 0.3, args)
     script.train_step(net, target, opt, bank, *rest)
     assert bank.velocity.norm(dim=1).min() > 0

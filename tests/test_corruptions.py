@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from common import corruptions, data
+from common import augment, corruptions, shapes
 from common.corruptions import LIKE, corrupt, plasma, read
 
-x0 = data.to_float(data.shapes(24, seed=0)[0])
+x0 = augment.to_float(shapes.shapes(24, seed=0)[0])
 flat = torch.full((64, 3, 32, 32), 0.5)
 
 

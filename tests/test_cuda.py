@@ -8,7 +8,7 @@ import torch
 
 import acl
 import amoc
-from common import run
+from common import log, run
 from common.autoattack import autoattack
 from tests.scripts import SCRIPTS, TINY, tiny_npz
 from tests.test_autoattack import EPS, N, trained
@@ -26,7 +26,7 @@ RUNS = [*((script, []) for script in SCRIPTS), *(("amoc", ["--variant", v]) for 
 @pytest.mark.parametrize("script, more", RUNS)
 def test_a_step_waits_for_nothing_and_its_loss_is_finite(device, script, more, tmp_path, monkeypatch):
     """From the second step of an epoch (the first may set things up) until its line in the log."""
-    end = run.Log.epoch
+    end = log.Log.epoch
 
     def begin(args, env, state, step):
         torch.cuda.set_sync_debug_mode("error" if step % 3 else "default")
@@ -36,7 +36,7 @@ def test_a_step_waits_for_nothing_and_its_loss_is_finite(device, script, more, t
         end(*args, **values)
 
     monkeypatch.setattr(run, "interrupted", begin)
-    monkeypatch.setattr(run.Log, "epoch", epoch)
+    monkeypatch.setattr(log.Log, "epoch", epoch)
     npz, out = tiny_npz(tmp_path / "tiny.npz"), tmp_path / "run"
     try:
         importlib.import_module(script).main(

@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision import datasets, transforms
 from torchvision.transforms import functional as tv
 
-from common import data, run
+from common import augment, data, run, shapes
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +50,8 @@ def test_resized_crop_is_torchvisions_for_boxes_from_one_pixel_to_the_whole_imag
     mode = transforms.InterpolationMode(filter)
     want = [tv.resized_crop(i, *map(int, box), [size, size], mode, antialias=True).clamp(0, 1)
             for i, *box in zip(x, top, left, height, width)]
-    close(data.resized_crop(x, top, left, height, width, size, filter=filter), want)
-    close(data.resized_crop(x, top, left, height, width, size, mirrored, filter),
+    close(augment.resized_crop(x, top, left, height, width, size, filter=filter), want)
+    close(augment.resized_crop(x, top, left, height, width, size, mirrored, filter),
           [tv.hflip(i) if m else i for i, m in zip(want, mirrored)])
 
 
@@ -69,56 +69,56 @@ def test_color_jitter_is_torchvisions_in_all_24_orders(dtype):
             image = functions[op](image, factors[op][i].item())
         want.append(image.to(dtype))
     given = x.to(dtype)
-    close(data.color_jitter(given, *factors, orders), want)
+    close(augment.color_jitter(given, *factors, orders), want)
     assert torch.equal(given, x.to(dtype))  # the argument is not changed
 
 
 def test_adjust_hue_is_torchvisions_over_the_whole_circle():
     x = pictures(21)
     turn = torch.linspace(-0.5, 0.5, 21)[torch.randperm(21, generator=torch.Generator().manual_seed(0))]
-    close(data.adjust_hue(x, turn), [tv.adjust_hue(i.double(), t.item()).float() for i, t in zip(x, turn)])
-    assert torch.equal(data.adjust_hue(x[:3], turn[:3]), x[:3])  # grey has no hue
+    close(augment.adjust_hue(x, turn), [tv.adjust_hue(i.double(), t.item()).float() for i, t in zip(x, turn)])
+    assert torch.equal(augment.adjust_hue(x[:3], turn[:3]), x[:3])  # grey has no hue
 
 
 def test_grayscale_solarize_and_flip_are_torchvisions_and_leave_the_other_images_alone():
     x, where = pictures(8), torch.arange(8) % 3 > 0
     x[4, :, 0] = 0.25  # at the threshold
-    for ours, theirs in [(data.grayscale, lambda i: tv.rgb_to_grayscale(i, 3)),
-                         (data.solarize, lambda i: tv.solarize(i, 0.5)), (data.flip, tv.hflip)]:
+    for ours, theirs in [(augment.grayscale, lambda i: tv.rgb_to_grayscale(i, 3)),
+                         (augment.solarize, lambda i: tv.solarize(i, 0.5)), (augment.flip, tv.hflip)]:
         close(ours(x, where), [theirs(i) if w else i for i, w in zip(x, where)], 1e-6)
         assert torch.equal(ours(x, where)[~where], x[~where])
-    close(data.solarize(x, where, 0.25), [tv.solarize(i, 0.25) if w else i for i, w in zip(x, where)], 0)
+    close(augment.solarize(x, where, 0.25), [tv.solarize(i, 0.25) if w else i for i, w in zip(x, where)], 0)
 
 
 @pytest.mark.parametrize("H, W, kernel_size", [(16, 16, 3), (20, 12, 13), (7, 31, 13), (9, 9, 1)])
 def test_gaussian_blur_is_torchvisions_and_sigma_zero_is_the_identity(H, W, kernel_size):
     x, sigma = pictures(8, H, W), torch.tensor([0.1, 0, 0.5, 1, 0, 1.5, 2, 8])
     want = [tv.gaussian_blur(i, kernel_size, s) if s else i for i, s in zip(x, sigma.tolist())]
-    close(data.gaussian_blur(x, sigma, kernel_size), want)
-    assert torch.equal(data.gaussian_blur(x, sigma, kernel_size)[sigma == 0], x[sigma == 0])
+    close(augment.gaussian_blur(x, sigma, kernel_size), want)
+    assert torch.equal(augment.gaussian_blur(x, sigma, kernel_size)[sigma == 0], x[sigma == 0])
     for bad in (kernel_size + 1, 2 * min(H, W) + 1):
         with pytest.raises(ValueError, match=f"kernel size {bad}"):
-            data.gaussian_blur(x, sigma, bad)
+            augment.gaussian_blur(x, sigma, bad)
 
 
 @pytest.mark.parametrize("mode", ["constant", "reflect"])
 def test_pad_crop_is_torchvisions_at_every_offset(mode):
     top, left = torch.cartesian_prod(torch.arange(7), torch.arange(7)).unbind(1)
     x = random(49, 3, 10, 13)
-    close(data.pad_crop(x, top, left, 3, mode),
+    close(augment.pad_crop(x, top, left, 3, mode),
           [tv.crop(tv.pad(i, 3, padding_mode=mode), t, s, 10, 13) for i, t, s in zip(x, top, left)], 0)
 
 
 def test_resize_is_torchvisions_of_the_whole_image_and_leaves_its_own_size_alone():
     x = random(3, 3, 20, 14)
-    close(data.resize(x, 9), [tv.resize(i, [9, 9], antialias=True) for i in x])
-    assert torch.equal(data.resize(data.resize(x, 9), 9), data.resize(x, 9))
+    close(augment.resize(x, 9), [tv.resize(i, [9, 9], antialias=True) for i in x])
+    assert torch.equal(augment.resize(augment.resize(x, 9), 9), augment.resize(x, 9))
 
 
 def test_a_crop_of_bytes_is_the_crop_of_their_255ths():
     x, at, side = (255 * random(3, 3, 20, 14)).byte(), torch.tensor([0, 1, 4]), torch.tensor([14, 5, 10])
-    for crop in (lambda x: data.resized_crop(x, at, at, side, side, 9),
-                 lambda x: data.pad_crop(x, at, at, 4)):
+    for crop in (lambda x: augment.resized_crop(x, at, at, side, side, 9),
+                 lambda x: augment.pad_crop(x, at, at, 4)):
         assert torch.equal(crop(x), crop(x.float() / 255))
 
 
@@ -126,8 +126,8 @@ def test_a_crop_of_bytes_is_the_crop_of_their_255ths():
 def boxes(monkeypatch, n, H, W, scale, ratio=(3 / 4, 4 / 3), flip=0.0):
     """(top, left, height, width), flipped of `n` images under `random_resized_crop`."""
     with monkeypatch.context() as m:
-        m.setattr(data, "resized_crop", lambda x, *given: (torch.stack(given[:4], 1), given[5]))
-        return data.random_resized_crop(torch.empty(n, 0, H, W), rng(n), 8, scale, ratio, flip)
+        m.setattr(augment, "resized_crop", lambda x, *given: (torch.stack(given[:4], 1), given[5]))
+        return augment.random_resized_crop(torch.empty(n, 0, H, W), rng(n), 8, scale, ratio, flip)
 
 
 @pytest.mark.parametrize("H, W", [(32, 32), (96, 64), (9, 14)])
@@ -166,8 +166,8 @@ def test_crop_boxes_have_the_means_of_torchvisions(monkeypatch):
 
 
 @pytest.mark.parametrize("augment", [
-    lambda x, r, p: data.random_color_jitter(x, r, 0.4, 0.4, 0.4, 0.1, p=p), data.random_grayscale,
-    lambda x, r, p: data.random_gaussian_blur(x, r, (0.5, 2), p, 3), data.random_solarize, data.random_flip])
+    lambda x, r, p: augment.random_color_jitter(x, r, 0.4, 0.4, 0.4, 0.1, p=p), augment.random_grayscale,
+    lambda x, r, p: augment.random_gaussian_blur(x, r, (0.5, 2), p, 3), augment.random_solarize, augment.random_flip])
 def test_an_augmentation_of_probability_p_changes_that_share_of_the_images(augment):
     x = random(4000, 3, 6, 6)
     for p in (0.0, 0.3, 1.0):
@@ -177,8 +177,8 @@ def test_an_augmentation_of_probability_p_changes_that_share_of_the_images(augme
 
 def test_jitter_factors_are_independent_and_fill_their_range_and_orders_are_as_frequent(monkeypatch):
     n, drawn = 24_000, {}
-    monkeypatch.setattr(data, "color_jitter", lambda x, *parameters: drawn.update(all=parameters) or x)
-    data.random_color_jitter(torch.zeros(n, 3, 1, 1), rng(n), 0.4, 0.3, 0.2, 0.1)
+    monkeypatch.setattr(augment, "color_jitter", lambda x, *parameters: drawn.update(all=parameters) or x)
+    augment.random_color_jitter(torch.zeros(n, 3, 1, 1), rng(n), 0.4, 0.3, 0.2, 0.1)
     *factors, order = drawn["all"]
     for factor, middle, strength in zip(factors, (1, 1, 1, 0), (0.4, 0.3, 0.2, 0.1)):
         u = (factor - middle) / strength
@@ -430,13 +430,13 @@ def test_a_folder_without_its_split_or_without_images_is_refused_with_its_path(t
 
 # Shapes -----------------------------------------------------------------------------------------------------
 def test_shapes_are_a_function_of_the_seed():
-    first, again, other = data.shapes(200, 0), data.shapes(200, 0), data.shapes(200, 1)
+    first, again, other = shapes.shapes(200, 0), shapes.shapes(200, 0), shapes.shapes(200, 1)
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert not (first[0] == other[0]).flatten(1).all(1).any() and not torch.equal(first[1], other[1])
 
 
 def test_shapes_are_bytes_with_balanced_labels_and_a_mask_of_coverage():
-    x, y, mask = data.shapes(400, 0)
+    x, y, mask = shapes.shapes(400, 0)
     assert x.dtype == torch.uint8 and x.shape == (400, 3, 32, 32) and mask.shape == (400, 32, 32)
     assert y.dtype == torch.int64 and y.bincount().tolist() == [40] * 10 and not torch.equal(y, y.sort()[0])
     assert mask.min() == 0 and mask.max() == 1
@@ -444,7 +444,7 @@ def test_shapes_are_bytes_with_balanced_labels_and_a_mask_of_coverage():
 
 
 def test_the_mean_colour_of_an_image_does_not_tell_its_shape():
-    (x, y, _), (held_out, labels, _) = data.shapes(2000, 0), data.shapes(2000, 1)
+    (x, y, _), (held_out, labels, _) = shapes.shapes(2000, 0), shapes.shapes(2000, 1)
     colour, held_out = x.float().mean((2, 3)), held_out.float().mean((2, 3))
     means = torch.stack([colour[y == c].mean(0) for c in range(10)])
     assert (torch.cdist(held_out, means).argmin(1) == labels).float().mean() < 0.2

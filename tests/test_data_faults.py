@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from common import data
+from common import augment, data
 from tests.processes import in_two_processes
 
 
@@ -567,30 +567,30 @@ NO = torch.zeros(4, dtype=torch.bool)
 ONE = torch.ones(4)
 ORDER = torch.arange(4).expand(4, 4)
 DRAWN = {  # by functions of (x, rng, p)
-    "random_color_jitter": lambda x, rng, p: data.random_color_jitter(x, rng, 0.4, 0.4, 0.4, 0.1, p=p),
-    "random_grayscale": data.random_grayscale,
-    "random_gaussian_blur": lambda x, rng, p: data.random_gaussian_blur(x, rng, (0.1, 2), p, 3),
-    "random_solarize": data.random_solarize,
+    "random_color_jitter": lambda x, rng, p: augment.random_color_jitter(x, rng, 0.4, 0.4, 0.4, 0.1, p=p),
+    "random_grayscale": augment.random_grayscale,
+    "random_gaussian_blur": lambda x, rng, p: augment.random_gaussian_blur(x, rng, (0.1, 2), p, 3),
+    "random_solarize": augment.random_solarize,
 }
 FLOATS_ONLY = {
-    "color_jitter": lambda x: data.color_jitter(x, ONE, ONE, ONE, 0 * ONE, ORDER),
-    "adjust_hue": lambda x: data.adjust_hue(x, 0 * ONE),
-    "grayscale": lambda x: data.grayscale(x, ~NO),
-    "grayscale of none": lambda x: data.grayscale(x, NO),
-    "gaussian_blur": lambda x: data.gaussian_blur(x, ONE, 3),
-    "gaussian_blur of none": lambda x: data.gaussian_blur(x, 0 * ONE, 3),
-    "solarize": lambda x: data.solarize(x, ~NO),
-    "solarize of none": lambda x: data.solarize(x, NO),
+    "color_jitter": lambda x: augment.color_jitter(x, ONE, ONE, ONE, 0 * ONE, ORDER),
+    "adjust_hue": lambda x: augment.adjust_hue(x, 0 * ONE),
+    "grayscale": lambda x: augment.grayscale(x, ~NO),
+    "grayscale of none": lambda x: augment.grayscale(x, NO),
+    "gaussian_blur": lambda x: augment.gaussian_blur(x, ONE, 3),
+    "gaussian_blur of none": lambda x: augment.gaussian_blur(x, 0 * ONE, 3),
+    "solarize": lambda x: augment.solarize(x, ~NO),
+    "solarize of none": lambda x: augment.solarize(x, NO),
     **{f"{name} {p}": lambda x, f=f, p=p: f(x, rng(4), p) for name, f in DRAWN.items() for p in (0, 1)},
 }
 BYTES_TOO = {
-    "to_float": data.to_float,
-    "resized_crop": lambda x: data.resized_crop(x, 0 * ONE, 0 * ONE, 6 * ONE, 6 * ONE, 5),
-    "random_resized_crop": lambda x: data.random_resized_crop(x, rng(4), 5, (0.2, 1)),
-    "resize": lambda x: data.resize(x, 5),
-    "resize to its own side": lambda x: data.resize(x, 6),
-    "pad_crop": lambda x: data.pad_crop(x, ONE, ONE, 1),
-    "random_pad_crop": lambda x: data.random_pad_crop(x, rng(4), 1, "reflect"),
+    "to_float": augment.to_float,
+    "resized_crop": lambda x: augment.resized_crop(x, 0 * ONE, 0 * ONE, 6 * ONE, 6 * ONE, 5),
+    "random_resized_crop": lambda x: augment.random_resized_crop(x, rng(4), 5, (0.2, 1)),
+    "resize": lambda x: augment.resize(x, 5),
+    "resize to its own side": lambda x: augment.resize(x, 6),
+    "pad_crop": lambda x: augment.pad_crop(x, ONE, ONE, 1),
+    "random_pad_crop": lambda x: augment.random_pad_crop(x, rng(4), 1, "reflect"),
 }
 
 
@@ -627,9 +627,9 @@ def test_where_a_view_begins_bytes_are_their_255ths_and_other_integers_are_refus
 def test_flip_takes_any_type(dtype):
     x = some_bytes().to(dtype)
     where = torch.tensor([True, False, True, False])
-    found = data.flip(x, where)
+    found = augment.flip(x, where)
     assert found.dtype == dtype and torch.equal(found[0], x[0].flip(2)) and torch.equal(found[1::2], x[1::2])
-    assert torch.equal(data.random_flip(x, rng(4), 1.0), x.flip(3))
+    assert torch.equal(augment.random_flip(x, rng(4), 1.0), x.flip(3))
 
 
 @pytest.mark.parametrize("name", sorted(
@@ -643,31 +643,31 @@ def test_images_too_small_to_blur_are_told_how_large_they_must_be(side, kernel_s
     x = torch.rand(4, 3, side, side + 3)
     with pytest.raises(ValueError, match=rf"kernel size {kernel_size}.* {side} x {side + 3}.* at least "
                                          rf"{kernel_size // 2 + 1}.*--image-size") as error:
-        data.random_gaussian_blur(x, rng(4), (0.1, 2), 0.5, kernel_size)
+        augment.random_gaussian_blur(x, rng(4), (0.1, 2), 0.5, kernel_size)
     assert one_line(error)
     side = kernel_size // 2 + 1  # what the line says works
-    data.random_gaussian_blur(torch.rand(4, 3, side, side), rng(4), (0.1, 2), 0.5, kernel_size)
+    augment.random_gaussian_blur(torch.rand(4, 3, side, side), rng(4), (0.1, 2), 0.5, kernel_size)
 
 
 @pytest.mark.parametrize("kernel_size", [0, 2, -1])
 def test_a_kernel_that_is_not_odd_is_refused(kernel_size):
     with pytest.raises(ValueError, match=f"kernel size {kernel_size}: must be odd"):
-        data.gaussian_blur(torch.rand(4, 3, 8, 8), ONE, kernel_size)
+        augment.gaussian_blur(torch.rand(4, 3, 8, 8), ONE, kernel_size)
 
 
 @pytest.mark.parametrize("H, W", [(4, 4), (3, 9), (9, 2), (1, 1)])
 def test_images_too_small_to_reflect_are_told_how_large_they_must_be(H, W):
     x = torch.rand(4, 3, H, W)
     with pytest.raises(ValueError, match=rf"padding 4.* {H} x {W}.*at least 5.*--image-size") as error:
-        data.random_pad_crop(x, rng(4), 4, "reflect")
+        augment.random_pad_crop(x, rng(4), 4, "reflect")
     assert one_line(error)
-    assert data.random_pad_crop(x, rng(4), 4).shape == x.shape  # zeros are there at any side
-    assert data.random_pad_crop(torch.rand(4, 3, 5, 5), rng(4), 4, "reflect").shape == (4, 3, 5, 5)
+    assert augment.random_pad_crop(x, rng(4), 4).shape == x.shape  # zeros are there at any side
+    assert augment.random_pad_crop(torch.rand(4, 3, 5, 5), rng(4), 4, "reflect").shape == (4, 3, 5, 5)
 
 
 def test_a_crop_to_no_pixels_is_refused():
     with pytest.raises(ValueError, match="size 0.*--image-size"):
-        data.random_resized_crop(torch.rand(4, 3, 8, 8), rng(4), 0, (0.2, 1))
+        augment.random_resized_crop(torch.rand(4, 3, 8, 8), rng(4), 0, (0.2, 1))
 
 
 # Workers and labels -----------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import models
 
-from common import encoders
-from common.encoders import BranchNorm, branch, export, load_encoder, make
+from common import encoders, resnet, vit
+from common.encoders import export, load_encoder, make
+from common.resnet import BranchNorm, branch
 
 BRANCHES = ("clean", "adv")
 
@@ -90,36 +91,36 @@ def fill(*shape):
 
 
 def test_patchify_has_the_printed_order_and_unpatchify_inverts_it():
-    patches = encoders.patchify(fill(1, 3, 4, 4), 2)
+    patches = vit.patchify(fill(1, 3, 4, 4), 2)
     assert patches[0, 0].tolist() == [0, 16, 32, 1, 17, 33, 4, 20, 36, 5, 21, 37]
     assert patches[0, 3, :4].tolist() == [10, 26, 42, 11]
     for x, patch in ((fill(1, 3, 4, 4), 2), (fill(2, 3, 12, 12), 4), (fill(2, 1, 6, 6), 3)):
-        assert torch.equal(encoders.unpatchify(encoders.patchify(x, patch), patch), x)
+        assert torch.equal(vit.unpatchify(vit.patchify(x, patch), patch), x)
 
 
 def test_patchify_takes_oblong_images_and_refuses_what_does_not_divide():
     x = fill(2, 3, 4, 6)
-    patches = encoders.patchify(x, 2)
+    patches = vit.patchify(x, 2)
     assert patches.shape == (2, 6, 12)
     for token in range(6):
         i, j = divmod(token, 3)
         want = [x[1, c, 2 * i + a, 2 * j + b].item() for a in range(2) for b in range(2) for c in range(3)]
         assert patches[1, token].tolist() == want
     with pytest.raises(ValueError, match="4 x 6.*patch size 4; choose another --image-size"):
-        encoders.patchify(x, 4)
+        vit.patchify(x, 4)
 
 
 def test_sine_cosine_positions_equal_the_printed_values_and_a_slow_loop():
-    table = encoders.sincos_2d(8, 2)
+    table = vit.sincos_2d(8, 2)
     assert table[1].tolist() == pytest.approx(
         [0.84147098, 0.00999983, 0.54030231, 0.99995, 0, 0, 1, 1], abs=5e-9)
-    table = encoders.sincos_2d(192, 8)
+    table = vit.sincos_2d(192, 8)
     assert table.sum().item() == pytest.approx(5979.796474, rel=1e-9)
     assert table.square().sum().item() == pytest.approx(6144, rel=1e-12)
     assert table[21, [0, 48, 96, 144]].tolist() == pytest.approx(
         [-0.95892427, 0.28366219, 0.90929743, -0.41614684], abs=5e-9)
     at = torch.tensor([0.5, -0.25], dtype=torch.float64)
-    assert encoders.sincos_at(at, 8).tolist() == pytest.approx(
+    assert vit.sincos_at(at, 8).tolist() == pytest.approx(
         [-0.24740396, -0.0025, 0.96891242, 0.99999688, 0.47942554, 0.00499998, 0.87758256, 0.9999875], abs=5e-9)
     for dim, height, width in ((8, 2, 2), (12, 3, 5)):
         q, want = dim // 4, []
@@ -127,10 +128,10 @@ def test_sine_cosine_positions_equal_the_printed_values_and_a_slow_loop():
             for j in range(width):
                 angles = [[at / 10000 ** (k / q) for k in range(q)] for at in (j, i)]
                 want.append([f(a) for half in angles for f in (math.sin, math.cos) for a in half])
-        got = encoders.sincos_2d(dim, height, width)
+        got = vit.sincos_2d(dim, height, width)
         torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=1e-14)
     with pytest.raises(ValueError, match="width 6"):
-        encoders.sincos_2d(6, 2)
+        vit.sincos_2d(6, 2)
 
 
 @pytest.mark.parametrize("arch, patch, side, parameters", [  # of timm's ViTs without head, or by counting
@@ -206,14 +207,14 @@ def test_a_vit_equals_slow_loops(options):
 def test_relative_positions_enter_the_logits_as_printed_in_their_definition():
     """q_i . (k_j + r_ij), r from the rounded index where the offset is an index, and its own vector for cls."""
     torch.manual_seed(0)
-    block = encoders.TransformerBlock(8, 2, relative=True).double()
+    block = vit.TransformerBlock(8, 2, relative=True).double()
     nn.init.normal_(block.attn.relative.table), nn.init.normal_(block.attn.relative.cls)
     x, seen = torch.randn(2, 5, 8, dtype=torch.float64), []
     r = block.attn.relative(2, 2)
 
     def bias(q):
         seen.append(q)
-        return encoders.relative_logits(q, r)
+        return vit.relative_logits(q, r)
 
     out = block.attn(x, bias)
     q, k, v = block.attn.qkv(x).view(2, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
@@ -302,7 +303,7 @@ def test_a_network_that_cannot_be_made_is_named(flags, words):
 def test_a_masked_autoencoder_that_cannot_be_made_is_named_by_its_flag(how, words):
     flags = {"arch": "vit_slim", "image_size": 32, "decoder": (16, 1, 2), "mask_ratio": 0.75, **how}
     with pytest.raises(ValueError, match=words) if words else contextlib.nullcontext():
-        encoders.check_masked(**flags)
+        vit.check_masked(**flags)
 
 
 # For fine-tuning --------------------------------------------------------------------------------------------
@@ -468,11 +469,11 @@ NORMALISE = ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
 
 
 def tiny_resnet(branches=(), bottleneck=False):
-    return encoders.ResNet("tiny", (1, 1, 2, 1), (8, 8, 16, 16), bottleneck, "imagenet", branches, *NORMALISE)
+    return resnet.ResNet("tiny", (1, 1, 2, 1), (8, 8, 16, 16), bottleneck, "imagenet", branches, *NORMALISE)
 
 
 def tiny_vit(positions="sincos", relative=False, fc_norm=False):
-    return encoders.ViT("tiny", 8, 16, 2, 2, 32, *NORMALISE, positions, relative, fc_norm)
+    return vit.ViT("tiny", 8, 16, 2, 2, 32, *NORMALISE, positions, relative, fc_norm)
 
 
 NETWORKS = {
@@ -545,34 +546,34 @@ def test_no_float64_is_made_on_the_device(name, side, monkeypatch):
         net(torch.rand(2, 3, side, side, device="meta"))
         with torch.device("meta"):
             made = nn.ModuleList([named(name)])
-            if isinstance(made[0], encoders.ViT):
-                made.append(encoders.PatchDecoder(made[0], 16, 1, 2))
+            if isinstance(made[0], vit.ViT):
+                made.append(vit.PatchDecoder(made[0], 16, 1, 2))
     assert {t.device.type for t in [*made.parameters(), *made.buffers()]} == {"meta"}
 
 
 def test_coordinates_are_float64_on_the_cpu_and_exact_in_the_type_asked_for():
-    at = encoders.coordinates(3, 5)
+    at = vit.coordinates(3, 5)
     assert at.dtype == torch.float64 and at.device.type == "cpu" and at.tolist() == [
         [i, j] for i in range(3) for j in range(5)]
-    assert torch.equal(encoders.coordinates(3, 5, dtype=torch.float32), at.float())
-    assert encoders.coordinates(3, 5, "meta", torch.float32).device.type == "meta"
+    assert torch.equal(vit.coordinates(3, 5, dtype=torch.float32), at.float())
+    assert vit.coordinates(3, 5, "meta", torch.float32).device.type == "meta"
 
 
 def test_positions_that_are_not_finite_stay_so_and_do_not_crash():
     """So that the run's own line on a loss that is not finite stops it."""
     offsets = torch.tensor([[0.5, -1.0], [math.nan, 2.0], [1.0, math.nan], [math.inf, -math.inf], [9.0, 2.5]])
-    index = encoders.relative_index(offsets)
+    index = vit.relative_index(offsets)
     bad = torch.tensor([False, True, True, False, False])
     assert torch.equal(index.isnan().any(1), bad)
-    weights = encoders.lookup_weights(index, 3)
+    weights = vit.lookup_weights(index, 3)
     assert weights.shape == (5, 49) and torch.equal(weights.isnan().any(1), bad)
     table = torch.arange(49.0).view(1, 7, 7).requires_grad_()
-    found = encoders.lookup(table, index.requires_grad_())
+    found = vit.lookup(table, index.requires_grad_())
     assert torch.equal(found[0].isnan(), bad)
     found[0, ~bad].sum().backward()
-    kept = encoders.lookup(table, encoders.relative_index(offsets[~bad]))
+    kept = vit.lookup(table, vit.relative_index(offsets[~bad]))
     assert torch.equal(found[0, ~bad], kept[0])
-    relative = encoders.Relative(4)
+    relative = vit.Relative(4)
     with torch.no_grad():
         r = relative(2, 2, shift=torch.tensor([math.nan, 0.0]))
     assert r[1:, 1:].isnan().all() and r[0].isfinite().all()
@@ -660,7 +661,7 @@ def test_a_loaded_encoder_gives_the_exported_features_to_the_bit(tmp_path, branc
             with branch(net, name or exported) if branches else contextlib.nullcontext():
                 assert torch.equal(encoder(x), net(x))
             assert encoder.branch == (name or exported)
-            assert not any(m.training or isinstance(m, encoders.BranchNorm) for m in encoder.modules())
+            assert not any(m.training or isinstance(m, resnet.BranchNorm) for m in encoder.modules())
 
 
 @pytest.mark.parametrize("net, chosen, words", [

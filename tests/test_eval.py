@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 import eval as evaluation
-from common import corruptions, data, encoders, table
+from common import augment, corruptions, data, encoders, resnet, table
 from common.pgd import pgd
 from tests.recipes import A, X, Z
 from tests.scripts import tiny_npz
@@ -306,7 +306,7 @@ def test_accuracy_under_attack_is_exact_on_a_linear_classifier():
 def exported(tmp_path):
     torch.manual_seed(0)
     encoder = encoders.make("slim", branches=("clean", "adv"))
-    with encoders.branch(encoder, "adv"):
+    with resnet.branch(encoder, "adv"):
         encoder(torch.rand(8, 3, 32, 32))
     encoders.export(encoder, tmp_path / "encoder.pt", "adv")
     return tmp_path
@@ -873,7 +873,7 @@ def test_augmentation_is_that_of_the_preset(kind):
     if kind == "none":
         want = float_x
     elif kind == "rrc":
-        want = data.random_resized_crop(x, rng, 32, scale=(0.08, 1.0), flip=0.5, filter="bicubic")
+        want = augment.random_resized_crop(x, rng, 32, scale=(0.08, 1.0), flip=0.5, filter="bicubic")
     else:
         top, left = (rng.uniform(2) * 9).floor().long().unbind(1)
         padded = F.pad(float_x, [4] * 4, mode=kind)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import eval as evaluation
-from common import corruptions, data, encoders, files, table
+from common import corruptions, data, encoders, files, resnet, table
 from tests.scripts import tiny_npz
 
 PROBE = ["--device", "cpu", "--epochs", "1", "--milestones", "--batch-size", "16"]
@@ -23,7 +23,7 @@ PROBE = ["--device", "cpu", "--epochs", "1", "--milestones", "--batch-size", "16
 def export(path, image_size=None, branches=("clean", "adv")):
     torch.manual_seed(0)
     encoder = encoders.make("slim", branches=branches)
-    with encoders.branch(encoder, "adv"):
+    with resnet.branch(encoder, "adv"):
         encoder(torch.rand(8, 3, 32, 32))
     encoders.export(encoder, path, "adv", image_size)
 
@@ -481,7 +481,7 @@ def test_dual_batchnorm_shows_each_branch_its_own_images_whatever_the_loss(expor
     with torch.no_grad():  # so that it matters which branch is asked
         for norm in (m for m in adv.modules() if isinstance(m, nn.BatchNorm2d)):
             norm.weight.mul_(0.5)
-        for norm in (m for m in net.modules() if isinstance(m, encoders.BranchNorm)):
+        for norm in (m for m in net.modules() if isinstance(m, resnet.BranchNorm)):
             norm.branches["adv"].weight.mul_(0.5)
             norm.branch = "clean" if loss == "pgd" else "adv"  # not the one that is to be asked
     p = evaluation.PRESETS["robustssl-aff"]._replace(loss=loss, uniform=True)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from common import encoders
-from common.encoders import branch
+from common.resnet import branch
 
 SIDE = 24  # of the views; the data's images are 32 wide
 SMALL = ("--arch slim --batch-size 16 --epochs 1 --device cpu --image-size 24")

@@ -19,6 +19,7 @@ import torch
 from torch.multiprocessing import ProcessExitedException
 
 from common import data, encoders, files, run
+from common.log import Log, check_spread
 from tests.processes import in_two_processes, script_in_two_processes
 from tests.scripts import PICTURES, ROOT, SCRIPTS, TINY, environment, tiny_npz
 
@@ -256,7 +257,7 @@ def test_an_infinite_buffer_is_neither_saved_nor_exported(script, npz, tmp_path)
 
 def test_embeddings_that_are_nan_count_as_collapsed(tmp_path):
     with pytest.raises(ValueError, match="collapsed"):
-        run.check_spread(torch.full((4, 3), float("nan")), argparse.Namespace(out=tmp_path))
+        check_spread(torch.full((4, 3), float("nan")), argparse.Namespace(out=tmp_path))
 
 
 # Files ----------------------------------------------------------------------------------------------------
@@ -401,7 +402,7 @@ def logged(rank, world):
     with tempfile.TemporaryDirectory() as folder:
         images = data.Images(torch.zeros(2, 3, 2, 2, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), 1)
         args = argparse.Namespace(out=folder, seed=0, device="cpu")
-        log = run.Log(args, run.Env(torch.device("cpu"), rank, world), 2, images)
+        log = Log(args, run.Env(torch.device("cpu"), rank, world), 2, images)
         log.start(0)
         log.step(0, 4, loss=torch.tensor(1.0 + rank))
         log.step(1, 4, loss=torch.tensor(3.0 + 3 * rank))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import plot
-from common import data, encoders, files
+from common import augment, data, encoders, files
 
 
 def write(path, *lines):
@@ -32,7 +32,7 @@ def test_principal_components_hold_the_largest_variances():
     assert z.mean(0).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("flags, words", [(["losses", "x"], "'losses' .choose from 'loss', 'curve', 'features'")])
+@pytest.mark.parametrize("flags, words", [(["losses", "x"], "losses: choose one of loss, curve, features")])
 def test_unknown_pictures_are_named(flags, words):
     with pytest.raises(ValueError, match=words):
         plot.main(flags)
@@ -83,8 +83,8 @@ def test_features_are_of_as_many_images_as_there_are_up_to_the_limit(tmp_path, n
 def test_features_are_of_images_of_the_encoders_own_side(tmp_path, monkeypatch, own, given, want):
     encoders.export(encoders.make("slim"), tmp_path / "encoder.pt", image_size=own)
     sides = []
-    resize = data.resize
-    monkeypatch.setattr(data, "resize", lambda x, size: sides.append(size) or resize(x, size))
+    resize = augment.resize
+    monkeypatch.setattr(plot, "resize", lambda x, size: sides.append(size) or resize(x, size))
     plot.features(tmp_path / "encoder.pt", flags("--data", npz(tmp_path / "x.npz", 3, 40), *given))
     assert sides == [want]
 

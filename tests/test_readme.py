@@ -8,7 +8,7 @@ import shlex
 import pytest
 import torch
 
-from common import encoders
+from common import encoders, resnet
 from tests.scripts import ROOT, SCRIPTS, read_flags
 
 README = (ROOT / "README.md").read_text()
@@ -72,7 +72,7 @@ def test_an_encoder_loads_without_this_repository(tmp_path):
     torch.manual_seed(0)
     encoder = encoders.make("resnet18", ("clean", "adv"), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     x = torch.rand(4, 3, 32, 32)
-    with torch.no_grad(), encoders.branch(encoder, "adv"):
+    with torch.no_grad(), resnet.branch(encoder, "adv"):
         encoder(x)  # statistics
     encoders.export(encoder, tmp_path / "encoder.pt", "adv")
     (lines,) = re.findall(r"```python\n(import torch, torchvision\n.*?)```", README, re.S)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from common import data, run
+from common import data, dist, run
+from common.log import Log, check_spread
 from common.bank import Bank
 from tests.processes import in_two_processes
 from tests.recipes import A, X
@@ -26,13 +27,13 @@ def gathered(rank, world):
     with torch.no_grad():
         net.weight.copy_(A(3, 6, 0)), net.bias.zero_()
     x = A(8, 6, 1).chunk(world)[rank]
-    z = run.gather(net(x).tanh())
+    z = dist.gather(net(x).tanh())
     loss = objective(z)
     loss.backward()
-    run.average_grads(net.parameters())
+    dist.average_grads(net.parameters())
     norm = nn.BatchNorm1d(2)
     norm.running_mean += rank
-    run.average_buffers(norm)
+    dist.average_buffers(norm)
     return z.detach(), loss.detach(), net.weight.grad, norm.running_mean, norm.num_batches_tracked
 
 
@@ -76,7 +77,8 @@ def amoc_step(rank, world):
         (Bank(16, 6).double(), Bank(16, 6).double()),
     )
     args = argparse.Namespace(
-        variant="AAA", temperature=0.2, eps=8.0, step_size=2.0, steps=2, lam=0.5, ema=0.9
+        variant="AAA", temperature=0.2, eps=8.0, step_size=2.0, steps=2, lam=0.5, ema=0.9,
+        random_start=True
     )
     x = X(4, 3, 4, 4)
     x1, x2, noise = (v.chunk(world)[rank] for v in (x, x.flip(3), A(4, 96, 6).view(4, 2, 3, 4, 4)))
@@ -97,7 +99,7 @@ def test_a_step_of_amoc_on_two_processes_equals_one(tmp_path):
 
 def test_gather_without_a_group_is_the_identity():
     z = torch.randn(3, 2, requires_grad=True)
-    assert run.gather(z) is z
+    assert dist.gather(z) is z
 
 
 def test_errors_raised_on_purpose_are_a_line_and_bugs_keep_their_traceback():
@@ -118,7 +120,7 @@ def arguments(folder, **more):
 
 def test_log_means_are_over_steps_and_lines_unknown_to_the_checkpoint_are_dropped(tmp_path):
     args, env = arguments(tmp_path), run.Env(torch.device("cpu"), 0, 1)
-    log = run.Log(args, env, 4, IMAGES)
+    log = Log(args, env, 4, IMAGES)
     log.start(0)
     for step, value in enumerate((1.0, 2.0)):
         log.step(step, 8, loss=torch.tensor(value))
@@ -129,7 +131,7 @@ def test_log_means_are_over_steps_and_lines_unknown_to_the_checkpoint_are_droppe
     log.epoch(1, 4, lr=0.1)
     path = tmp_path / "log.jsonl"
     assert [json.loads(line).get("loss") for line in open(path)] == [None, 1.5, 5.0]
-    again = run.Log(args, env, 4, IMAGES)
+    again = Log(args, env, 4, IMAGES)
     again.load_state_dict(kept)
     again.start(2)
     assert [json.loads(line).get("loss") for line in open(path)] == [None, 1.5]
@@ -163,16 +165,16 @@ def test_a_checkpoint_of_another_network_is_named(tmp_path):
 
 def test_spread_of_embeddings_is_known_in_closed_form():
     e = 7 * torch.eye(8)
-    found = run.check_spread(e, None)
+    found = check_spread(e, None)
     assert found["std"] == pytest.approx((7 / 8) ** 0.5, rel=1e-6) and found["rank"] == pytest.approx(7, rel=1e-6)
     line = torch.tensor([[1.0, 0.0], [-2.0, 0.0], [3.0, 0.0], [-1.0, 0.0]])
-    assert run.check_spread(line, None) == pytest.approx({"std": 1, "rank": 1})
+    assert check_spread(line, None) == pytest.approx({"std": 1, "rank": 1})
 
 
 def test_collapsed_embeddings_raise(tmp_path):
     z = torch.ones(16, 8) + 1e-3 * torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="collapsed: .*no checkpoint was saved yet"):
-        run.check_spread(z, SimpleNamespace(out=tmp_path))
+        check_spread(z, SimpleNamespace(out=tmp_path))
 
 
 def test_importing_the_scripts_does_nothing():

@@ -10,7 +10,7 @@ from torch import nn
 
 import adios
 from common import optim
-from common.encoders import ViT
+from common.vit import ViT
 from common.unet import UNet
 from tests import steps2 as plain
 

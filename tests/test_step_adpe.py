@@ -7,7 +7,7 @@ import torch
 
 import adpe
 from common import optim
-from common.encoders import ViT
+from common.vit import ViT
 from tests import steps2 as plain
 
 FLAGS = dict(mask_ratio=0.5, lr=0.02, weight_decay=0.3, adv_lr=0.1, radius=0.7, norm="linf", steps=3,

@@ -7,7 +7,7 @@ import torch
 
 import adv_mae
 from common import optim
-from common.encoders import ViT
+from common.vit import ViT
 from tests import steps2 as plain
 
 FLAGS = dict(mask_ratio=0.5, norm_pix=True, lr=0.02, weight_decay=0.3, norm="linf", eps=60.0, steps=2)

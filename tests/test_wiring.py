@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch import nn
 
-from common import data, encoders, optim, run
+from common import data, encoders, log, optim, run
 from common.bank import Bank
-from common.encoders import BranchNorm
+from common.resnet import BranchNorm
 from common.pgd import pgd
 
 N, BATCH, SIDE, EPOCHS, STEPS = 32, 16, 16, 4, 8
@@ -259,7 +259,7 @@ def watch_banks(module, patch, record, now):
 
 
 def watch_spread(patch, record):
-    check_spread = run.check_spread
+    check_spread = log.check_spread
 
     def watched_spread(z, args):
         net = copy.deepcopy(record.steps[-1].nets["net"][:2]).eval()

@@ -1,0 +1,299 @@
+"""Augmentation of whole batches on their device, one parameter per image.
+
+Images are x (B, 3, H, W). Each augmentation comes as a pair: the function of its parameters, equal to its
+torchvision counterpart, and `random_...`, which draws them as torchvision does from `rng`: an object whose
+`uniform(*shape)` gives (B, *shape) numbers in [0, 1), as `common.data.Rng`.
+
+Parameters live on the CPU until they are used: a thousand numbers per step cost nothing there, and which image gets
+what is known without waiting for the device. Images are floats in [0, 1]; only crops, `resize` and `to_float` take
+uint8 as well, being where a view begins. The file stands alone.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def to_float(x):
+    """uint8 (0 to 255) -> float32 in [0, 1]; floats, which are in [0, 1] already, stay as they are.
+
+    Raises ValueError for other dtypes.
+    """
+    if x.dtype == torch.uint8:
+        return x.float() / 255
+    if not x.is_floating_point():
+        raise ValueError(f"images are {x.dtype}: they must be uint8 (0 to 255), or floats in [0, 1]")
+    return x
+
+
+def _refuse_integers(x, function):
+    if not x.is_floating_point():
+        raise ValueError(f"{function}: images are {x.dtype}; it takes floats in [0, 1], as to_float gives")
+
+
+def resized_crop(x, top, left, height, width, size, flip=None, filter="bilinear"):
+    """Cut the box of each image and resize it to (size, size): torchvision's `resized_crop`, antialiased.
+
+    x (B, 3, H, W) floats in [0, 1] or uint8 -> float in [0, 1]; top, left, height, width (B,) and size in
+    pixels; flip (B,) bool mirrors the result; filter "bilinear" or "bicubic" (which overshoots, and is
+    clipped). Resizing is linear and separable, so it is two batched matrix products; a crop and a mirror are
+    only other rows in those matrices. Raises ValueError for other dtypes, and where size is below 1.
+    """
+    if size < 1:
+        raise ValueError(f"size {size}: a crop has at least one pixel; give a larger --image-size")
+    B, C, H, W = x.shape
+    rows = _resize_matrix(FILTERS[filter], top, height, H, size, x.device)
+    columns = _resize_matrix(FILTERS[filter], left, width, W, size, x.device, flip)
+    x = to_float(x.permute(0, 2, 1, 3).contiguous())  # (B, H, C, W): both products find their axis in place
+    x = (x.view(B, H * C, W) @ columns.transpose(1, 2)).view(B, H, C * size)
+    x = (rows @ x).view(B, size, C, size).permute(0, 2, 1, 3).contiguous()
+    return x.clamp_(0, 1) if filter == "bicubic" else x
+
+
+def _cubic(t):
+    """Keys' cubic with a = -1/2 (1981) of distances t >= 0, as in PIL."""
+    near, far = ((1.5 * t - 2.5) * t * t).add_(1), (((2.5 - 0.5 * t) * t - 4) * t).add_(2)
+    return torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
+
+
+FILTERS = {"bilinear": lambda t: t.neg().add_(1).clamp_min_(0), "bicubic": _cubic}
+
+
+def _resize_matrix(filter, start, length, n_in, n_out, device, flip=None):
+    """(B, n_out, n_in): the filter that resizes [start, start + length) of n_in samples to n_out."""
+    start, length = start.float()[:, None, None], length.float()[:, None, None]
+    scale = length / n_out
+    out = torch.arange(n_out).expand(len(start), n_out)
+    if flip is not None:
+        out = torch.where(flip[:, None], n_out - 1 - out, out)
+    center = (start + (out[:, :, None] + 0.5) * scale).to(device, non_blocking=True)
+    support = scale.clamp_min(1).to(device, non_blocking=True)
+    start, end = start.to(device, non_blocking=True), (start + length).to(device, non_blocking=True)
+    tap = torch.arange(n_in, device=device) + 0.5
+    w = filter((tap - center).abs_().div_(support))
+    w *= (tap > start) & (tap < end)
+    return w.div_(w.sum(2, keepdim=True))
+
+
+def resize(x, size):
+    """Images x (B, 3, H, W), floats in [0, 1] or uint8, as floats in [0, 1] of side `size` pixels; of that
+    side already, their pixels do not change. Raises ValueError for other dtypes."""
+    if x.shape[2:] == (size, size):
+        return to_float(x)
+    zero, one = torch.zeros(len(x)), torch.ones(len(x))
+    return resized_crop(x, zero, zero, one * x.shape[2], one * x.shape[3], size)
+
+
+def random_resized_crop(x, rng, size, scale, ratio=(3 / 4, 4 / 3), flip=0.0, filter="bilinear"):
+    """torchvision's `RandomResizedCrop`, then `RandomHorizontalFlip(flip)` in the same products.
+
+    x (B, 3, H, W) floats in [0, 1] or uint8 -> float in [0, 1] of side `size` pixels; scale: the range of
+    the crop's share of the area; ratio: that of width / height; flip: a probability. Errors:
+    `resized_crop`'s.
+    """
+    u = rng.uniform(4, 10)  # ten attempts each, as in torchvision
+    p = rng.uniform(1)[:, 0]
+    top, left, height, width = _crop_boxes(u, x.shape[2], x.shape[3], scale, ratio)
+    return resized_crop(x, top, left, height, width, size, p < flip, filter)
+
+
+def _crop_boxes(u, H, W, scale, ratio):
+    """top, left, height, width (B,) from u (B, 4, 10): the first of ten that fits, else the central one."""
+    area = H * W * (scale[0] + (scale[1] - scale[0]) * u[:, 0])
+    aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * u[:, 1])
+    width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (width > 0) & (width <= W) & (height > 0) & (height <= H)
+    first = fits.int().argmax(1, keepdim=True)
+    width, height, u_top, u_left = [v.gather(1, first)[:, 0] for v in (width, height, u[:, 2], u[:, 3])]
+    whole_w, whole_h = min(W, round(H * ratio[1])), min(H, round(W / ratio[0]))
+    none = ~fits.any(1)
+    width, height = width.masked_fill(none, whole_w), height.masked_fill(none, whole_h)
+    top, left = (u_top * (H - height + 1)).floor(), (u_left * (W - width + 1)).floor()
+    top, left = top.masked_fill(none, (H - whole_h) // 2), left.masked_fill(none, (W - whole_w) // 2)
+    return top, left, height, width
+
+
+def color_jitter(x, brightness, contrast, saturation, hue, order):
+    """torchvision's `ColorJitter` of x (B, 3, H, W), floats in [0, 1], with given factors (B,), 1 for none,
+    and hue (B,) in turns, 0 for none. They are applied in `order` (B, 4): each row a permutation of 0
+    brightness, 1 contrast, 2 saturation, 3 hue. Raises ValueError for integers."""
+    _refuse_integers(x, "color_jitter")
+    place, by_place = (order == 3).int().argmax(1).sort()  # images whose hue comes first, second, ...: slices
+    ends = [0, *place.bincount(minlength=4).cumsum(0).tolist()]
+    blends = order[order != 3].view(-1, 3)[by_place]
+    factors = [v.float()[by_place] for v in (brightness, contrast, saturation)]
+    hue = hue.float()[by_place]
+    x = x[by_place.to(x.device, non_blocking=True)]
+    for i in range(4):
+        hued = slice(ends[i], ends[i + 1])
+        x[hued] = adjust_hue(x[hued], hue[hued])
+        if i < 3:  # the others blend with black, with the mean grey, with the grey image
+            op = blends[:, i]
+            factor = torch.where(op == 0, factors[0], torch.where(op == 1, factors[1], factors[2]))
+            f, to_mean, to_grey = _columns(x, factor, (1 - factor) * (op == 1), (1 - factor) * (op == 2))
+            grey = _grey(x)
+            base = (grey * to_grey).add_(to_mean * grey.mean((2, 3), keepdim=True))
+            x.mul_(f).add_(base).clamp_(0, 1)
+    return x[by_place.argsort().to(x.device, non_blocking=True)]
+
+
+def adjust_hue(x, turn):
+    """Rotate the hue of x (B, 3, H, W), floats in [0, 1], by `turn` (B,) in turns (1 is the whole circle):
+    torchvision's `adjust_hue`. Raises ValueError for integers.
+
+    HSV's own definition, read backwards: with V the maximum, C the range and d the distance, in turns around
+    the colour circle, to the hue that lacks this channel (3/6 for red, 5/6 for green, 7/6 for blue), it is V
+    - C clamp(2 - 6d, 0, 1). V and C do not change.
+    """
+    _refuse_integers(x, "adjust_hue")
+    r, g, b = x.unbind(1)
+    v = x.amax(1)
+    c = v - x.amin(1)
+    h = torch.where(v == r, g - b, torch.where(v == g, (b - r).add_(c, alpha=2), (r - g).add_(c, alpha=4)))
+    h = h.div_(c.clamp_min(1e-12)).div_(6).add_(_columns(x, turn)[0][:, 0])
+    d = h[:, None] - torch.arange(3, 8, 2, device=x.device).view(3, 1, 1) / 6
+    d = d.sub_(d.round()).abs_()
+    return d.mul_(6).sub_(2).clamp_(-1, 0).mul_(c[:, None]).add_(v[:, None])
+
+
+def random_color_jitter(x, rng, brightness, contrast, saturation, hue, p=1.0):
+    """torchvision's `RandomApply([ColorJitter(...)], p)`; the order of the four is random too, as there.
+
+    x (B, 3, H, W) floats in [0, 1]. The factors go from 1 - brightness to 1 + brightness, and so on; the hue
+    from -hue to hue, in turns. Raises ValueError for integers.
+    """
+    _refuse_integers(x, "random_color_jitter")
+    u, order = rng.uniform(5), rng.uniform(4).argsort(1)
+    rows = (u[:, 4] < p).nonzero()[:, 0]
+    u, order = 2 * u[rows] - 1, order[rows]
+    factors = [1 + strength * u[:, i] for i, strength in enumerate((brightness, contrast, saturation))]
+    return _apply(lambda some: color_jitter(some, *factors, hue * u[:, 3], order), x, rows)
+
+
+def grayscale(x, where):
+    """torchvision's `rgb_to_grayscale`, three channels out, for the images `where` (B,) bool says.
+
+    x (B, 3, H, W) floats in [0, 1]; raises ValueError for integers.
+    """
+    _refuse_integers(x, "grayscale")
+    return _apply(_grey, x, where.nonzero()[:, 0])
+
+
+def random_grayscale(x, rng, p):
+    """torchvision's `RandomGrayscale(p)` of x (B, 3, H, W), floats in [0, 1]. Raises ValueError for
+    integers."""
+    return grayscale(x, rng.uniform(1)[:, 0] < p)
+
+
+def gaussian_blur(x, sigma, kernel_size):
+    """torchvision's `gaussian_blur` (reflected edges) of x (B, 3, H, W), floats in [0, 1], with a sigma (B,)
+    in pixels for each image; 0 leaves an image as it is. kernel_size is in pixels too.
+
+    Like resizing, two batched matrix products: row i of the matrix holds the kernel around i, folded at the
+    edges. Raises ValueError for integers, for a kernel size that is not odd, and where half of it, rounded
+    down, is not below both sides.
+    """
+    _refuse_integers(x, "gaussian_blur")
+    B, C, H, W = x.shape
+    radius = kernel_size // 2
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel size {kernel_size}: must be odd and positive")
+    if radius >= min(H, W):
+        raise ValueError(f"kernel size {kernel_size}: images to blur are {H} x {W}, and their sides must be "
+                         f"at least {radius + 1}; give a larger --image-size")
+    rows = sigma.nonzero()[:, 0]
+    tap = torch.arange(-radius, radius + 1, device=x.device)[:, None]
+    width = sigma[rows].float()[:, None].to(x.device, non_blocking=True)
+    kernel = torch.softmax(-0.5 * (tap.T / width) ** 2, 1)  # (b, kernel)
+
+    def matrix(n):
+        source = (torch.arange(n, device=x.device) + tap).abs()  # (kernel, n)
+        source = torch.where(source >= n, 2 * (n - 1) - source, source)
+        return (kernel @ F.one_hot(source, n).flatten(1).float()).view(-1, n, n)
+
+    def blur(x):
+        x = x.permute(0, 2, 1, 3).reshape(-1, H * C, W) @ matrix(W).transpose(1, 2)
+        return (matrix(H) @ x.view(-1, H, C * W)).view(-1, H, C, W).permute(0, 2, 1, 3)
+
+    return _apply(blur, x, rows)
+
+
+def random_gaussian_blur(x, rng, sigma, p, kernel_size):
+    """torchvision's `RandomApply([GaussianBlur(kernel_size, sigma)], p)`.
+
+    x (B, 3, H, W) floats in [0, 1]; sigma (from, to) and kernel_size in pixels. Errors: `gaussian_blur`'s.
+    """
+    u = rng.uniform(2)
+    drawn = sigma[0] + (sigma[1] - sigma[0]) * u[:, 0]
+    return gaussian_blur(x, torch.where(u[:, 1] < p, drawn, 0.0), kernel_size)
+
+
+def solarize(x, where, threshold=0.5):
+    """torchvision's `solarize` (invert from the threshold up) for the images `where` (B,) bool says.
+
+    x (B, 3, H, W) floats in [0, 1], and so is the threshold; raises ValueError for integers.
+    """
+    _refuse_integers(x, "solarize")
+    return torch.where(_columns(x, where)[0] & (x >= threshold), 1 - x, x)
+
+
+def random_solarize(x, rng, p, threshold=0.5):
+    """torchvision's `RandomSolarize(threshold, p)` of x (B, 3, H, W), floats in [0, 1], as is the threshold;
+    raises ValueError for integers."""
+    return solarize(x, rng.uniform(1)[:, 0] < p, threshold)
+
+
+def flip(x, where):
+    """torchvision's `hflip` for the images `where` (B,) bool says; x (B, 3, H, W) of any dtype."""
+    return torch.where(_columns(x, where)[0], x.flip(3), x)
+
+
+def random_flip(x, rng, p=0.5):
+    """torchvision's `RandomHorizontalFlip(p)` of x (B, 3, H, W) of any dtype."""
+    return flip(x, rng.uniform(1)[:, 0] < p)
+
+
+def pad_crop(x, top, left, padding, mode="constant"):
+    """Pad all sides as torchvision's `pad` does (constant 0, or reflect), cut (H, W) at top, left (B,).
+
+    x (B, 3, H, W) floats in [0, 1] or uint8 -> float in [0, 1]; padding, top and left in pixels. Raises
+    ValueError for other dtypes, and where there is not enough to reflect: both sides must be above `padding`.
+    """
+    B, C, H, W = x.shape
+    if mode == "reflect" and padding >= min(H, W):
+        raise ValueError(f"padding {padding} by reflection: images are {H} x {W}, and their sides must be at "
+                         f"least {padding + 1}; give a larger --image-size")
+    padded = F.pad(to_float(x), [padding] * 4, mode=mode)
+    rows = (top.long()[:, None] + torch.arange(H)).to(x.device, non_blocking=True)
+    columns = (left.long()[:, None] + torch.arange(W)).to(x.device, non_blocking=True)
+    image = torch.arange(B, device=x.device)[:, None, None]
+    return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def random_pad_crop(x, rng, padding, mode="constant"):
+    """torchvision's `RandomCrop(side, padding, padding_mode=mode)`; padding in pixels.
+
+    x (B, 3, H, W) floats in [0, 1] or uint8 -> float in [0, 1]. Errors: `pad_crop`'s.
+    """
+    top, left = (rng.uniform(2) * (2 * padding + 1)).floor().unbind(1)
+    return pad_crop(x, top, left, padding, mode)
+
+
+def _apply(f, x, rows):
+    """x with `f` applied to the images `rows` (a CPU tensor of indices: no host sync)."""
+    if not len(rows):
+        return x
+    rows = rows.to(x.device, non_blocking=True)
+    x = x.clone()
+    x[rows] = f(x[rows])
+    return x
+
+
+def _grey(x):
+    r, g, b = x.unbind(1)
+    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)[:, None]
+
+
+def _columns(x, *per_image):
+    """(B,) tensors on the CPU -> (B, 1, 1, 1) on the device of `x`."""
+    return [v.to(x.device, non_blocking=True).view(-1, 1, 1, 1) for v in per_image]

@@ -1,0 +1,279 @@
+"""Vision transformers (Dosovitskiy et al. 2021, arXiv 2010.11929) for images in patches, and the light decoder of
+masked autoencoders. Module names are timm's. The file stands alone.
+"""
+import math
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import stochastic_depth
+
+
+def patchify(x, patch):
+    """Images (B, C, H, W) -> patches (B, L, C patch^2), row by row; within a patch the order is (row, column,
+    channel), channel fastest. Raises ValueError where H or W is no multiple of `patch`."""
+    B, C, H, W = x.shape
+    if H % patch or W % patch:
+        raise ValueError(f"images of {H} x {W}: no multiple of the patch size {patch}; choose another "
+                         "--image-size")
+    x = x.reshape(B, C, H // patch, patch, W // patch, patch)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, C * patch * patch)
+
+
+def unpatchify(patches, patch):
+    """The inverse of `patchify`, for a square grid of patches."""
+    B, L, D = patches.shape
+    g = round(L**0.5)
+    x = patches.reshape(B, g, g, patch, patch, D // patch**2)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, g * patch, g * patch)
+
+
+def coordinates(height, width, device="cpu", dtype=torch.float64):
+    """(row, column) of each patch of a grid: (L, 2), row by row. They are whole, so exact in any `dtype`;
+    not every device has float64."""
+    rows = torch.arange(height, device=device, dtype=dtype)
+    columns = torch.arange(width, device=device, dtype=dtype)
+    return torch.cartesian_prod(rows, columns)
+
+
+def sincos_at(at, dim):
+    """Sine-cosine embedding (..., dim) of real coordinates `at` (..., 2), as (row, column), in patches.
+
+    The first half encodes the column, the second the row; each is dim/4 sines, then as many cosines, of
+    frequencies 10000^(-i / (dim/4)). Raises ValueError where 4 does not divide `dim`.
+    """
+    if dim % 4:
+        raise ValueError(f"sine-cosine positions: width {dim} is no multiple of 4")
+    frequency = 10000.0 ** (-torch.arange(dim // 4, device=at.device, dtype=at.dtype) / (dim // 4))
+    angle = at.flip(-1)[..., None] * frequency  # (..., 2, dim/4)
+    return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
+
+
+def sincos_2d(dim, height, width=None):
+    """`sincos_at` every patch of a grid: (L, dim) float64, on the CPU."""
+    return sincos_at(coordinates(height, width or height), dim)
+
+
+def relative_index(offsets, alpha=1.9, beta=3.8, gamma=15.2):
+    """Real index of an offset in patches, per coordinate: the offset itself up to `alpha`, then growing as a
+    logarithm that reaches `beta` at `gamma`, and stays. Rounded it is iRPE's piecewise index (Wu et al. 2021,
+    arXiv 2107.14222)."""
+    far = offsets.abs().clamp_min(alpha)  # the logarithm of 0 would make the gradient NaN
+    index = alpha + (beta - alpha) / math.log(gamma / alpha) * (far / alpha).log()
+    return torch.where(offsets.abs() <= alpha, offsets, offsets.sign() * index.clamp_max(beta))
+
+
+def lookup_weights(offsets, K):
+    """Bilinear weights (..., (2K+1)^2) of a table's entries at `offsets` (..., 2) from its centre, clamped to
+    [-K, K]. At integers one weight is 1 and the others 0; the derivative there is one-sided. An offset that
+    is NaN makes all weights NaN."""
+    at = offsets.clamp(-K, K) + K
+    low = at.detach().nan_to_num().floor().clamp_max(2 * K - 1)  # no entry has the number NaN
+    f = (at - low)[..., None]
+    low = F.one_hot(low.long(), 2 * K + 1).to(f)  # (..., 2, 2K+1)
+    rows, columns = ((1 - f) * low + f * low.roll(1, -1)).unbind(-2)
+    return (rows[..., :, None] * columns[..., None, :]).flatten(-2)
+
+
+def lookup(table, offsets):
+    """Bilinear reading (C, ...) of table (C, 2K+1, 2K+1) at real `offsets` (..., 2), as (row, column) in
+    table units from its centre, clamped to [-K, K]; differentiable in both."""
+    weights = lookup_weights(offsets, table.shape[1] // 2)
+    with torch.autocast(table.device.type, enabled=False):  # it is small
+        found = table.flatten(1) @ weights.reshape(-1, table[0].numel()).T
+    return found.view(len(table), *offsets.shape[:-1])
+
+
+class Relative(nn.Module):
+    """Relative positions r_ij of one attention layer, shared by its heads, in the manner of iRPE: a table of
+    d-vectors, read bilinearly at `relative_index` of the offset; one more vector where i or j is the cls
+    token. All zero at the start."""
+
+    K = 3
+
+    def __init__(self, d):
+        super().__init__()
+        side = 2 * self.K + 1
+        self.table, self.cls = nn.Parameter(torch.zeros(d, side, side)), nn.Parameter(torch.zeros(d))
+
+    def forward(self, height, width, shift=0.0, extra=0.0):
+        """(1 + L, 1 + L, d). `shift` (2,) is added to every offset between patches, `extra` (d, 7, 7) to the
+        table."""
+        at = coordinates(height, width, self.table.device, self.table.dtype)
+        offsets = relative_index(at[:, None] - at + shift)
+        inner = lookup(self.table + extra, offsets).permute(1, 2, 0)
+        L = len(at)
+        left, top = self.cls.expand(L, 1, -1), self.cls.expand(1, 1 + L, -1)
+        return torch.cat([top, torch.cat([left, inner], 1)])
+
+
+def relative_logits(q, r):
+    """q_i . r_ij: q (B, heads, T, d), already divided by sqrt(d), and r (T, T, d) -> (B, heads, T, T)."""
+    return torch.einsum("bhid,ijd->bhij", q, r)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads, relative):
+        super().__init__()
+        self.heads, self.d = heads, dim // heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        if relative:
+            self.relative = Relative(self.d)
+
+    def forward(self, x, bias=None):
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, self.d).permute(2, 0, 3, 1, 4)  # (B, heads, T, d)
+        mask = None if bias is None else bias(q / self.d**0.5)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)), the mlp four times as wide. `bias`: None, or a
+    function of the queries divided by sqrt(d) that gives logits (B, heads, T, T) to add."""
+
+    def __init__(self, dim, heads, relative=False):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads, relative)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = nn.Sequential(
+            OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
+        self.drop = 0.0  # see drop_path
+
+    def forward(self, x, bias=None):
+        x = x + stochastic_depth(self.attn(self.norm1(x), bias), self.drop, "row", self.training)
+        return x + stochastic_depth(self.mlp(self.norm2(x)), self.drop, "row", self.training)
+
+
+def xavier(net):
+    """Start every Linear of `net` Xavier-uniform, with zero bias (MAE, He et al. 2021, arXiv 2111.06377)."""
+    for m in net.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.xavier_uniform_(m.weight), nn.init.zeros_(m.bias)
+
+
+class ViT(nn.Module):
+    """Vision transformer without its classifier. Its features are the mean of the patch tokens.
+
+    size       side of the images that `pos_embed` is for.
+    positions  "sincos": fixed at first (`requires_grad_` of the network makes them trainable); images of
+               another size get those of their own grid, whatever was trained. "learned": for `size` only.
+    relative   every block has relative positions besides (`Relative`); timm's ViT has no place for them.
+    fc_norm    the last LayerNorm comes after the mean instead of before it (`renew_norm`).
+    """
+
+    def __init__(self, arch, patch, dim, depth, heads, size, mean, std, positions, relative, fc_norm):
+        super().__init__()
+        if size % patch:
+            raise ValueError(f"image size {size}: no multiple of the patch size {patch} of {arch}; choose "
+                             "another --image-size")
+        if positions not in ("sincos", "learned"):
+            raise ValueError(f"positions {positions!r}: choose sincos or learned")
+        self.recipe = {"arch": arch, "size": size, "mean": list(mean), "std": list(std),
+                       "positions": positions, "relative": relative, "fc_norm": fc_norm}
+        self.dim, self.patch, self.grid, self.relative = dim, patch, (size // patch, size // patch), relative
+        self.register_buffer("mean", torch.tensor(mean).repeat(patch**2), persistent=False)  # of a patch
+        self.register_buffer("std", torch.tensor(std).repeat(patch**2), persistent=False)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + (size // patch) ** 2, dim), positions == "learned")
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, patch)})
+        self.blocks = nn.ModuleList(TransformerBlock(dim, heads, relative) for _ in range(depth))
+        self.norm = nn.Identity() if fc_norm else nn.LayerNorm(dim, eps=1e-6)
+        self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if fc_norm else nn.Identity()
+        xavier(self)
+        proj = self.patch_embed["proj"]
+        nn.init.xavier_uniform_(proj.weight.view(dim, -1)), nn.init.zeros_(proj.bias)
+        nn.init.normal_(self.cls_token, std=0.02)
+        if positions == "learned":
+            nn.init.normal_(self.pos_embed, std=0.02)
+        else:
+            with torch.no_grad():
+                self.pos_embed.copy_(self.sincos(*self.grid))
+
+    def sincos(self, height, width):
+        """(1, 1 + L, dim); zero for the cls token."""
+        positions = F.pad(sincos_2d(self.dim, height, width), (0, 0, 1, 0))[None].to(self.pos_embed.dtype)
+        return positions.to(self.pos_embed.device, non_blocking=self.pos_embed.is_cuda)
+
+    def normalise(self, patches):
+        """Patches (B, n, 3 patch^2) of pixels -> what the network is shown, channel by channel."""
+        return (patches - self.mean) / self.std
+
+    def embed(self, patches):
+        """Patches (B, n, 3 patch^2) of pixels in [0, 1] -> tokens (B, n, dim), without positions."""
+        proj = self.patch_embed["proj"]
+        return F.linear(self.normalise(patches), proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias)
+
+    def encode(self, tokens, biases=None):
+        """Tokens (B, n, dim) with their positions -> (B, 1 + n, dim) after the last block and norm, the cls
+        token first. `biases`: one for each block (`TransformerBlock`)."""
+        cls = self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat([cls.expand(tokens.shape[0], -1, -1), tokens], 1)  # tracing would fix len(tokens)
+        for i, block in enumerate(self.blocks):
+            x = block(x, biases[i] if biases else None)
+        return self.norm(x)
+
+    def forward(self, x):
+        grid = x.shape[2] // self.patch, x.shape[3] // self.patch
+        positions, biases = self.pos_embed, None
+        if grid != self.grid:
+            if self.recipe["positions"] == "learned":
+                side = self.recipe["size"]
+                raise ValueError(f"images of {x.shape[2]} x {x.shape[3]}: this encoder's positions were "
+                                 f"learned for {side} x {side} (--image-size {side})")
+            positions = self.sincos(*grid)
+        if self.relative:
+            rows = [block.attn.relative(*grid) for block in self.blocks]
+            biases = [lambda q, r=r: relative_logits(q, r) for r in rows]
+        tokens = self.embed(patchify(x, self.patch)) + positions[:, 1:]
+        return self.fc_norm(self.encode(tokens, biases)[:, 1:].mean(1))
+
+
+class PatchDecoder(nn.Module):
+    """The light decoder of a masked autoencoder: `embed` takes the encoder's tokens to its `width`, `forward`
+    a whole grid of them, cls first, (B, 1 + L, width), to patches (B, L, 3 patch^2). Sine-cosine positions,
+    relative ones besides if the encoder has them."""
+
+    def __init__(self, encoder, width, depth, heads):
+        super().__init__()
+        self.embed = nn.Linear(encoder.dim, width)
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads, encoder.relative) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.pred = nn.Linear(width, 3 * encoder.patch**2)
+        xavier(self)
+        positions = F.pad(sincos_2d(width, *encoder.grid), (0, 0, 1, 0)).float()  # zero for cls
+        self.register_buffer("positions", positions.to(self.pred.weight.device), persistent=False)
+
+    def forward(self, h, biases=None):
+        h = h + self.positions
+        for i, block in enumerate(self.blocks):
+            h = block(h, biases[i] if biases else None)
+        return self.pred(self.norm(h))[:, 1:]
+
+
+def check_masked(arch, image_size, decoder, mask_ratio):
+    """ValueError that names the first flag of a masked autoencoder that does not fit: --arch, --image-size
+    (a side, in pixels), --decoder (width, blocks, heads) and --mask-ratio (from 0 to 1)."""
+    if arch not in VITS:
+        raise ValueError(f"--arch {arch}: choose one of {', '.join(VITS)}")
+    patch = VITS[arch][0]
+    width, _, heads = decoder
+    if image_size % patch:
+        raise ValueError(f"--image-size {image_size}: no multiple of {arch}'s patch size, {patch}")
+    if min(decoder) < 1 or width % 4 or width % heads:
+        raise ValueError(f"--decoder {' '.join(map(str, decoder))}: all must be positive, the width a "
+                         "multiple of 4 and of the heads")
+    patches = (image_size // patch) ** 2
+    if not 0 < mask_ratio < 1 or not 1 <= int(patches * (1 - mask_ratio)) < patches:
+        raise ValueError(f"--mask-ratio {mask_ratio:g}: of {patches} patches (--image-size {image_size}) "
+                         "some must stay, some go")
+
+
+VITS = {  # patch, width, blocks, heads, image size
+    "vit_slim": (4, 96, 4, 3, 32),  # 0.5 M parameters
+    "vit_tiny": (4, 192, 12, 3, 32),
+    "vit_small": (4, 384, 12, 6, 32),
+    "vit_base": (16, 768, 12, 12, 224),
+    "vit_large": (16, 1024, 24, 16, 224),
+}
