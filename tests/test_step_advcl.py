@@ -105,7 +105,7 @@ def network(branches):
 
 @pytest.mark.parametrize("with_labels", [False, True])
 @pytest.mark.parametrize("names", [
-    ["x+d", "x1", "x2", "xh"], ["x1+d", "x2+d", "x1", "x2"], ["x+d", "x1", "xl"]], ids=" ".join)
+    ["x+d", "x1", "x2", "xh"], ["x1+d", "x2+d", "x1", "x2"], ["x+d", "x1", "x2", "xl"]], ids=" ".join)
 def test_two_steps_are_those_of_the_paper(names, with_labels):
     net = network(("adv", "clean", "adv_ce"))
     opt = torch.optim.SGD(net.parameters(), 0.0, momentum=0.9, weight_decay=WEIGHT_DECAY)
