@@ -798,10 +798,21 @@ def test_two_evaluations_in_one_folder_are_refused_and_kept_reads_all_the_same(e
     assert exported.resolve() in files._locks and other.resolve() in files._locks  # held to the end
 
 
+@pytest.fixture
+def handlers():
+    """Those of a program in the foreground (a job in the background starts with SIGINT ignored), put back after."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("stop, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_it_in_one_line_and_the_same_command_goes_on(exported, monkeypatch, capsys, stop, status):
+def test_a_signal_ends_it_in_one_line_and_the_same_command_goes_on(
+        exported, monkeypatch, capsys, handlers, stop, status):
     judge = evaluation.judge
-    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
 
     def interrupted(net, images, attack, *rest, **more):
         if attack is not None:
@@ -815,8 +826,7 @@ def test_a_signal_ends_it_in_one_line_and_the_same_command_goes_on(exported, mon
     assert raised.value.code == status
     said = capsys.readouterr().err
     assert said.strip() == "stopped; what was measured is in eval.jsonl, the same command goes on"
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     no_training(monkeypatch)
     lines = evaluate(exported, "--attacks", "clean", "pgd20-1")
     assert [list(line["results"]) for line in lines] == [["clean"], ["pgd20-1"]]
