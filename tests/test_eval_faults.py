@@ -261,6 +261,14 @@ def test_no_epoch_is_chosen_by_logits_that_are_not_finite():
         evaluation.train(net, zeros(40), p, seed=0)
 
 
+def test_a_classifier_that_breaks_in_its_last_step_is_refused():
+    """Its loss was finite: that of the step before."""
+    net = evaluation.Classifier(Constant(above=2), 2)
+    p = evaluation.PRESETS["amoc-slf"]._replace(epochs=1, milestones=(), batch_size=16, lr=1e40)
+    with pytest.raises(ValueError, match="the classifier's head.* is not finite after training; try a lower --lr"):
+        evaluation.train(net, zeros(16), p, seed=0)
+
+
 def test_the_sanity_check_doubts_what_is_not_finite(monkeypatch):
     monkeypatch.setattr(evaluation, "attacked", lambda net, x, *rest, batch_size=500: (x + 1, {}))
     found = evaluation.sanity(Constant(above=0.5), zeros(2), evaluation.ATTACKS["aa"], 0, 2, 500)
