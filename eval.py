@@ -352,6 +352,9 @@ def train(net, images, p, seed):
     print()
     if best:
         net.load_state_dict(best[1])
+    bad = files.not_finite(net.state_dict())
+    if bad:  # after the last step, whose loss was
+        raise ValueError(f"the classifier's {bad} is not finite after training; try a lower --lr")
     return net.eval()
 
 

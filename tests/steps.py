@@ -11,7 +11,7 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from common.encoders import BranchNorm
+from common.resnet import BranchNorm
 from tests.scripts import TINY, tiny_npz
 
 

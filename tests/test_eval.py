@@ -708,7 +708,8 @@ def test_the_attacks_are_those_of_the_papers():
         assert type(row) is kinds.get(name, evaluation.Attack) and len(row) == len(want[name]), name
         for value, expected in zip(row, want[name]):
             assert value == (pytest.approx(expected) if isinstance(expected, float) else expected), name
-    assert evaluation.CURVE == ("clean", "pgd20-1", "pgd20-2", "pgd20-4", "pgd20-6", "pgd20", "pgd20-12", "pgd20-16")
+    curve = "clean pgd20-1 pgd20-2 pgd20-4 pgd20-6 pgd20 pgd20-12 pgd20-16"
+    assert evaluation.CURVE == tuple(curve.split())
 
 
 FALLS = {  # what remains of the rate in the epochs up to, and from, each
@@ -732,8 +733,8 @@ def test_the_rate_of_every_preset_in_every_epoch(name):
             assert evaluation.lr_at(p, epoch, t) == pytest.approx(want, rel=1e-9), (epoch, part)
 
 
-class Linear64(nn.Module):
-    """Logits of flattened images, and the mode of each query."""
+class Wavy64(nn.Module):
+    """Logits sin(25 x) W^T of flattened images, whose gradient changes sign; and the mode of each query."""
 
     def __init__(self):
         super().__init__()
@@ -742,13 +743,13 @@ class Linear64(nn.Module):
 
     def forward(self, x):
         self.modes.append(self.training)
-        return x.flatten(1) @ self.weight.T
+        return (25 * x).sin().flatten(1) @ self.weight.T
 
 
 @pytest.mark.parametrize("name", [name for name, row in TYPED.items() if row["loss"] != "clean"])
 def test_the_training_attack_of_a_preset_equals_a_slow_loop(name):
     """Start, ball, step, number of steps and objective; the modes of the network; the loss."""
-    row, net = TYPED[name], Linear64()
+    row, net = TYPED[name], Wavy64()
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     p = evaluation.PRESETS[name]
     assert net.training
@@ -760,15 +761,14 @@ def test_the_training_attack_of_a_preset_equals_a_slow_loop(name):
     u = 2 * noise - 1
     start = u * 8 / 255 if row["uniform"] else 0.001 * normal.icdf((1 + 0.9999 * u) / 2)
     x_adv = (x + start).clamp(0, 1)
+    q = ((25 * x).sin().flatten(1) @ W.T).softmax(1) if clean else F.one_hot(y, 5).double()
     for _ in range(10):
-        z = (x_adv.flatten(1) @ W.T).softmax(1)
-        q = (x.flatten(1) @ W.T).softmax(1) if clean else F.one_hot(y, 5).double()
-        g = ((z - q) @ W).view_as(x)  # of CE(z, y), and of KL(q || z), to x_adv
+        z = ((25 * x_adv).sin().flatten(1) @ W.T).softmax(1)
+        g = ((z - q) @ W).view_as(x) * 25 * (25 * x_adv).cos()  # of CE(z, y), and of KL(q || z), to x_adv
         x_adv = x_adv + (0.007 if name == "rocl-alf" else 2 / 255) * g.sign()
         x_adv = torch.minimum(torch.maximum(x_adv, x - 8 / 255), x + 8 / 255).clamp(0, 1)
-    z = (x_adv.flatten(1) @ W.T).softmax(1)
+    z = ((25 * x_adv).sin().flatten(1) @ W.T).softmax(1)
     if clean:
-        q = (x.flatten(1) @ W.T).softmax(1)
         want = -q[range(4), y].log().mean() + 6 * (q * (q / z).log()).sum(1).mean()
     else:
         want = -z[range(4), y].log().mean()
@@ -779,7 +779,7 @@ def test_the_training_attack_of_a_preset_equals_a_slow_loop(name):
 # Training as the recipes say
 # ----------------------------------------------------------------------------------------------------------
 class Spy(nn.Module):
-    """An encoder that notes, at each query, its mode, the head's, and whether a gradient of weights is wanted."""
+    """An encoder that notes, at each query, its mode, the head's, and whether its weights want a gradient."""
 
     dim, branch, recipe = 4, None, {}
 
@@ -795,16 +795,19 @@ class Spy(nn.Module):
 
 @pytest.mark.parametrize("name", TYPED)
 def test_the_modes_of_training_and_whose_weights_move(name):
-    """A frozen encoder is in eval mode throughout; else it is in train mode for the update, eval for the attack."""
+    """A frozen encoder is in eval mode throughout; else in train mode for the update, eval for the attack."""
     row, encoder = TYPED[name], Spy()
     net = evaluation.Classifier(encoder, 3, row["batch_norm"])
     encoder.net.append(net)
-    p = evaluation.PRESETS[name]._replace(epochs=1, milestones=(), warmup=0, batch_size=16, validation=0.0, dual=False)
+    p = evaluation.PRESETS[name]._replace(
+        epochs=1, milestones=(), warmup=0, batch_size=16, validation=0.0, dual=False)
     evaluation.train(net, coloured(16), p, seed=0)
     everything = row["trains"] == "all"
     attack = {"clean": 0, "pgd": 10, "trades": 11}[row["loss"]]
     update = 2 if row["loss"] == "trades" else 1
-    assert encoder.queries == attack * [(False, False, everything)] + update * [(everything, True, everything)]
+    in_attack = (False, False, everything)
+    in_update = (everything, True, everything)
+    assert encoder.queries == attack * [in_attack] + update * [in_update]
     assert not net.training and not encoder.training
 
 
@@ -821,7 +824,8 @@ def test_each_step_has_the_rate_of_its_epoch_and_the_optimizer_of_the_preset(nam
         rates.append({group["lr"] / group["scale"] for group in made[0].param_groups})
         return loss(*args)
 
-    monkeypatch.setattr(evaluation, "optimizer", noted), monkeypatch.setattr(evaluation, "classifier_loss", rate)
+    monkeypatch.setattr(evaluation, "optimizer", noted)
+    monkeypatch.setattr(evaluation, "classifier_loss", rate)
     monkeypatch.setattr(evaluation, "pgd", lambda climb, x, *rest, **more: x)
     row, net = TYPED[name], evaluation.Classifier(encoders.make("slim"), 3)
     falls = (1,) if row["milestones"] else ()
@@ -846,14 +850,17 @@ def test_each_step_has_the_rate_of_its_epoch_and_the_optimizer_of_the_preset(nam
                                                    for i in range(1, 5)), ("head", net.head.weight))}
         assert list(scales.values()) == pytest.approx([gamma**5, gamma**4, gamma**3, gamma**2, gamma, 1])
     else:
-        assert all(group["momentum"] == 0.9 and group["weight_decay"] == row["weight_decay"] for group in groups)
+        assert {group["momentum"] for group in groups} == {0.9}
+        assert {group["weight_decay"] for group in groups} == {row["weight_decay"]}
         assert all(group.get("nesterov", False) == row["nesterov"] for group in groups)
 
 
-@pytest.mark.parametrize("name, start", [("zero", "amoc-slf"), ("default", "rocl-slf"), ("normal", "mae-slf")])
+@pytest.mark.parametrize("name, start", [
+    ("zero", "amoc-slf"), ("default", "rocl-slf"), ("normal", "mae-slf")])
 def test_the_classifier_starts_as_the_preset_says(name, start):
     net = evaluation.Classifier(Pixels(), 200)
-    p = evaluation.PRESETS[start]._replace(epochs=1, milestones=(), warmup=0, batch_size=16, lr=1e-30, weight_decay=0)
+    p = evaluation.PRESETS[start]._replace(
+        epochs=1, milestones=(), warmup=0, batch_size=16, lr=1e-30, weight_decay=0)
     evaluation.train(net, coloured(16), p, seed=0)
     weight, bias = net.head.weight, net.head.bias
     if name == "zero":
@@ -930,13 +937,15 @@ class Asked(Red):
                                   if isinstance(row, evaluation.Attack)])
 def test_pgd_starts_at_random_in_the_ball_anew_for_each_batch_and_restart(name):
     attack, net = evaluation.ATTACKS[name], Asked()
-    image = torch.randint(100, 150, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    g = torch.Generator().manual_seed(0)
+    image = torch.randint(100, 150, (1, 3, 16, 16), generator=g, dtype=torch.uint8)
     images = data.Images(image.repeat(6, 1, 1, 1), torch.zeros(6).long(), 2)  # all alike
     net.train()
     evaluation.judge(net, images, attack, seed=5, restarts=2, batch_size=3)
     assert not any(training for _, training, _ in net.queries) and net.training
     runs = [net.queries[i : i + attack.steps + 1] for i in range(0, len(net.queries), attack.steps + 1)]
-    assert len(runs) == 4 and all([wants for *_, wants in run] == [True] * attack.steps + [False] for run in runs)
+    assert len(runs) == 4
+    assert all([wants for *_, wants in run] == [True] * attack.steps + [False] for run in runs)
     first = [run[0][0] - image / 255 for run in runs]  # two restarts of the first batch, two of the second
     for delta in first:
         order = {"linf": torch.inf, "l2": 2, "l1": 1, "l1_dense": 1}[attack.norm]
@@ -957,7 +966,8 @@ def test_the_attack_climbs_the_cross_entropy_of_the_source_in_eval_mode():
     source, net = Asked().train(), Asked().train()
     images = data.Images(torch.full((2, 3, 8, 8), 128, dtype=torch.uint8), torch.tensor([0, 1]), 2)
     evaluation.judge(net, images, evaluation.ATTACKS["pgd20"], source=source)
-    assert len(source.queries) == 20 and not any(training for _, training, _ in source.queries) and source.training
+    assert len(source.queries) == 20 and source.training
+    assert not any(training for _, training, _ in source.queries)
     assert len(net.queries) == 1 and not net.queries[0][1] and net.training
     red = net.queries[0][0][:, 0].mean((1, 2))
     torch.testing.assert_close(red, torch.tensor([128 - 8, 128 + 8]) / 255)  # away from each label
@@ -996,7 +1006,8 @@ def test_a_network_makes_pgd_of_100_steps_weaker_than_of_20():
 
     images = data.Images(torch.full((4, 3, 8, 8), 122, dtype=torch.uint8), torch.zeros(4).long(), 2)
     found = evaluation.sanity(Turns(), images, evaluation.ATTACKS["aa"], 0, 4, 500)
-    assert (found["pgd20"], found["pgd100"]) == (0, 100) and "PGD-100 is weaker than PGD-20" in found["doubts"]
+    assert (found["pgd20"], found["pgd100"]) == (0, 100)
+    assert "PGD-100 is weaker than PGD-20" in found["doubts"]
 
 
 def test_tf32_is_off_while_it_evaluates(exported, monkeypatch):
@@ -1009,7 +1020,8 @@ def test_tf32_is_off_while_it_evaluates(exported, monkeypatch):
         return judge(*args)
 
     monkeypatch.setattr(evaluation, "judge", looked)
-    monkeypatch.setattr(backends.cudnn, "allow_tf32", True), monkeypatch.setattr(backends.cuda.matmul, "allow_tf32", True)
+    monkeypatch.setattr(backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(backends.cuda.matmul, "allow_tf32", True)
     run_main(exported, "--attacks", "clean")
     assert seen == [(False, False)]
 
@@ -1028,7 +1040,8 @@ def test_votes_are_weighed_by_similarity_at_a_temperature_of_a_tenth():
     assert math.exp(near / 0.1) < 2 * math.exp(far / 0.1) and math.exp(near / 0.05) > 2 * math.exp(far / 0.05)
     assert evaluation.knn(Direction(), train, test) == 0
     assert evaluation.knn(Direction(), train, test, temperature=0.05) == 100
-    assert evaluation.knn(Direction(), train, test, k=1) == 100 and evaluation.knn(Direction(), train, test, k=2) == 100
+    assert evaluation.knn(Direction(), train, test, k=1) == 100
+    assert evaluation.knn(Direction(), train, test, k=2) == 100
 
 
 def test_the_standard_error_is_that_of_a_share():

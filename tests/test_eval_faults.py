@@ -1,5 +1,5 @@
-"""What an evaluation must notice, refuse or survive: damaged, foreign and changed files, data that do not suit,
-numbers that are not finite, other processes, signals."""
+"""What an evaluation must notice, refuse or survive: damaged, foreign and changed files, data that do not
+suit, numbers that are not finite, other processes, signals."""
 import json
 import os
 import pathlib
@@ -59,10 +59,6 @@ def evaluate(folder, *more, encoder="encoder.pt", images="tiny.npz"):
     return table.lines(folder / "eval.jsonl")
 
 
-def figures(lines):
-    return [(line["preset"], attack, found["accuracy"]) for line in lines for attack, found in line["results"].items()]
-
-
 def no_training(monkeypatch):
     def fail(*args):
         raise AssertionError("it trains a classifier")
@@ -119,7 +115,8 @@ def test_public_corruptions_are_read_once_a_process(public, monkeypatch):
 
 ORDER = np.arange(20) % 4
 WRONG = {
-    "another order": np.tile(ORDER[::-1], 5), "shuffled as the images are": np.tile(ORDER[data.fixed_order(20)], 5),
+    "another order": np.tile(ORDER[::-1], 5),
+    "shuffled as the images are": np.tile(ORDER[data.fixed_order(20)], 5),
     "beyond the classes": np.tile(ORDER + 4, 5), "floats": np.tile(ORDER, 5).astype(np.float32),
     "one severity alone": np.concatenate([np.tile(ORDER, 4), ORDER[::-1]]), "all one": np.zeros(100, int)}
 
@@ -173,7 +170,8 @@ class Constant(nn.Module):
 
     def forward(self, x):
         logits = torch.stack([0 * x.mean((1, 2, 3)), 1 + 0 * x.mean((1, 2, 3))], 1)
-        return torch.where((x.amax((1, 2, 3)) > self.above)[:, None], torch.full_like(logits, self.value), logits)
+        broken = x.amax((1, 2, 3)) > self.above
+        return torch.where(broken[:, None], torch.full_like(logits, self.value), logits)
 
 
 def zeros(n, side=8, level=0):
@@ -263,6 +261,14 @@ def test_no_epoch_is_chosen_by_logits_that_are_not_finite():
         evaluation.train(net, zeros(40), p, seed=0)
 
 
+def test_a_classifier_that_breaks_in_its_last_step_is_refused():
+    """Its loss was finite: that of the step before."""
+    net = evaluation.Classifier(Constant(above=2), 2)
+    p = evaluation.PRESETS["amoc-slf"]._replace(epochs=1, milestones=(), batch_size=16, lr=1e40)
+    with pytest.raises(ValueError, match="the classifier's head.* is not finite after training; try a lower --lr"):
+        evaluation.train(net, zeros(16), p, seed=0)
+
+
 def test_the_sanity_check_doubts_what_is_not_finite(monkeypatch):
     monkeypatch.setattr(evaluation, "attacked", lambda net, x, *rest, batch_size=500: (x + 1, {}))
     found = evaluation.sanity(Constant(above=0.5), zeros(2), evaluation.ATTACKS["aa"], 0, 2, 500)
@@ -295,7 +301,8 @@ def test_a_classifier_with_a_weight_that_is_not_finite_is_refused(exported):
 # ----------------------------------------------------------------------------------------------------------
 # Sizes
 # ----------------------------------------------------------------------------------------------------------
-def test_each_encoder_is_judged_at_its_own_side_and_the_data_loaded_once_for_each(tmp_path, monkeypatch, capsys):
+def test_each_encoder_is_judged_at_its_own_side_and_the_data_loaded_once_for_each(
+        tmp_path, monkeypatch, capsys):
     npz(tmp_path / "big.npz", pixels(44, 64, 64), np.arange(44) % 4)
     for name, size in (("a", 32), ("b", 64), ("c", 32), ("d", None)):
         (tmp_path / name).mkdir()
@@ -312,29 +319,32 @@ def test_each_encoder_is_judged_at_its_own_side_and_the_data_loaded_once_for_eac
     flags = ["--data", str(tmp_path / "big.npz"), *PROBE, "--attacks", "clean"]
     evaluation.main([*paths, *flags])
     said = capsys.readouterr().out
-    assert [side for side, _ in seen] == [32, 64, 32, 64] and sorted(loaded) == 3 * ["labelled"] + 3 * ["test"]
+    assert [side for side, _ in seen] == [32, 64, 32, 64]
+    assert sorted(loaded) == 3 * ["labelled"] + 3 * ["test"]
     lines = {name: table.lines(tmp_path / name / "eval.jsonl")[0] for name in "abcd"}
     assert [line["image_size"] for line in lines.values()] == [32, 64, 32, None]
     assert lines["a"]["results"] == lines["c"]["results"] and lines["b"]["train"] == lines["d"]["train"]
     for name, told in (("a", True), ("b", False), ("c", True), ("d", False)):
-        line = f"{tmp_path / name / 'encoder.pt'} was pretrained at 32; the images, of side 64, are brought to 32"
-        assert (line in said) == told
+        line = "was pretrained at 32; the images, of side 64, are brought to 32"
+        assert (f"{tmp_path / name / 'encoder.pt'} {line}" in said) == told
     assert "44 training and 20 test images of side 64, 4 classes" in said
-    sizes = [evaluation.load_classifier(tmp_path / name / "classifier-amoc-slf-adv.pt").image_size for name in "abcd"]
-    assert sizes == [32, 64, 32, 64]
+    files_of = [tmp_path / name / "classifier-amoc-slf-adv.pt" for name in "abcd"]
+    assert [evaluation.load_classifier(file).image_size for file in files_of] == [32, 64, 32, 64]
 
     evaluation.main([paths[0], *flags, "--image-size", "48"])
     assert table.lines(tmp_path / "a" / "eval.jsonl")[-1]["image_size"] == 48
     assert "was pretrained at 32; it is judged on images of side 48" in capsys.readouterr().out
 
 
-NOT_SQUARE = {"both": ((32, 48), (32, 48)), "test alone": ((32, 32), (32, 48)), "two sizes": ((32, 32), (48, 48))}
+NOT_SQUARE = {"both": ((32, 48), (32, 48)), "test alone": ((32, 32), (32, 48)),
+              "two sizes": ((32, 32), (48, 48))}
 
 
 @pytest.mark.parametrize("shapes", NOT_SQUARE.values(), ids=NOT_SQUARE)
 @pytest.mark.parametrize("flags", [["--preset", "knn"], ["--preset", "mae-slf-cifar", "--attacks", "clean"],
                                    ["--attacks", "c-like"], ["--attacks", "aa"]], ids=lambda v: v[1])
-def test_images_that_are_not_square_or_of_two_sizes_are_refused_at_the_start(exported, monkeypatch, shapes, flags):
+def test_images_that_are_not_square_or_of_two_sizes_are_refused_at_the_start(
+        exported, monkeypatch, shapes, flags):
     train, test = shapes
     npz(exported / "x.npz", pixels(44, *train), np.arange(44) % 4, pixels(20, *test))
     no_training(monkeypatch)
@@ -345,12 +355,14 @@ def test_images_that_are_not_square_or_of_two_sizes_are_refused_at_the_start(exp
 
 def test_images_that_are_not_square_can_be_brought_to_a_side(exported):
     npz(exported / "x.npz", pixels(44, 32, 48), np.arange(44) % 4)
-    lines = evaluate(exported, "--preset", "mae-slf-cifar", "--attacks", "clean", "--image-size", "32", images="x.npz")
+    flags = ["--preset", "mae-slf-cifar", "--attacks", "clean", "--image-size", "32"]
+    lines = evaluate(exported, *flags, images="x.npz")
     assert lines[0]["image_size"] == 32
 
 
 @pytest.mark.parametrize("flags, side, words", [
-    (["--preset", "amoc-slf"], 4, "amoc-slf: reflects 4 pixels"), (["--preset", "knn", "amoc-aff"], 3, "amoc-aff: refl"),
+    (["--preset", "amoc-slf"], 4, "amoc-slf: reflects 4 pixels"),
+    (["--preset", "knn", "amoc-aff"], 3, "amoc-aff: reflects 4 pixels"),
     (["--preset", "robustssl-slf", "--attacks", "aa"], 4, "--attacks aa: AutoAttack needs images of side 5"),
     (["--attacks", "c-like"], 16, "constants are for side 32, not 16")])
 def test_images_that_are_too_small_are_refused_at_the_start(exported, monkeypatch, flags, side, words):
@@ -384,7 +396,7 @@ def test_what_the_encoder_cannot_take_is_refused_before_anything_is_measured(exp
 @pytest.mark.parametrize("preset", ["knn", "amoc-slf"])
 def test_an_evaluation_needs_two_classes(exported, label, preset):
     npz(exported / "x.npz", pixels(44, 32, 32), np.full(44, label))
-    with pytest.raises(ValueError, match="x.npz: the training images are all of one class; an evaluation needs two"):
+    with pytest.raises(ValueError, match="x.npz: the training images are all of one class; an evaluation"):
         evaluate(exported, "--preset", preset, images="x.npz")
 
 
@@ -410,8 +422,8 @@ def test_a_source_of_other_data_is_refused(exported, other, monkeypatch):
 
 
 @pytest.mark.parametrize("made, words", [
-    (None, "does not say on which data"), ("not JSON", "does not say on which data"), ("[1]", "does not say on which"),
-    ("same name", "other images of")])
+    (None, "does not say on which data"), ("not JSON", "does not say on which data"),
+    ("[1]", "does not say on which data"), ("same name", "other images of")])
 def test_a_source_of_unknown_data_is_a_warning_in_the_result(exported, other, made, words, capsys):
     net = evaluation.load_classifier(other)
     if made == "same name":
@@ -435,12 +447,13 @@ def test_a_source_of_the_same_data_under_another_name_or_limit_is_taken(exported
     sets = evaluation.Sets(zeros(4), zeros(4), "now", "test", None, (8, 8))
     net = evaluation.load_classifier(exported / "s.pt")
     net.head, net.image_size = nn.Linear(2, 2), None
-    assert evaluation.doubts_of(evaluation.Source(net, "d", {"data": "shapes", "train": "then"}), args, sets) == []
+    source = evaluation.Source(net, "d", {"data": "shapes", "train": "then"})
+    assert evaluation.doubts_of(source, args, sets) == []
 
 
 def test_a_source_for_another_side_is_refused(exported):
     evaluate(exported, "--attacks", "clean")
-    with pytest.raises(ValueError, match="--source .*: was trained on images of side 32, the attacked are of 16"):
+    with pytest.raises(ValueError, match="--source .*: was trained on images of side 32, the attacked are of"):
         evaluate(exported, "--attacks", "pgd20", "--image-size", "16",
                  "--source", str(exported / "classifier-amoc-slf-adv.pt"))
 
@@ -469,7 +482,7 @@ def test_both_branches_and_one_alone_have_classifiers_of_their_own(exported):
 
 @pytest.mark.parametrize("loss", ["pgd", "trades", "clean"])
 def test_dual_batchnorm_shows_each_branch_its_own_images_whatever_the_loss(exported, loss):
-    """Against two networks of plain BatchNorm: attack and update through "adv", clean images through "clean"."""
+    """Against two networks of plain BatchNorm: attacked images go through "adv", clean ones through "clean"."""
     from common.pgd import pgd
     F = nn.functional
     nets = [evaluation.Classifier(encoders.load_encoder(exported / "encoder.pt", bn), 3).train()
@@ -520,9 +533,10 @@ def test_a_damaged_classifier_is_seen_and_trained_again(exported, monkeypatch, c
 # ----------------------------------------------------------------------------------------------------------
 # eval.jsonl and log.jsonl that are damaged; several encoders in one folder
 # ----------------------------------------------------------------------------------------------------------
-FOREIGN = b'5\n[1, 2]\n{"results": {}}\n{"preset": "amoc-slf", "results": 7}\n{"preset": "a", "results": {"clean": 1}}\n' \
-          b'{"preset": "amoc-slf", "results": {"clean": {"accuracy": NaN}}}\n\xff\xfe\n{"preset": 1, "results": {}}\n' \
-          b'{"results": {"clean": {"accuracy": 1.0}}}\nnull\n\n'
+FOREIGN = b"\n".join([
+    b"5", b"[1, 2]", b'{"results": {}}', b'{"preset": "amoc-slf", "results": 7}',
+    b'{"preset": "a", "results": {"clean": 1}}', b'{"preset": "amoc-slf", "results": {"clean": {"accuracy": NaN}}}',
+    b"\xff\xfe", b'{"preset": 1, "results": {}}', b'{"results": {"clean": {"accuracy": 1.0}}}', b"null", b"\n"])
 
 
 @pytest.mark.parametrize("where", ["before", "after", "torn"])
@@ -538,8 +552,8 @@ def test_foreign_lines_of_a_result_file_are_named_and_left_out(exported, where, 
         evaluate(exported, "--attacks", "clean")
     said = capsys.readouterr()
     assert said.out.splitlines()[-1] == row
-    numbers = {"before": "1, 2, 3, 4, 5, 6, 7, 8, 9, 10", "after": "2, 3, 4, 5, 6, 7, 8, 9, 10, 11", "torn": "2"}[where]
-    assert f"eval.jsonl: line {numbers} holds no result, and is left out" in said.err
+    numbers = {"before": range(1, 11), "after": range(2, 12), "torn": [2]}[where]
+    assert f"eval.jsonl: line {', '.join(map(str, numbers))} holds no result, and is left out" in said.err
     evaluation.main([str(exported), "--kept", "--attacks", "clean"])
     assert capsys.readouterr().out.splitlines()[-1] == row
     lines = evaluate(exported, "--attacks", "pgd20-1")
@@ -568,7 +582,7 @@ def test_encoders_in_one_folder_are_told_apart(exported, capsys, monkeypatch):
     shutil.copy(exported / "encoder.pt", folder / "a.pt")
     torch.manual_seed(1)
     encoders.export(encoders.make("slim"), folder / "b.pt")
-    flags = ["--data", str(exported / "tiny.npz"), *PROBE, "--preset", "knn", "amoc-slf", "--attacks", "clean"]
+    flags = ["--data", str(exported / "tiny.npz"), *PROBE, "--attacks", "clean", "--preset", "knn", "amoc-slf"]
     evaluation.main([*map(str, sorted(folder.glob("*.pt"))), *flags])
     rows = capsys.readouterr().out.splitlines()[-2:]
     assert [row.split(" | ")[0] for row in rows] == [f"| [{n}]({folder / n}.pt)" for n in "ab"]
@@ -587,7 +601,8 @@ def test_encoders_in_one_folder_are_told_apart(exported, capsys, monkeypatch):
         assert capsys.readouterr().out.splitlines()[-2:] == rows
     shutil.copy(folder / "a.pt", folder / "c.pt")  # its twin has results of its own
     evaluation.main([str(folder / "c.pt"), *flags])
-    assert [table.file_of(line) for line in table.lines(folder / "eval.jsonl")] == 2 * ["a.pt"] + 2 * ["b.pt"] + 2 * ["c.pt"]
+    names = [table.file_of(line) for line in table.lines(folder / "eval.jsonl")]
+    assert names == 2 * ["a.pt"] + 2 * ["b.pt"] + 2 * ["c.pt"]
 
 
 def test_another_encoder_under_the_same_name_does_not_get_its_results(exported, capsys):
@@ -599,8 +614,9 @@ def test_another_encoder_under_the_same_name_does_not_get_its_results(exported, 
 
 def log(folder, **flags):
     folder.mkdir(exist_ok=True)
-    files.append_json_line(folder / "log.jsonl", {
-        "command": "python amoc.py", "device": "a CPU, 1 threads", "flags": {"out": str(folder), "seed": 0, **flags}})
+    header = {"command": "python amoc.py", "device": "a CPU, 1 threads"}
+    flags = {"out": str(folder), "seed": 0, **flags}
+    files.append_json_line(folder / "log.jsonl", {**header, "flags": flags})
 
 
 @pytest.mark.parametrize("kept", [[], ["--kept"]])
@@ -630,14 +646,15 @@ def kept(folder, capsys, *flags):
 
 
 def test_kept_takes_what_each_flag_names_and_nothing_else(tmp_path, capsys):
-    base = {"preset": "amoc-slf", "bn": "adv", "data": "cifar10", "seed": 0, "image_size": None, "train_images": 100,
-            "recipe": {"epochs": 25, "lr": 0.1, "milestones": [15, 20], "dual": False}}
+    base = {"preset": "amoc-slf", "bn": "adv", "data": "cifar10", "seed": 0, "image_size": None,
+            "train_images": 100, "recipe": {"epochs": 25, "lr": 0.1, "milestones": [15, 20], "dual": False}}
     variants = {  # flags: what of the line, what of the result is another
         "": ({}, {}), "--seed 1": ({"seed": 1}, {}), "--data some.npz": ({"data": "some.npz"}, {}),
         "--bn clean": ({"bn": "clean"}, {}), "--image-size 64": ({"image_size": 64}, {}),
         "--limit 50": ({"train_images": 50}, {}), "--test-limit 7": ({}, {"images": 7}),
         "--test-batch-size 100": ({}, {"batch_size": 100}), "--restarts 3": ({}, {"restarts": 3}),
-        "--epochs 5 --milestones 3 4": ({"recipe": {**base["recipe"], "epochs": 5, "milestones": [3, 4]}}, {}),
+        "--epochs 5 --milestones 3 4": (
+            {"recipe": {**base["recipe"], "epochs": 5, "milestones": [3, 4]}}, {}),
         "--lr 0.5": ({"recipe": {**base["recipe"], "lr": 0.5}}, {})}
     for i, (line, result) in enumerate(variants.values()):
         found = {"accuracy": i, "stderr": 1, "images": 20, **result}
@@ -660,7 +677,8 @@ def test_kept_takes_what_each_flag_names_and_nothing_else(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, want", [
-    ([], ["1.00", "2.00"]), (["--aa-limit", "5"], ["1.00", "2.00"]), (["--test-limit", "20"], ["1.00", "2.00"]),
+    ([], ["1.00", "2.00"]), (["--aa-limit", "5"], ["1.00", "2.00"]),
+    (["--test-limit", "20"], ["1.00", "2.00"]),
     (["--test-limit", "20", "--aa-limit", "5"], ["1.00", "2.00"]), (["--aa-limit", "6"], ["1.00"]),
     (["--test-limit", "3"], None)])
 def test_kept_knows_that_autoattack_sees_fewer_images(tmp_path, capsys, flags, want):
@@ -684,27 +702,29 @@ def test_kept_chooses_one_branch_and_a_source(exported, capsys):
     assert kept(exported, capsys, *flags, "--bn", "adv") == [cell]
     source = exported / "classifier-robustssl-aff-adv.pt"
     for accuracy, digest in ((7, evaluation.digest(source.read_bytes())), (8, None)):
-        files.append_json_line(exported / "eval.jsonl", {
-            "preset": "amoc-slf", "results": {"pgd20": {"accuracy": accuracy, "stderr": 1, "source": digest}}})
+        found = {"accuracy": accuracy, "stderr": 1, "source": digest}
+        files.append_json_line(exported / "eval.jsonl", {"preset": "amoc-slf", "results": {"pgd20": found}})
     assert kept(exported, capsys, "--attacks", "pgd20", "--source", str(source)) == ["7.00"]
     assert kept(exported, capsys, "--attacks", "pgd20") == ["8.00"]
 
 
 def test_kept_says_when_there_is_nothing_and_needs_no_data(exported, capsys):
     evaluate(exported, "--preset", "knn")
-    for flags in (["--preset", "amoc-slf"], ["--preset", "knn", "--data", "stl10"], ["--preset", "knn", "--seed", "3"]):
+    for flags in (["--preset", "amoc-slf"], ["--preset", "knn", "--data", "stl10"],
+                  ["--preset", "knn", "--seed", "3"]):
         with pytest.raises(ValueError, match="nothing was measured"):
             evaluation.main([str(exported), "--kept", *flags])
     with pytest.raises(ValueError, match="there is knn clean"):
         evaluation.main([str(exported), "--kept", "--preset", "amoc-slf"])
-    assert kept(exported, capsys, "--preset", "knn", "amoc-slf", "--attacks", "c", "aa")  # no CIFAR-10-C is there
+    assert kept(exported, capsys, "--preset", "knn", "amoc-slf", "--attacks", "c", "aa")
     assert not (exported / "CIFAR-10-C").exists()
 
 
 def test_the_command_line_tells_what_was_given():
     assert evaluation.given(["a", "b"]) == {"paths": ["a", "b"]}
-    named = evaluation.given(["a", "--data", "cifar10", "--seed", "0", "--milestones", "--kept", "--restarts", "1"])
-    assert named == {"paths": ["a"], "data": "cifar10", "seed": 0, "milestones": [], "kept": True, "restarts": 1}
+    words = ["a", "--data", "cifar10", "--seed", "0", "--milestones", "--kept", "--restarts", "1"]
+    assert evaluation.given(words) == {
+        "paths": ["a"], "data": "cifar10", "seed": 0, "milestones": [], "kept": True, "restarts": 1}
 
 
 def test_that_knn_is_not_attacked_is_said(exported, capsys):
@@ -718,8 +738,9 @@ def test_that_knn_is_not_attacked_is_said(exported, capsys):
 # ----------------------------------------------------------------------------------------------------------
 # Flags
 # ----------------------------------------------------------------------------------------------------------
-WHOLE = ("--limit", "--test-limit", "--aa-limit", "--test-batch-size", "--restarts", "--image-size", "--epochs",
-         "--batch-size", "--milestones")
+WHOLE = ("--limit", "--test-limit", "--aa-limit", "--test-batch-size", "--restarts", "--image-size",
+         "--epochs", "--batch-size", "--milestones")
+SHARES = ("--layer-decay", "--drop-path", "--smoothing")
 
 
 @pytest.mark.parametrize("flag, value", [
@@ -727,13 +748,14 @@ WHOLE = ("--limit", "--test-limit", "--aa-limit", "--test-batch-size", "--restar
     *(("--seed", v) for v in ("-1", "4294967296", "x")), *(("--workers", v) for v in ("-1", "x", "99999")),
     ("--warmup", "-1"), *(("--lr", v) for v in ("0", "-1", "nan", "inf", "x")),
     *((flag, v) for flag in ("--weight-decay", "--mixup", "--cutmix") for v in ("-1", "nan", "inf")),
-    *((flag, v) for flag in ("--layer-decay", "--drop-path", "--smoothing") for v in ("-0.1", "1.1", "nan", "inf")),
+    *((flag, v) for flag in SHARES for v in ("-0.1", "1.1", "nan", "inf")),
     ("--smoothing", "1"), ("--preset", "amoc"), ("--protocol", "alff"), ("--attacks", "pgd"), ("--data", ""),
     ("--data-dir", " "), ("--source", ""), ("--presets", "knn")])
 def test_flags_outside_their_range_are_one_line(flag, value):
     with pytest.raises(ValueError) as raised:
         evaluation.main(["encoder.pt", flag, value])
-    assert "\n" not in str(raised.value) and flag in str(raised.value) and "eval.py --help" in str(raised.value)
+    said = str(raised.value)
+    assert "\n" not in said and flag in said and "eval.py --help" in said
 
 
 def test_the_help_can_be_printed(capsys):
@@ -744,7 +766,8 @@ def test_the_help_can_be_printed(capsys):
 # ----------------------------------------------------------------------------------------------------------
 # Disks, processes, signals
 # ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("file", ["classifier-amoc-slf-adv.pt", "eval.jsonl", "attacked-amoc-slf-adv-pgd20.png"])
+@pytest.mark.parametrize("file", [
+    "classifier-amoc-slf-adv.pt", "eval.jsonl", "attacked-amoc-slf-adv-pgd20.png"])
 def test_a_full_disk_is_one_line_that_names_the_file(exported, monkeypatch, file):
     sync = os.fsync
 
@@ -780,7 +803,13 @@ def test_a_picture_is_whole_or_not_there(exported, monkeypatch):
     assert not list(exported.glob("*.png*"))
 
 
-HOLD = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print(1, flush=True)
+input()
+"""
 
 
 def test_two_evaluations_in_one_folder_are_refused_and_kept_reads_all_the_same(exported, capsys):
@@ -798,10 +827,21 @@ def test_two_evaluations_in_one_folder_are_refused_and_kept_reads_all_the_same(e
     assert exported.resolve() in files._locks and other.resolve() in files._locks  # held to the end
 
 
+@pytest.fixture
+def handlers():
+    """Those of a program in the foreground (in the background SIGINT is ignored), put back after."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("stop, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_it_in_one_line_and_the_same_command_goes_on(exported, monkeypatch, capsys, stop, status):
+def test_a_signal_ends_it_in_one_line_and_the_same_command_goes_on(
+        exported, monkeypatch, capsys, handlers, stop, status):
     judge = evaluation.judge
-    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
 
     def interrupted(net, images, attack, *rest, **more):
         if attack is not None:
@@ -815,8 +855,7 @@ def test_a_signal_ends_it_in_one_line_and_the_same_command_goes_on(exported, mon
     assert raised.value.code == status
     said = capsys.readouterr().err
     assert said.strip() == "stopped; what was measured is in eval.jsonl, the same command goes on"
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     no_training(monkeypatch)
     lines = evaluate(exported, "--attacks", "clean", "pgd20-1")
     assert [list(line["results"]) for line in lines] == [["clean"], ["pgd20-1"]]

@@ -75,7 +75,8 @@ def test_features_are_of_as_many_images_as_there_are_up_to_the_limit(tmp_path, n
     h, y, classes = plot.features(tmp_path / "encoder.pt", args)
     assert h.shape == (want, 128) and y.shape == (want,) and classes == 2
     images = data.load(args.data, split="test", limit=want)  # the first of the fixed shuffle
-    torch.testing.assert_close(h, encoders.load_encoder(tmp_path / "encoder.pt")(images.x / 255), rtol=1e-4, atol=1e-4)
+    encoder = encoders.load_encoder(tmp_path / "encoder.pt")
+    torch.testing.assert_close(h, encoder(images.x / 255), rtol=1e-4, atol=1e-4)
     assert torch.equal(y, images.y)
 
 
@@ -114,13 +115,17 @@ def test_foreign_lines_cost_no_picture(tmp_path):
 
 
 def test_curves_leave_out_transferred_and_repeated_attacks(tmp_path):
-    results = [("clean", {}, 50), ("pgd20", {}, 20), ("pgd20-4", {"restarts": 2}, 1), ("pgd20-2", {"source": "x"}, 2)]
-    write(tmp_path / "eval.jsonl", *({"preset": "slf", "results": {a: {"accuracy": v, **how}}} for a, how, v in results))
+    results = [("clean", {}, 50), ("pgd20", {}, 20), ("pgd20-4", {"restarts": 2}, 1),
+               ("pgd20-2", {"source": "x"}, 2)]
+    for attack, how, accuracy in results:
+        found = {"preset": "slf", "results": {attack: {"accuracy": accuracy, **how}}}
+        files.append_json_line(tmp_path / "eval.jsonl", found)
     assert plot.curves(tmp_path) == {"slf": ((0, 8), (50, 20))}
 
 
 @pytest.mark.parametrize("words", [
-    ["features", "x", "--test-limit", "0"], ["features", "x", "--test-limit", "nan"], ["features", "x", "--test-limit", "1"],
+    ["features", "x", "--test-limit", "0"], ["features", "x", "--test-limit", "nan"],
+    ["features", "x", "--test-limit", "1"],
     ["features", "x", "--image-size", "-1"], ["features", "x", "--data", ""], ["loss", "x", "--out", "a.jpg"],
     ["loss", "x", "--out", "a"], ["loss", "x", "--workers", "1"], ["loss"]])
 def test_flags_outside_their_range_are_one_line(words):
