@@ -78,8 +78,9 @@ def bank_logsumexp(q, bank, temperature):
 
     q (N, D), bank (K, D), any rows (nothing is normalised here) -> (N,). Products are of rows in q's dtype,
     sums and y in fp32 (float64: all through), each gradient in its argument's dtype. Only q, bank and y are
-    kept for backward. Raises ValueError for a temperature that is not positive and finite, an empty bank, rows
-    of different lengths, fp16 (where small probabilities vanish), or a BANK_OP that is unknown or impossible.
+    kept for backward. Raises ValueError for a temperature that is not positive and finite, an empty bank,
+    rows of different lengths, fp16 (where small probabilities vanish), or a BANK_OP that is unknown or
+    impossible.
     """
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature {temperature}: must be positive and finite")
