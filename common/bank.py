@@ -53,9 +53,11 @@ class Bank(nn.Module):
             dist.all_gather(parts, keys)
             keys = torch.cat(parts)
         size = len(self.rows)
-        at, end = self.pointer, (self.pointer + len(keys)) % size
+        at = self.pointer
+        end = (at + len(keys)) % size
         if len(keys) > size:
-            keys, at = keys[-size:], end
+            keys = keys[-size:]
+            at = end
         fits = min(len(keys), size - at)
         self.rows[at : at + fits] = keys[:fits]
         self.rows[: len(keys) - fits] = keys[fits:]

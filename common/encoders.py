@@ -75,12 +75,17 @@ class Block(nn.Module):
         super().__init__()
         c_out = 4 * c if bottleneck else c
         if bottleneck:
-            self.conv1, self.bn1 = _conv(c_in, c, 1), norm(c)
-            self.conv2, self.bn2 = _conv(c, c, 3, stride), norm(c)
-            self.conv3, self.bn3 = _conv(c, c_out, 1), norm(c_out)
+            self.conv1 = _conv(c_in, c, 1)
+            self.bn1 = norm(c)
+            self.conv2 = _conv(c, c, 3, stride)
+            self.bn2 = norm(c)
+            self.conv3 = _conv(c, c_out, 1)
+            self.bn3 = norm(c_out)
         else:
-            self.conv1, self.bn1 = _conv(c_in, c, 3, stride), norm(c)
-            self.conv2, self.bn2 = _conv(c, c_out, 3), norm(c_out)
+            self.conv1 = _conv(c_in, c, 3, stride)
+            self.bn1 = norm(c)
+            self.conv2 = _conv(c, c_out, 3)
+            self.bn2 = norm(c_out)
             self.conv3 = None
         self.drop = 0.0  # see drop_path
         same = stride == 1 and c_in == c_out
@@ -114,7 +119,8 @@ class ResNet(nn.Module):
             return BranchNorm(c, branches) if branches else nn.BatchNorm2d(c)
 
         size, stride = STEMS[stem]
-        self.conv1, self.bn1 = _conv(3, widths[0], size, stride), norm(widths[0])
+        self.conv1 = _conv(3, widths[0], size, stride)
+        self.bn1 = norm(widths[0])
         self.maxpool = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else nn.Identity()
         c_in = widths[0]
         for i, (depth, c) in enumerate(zip(depths, widths), 1):
@@ -232,7 +238,8 @@ class Relative(nn.Module):
     def __init__(self, d):
         super().__init__()
         side = 2 * self.K + 1
-        self.table, self.cls = nn.Parameter(torch.zeros(d, side, side)), nn.Parameter(torch.zeros(d))
+        self.table = nn.Parameter(torch.zeros(d, side, side))
+        self.cls = nn.Parameter(torch.zeros(d))
 
     def forward(self, height, width, shift=0.0, extra=0.0):
         """(1 + L, 1 + L, d). `shift` (2,) is added to every offset between patches, `extra` (d, 7, 7) to the
@@ -241,7 +248,8 @@ class Relative(nn.Module):
         offsets = relative_index(at[:, None] - at + shift)
         inner = lookup(self.table + extra, offsets).permute(1, 2, 0)
         L = len(at)
-        left, top = self.cls.expand(L, 1, -1), self.cls.expand(1, 1 + L, -1)
+        left = self.cls.expand(L, 1, -1)
+        top = self.cls.expand(1, 1 + L, -1)
         return torch.cat([top, torch.cat([left, inner], 1)])
 
 
@@ -253,8 +261,10 @@ def relative_logits(q, r):
 class Attention(nn.Module):
     def __init__(self, dim, heads, relative):
         super().__init__()
-        self.heads, self.d = heads, dim // heads
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.heads = heads
+        self.d = dim // heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
         if relative:
             self.relative = Relative(self.d)
 
@@ -272,7 +282,8 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, dim, heads, relative=False):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads, relative)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads, relative)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(
             OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
@@ -287,7 +298,8 @@ def xavier(net):
     """Start every Linear of `net` Xavier-uniform, with zero bias (MAE, He et al. 2021, arXiv 2111.06377)."""
     for m in net.modules():
         if isinstance(m, nn.Linear):
-            nn.init.xavier_uniform_(m.weight), nn.init.zeros_(m.bias)
+            nn.init.xavier_uniform_(m.weight)
+            nn.init.zeros_(m.bias)
 
 
 class ViT(nn.Module):
@@ -309,7 +321,10 @@ class ViT(nn.Module):
             raise ValueError(f"positions {positions!r}: choose sincos or learned")
         self.recipe = {"arch": arch, "size": size, "mean": list(mean), "std": list(std),
                        "positions": positions, "relative": relative, "fc_norm": fc_norm}
-        self.dim, self.patch, self.grid, self.relative = dim, patch, (size // patch, size // patch), relative
+        self.dim = dim
+        self.patch = patch
+        self.grid = (size // patch, size // patch)
+        self.relative = relative
         self.register_buffer("mean", torch.tensor(mean).repeat(patch**2), persistent=False)  # of a patch
         self.register_buffer("std", torch.tensor(std).repeat(patch**2), persistent=False)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
@@ -320,7 +335,8 @@ class ViT(nn.Module):
         self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if fc_norm else nn.Identity()
         xavier(self)
         proj = self.patch_embed["proj"]
-        nn.init.xavier_uniform_(proj.weight.view(dim, -1)), nn.init.zeros_(proj.bias)
+        nn.init.xavier_uniform_(proj.weight.view(dim, -1))
+        nn.init.zeros_(proj.bias)
         nn.init.normal_(self.cls_token, std=0.02)
         if positions == "learned":
             nn.init.normal_(self.pos_embed, std=0.02)
@@ -353,7 +369,8 @@ class ViT(nn.Module):
 
     def forward(self, x):
         grid = x.shape[2] // self.patch, x.shape[3] // self.patch
-        positions, biases = self.pos_embed, None
+        positions = self.pos_embed
+        biases = None
         if grid != self.grid:
             if self.recipe["positions"] == "learned":
                 side = self.recipe["size"]
@@ -466,7 +483,8 @@ def renew_norm(encoder):
     """Drop a ViT's last LayerNorm, and put a new one after the mean of its tokens, as MAE's fine-tuning does.
     Other encoders have none, and stay."""
     if isinstance(encoder, ViT):
-        encoder.norm, encoder.fc_norm = nn.Identity(), nn.LayerNorm(encoder.dim, eps=1e-6).to(encoder.mean)
+        encoder.norm = nn.Identity()
+        encoder.fc_norm = nn.LayerNorm(encoder.dim, eps=1e-6).to(encoder.mean)
         encoder.recipe = {**encoder.recipe, "fc_norm": True}
 
 
@@ -508,12 +526,12 @@ def export(encoder, path, branch=None, image_size=None):
         raise ValueError(f"{path}: not written, as {bad} is not finite")
     states = {branch: {}}
     for key, tensor in tensors.items():
-        name, tensor = None, tensor.detach().cpu().contiguous().clone()
+        name = None
         if ".branches." in key:
             before, after = key.split(".branches.")
             name, leaf = after.split(".", 1)
             key = f"{before}.{leaf}"
-        states.setdefault(name or branch, {})[key] = tensor
+        states.setdefault(name or branch, {})[key] = tensor.detach().cpu().contiguous().clone()
     state = states.pop(branch)
     files.save({"format": FORMAT, **encoder.recipe, "image_size": image_size, "branch": branch,
                 "state": state, "others": states}, path)
