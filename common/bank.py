@@ -53,9 +53,11 @@ class Bank(nn.Module):
             dist.all_gather(parts, keys)
             keys = torch.cat(parts)
         size = len(self.rows)
-        at, end = self.pointer, (self.pointer + len(keys)) % size
+        at = self.pointer
+        end = (at + len(keys)) % size
         if len(keys) > size:
-            keys, at = keys[-size:], end
+            keys = keys[-size:]
+            at = end
         fits = min(len(keys), size - at)
         self.rows[at : at + fits] = keys[:fits]
         self.rows[: len(keys) - fits] = keys[fits:]
@@ -78,8 +80,9 @@ def bank_logsumexp(q, bank, temperature):
 
     q (N, D), bank (K, D), any rows (nothing is normalised here) -> (N,). Products are of rows in q's dtype,
     sums and y in fp32 (float64: all through), each gradient in its argument's dtype. Only q, bank and y are
-    kept for backward. Raises ValueError for a temperature that is not positive and finite, an empty bank, rows
-    of different lengths, fp16 (where small probabilities vanish), or a BANK_OP that is unknown or impossible.
+    kept for backward. Raises ValueError for a temperature that is not positive and finite, an empty bank,
+    rows of different lengths, fp16 (where small probabilities vanish), or a BANK_OP that is unknown or
+    impossible.
     """
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature {temperature}: must be positive and finite")

@@ -63,7 +63,8 @@ def renew_norm(encoder):
     """Drop a ViT's last LayerNorm, and put a new one after the mean of its tokens, as MAE's fine-tuning does.
     Other encoders have none, and stay."""
     if isinstance(encoder, ViT):
-        encoder.norm, encoder.fc_norm = nn.Identity(), nn.LayerNorm(encoder.dim, eps=1e-6).to(encoder.mean)
+        encoder.norm = nn.Identity()
+        encoder.fc_norm = nn.LayerNorm(encoder.dim, eps=1e-6).to(encoder.mean)
         encoder.recipe = {**encoder.recipe, "fc_norm": True}
 
 
@@ -105,12 +106,12 @@ def export(encoder, path, branch=None, image_size=None):
         raise ValueError(f"{path}: not written, as {bad} is not finite")
     states = {branch: {}}
     for key, tensor in tensors.items():
-        name, tensor = None, tensor.detach().cpu().contiguous().clone()
+        name = None
         if ".branches." in key:
             before, after = key.split(".branches.")
             name, leaf = after.split(".", 1)
             key = f"{before}.{leaf}"
-        states.setdefault(name or branch, {})[key] = tensor
+        states.setdefault(name or branch, {})[key] = tensor.detach().cpu().contiguous().clone()
     state = states.pop(branch)
     files.save({"format": FORMAT, **encoder.recipe, "image_size": image_size, "branch": branch,
                 "state": state, "others": states}, path)

@@ -22,11 +22,14 @@ def kmeans(h, k, generator, restarts=3, iterations=100):
     bad = (~h.isfinite().all(1)).nonzero()[:, 0]
     if len(bad):
         raise ValueError(f"row {bad[0].item()} of {len(h)} is not finite")
-    best, best_cost = None, math.inf
+    best = None
+    best_cost = math.inf
     for _ in range(restarts):
-        centres, labels = _start(h, k, generator), None
+        centres = _start(h, k, generator)
+        labels = None
         for _ in range(iterations):
-            before, (distance, labels) = labels, _nearest(h, centres)
+            before = labels
+            distance, labels = _nearest(h, centres)
             empty = (labels.bincount(minlength=k) == 0).nonzero()[:, 0]
             labels[distance.topk(len(empty)).indices] = empty
             centres = torch.zeros_like(centres).index_add_(0, labels, h)
@@ -35,7 +38,8 @@ def kmeans(h, k, generator, restarts=3, iterations=100):
                 break
         cost = (h - centres[labels]).square().sum().item()
         if cost < best_cost:
-            best, best_cost = labels, cost
+            best = labels
+            best_cost = cost
     return best
 
 

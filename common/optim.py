@@ -82,7 +82,9 @@ class LARS(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            lr, decay, trust = group["lr"], group["weight_decay"], group["trust"]
+            lr = group["lr"]
+            decay = group["weight_decay"]
+            trust = group["trust"]
             ws = [w for w in group["params"] if w.grad is not None]
             if not ws:
                 continue
@@ -90,7 +92,8 @@ class LARS(torch.optim.Optimizer):
             updates = torch._foreach_add(gs, ws, alpha=decay)  # all tensors at once: few, long kernels
             torch._foreach_mul_(updates, lr)
             if trust is not None:
-                w_norm, g_norm = (torch.stack(torch._foreach_norm(v)) for v in (ws, gs))  # (tensors,)
+                w_norm = torch.stack(torch._foreach_norm(ws))  # (tensors,)
+                g_norm = torch.stack(torch._foreach_norm(gs))
                 ratio = trust * w_norm / (g_norm + decay * w_norm)
                 if group["clip"]:
                     ratio = (ratio / lr).clamp_max(1)
@@ -108,5 +111,6 @@ class LARS(torch.optim.Optimizer):
 def lars_groups(net):
     """Parameter groups for LARS: all tensors of `net`; and its vectors (biases, norms), which are neither
     scaled nor decayed (BYOL, Grill et al. 2020, arXiv 2006.07733)."""
-    tensors, vectors = ([w for w in net.parameters() if (w.dim() < 2) == few] for few in (False, True))
+    tensors = [w for w in net.parameters() if w.dim() >= 2]
+    vectors = [w for w in net.parameters() if w.dim() < 2]
     return [{"params": tensors}, {"params": vectors, "trust": None, "weight_decay": 0.0}]

@@ -140,14 +140,17 @@ def project_l1_box(delta, eps, lo, hi):
     if a.numel() == 0:
         return delta.clamp(lo, hi)
     leave = (a - bound).clamp_min(0)
-    zero, one = torch.zeros_like(a[:, :1]), torch.ones_like(a)
+    zero = torch.zeros_like(a[:, :1])
+    one = torch.ones_like(a)
     kinks, order = torch.cat([zero, leave, a], 1).sort(1)  # a piece begins at its kink
     slope = torch.cat([zero, -one, one], 1).gather(1, order)
     slope = slope.cumsum(1)  # -(number of coordinates between bound and zero)
     drop = slope[:, :-1] * kinks.diff(dim=1)
     length = a.minimum(bound).sum(1, keepdim=True) + torch.cat([zero, drop.cumsum(1)], 1)
     piece = ((length > eps).sum(1, keepdim=True) - 1).clamp_min(0)  # the last kink whose length is above eps
-    at, top, rate = kinks.gather(1, piece), length.gather(1, piece), slope.gather(1, piece)
+    at = kinks.gather(1, piece)
+    top = length.gather(1, piece)
+    rate = slope.gather(1, piece)
     t = torch.where(top > eps, at + (top - eps) / -rate.clamp_max(-1), torch.zeros_like(at))
     return (delta.sign() * (a - t).clamp_min(0).view_as(delta)).clamp(lo, hi)
 
@@ -175,7 +178,8 @@ def in_ball(u, norm):
     """Points (..., n) of the ball of radius 1, uniform in it, from numbers u (..., 1 + n) uniform in [0, 1):
     where the noise is to be a function of each image's own numbers. norm "linf" or "l2"."""
     check_norm(norm, ("linf", "l2"))
-    radius, u = u[..., :1], 2 * u[..., 1:] - 1
+    radius = u[..., :1]
+    u = 2 * u[..., 1:] - 1
     if norm == "linf":
         return u
     gaussian = torch.erfinv(u.clamp(-0.999999, 0.999999))

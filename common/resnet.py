@@ -63,12 +63,17 @@ class Block(nn.Module):
         super().__init__()
         c_out = 4 * c if bottleneck else c
         if bottleneck:
-            self.conv1, self.bn1 = _conv(c_in, c, 1), norm(c)
-            self.conv2, self.bn2 = _conv(c, c, 3, stride), norm(c)
-            self.conv3, self.bn3 = _conv(c, c_out, 1), norm(c_out)
+            self.conv1 = _conv(c_in, c, 1)
+            self.bn1 = norm(c)
+            self.conv2 = _conv(c, c, 3, stride)
+            self.bn2 = norm(c)
+            self.conv3 = _conv(c, c_out, 1)
+            self.bn3 = norm(c_out)
         else:
-            self.conv1, self.bn1 = _conv(c_in, c, 3, stride), norm(c)
-            self.conv2, self.bn2 = _conv(c, c_out, 3), norm(c_out)
+            self.conv1 = _conv(c_in, c, 3, stride)
+            self.bn1 = norm(c)
+            self.conv2 = _conv(c, c_out, 3)
+            self.bn2 = norm(c_out)
             self.conv3 = None
         self.drop = 0.0  # see drop_path
         same = stride == 1 and c_in == c_out
@@ -102,7 +107,8 @@ class ResNet(nn.Module):
             return BranchNorm(c, branches) if branches else nn.BatchNorm2d(c)
 
         size, stride = STEMS[stem]
-        self.conv1, self.bn1 = _conv(3, widths[0], size, stride), norm(widths[0])
+        self.conv1 = _conv(3, widths[0], size, stride)
+        self.bn1 = norm(widths[0])
         self.maxpool = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else nn.Identity()
         c_in = widths[0]
         for i, (depth, c) in enumerate(zip(depths, widths), 1):

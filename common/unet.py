@@ -18,13 +18,16 @@ class UNet(nn.Module):
     def __init__(self, channels, width, size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)):
         super().__init__()
         self.size = size
-        k, c = int(math.log2(max(size, 4)) - 1), width
+        k = int(math.log2(max(size, 4)) - 1)
+        c = width
         if size < 16 or size % 2 ** (k - 1):
             raise ValueError(f"image size {size} of a U-Net: 16 or more, and a multiple of {2 ** (k - 1)}; "
                              "choose another --image-size")
         if c < 1 or c % 8:
             raise ValueError(f"width {c} of a U-Net: must be a multiple of 8; choose another --mask-width")
-        side, down, up = size // 2 ** (k - 1), (k - 3) * [c] + 3 * [2 * c], 2 * [2 * c] + (k - 2) * [c]
+        side = size // 2 ** (k - 1)  # at the bottom
+        down = (k - 3) * [c] + 3 * [2 * c]
+        up = 2 * [2 * c] + (k - 2) * [c]
         joined = [below + skip for below, skip in zip([2 * c, *up], reversed(down))]
 
         def blocks(channels_in, channels_out):
@@ -32,7 +35,8 @@ class UNet(nn.Module):
                 nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.GroupNorm(8, o), nn.ReLU())
                 for i, o in zip(channels_in, channels_out))
 
-        self.down, self.up = blocks([3, *down], down), blocks(joined, up)
+        self.down = blocks([3, *down], down)
+        self.up = blocks(joined, up)
         flat = 2 * c * side**2
         self.bottom = nn.Sequential(
             nn.Flatten(), nn.Linear(flat, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(),
@@ -45,7 +49,8 @@ class UNet(nn.Module):
         if x.shape[2:] != (self.size, self.size):
             raise ValueError(f"images of {x.shape[2]} x {x.shape[3]}: this U-Net is for {self.size} x "
                              f"{self.size} (--image-size {self.size})")
-        x, skips = (x - self.mean) / self.std, []
+        x = (x - self.mean) / self.std
+        skips = []
         for block in self.down:
             x = block(F.interpolate(x, scale_factor=0.5) if skips else x)
             skips.append(x)

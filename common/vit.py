@@ -95,7 +95,8 @@ class Relative(nn.Module):
     def __init__(self, d):
         super().__init__()
         side = 2 * self.K + 1
-        self.table, self.cls = nn.Parameter(torch.zeros(d, side, side)), nn.Parameter(torch.zeros(d))
+        self.table = nn.Parameter(torch.zeros(d, side, side))
+        self.cls = nn.Parameter(torch.zeros(d))
 
     def forward(self, height, width, shift=0.0, extra=0.0):
         """(1 + L, 1 + L, d). `shift` (2,) is added to every offset between patches, `extra` (d, 7, 7) to the
@@ -104,7 +105,8 @@ class Relative(nn.Module):
         offsets = relative_index(at[:, None] - at + shift)
         inner = lookup(self.table + extra, offsets).permute(1, 2, 0)
         L = len(at)
-        left, top = self.cls.expand(L, 1, -1), self.cls.expand(1, 1 + L, -1)
+        left = self.cls.expand(L, 1, -1)
+        top = self.cls.expand(1, 1 + L, -1)
         return torch.cat([top, torch.cat([left, inner], 1)])
 
 
@@ -116,8 +118,10 @@ def relative_logits(q, r):
 class Attention(nn.Module):
     def __init__(self, dim, heads, relative):
         super().__init__()
-        self.heads, self.d = heads, dim // heads
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.heads = heads
+        self.d = dim // heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
         if relative:
             self.relative = Relative(self.d)
 
@@ -135,7 +139,8 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, dim, heads, relative=False):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads, relative)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads, relative)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(
             OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
@@ -150,7 +155,8 @@ def xavier(net):
     """Start every Linear of `net` Xavier-uniform, with zero bias (MAE, He et al. 2021, arXiv 2111.06377)."""
     for m in net.modules():
         if isinstance(m, nn.Linear):
-            nn.init.xavier_uniform_(m.weight), nn.init.zeros_(m.bias)
+            nn.init.xavier_uniform_(m.weight)
+            nn.init.zeros_(m.bias)
 
 
 class ViT(nn.Module):
@@ -172,7 +178,10 @@ class ViT(nn.Module):
             raise ValueError(f"positions {positions!r}: choose sincos or learned")
         self.recipe = {"arch": arch, "size": size, "mean": list(mean), "std": list(std),
                        "positions": positions, "relative": relative, "fc_norm": fc_norm}
-        self.dim, self.patch, self.grid, self.relative = dim, patch, (size // patch, size // patch), relative
+        self.dim = dim
+        self.patch = patch
+        self.grid = (size // patch, size // patch)
+        self.relative = relative
         self.register_buffer("mean", torch.tensor(mean).repeat(patch**2), persistent=False)  # of a patch
         self.register_buffer("std", torch.tensor(std).repeat(patch**2), persistent=False)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
@@ -183,7 +192,8 @@ class ViT(nn.Module):
         self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if fc_norm else nn.Identity()
         xavier(self)
         proj = self.patch_embed["proj"]
-        nn.init.xavier_uniform_(proj.weight.view(dim, -1)), nn.init.zeros_(proj.bias)
+        nn.init.xavier_uniform_(proj.weight.view(dim, -1))
+        nn.init.zeros_(proj.bias)
         nn.init.normal_(self.cls_token, std=0.02)
         if positions == "learned":
             nn.init.normal_(self.pos_embed, std=0.02)
@@ -216,7 +226,8 @@ class ViT(nn.Module):
 
     def forward(self, x):
         grid = x.shape[2] // self.patch, x.shape[3] // self.patch
-        positions, biases = self.pos_embed, None
+        positions = self.pos_embed
+        biases = None
         if grid != self.grid:
             if self.recipe["positions"] == "learned":
                 side = self.recipe["size"]
