@@ -5,6 +5,7 @@ it.
 """
 import argparse
 import contextlib
+import functools
 import linecache
 import os
 import pathlib
@@ -67,6 +68,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
+@functools.cache
 def integer(least, most=10**9):
     """An argparse type: whole numbers from `least` to `most`."""
     def read(text):
@@ -78,6 +80,7 @@ def integer(least, most=10**9):
     return read
 
 
+@functools.cache
 def number(least=0.0, most=1e12, above=None):
     """An argparse type: finite numbers from `least` to `most`; with `above`, greater than it instead."""
     wanted = f"from {least:g} to {most:g}" if above is None else f"above {above:g}, at most {most:g}"

@@ -38,10 +38,12 @@ import amoc
 import byorl
 import caco
 import rocl
-from common import augment, log, shapes
+from common import shapes
 from common import autoattack as aa
 from common import data, encoders, optim, run
+from common.augment import to_float
 from common.bank import Bank
+from common.log import header
 from common.pgd import eval_mode, frozen_stats, pgd
 from common.unet import UNet
 
@@ -599,7 +601,7 @@ def robust_classifier(s):
     images = data.load("shapes", device=s.device, limit=128 if s.quick else None)
     for epoch in range(1 if s.quick else 2):
         for x, y, _ in data.batches(images, 64, 0, epoch):
-            x = augment.to_float(x)
+            x = to_float(x)
             with eval_mode(net):
                 x = pgd(lambda v, y=y: F.cross_entropy(net(v), y), x, 4 / 255, 3 / 255, 2)
             loss = F.cross_entropy(net(x), y)
@@ -616,7 +618,7 @@ def autoattack(s):
         pyautoattack = None
     net, eps = robust_classifier(s), 8 / 255
     n = 4 if s.quick else 64 if s.flush is None else 1000
-    x = augment.to_float(data.load("shapes", split="test", device=s.device, limit=n).x)
+    x = to_float(data.load("shapes", split="test", device=s.device, limit=n).x)
     last = x.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         net(last)
@@ -681,7 +683,7 @@ def main(argv=None):
     flush = torch.empty(2**28, dtype=torch.uint8, device=device) if cuda else None
     s = Setting(device, *size, args.quick, flush)
     threads = f", {torch.get_num_threads()} CPU threads" if cuda else ""
-    print(f"{log.header(args, run.Env(device, 0, 1))['device']}{threads}; torch {torch.__version__}")
+    print(f"{header(args, run.Env(device, 0, 1))['device']}{threads}; torch {torch.__version__}")
     for name in args.sections or SECTIONS:
         SECTIONS[name](s)
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 import adco
-from common import encoders, run
+from common import dist, encoders
 from common.pgd import eval_mode, pgd
 from tests.processes import in_two_processes
 from tests.recipes import X, Z, unit
@@ -228,7 +228,7 @@ def test_a_step_gathers_each_key_once_and_never_within_an_attack(flags, queries,
         assert len(gathered) == before
         return x_adv
 
-    monkeypatch.setattr(run, "gather", lambda z: gathered.append(z) or z)
+    monkeypatch.setattr(dist, "gather", lambda z: gathered.append(z) or z)
     monkeypatch.setattr(adco, "attack", alone)
     x_q, x_k = [x1, x2, x1][:queries], [x2, x1][:keys]
     step(Linear(), Linear().requires_grad_(False), x_q, x_k, batch_negatives=True, **flags)

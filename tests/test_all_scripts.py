@@ -183,8 +183,8 @@ def test_under_autocast_only_the_networks_are_cast(script, npz, tmp_path, monkey
     module, steps = importlib.import_module(script), []
     step, backward = module.train_step, torch.Tensor.backward
 
-    def watched(*args):
-        losses = step(*args)
+    def watched(*args, **settings):
+        losses = step(*args, **settings)
         nets = [a for a in args if isinstance(a, torch.nn.Module)]
         steps.append((losses, [p.grad is not None for net in nets for p in net.parameters()]))
         return losses
@@ -220,8 +220,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(script
     module = importlib.import_module(script)
     step, count = module.train_step, []
 
-    def broken(*args):
-        losses = step(*args)
+    def broken(*args, **settings):
+        losses = step(*args, **settings)
         count.append(1)
         return {k: v * float("nan") for k, v in losses.items()} if len(count) == 5 else losses
 

@@ -35,7 +35,7 @@ def test_a_step_waits_for_nothing_and_its_loss_is_finite(device, script, more, t
         torch.cuda.set_sync_debug_mode("default")
         end(*args, **values)
 
-    monkeypatch.setattr(run, "interrupted", begin)
+    monkeypatch.setattr(run, "stop_if_signalled", begin)
     monkeypatch.setattr(log.Log, "epoch", epoch)
     npz, out = tiny_npz(tmp_path / "tiny.npz"), tmp_path / "run"
     try:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common import run
+from common import dist
 from common.bank import Bank
 from common.pgd import pgd
 from tests.scripts import SCRIPTS, TINY, tiny_npz
@@ -48,10 +48,11 @@ def traced(tmp_path_factory):
             record.attacks.append(seen)
             return x_adv
 
-        def draw(*args):
+        def draw(*args, **settings):
             drawing.append(1)
-            pictures(*args)
+            rows = pictures(*args, **settings)
             drawing.clear()
+            return rows
 
         def watch(name, f):
             def watched(*args, **options):
@@ -65,7 +66,7 @@ def traced(tmp_path_factory):
             m.setattr(module, "pictures", draw)
             m.setattr(Bank, "push", watch("push", Bank.push))
             for name in COLLECTIVES:
-                m.setattr(run, name, watch(name, getattr(run, name)))
+                m.setattr(dist, name, watch(name, getattr(dist, name)))
             if script in ATTACKS:
                 m.setattr(module, "pgd", spy)
             module.main([*TINY, *SCRIPTS[script], *ATTACKS.get(script, []), "--data", npz,

@@ -217,7 +217,7 @@ def watch(module, patch):
         patch.setattr(module, "pgd", watched_pgd)
     if hasattr(module, "fill"):
         watch_banks(module, patch, record, now)
-    watch_spread(patch, record)
+    watch_spread(module, patch, record)
     return record
 
 
@@ -258,7 +258,7 @@ def watch_banks(module, patch, record, now):
     patch.setattr(optim, "ema", watched_ema)
 
 
-def watch_spread(patch, record):
+def watch_spread(module, patch, record):
     check_spread = log.check_spread
 
     def watched_spread(z, args):
@@ -266,7 +266,7 @@ def watch_spread(patch, record):
         record.spreads.append((kept(z), net))
         return check_spread(z, args)
 
-    patch.setattr(run, "check_spread", watched_spread)
+    patch.setattr(module, "check_spread", watched_spread, raising=False)
 
 
 def script_of(module):
