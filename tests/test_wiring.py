@@ -210,8 +210,8 @@ def watch(module, patch):
 
         if now.step is None:
             return pgd(*args, **kwargs)
-        options = {name: getattr(call, name) for name in inspect.signature(pgd).parameters if name != "loss_fn"}
-        found = pgd(loss, **options)
+        options = {name: getattr(call, name) for name in inspect.signature(pgd).parameters}
+        found = pgd(**{**options, "loss_fn": loss})
         call.x, call.start, call.found = kept(call.x), kept(call.start), kept(found)
         now.step.attacks.append(call)
         return found
@@ -398,7 +398,7 @@ CHANCE = {  # the values in the log's first line
     "byorl": [], "adv_mae": [1 - 1 / 48], "adpe": [1 - 1 / 48], "adios": [math.log(2 * 16 - 1)]}
 
 
-SCHEDULED = {"byorl": {"tau"}, "caco": {"ema", "bank_lr"}, "adios": {"tau"}}  # held by tables of their own
+NO_PLAIN_NUMBER = {"caco": {"ema", "bank_lr"}, "advcl": {"clusters"}, "adios": {"masker"}}
 
 
 @every_case
@@ -408,14 +408,16 @@ def test_numbers_that_the_step_is_given_by_name_are_those_of_their_flags(case, w
     module = watched(case).module
     args = vars(module.parser().parse_args(flags.split()))
     for step in watched(case).steps:
-        for name in (step.given.keys() & args.keys()) - SCHEDULED.get(script, set()) - {"clusters"}:
+        for name in (step.given.keys() & args.keys()) - NO_PLAIN_NUMBER.get(script, set()):
             wanted = args[name]
             if name in ("eps", "step_size") and script != "adpe" and wanted is not None:
                 wanted = wanted / 255
             if name == "variant":
                 wanted = module.VARIANTS[wanted]
-            if wanted is not None:  # else what follows from the others: held by ATTACKS
-                assert step.given[name] == (pytest.approx(wanted) if isinstance(wanted, float) else wanted), name
+            if isinstance(wanted, float):
+                wanted = pytest.approx(wanted)
+            if wanted is not None:  # else it follows from others, as ATTACKS has it
+                assert step.given[name] == wanted, name
 
 
 def test_advcls_chance_value_counts_its_views(watched):
@@ -618,7 +620,7 @@ SIDES = {"adco multi-crop": [16, 14, 11, 9, 7, 16], "caco lars": [16, 16] + 6 * 
 
 @every_case
 def test_views_are_of_the_steps_images_and_never_the_same_twice(case, watched):
-    """Between views, images and epochs; but AdvCL's image has only 162 weak views, and a crop may be whole."""
+    """Between views, images, epochs; but AdvCL's image has only 162 weak views, and a crop may be whole."""
     script, _ = CASES[case]
     record = watched(case)
     copies = 2 if case == "adpe pgd" else 1  # --crops
