@@ -1,5 +1,5 @@
-"""The augmentations: what each script applies, in which order and how strongly, against tables typed by hand from
-the papers and the authors' code; their pixels, as digests; and how the parameters are drawn, seen in the pixels.
+"""The augmentations: what each script applies, in which order and how strongly, against tables typed by hand
+from the papers and the authors' code; their pixels, as digests; how parameters are drawn, seen in the pixels.
 """
 import argparse
 import importlib
@@ -17,10 +17,11 @@ from tests.scripts import SCRIPTS
 
 def pictures(n=32, side=40):
     """Smooth coloured images, different ones: (n, 3, side, side) bytes."""
-    at = torch.arange(side) / side
+    column = torch.arange(side) / side
+    row = column[:, None]
     i = torch.arange(n)[:, None, None, None]
     channel = torch.arange(3)[None, :, None, None]
-    wave = torch.sin(0.9 * i + 2.1 * channel + 7 * at[None, None, :, None] + (3 + 0.1 * i) * at[None, None, None, :])
+    wave = torch.sin(0.9 * i + 2.1 * channel + 7 * row + (3 + 0.1 * i) * column)
     return (255 * (0.5 + 0.45 * wave)).byte()
 
 
@@ -33,11 +34,13 @@ def rng(n, *key):
 # ----------------------------------------------------------------------------------------------------------
 def crop(low, high=1.0, filter="bilinear", size=32):
     """Torchvision's shapes of a crop, of low to high of the area; mirrored half of the time."""
-    return ("random_resized_crop", dict(size=size, scale=(low, high), ratio=(3 / 4, 4 / 3), flip=0.5, filter=filter))
+    shape = dict(size=size, scale=(low, high), ratio=(3 / 4, 4 / 3))
+    return ("random_resized_crop", dict(shape, flip=0.5, filter=filter))
 
 
 def jitter(brightness, contrast, saturation, hue):
-    return ("random_color_jitter", dict(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue, p=0.8))
+    factors = dict(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
+    return ("random_color_jitter", dict(factors, p=0.8))
 
 
 def blur(p):
@@ -91,13 +94,15 @@ AUGMENTATIONS = {  # the calls of each view in turn
     "adco, blurred": (plain("adco", symmetric=True, multi_crop=False, blur=True), 2 * [STRONG + [blur(0.5)]]),
     "adco, multi-crop": (
         plain("adco", symmetric=False, multi_crop=True, blur=True),
-        [[crop(low, high, size=side), MOCO, GREY, blur(0.5)] for side, low, high in [*SMALL_CROPS, SMALL_CROPS[0]]]),
+        [[crop(low, high, size=side), MOCO, GREY, blur(0.5)]
+         for side, low, high in [*SMALL_CROPS, SMALL_CROPS[0]]]),
     "caco": (
         plain("caco", multi_crop=False, blur=False),
         [[crop(0.2), jitter(0.4, 0.4, 0.2, 0.1), GREY, blur(0), solarize(p)] for p in (0.0, 0.2)]),
     "caco, blurred": (
         plain("caco", multi_crop=False, blur=True),
-        [[crop(0.2), jitter(0.4, 0.4, 0.2, 0.1), GREY, blur(b), solarize(p)] for b, p in ((1.0, 0.0), (0.1, 0.2))]),
+        [[crop(0.2), jitter(0.4, 0.4, 0.2, 0.1), GREY, blur(b), solarize(p)]
+         for b, p in ((1.0, 0.0), (0.1, 0.2))]),
     "caco, multi-crop": (
         plain("caco", multi_crop=True, blur=True),
         2 * [[crop(0.14), MOCO, GREY, blur(0.5), solarize(0)]]
@@ -155,13 +160,14 @@ def test_a_view_is_made_by_these_calls_in_this_order(which, calls):
 
 
 def same_crop(given, wanted):
-    assert given["scale"] == pytest.approx(wanted["scale"]) and given["ratio"] == pytest.approx(wanted["ratio"])
+    assert given["scale"] == pytest.approx(wanted["scale"])
+    assert given["ratio"] == pytest.approx(wanted["ratio"])
     return all(given[name] == wanted[name] for name in ("size", "flip", "filter"))
 
 
 @every_augmentation
 def test_the_views_of_an_image_differ_and_have_numbers_of_their_own(which):
-    """The same image 32 times: its views differ between places in the batch, between draws, and between keys."""
+    """The same image 32 times: views differ between places in the batch, between draws, and between keys."""
     make, table = AUGMENTATIONS[which]
     x = pictures(1).expand(32, -1, -1, -1).contiguous()
     r = rng(32, 0, 0, 1)
@@ -207,7 +213,7 @@ def test_the_pixels_of_given_numbers_are_always_the_same(which):
 # How parameters are drawn, seen in the pixels
 # ----------------------------------------------------------------------------------------------------------
 def even(values, low, high):
-    """The numbers `values` are uniform in [low, high]: the greatest distance of their distribution from that."""
+    """The numbers `values` are uniform in [low, high], by the greatest distance of their distribution."""
     u = ((values.double().sort().values - low) / (high - low)).flatten()
     n = len(u)
     assert u.min() > -1e-3 and u.max() < 1 + 1e-3
@@ -344,7 +350,7 @@ SHAPES = [(50, 37), (37, 50), (20, 64), (64, 20), (24, 24), (23, 25), (90, 31), 
 
 @pytest.mark.parametrize("side", [24, 16])
 def test_a_folders_images_are_pils_bilinear_ones_and_of_them_the_central_square(side, tmp_path):
-    """The shorter side becomes `side`, the longer follows; then the same is cut off left and right, or above and
+    """The shorter side becomes `side`, the longer follows; then as much is cut off left as right, or above as
     below; of an odd rest one more on the right, or below."""
     g = np.random.default_rng(0)
     (tmp_path / "train" / "a").mkdir(parents=True)

@@ -15,7 +15,7 @@ from common import encoders
 from common.resnet import branch
 
 SIDE = 24  # of the views; the data's images are 32 wide
-SMALL = ("--arch slim --batch-size 16 --epochs 1 --device cpu --image-size 24")
+SMALL = "--arch slim --batch-size 16 --epochs 1 --device cpu"
 AMOC = "--warmup 0 --ema 0.5 --bank-size 48 --steps 1"
 ADCO = "--ema 0.5 --bank-size 48 --fill-steps 3"
 CACO = ADCO + " --dim 24"
@@ -49,13 +49,17 @@ CASES = {  # script, flags, the BN branch that is exported (None: it has none), 
     "adpe relative coordinate": ("adpe", VIT + " --position relative --mode coordinate", None, set()),
     "adpe relative embedding": ("adpe", VIT + " --position relative --mode embedding", None, set()),
     "adpe absolute coordinate": ("adpe", VIT + " --position absolute --mode coordinate", None, set()),
-    "adpe absolute embedding": ("adpe", VIT + " --position absolute --mode embedding --adversary pgd", None, set()),
+    "adpe absolute embedding": ("adpe", VIT + " --position absolute --mode embedding --adversary pgd", None,
+                                set()),
     "adios simclr": ("adios", ADIOS, None, set()),
     "adios byol": ("adios", ADIOS + " --objective byol", None, set()),
     "adios simsiam": ("adios", ADIOS + " --objective simsiam --masker none", None, set()),
     "adios mae": ("adios", ADIOS + " --objective mae --arch vit_slim", None, set()),
 }
 every_case = pytest.mark.parametrize("case", CASES)
+one_of_each_kind = pytest.mark.parametrize("case", [
+    "amoc CAC", "amoc ACC", "rocl", "acl s2s", "acl ds", "advcl", "adco", "caco", "byorl", "adv_mae",
+    "adpe relative coordinate", "adios byol", "adios mae"])
 NORMALISATION = {
     "amoc": ([0.4914, 0.4824, 0.4467], [0.2471, 0.2435, 0.2617]),
     "rocl": ([0, 0, 0], [1, 1, 1]), "advcl": ([0, 0, 0], [1, 1, 1]),
@@ -76,9 +80,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run_of(case, folder, *more):
-    """The main of `case`, with `more` flags, in a folder of its own. Of its networks: those it ends with, and the
-    encoder's tensors before the first step, of the fill too."""
+def run_of(case, folder, *more, side=SIDE):
+    """The main of `case`, with `more` flags, in a folder of its own. Of its networks: those it ends with, and
+    the encoder's tensors before the first step, of the fill too."""
+    if side is not None:
+        more = [*more, "--image-size", str(side)]
     script, flags, *_ = CASES[case]
     module = importlib.import_module(script)
     out = folder / "-".join([*case.split(), *more])
@@ -170,9 +176,9 @@ def test_the_branch_is_the_documented_one_and_the_others_come_along(case, ran):
     assert exported["branch"] == name and exported["others"].keys() == others
     trained = tensors_of(script, torch.load(ran(case).last, weights_only=True)["state"]["net"])
     for other in others:
-        assert same(exported["others"][other], norms_through(trained, other))
-        assert len(exported["others"][other]) > 20
-        assert not torch.equal(exported["others"][other]["bn1.running_mean"], exported["state"]["bn1.running_mean"])
+        norms = exported["others"][other]
+        assert len(norms) > 20 and same(norms, norms_through(trained, other))
+        assert not torch.equal(norms["bn1.running_mean"], exported["state"]["bn1.running_mean"])
 
 
 @every_case
@@ -182,7 +188,8 @@ def test_the_file_says_how_wide_its_images_were_and_how_they_are_normalised(case
     mean, std = NORMALISATION[script]
     assert exported["image_size"] == SIDE
     assert exported["mean"] == pytest.approx(mean) and exported["std"] == pytest.approx(std)
-    assert exported["arch"] == ("vit_slim" if script in ("adv_mae", "adpe") or case == "adios mae" else "slim")
+    a_vit = script in ("adv_mae", "adpe") or case == "adios mae"
+    assert exported["arch"] == ("vit_slim" if a_vit else "slim")
     if exported["arch"] == "slim":
         assert exported["stem"] == ("cifar" if case in ("adco", "caco") else "small")
     else:
@@ -210,22 +217,18 @@ def test_a_loaded_encoder_gives_the_features_of_the_network_in_memory(case, ran)
         assert not torch.allclose(found[other], found[name], rtol=1e-3)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case in (
-    "amoc CAC", "amoc ACC", "rocl", "acl s2s", "acl ds", "advcl", "adco", "caco", "byorl", "adv_mae",
-    "adpe relative coordinate", "adios byol", "adios mae")])
+@one_of_each_kind
 def test_without_an_epoch_the_untrained_encoder_is_exported(case, folder, ran):
     _, _, name, others = CASES[case]
     untrained = run_of(case, folder, "--epochs", "0")
     assert not untrained.nets and not untrained.last.exists()
     exported = torch.load(untrained.path, weights_only=True)
-    assert exported["branch"] == name and exported["image_size"] == SIDE and exported["others"].keys() == others
+    assert exported["branch"] == name and exported["others"].keys() == others
+    assert exported["image_size"] == SIDE
     assert same(exported["state"], through(ran(case).first, name))
 
 
-def test_the_side_of_the_datas_images_is_exported_where_none_is_given(folder):
-    for case in ("rocl", "adv_mae"):
-        small = [word for word in SMALL.split() if word not in ("--image-size", "24")]
-        script, flags, *_ = CASES[case]
-        words = [*small, *flags.split(), "--data", str(folder / "images.npz"), "--out", str(folder / f"{case}-32")]
-        importlib.import_module(script).main([*words, "--epochs", "0"])
-        assert torch.load(folder / f"{case}-32" / "encoder.pt", weights_only=True)["image_size"] == 32
+@one_of_each_kind
+def test_the_side_of_the_datas_images_is_exported_where_none_is_given(case, folder):
+    untrained = run_of(case, folder, "--epochs", "0", side=None)
+    assert torch.load(untrained.path, weights_only=True)["image_size"] == 32

@@ -1,13 +1,15 @@
 """What surrounds the losses: optimizers and their rates, momentum, noise, order, attacks, banks, the log.
 
-Each `main` runs eight steps (four epochs of two) on 32 small images, with numbers of its flags that are nobody's
-default, and its `train_step` is watched. What it is given is compared with tables typed by hand from the papers
-and the authors' code, never with what the script itself computes.
+Each `main` runs eight steps (four epochs of two) on 32 small images, with numbers of its flags that are
+nobody's default, and its `train_step` is watched. What it is given is compared with tables typed by hand
+from the papers and the authors' code, never with what the script itself computes.
 """
+import contextlib
 import copy
 import functools
 import importlib
 import inspect
+import io
 import json
 import math
 import signal
@@ -29,8 +31,9 @@ AMOC = ("--lr 0.31 --weight-decay 0.002 --warmup 2 --ema 0.6 --bank-size 48 --la
         "--eps 6 --step-size 3 --steps 2")
 ADCO = ("--lr 0.11 --lr-final 0.02 --weight-decay 0.003 --ema 0.6 --bank-size 40 --fill-steps 3 "
         "--bank-lr 0.23 --bank-momentum 0.7 --bank-decay 0.004 --temperature 0.3 --bank-temperature 0.2")
-CACO = ("--lr 0.11 --lr-final 0.02 --warmup 2 --weight-decay 0.003 --ema 0.6 --bank-size 40 --fill-steps 3 "
-        "--bank-lr 0.23 --bank-warmup 3 --bank-momentum 0.7 --temperature 0.1 --fill-temperature 0.3 --dim 24")
+CACO = ("--lr 0.11 --lr-final 0.02 --warmup 1 --weight-decay 0.003 --ema 0.6 --bank-size 40 --fill-steps 3 "
+        "--bank-lr 0.23 --bank-warmup 2 --bank-momentum 0.7 --temperature 0.1 --fill-temperature 0.3 "
+        "--dim 24")
 BYORL = "--lr 0.9 --weight-decay 0.003 --warmup 2 --ema 0.6 --hidden 40"
 ADV_MAE = "--arch vit_slim --decoder 16 1 2 --lr 0.004 --weight-decay 0.03 --warmup 2"
 ADPE = ADV_MAE + " --adv-lr 0.006 --radius 0.4"
@@ -101,12 +104,13 @@ def watched(tmp_path_factory):
         if case == "advcl teacher":
             words += ["--teacher", str(folder / "teacher.pt")]
         handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-        with pytest.MonkeyPatch.context() as patch:
+        printed = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
             record = watch(importlib.import_module(script), patch)
             importlib.import_module(script).main(words)
         for number, handler in handlers:
             signal.signal(number, handler)
-        record.out = out
+        record.out, record.printed = out, printed.getvalue()
         record.lines = [json.loads(line) for line in open(out / "log.jsonl")]
         return record
 
@@ -121,10 +125,10 @@ def named(function, *args, **kwargs):
 
 
 def kept(value):
-    """Tensors as they are now."""
+    """Tensors, and lists of them, as they are now."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
-    return [kept(part) for part in value] if isinstance(value, (list, tuple)) else value
+    return [kept(part) for part in value] if isinstance(value, list) else value
 
 
 def flat(net):
@@ -146,18 +150,30 @@ def modes(*nets):
 
 def watch(module, patch):
     """Let `module` leave a record of what its main does."""
-    record = types.SimpleNamespace(steps=[], epochs=[], saves=[], pushes=[], spreads=[], fill=None, module=module)
-    now = types.SimpleNamespace(step=None, fill=None)
-    train_step, batches, save, push = module.train_step, data.batches, run.save, Bank.push
+    record = types.SimpleNamespace(steps=[], epochs=[], saves=[], pushes=[], spreads=[], fill=None)
+    record.module = module
+    record.first_weights = {}
+    now = types.SimpleNamespace(step=None, fill=None, augmented=[])
+    train_step, augment = module.train_step, module.augment
+    batches, save, push = data.batches, run.save, Bank.push
+
+    def note_first_weights(net):
+        if not record.first_weights:
+            found = {name.replace("encoder.", "0.", 1): kept(w) for name, w in net.named_parameters()}
+            record.first_weights = found
+
+    record.note_first_weights = note_first_weights
 
     def watched_step(*args, **kwargs):
         given = vars(named(train_step, *args, **kwargs))
         step = types.SimpleNamespace(given={name: kept(value) for name, value in given.items()}, attacks=[])
         step.nets = {name: value for name, value in given.items() if isinstance(value, nn.Module)}
-        step.views = views_of(given)
+        step.views, step.augmented = views_of(given), now.augmented
+        now.augmented = []
         step.rates = {name: [group["lr"] for group in value.param_groups] for name, value in given.items()
                       if isinstance(value, torch.optim.Optimizer)}
         step.training = all(m.training for net in step.nets.values() for m in net.modules())
+        note_first_weights(given["net"])
         step.before = {name: flat(net) for name, net in step.nets.items() if name in ("net", "target")}
         if not record.steps:
             step.groups = {name: [dict(group) for group in given[name].param_groups] for name in step.rates}
@@ -165,8 +181,9 @@ def watch(module, patch):
                 part = given["net"] if script_of(module) in ("amoc", "adco", "caco") else given["net"][:2]
                 step.target_is_a_copy = same_weights(given["target"], part)
                 step.target_asks = any(w.requires_grad for w in given["target"].parameters())
-            step.banks = {name: copy.deepcopy(net) for name, net in step.nets.items() if isinstance(net, Bank)}
-            step.velocities = [bank.velocity.clone() for bank in step.banks.values() if hasattr(bank, "velocity")]
+            banks = {name: net for name, net in step.nets.items() if isinstance(net, Bank)}
+            step.banks = copy.deepcopy(banks)
+            step.velocities = [kept(bank.velocity) for bank in banks.values() if hasattr(bank, "velocity")]
         now.step = step
         losses = train_step(*args, **kwargs)
         now.step = None
@@ -174,6 +191,12 @@ def watch(module, patch):
         step.loss = losses["loss"].item()
         record.steps.append(step)
         return losses
+
+    def watched_augment(*args, **kwargs):
+        call = named(augment, *args, **kwargs)
+        if len(call.x) == BATCH and now.fill is None:  # not for a picture
+            now.augmented.append(vars(call))
+        return augment(*args, **kwargs)
 
     def watched_pgd(*args, **kwargs):
         call = named(pgd, *args, **kwargs)
@@ -187,8 +210,8 @@ def watch(module, patch):
 
         if now.step is None:
             return pgd(*args, **kwargs)
-        options = {name: value for name, value in vars(call).items() if name not in ("loss_fn", "modes", "calls")}
-        found = pgd(loss, **options)
+        options = {name: getattr(call, name) for name in inspect.signature(pgd).parameters}
+        found = pgd(**{**options, "loss_fn": loss})
         call.x, call.start, call.found = kept(call.x), kept(call.start), kept(found)
         now.step.attacks.append(call)
         return found
@@ -206,10 +229,12 @@ def watch(module, patch):
 
     def watched_push(bank, keys):
         settled = now.fill is not None and same_weights(now.fill.net, now.fill.target)
-        record.pushes.append(types.SimpleNamespace(keys=kept(keys), in_fill=now.fill is not None, settled=settled))
+        in_fill = now.fill is not None
+        record.pushes.append(types.SimpleNamespace(keys=kept(keys), in_fill=in_fill, settled=settled))
         push(bank, keys)
 
     patch.setattr(module, "train_step", watched_step)
+    patch.setattr(module, "augment", watched_augment)
     patch.setattr(data, "batches", watched_batches)
     patch.setattr(run, "save", watched_save)
     patch.setattr(Bank, "push", watched_push)
@@ -228,13 +253,14 @@ def watch_banks(module, patch, record, now):
     def watched_fill(*args, **kwargs):
         call = named(fill, *args, **kwargs)
         call.rate = [group["lr"] for group in call.opt.param_groups]
+        record.note_first_weights(call.net)
         call.noise, call.weights, call.ema, call.temperatures = kept(call.bank.rows), flat(call.net), [], []
         now.fill = call
         fill(*args, **kwargs)
         now.fill = None
         call.settled = same_weights(call.net, call.target)
         call.moved = (flat(call.net) - call.weights).norm()
-        call.pointer, call.rows, call.velocity = call.bank.pointer, kept(call.bank.rows), kept(call.bank.velocity)
+        call.pointer, call.rows = call.bank.pointer, kept(call.bank.rows)
         call.momenta = len(call.opt.state_dict()["state"])
         record.fill = call
 
@@ -311,14 +337,15 @@ def mae_rates(peak):
     return [peak * min(s / 4, 1) * fall(max(0, s - 4) / 4) for s in range(STEPS)]
 
 
-RATES = {  # of each of the eight steps; two epochs, or four steps, are warm-up
+RATES = {  # of each of the eight steps; two epochs, or four steps, are warm-up (of CaCo's network one epoch)
     ("amoc", "opt"): by_epoch(0.31 * 0.001, 0.31 / 2, 0.31, 0.31 * fall(1 / 2)),
     ("rocl", "opt"): by_epoch(0.7 / 15 * (1 + 14 / 2), 0.7 / 15 * (1 + 14), 0.7, 0.7 * fall(1 / 4)),
-    ("acl", "opt"): [2.1 * s / 4 for s in (1, 2, 3, 4)] + [1e-6 + (2.1 - 1e-6) * fall(s / 4) for s in (1, 2, 3, 4)],
+    ("acl", "opt"): [2.1 * s / 4 for s in (1, 2, 3, 4)]
+    + [1e-6 + (2.1 - 1e-6) * fall(s / 4) for s in (1, 2, 3, 4)],
     ("advcl", "opt"): [0.37 / 50 + (advcl_c(2) - 0.37 / 50) * s / 4 for s in (0, 1, 2, 3)]
     + [advcl_c(3), advcl_c(3), advcl_c(4), advcl_c(4)],
     ("adco", "opt"): by_epoch(*(0.02 + (0.11 - 0.02) * fall(e / 4) for e in range(EPOCHS))),
-    ("caco", "opt"): by_epoch(0.11 / 2, 0.11, 0.11, 0.02 + (0.11 - 0.02) * fall(1 / 2)),
+    ("caco", "opt"): by_epoch(0.11, *(0.02 + (0.11 - 0.02) * fall(e / 3) for e in range(3))),
     ("byorl", "opt"): [0, 0.9 / 4, 0.9 / 2, 0.9 * 3 / 4] + [0.9 * fall(s / 4) for s in range(4)],
     ("adv_mae", "opt"): mae_rates(0.004),
     ("adpe", "opt"): mae_rates(0.004),
@@ -360,12 +387,36 @@ def test_the_log_has_each_epochs_mean_loss_and_last_rate_and_its_chance_value(ca
             assert "ema" in line
     for value in CHANCE[script]:
         assert f"{value:.3f}" in header["note"]
+    assert f"{record.out}: {STEPS} steps on" in record.printed
+    assert f"{record.out / 'encoder.pt'} holds the encoder" in record.printed
 
 
 CHANCE = {  # the values in the log's first line
     "amoc": [math.log(48 + 1)], "rocl": [2 * math.log(3 * 16 - 1), math.log(2 * 16 - 1)],
     "acl": [math.log(2 * 16 - 1)], "advcl": [], "adco": [math.log(40 + 1)], "caco": [2 * math.log(40)],
     "byorl": [], "adv_mae": [1 - 1 / 48], "adpe": [1 - 1 / 48], "adios": []}  # that of ADIOS: test_adios.py
+
+
+NO_PLAIN_NUMBER = {"caco": {"ema", "bank_lr"}, "advcl": {"clusters"}, "adios": {"masker"}}
+
+
+@every_case
+def test_numbers_that_the_step_is_given_by_name_are_those_of_their_flags(case, watched):
+    """Radii and steps of attacks on pixels in pixels, a variant as its row."""
+    script, flags = CASES[case]
+    module = watched(case).module
+    args = vars(module.parser().parse_args(flags.split()))
+    for step in watched(case).steps:
+        for name in (step.given.keys() & args.keys()) - NO_PLAIN_NUMBER.get(script, set()):
+            wanted = args[name]
+            if name in ("eps", "step_size") and script != "adpe" and wanted is not None:
+                wanted = wanted / 255
+            if name == "variant":
+                wanted = module.VARIANTS[wanted]
+            if isinstance(wanted, float):
+                wanted = pytest.approx(wanted)
+            if wanted is not None:  # else it follows from others, as ATTACKS has it
+                assert step.given[name] == wanted, name
 
 
 def test_advcls_chance_value_counts_its_views(watched):
@@ -395,11 +446,14 @@ def lars(weight_decay, trust=0.001, clip=False, spares_vectors=True):
 
 
 def adamw(weight_decay):
+    """MAE's; vectors (biases, norms) have no decay."""
     both = dict(betas=(0.9, 0.95), eps=1e-8, maximize=False, amsgrad=False)
-    return torch.optim.AdamW, [("tensors", dict(both, weight_decay=weight_decay)), ("vectors", dict(both, weight_decay=0))]
+    tensors, vectors = dict(both, weight_decay=weight_decay), dict(both, weight_decay=0)
+    return torch.optim.AdamW, [("tensors", tensors), ("vectors", vectors)]
 
 
-ASCENT = torch.optim.AdamW, [("all", dict(betas=(0.9, 0.95), eps=1e-8, weight_decay=0, maximize=True, amsgrad=False))]
+ASCENT = torch.optim.AdamW, [
+    ("all", dict(betas=(0.9, 0.95), eps=1e-8, weight_decay=0, maximize=True, amsgrad=False))]
 
 OPTIMIZERS = {  # argument of train_step: class, and the groups by what they hold
     "amoc": {"opt": sgd(0.002)},
@@ -444,10 +498,11 @@ def test_optimizers_have_their_class_groups_momentum_and_decay(case, watched):
             assert {key: found[0][key] for key in options} == options
 
 
-def test_only_the_encoders_fixed_positions_are_left_untrained(watched):
-    for case in CASES:
-        untrained = [name for name, w in watched(case).steps[0].nets["net"].named_parameters() if not w.requires_grad]
-        assert untrained == (["encoder.pos_embed"] if CASES[case][0] in ("adv_mae", "adpe") else [])
+@every_case
+def test_only_the_encoders_fixed_positions_are_left_untrained(case, watched):
+    named_weights = watched(case).steps[0].nets["net"].named_parameters()
+    untrained = [name for name, w in named_weights if not w.requires_grad]
+    assert untrained == (["encoder.pos_embed"] if CASES[case][0] in ("adv_mae", "adpe") else [])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -481,7 +536,7 @@ def test_the_target_begins_as_a_copy_and_follows_with_its_momentum(case, watched
     assert {2, 3, 4, 5, 6, 7} <= measured
 
 
-BANK_RATES = {"adco": [0.23] * STEPS, "caco": by_epoch(0.23 / 3, 0.23 * 2 / 3, 0.23, 0.23)}
+BANK_RATES = {"adco": [0.23] * STEPS, "caco": by_epoch(0.23 / 2, 0.23, 0.23, 0.23)}
 
 
 @cases_of("adco", "caco")
@@ -504,7 +559,8 @@ def test_the_bank_begins_with_keys_of_the_network_that_steps_of_moco_leave(case,
     assert fill.rate == [0.11] * len(fill.rate) and fill.ema == [0.6] * 3 and fill.temperatures == [0.3] * 3
     assert fill.moved > 0 and fill.momenta > 0
     assert fill.settled and record.steps[0].target_is_a_copy
-    assert [len(push.keys) for push in record.pushes] == [16] * 6 and all(push.in_fill for push in record.pushes)
+    assert [len(push.keys) for push in record.pushes] == [16] * 6
+    assert all(push.in_fill for push in record.pushes)
     assert [push.settled for push in record.pushes[3:]] == [True] * 3
     keys = torch.cat([push.keys for push in record.pushes])
     rows = torch.empty(40, keys.shape[1])
@@ -563,7 +619,7 @@ SIDES = {"adco multi-crop": [16, 14, 11, 9, 7, 16], "caco lars": [16, 16] + 6 * 
 
 @every_case
 def test_views_are_of_the_steps_images_and_never_the_same_twice(case, watched):
-    """Between views, images and epochs; but of AdvCL's weak views an image has only 162, and a crop may be whole."""
+    """Between views, images, epochs; but AdvCL's image has only 162 weak views, and a crop may be whole."""
     script, _ = CASES[case]
     record = watched(case)
     copies = 2 if case == "adpe pgd" else 1  # --crops
@@ -585,6 +641,29 @@ def test_views_are_of_the_steps_images_and_never_the_same_twice(case, watched):
         if i or case != "byorl":
             shown = [step.views[i].unflatten(0, (copies, BATCH)).mean((0, 2, 3, 4)) for step in record.steps]
             assert torch.corrcoef(torch.stack([given, torch.cat(shown)]))[0, 1] > 0.35
+
+
+AUGMENTED = {  # what augment is told for the views of a step, in turn, besides the side
+    "amoc": [{}, {}], "rocl": [{}, {}], "acl": [{}, {}], "adios": [{}, {}], "adv_mae": [{}],
+    "advcl": [dict(views=["x+d", "x1", "x2", "xh"])], "advcl teacher": [dict(views=["x1+d", "x2+d", "xl"])],
+    "adco": [dict(side=224), dict(side=224)],
+    "adco multi-crop": [dict(side=side) for side in (224, 192, 160, 128, 96, 224)],
+    "caco": [dict(view=(224, (0.2, 1.0), 0.2, 1.0, 0.0)), dict(view=(224, (0.2, 1.0), 0.2, 0.1, 0.2))],
+    "caco lars": 2 * [dict(view=(224, (0.14, 1.0), 0.4, 0.5, 0.0))]
+    + 6 * [dict(view=(96, (0.05, 0.14), 0.4, 0.5, 0.0))],
+    "byorl": [dict(solarize=0), dict(solarize=0.2)],  # of the second view now and then
+    "adpe": [dict(min_scale=0.2, crops=1)], "adpe pgd": [dict(min_scale=0.2, crops=2)],
+    "adpe pgd l2": [dict(min_scale=0.5, crops=1)],
+}
+
+
+@every_case
+def test_flags_and_each_views_own_numbers_reach_augment(case, watched):
+    script, _ = CASES[case]
+    table = AUGMENTED.get(case, AUGMENTED[script])
+    for step in watched(case).steps:
+        assert [call["size"] for call in step.augmented] == [SIDE] * len(table)
+        assert [{name: call[name] for name in told} for call, told in zip(step.augmented, table)] == table
 
 
 def box(values, n):
@@ -655,9 +734,10 @@ def test_keys_have_a_new_order_each_step(case, watched):
 
 @cases_of("adco")
 def test_queries_and_keys_are_the_views_of_their_kind_of_run(case, watched):
+    counts = {"adco": (1, 1), "adco hybrid": (2, 2), "adco multi-crop": (5, 1)}[case]
     for step in watched(case).steps:
         queries, keys = step.given["x_q"], step.given["x_k"]
-        assert (len(queries), len(keys)) == {"adco": (1, 1), "adco hybrid": (2, 2), "adco multi-crop": (5, 1)}[case]
+        assert (len(queries), len(keys)) == counts
         for query, key in zip(queries, keys):
             assert not torch.equal(query, key)
         if len(keys) == 2:
@@ -681,7 +761,7 @@ def test_masks_that_nobody_learns_are_given_and_fresh(case, watched):
         assert all(not masks.any() and masks.shape == (BATCH, 1, SIDE, SIDE) for masks in given)
 
 
-def test_pseudo_labels_are_those_of_the_steps_images(watched):
+def test_advcls_pseudo_labels_are_those_of_the_steps_images(watched):
     record = watched("advcl teacher")
     table = torch.load(record.out / "pseudo_labels.pt", weights_only=True)["labels"]
     order = [number for pass_ in epochs_of(record) for number in numbers_of(pass_.x)]
@@ -748,8 +828,8 @@ def test_flags_reach_the_attack_which_starts_within_ball_and_box(case, watched):
             assert call.modes == norms and call.calls == options["steps"]
             assert torch.equal(call.x, x)
             p = math.inf if options["norm"] == "linf" else 2
-            axis = range(call.x.dim() - (3 if call.x.dim() > 3 else call.x.dim() - 1), call.x.dim())
-            away = torch.linalg.vector_norm(call.start - call.x, p, dim=tuple(axis)).flatten() / options["eps"]
+            axes = 3 if call.x.dim() > 3 else call.x.dim() - 1  # of an image, of its patches, or of a row
+            away = (call.start - call.x).flatten(-axes).norm(p, dim=-1).flatten() / options["eps"]
             reach.append(away)
             assert away.max() <= 1 + 1e-5
             assert call.start.min() >= options["lo"] and call.start.max() <= options["hi"]
@@ -820,10 +900,31 @@ def test_heads_and_normalisation_are_the_papers(case, watched):
             assert [layers(head) for head in found] == whole
 
 
-def test_simsiams_projector_ends_in_a_norm_without_affine():
+def test_adios_simsiam_projector_ends_in_a_norm_without_affine():
     _, *heads = importlib.import_module("adios").network("slim", "simsiam", SIDE)
     assert [layers(head) for head in heads] == [
         "128-2048+ BN relu 2048-2048+ BN relu 2048-2048+ bn", "2048-512+ BN relu 512-2048+"]
+
+
+@cases_of("amoc", "rocl", "acl", "advcl", "adco", "caco", "byorl", "adios")
+def test_convolutions_start_as_kaimings_but_rocls_as_pytorchs(case, watched):
+    """He's normal distribution by the fan out, or a uniform one up to the root of 1 / fan in."""
+    weight = watched(case).first_weights["0.layer4.0.conv2.weight"]
+    fan = 9 * 128
+    if CASES[case][0] == "rocl":
+        assert 0.99 * fan**-0.5 < weight.abs().max() <= fan**-0.5
+    else:
+        assert weight.std().item() == pytest.approx((2 / fan) ** 0.5, rel=0.02)
+        assert weight.abs().max() > 3 * weight.std()
+
+
+@pytest.mark.parametrize("n", [32, 64, 256])
+def test_adcos_groups_move_the_running_statistics_about_as_far_as_one_batch_does(n):
+    x = 5 + torch.randn(n, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    whole, groups = nn.BatchNorm2d(4), importlib.import_module("adco").GroupedNorm(4)
+    whole(x), groups(x)
+    torch.testing.assert_close(groups.running_mean, whole.running_mean, rtol=0.06, atol=0)
+    torch.testing.assert_close(groups.running_var - 0.9, whole.running_var - 0.9, rtol=0.1, atol=0.01)
 
 
 @cases_of("adv_mae", "adpe")
@@ -868,34 +969,44 @@ def test_the_spread_is_that_of_the_projections_of_whole_images_in_eval_mode(case
 # Defaults
 # ----------------------------------------------------------------------------------------------------------
 DEFAULTS = {  # of each flag that a paper or its authors' code names
-    "amoc": dict(variant="ACC", epochs=200, batch_size=256, lr=0.1, warmup=10, weight_decay=5e-4, temperature=0.2,
-                 ema=0.999, bank_size=32768, lam=0.5, eps=8, step_size=2, steps=5, arch="resnet18"),
-    "rocl": dict(epochs=1000, batch_size=512, lr=1.5, warmup=10, weight_decay=1e-6, temperature=0.5,
-                 reg_weight=1 / 256, attack_to="other", regularize_to="other", eps=8, step_size=0.007 * 255,
-                 steps=7, arch="resnet18"),
-    "acl": dict(variant="ds", epochs=1000, batch_size=512, lr=5, warmup=10, weight_decay=1e-6, temperature=0.5,
-                eps=8, step_size=2, steps=5, arch="resnet18"),
-    "advcl": dict(views=["x+d", "x1", "x2", "xh"], teacher=None, clusters=[2, 10, 50, 100, 500], cluster_weight=0.2,
-                  cutoff=8, epochs=1000, batch_size=512, lr=0.5, warmup=10, weight_decay=1e-4, temperature=0.5,
-                  eps=8, step_size=2, steps=5, arch="resnet18"),
-    "adco": dict(stem=None, symmetric=False, multi_crop=False, batch_negatives=False, epochs=200, batch_size=256,
-                 lr=0.06, lr_final=0, weight_decay=5e-4, ema=0.99, temperature=0.12, bank_temperature=0.05,
-                 bank_size=4096, bank_lr=0.5, bank_momentum=0.9, bank_decay=1e-4, fill_steps=256, eps=0,
-                 step_size=2, steps=5, blur=False, arch="resnet18"),
-    "caco": dict(stem=None, positives="cooperative", multi_crop=False, epochs=200, batch_size=256, optimizer="sgd",
-                 lr=0.06, lr_final=0, warmup=0, weight_decay=5e-4, ema=0.99, temperature=0.08, dim=128,
-                 bank_size=4096, bank_lr=0.3, bank_warmup=10, bank_momentum=0.9, fill_steps=256,
-                 fill_temperature=0.2, blur=False, arch="resnet18"),
-    "byorl": dict(hidden=4096, epochs=200, batch_size=512, lr=2, warmup=10, weight_decay=5e-4, ema=0.996,
-                  norm="linf", eps=8, step_size=None, steps=5, arch="resnet18"),
-    "adv_mae": dict(decoder=[128, 4, 4], mask_ratio=0.75, norm_pix=True, epochs=400, batch_size=512, lr=1e-3,
-                    warmup=20, weight_decay=0.05, norm="linf", eps=1, step_size=None, steps=2, arch="vit_tiny"),
-    "adpe": dict(position="relative", mode="coordinate", adversary="persistent", norm="linf", radius=1, adv_lr=1e-3,
-                 steps=2, step_size=None, decoder=[128, 4, 4], mask_ratio=0.75, epochs=400, batch_size=512, lr=1e-3,
-                 warmup=20, weight_decay=0.05, crops=1, min_scale=0.2, arch="vit_tiny"),
-    "adios": dict(objective="simclr", masker="learned", masks=4, single=False, mask_weight=0.9, mask_width=16,
-                  mask_lr=0.03, epochs=200, batch_size=256, lr=0.2, warmup=10, weight_decay=1e-4, temperature=0.2,
-                  ema=0.99, arch="resnet18"),
+    "amoc": dict(
+        variant="ACC", epochs=200, batch_size=256, lr=0.1, warmup=10, weight_decay=5e-4, temperature=0.2,
+        ema=0.999, bank_size=32768, lam=0.5, eps=8, step_size=2, steps=5, arch="resnet18"),
+    "rocl": dict(
+        epochs=1000, batch_size=512, lr=1.5, warmup=10, weight_decay=1e-6, temperature=0.5,
+        reg_weight=1 / 256, attack_to="other", regularize_to="other", eps=8, step_size=0.007 * 255, steps=7,
+        arch="resnet18"),
+    "acl": dict(
+        variant="ds", epochs=1000, batch_size=512, lr=5, warmup=10, weight_decay=1e-6, temperature=0.5, eps=8,
+        step_size=2, steps=5, arch="resnet18"),
+    "advcl": dict(
+        views=["x+d", "x1", "x2", "xh"], teacher=None, clusters=[2, 10, 50, 100, 500], cluster_weight=0.2,
+        cutoff=8, epochs=1000, batch_size=512, lr=0.5, warmup=10, weight_decay=1e-4, temperature=0.5, eps=8,
+        step_size=2, steps=5, arch="resnet18"),
+    "adco": dict(
+        stem=None, symmetric=False, multi_crop=False, batch_negatives=False, epochs=200, batch_size=256,
+        lr=0.06, lr_final=0, weight_decay=5e-4, ema=0.99, temperature=0.12, bank_temperature=0.05,
+        bank_size=4096, bank_lr=0.5, bank_momentum=0.9, bank_decay=1e-4, fill_steps=256, eps=0, step_size=2,
+        steps=5, blur=False, arch="resnet18"),
+    "caco": dict(
+        stem=None, positives="cooperative", multi_crop=False, epochs=200, batch_size=256, optimizer="sgd",
+        lr=0.06, lr_final=0, warmup=0, weight_decay=5e-4, ema=0.99, temperature=0.08, dim=128, bank_size=4096,
+        bank_lr=0.3, bank_warmup=10, bank_momentum=0.9, fill_steps=256, fill_temperature=0.2, blur=False,
+        arch="resnet18"),
+    "byorl": dict(
+        hidden=4096, epochs=200, batch_size=512, lr=2, warmup=10, weight_decay=5e-4, ema=0.996, norm="linf",
+        eps=8, step_size=None, steps=5, arch="resnet18"),
+    "adv_mae": dict(
+        decoder=[128, 4, 4], mask_ratio=0.75, norm_pix=True, epochs=400, batch_size=512, lr=1e-3, warmup=20,
+        weight_decay=0.05, norm="linf", eps=1, step_size=None, steps=2, arch="vit_tiny"),
+    "adpe": dict(
+        position="relative", mode="coordinate", adversary="persistent", norm="linf", radius=1, adv_lr=1e-3,
+        steps=2, step_size=None, decoder=[128, 4, 4], mask_ratio=0.75, epochs=400, batch_size=512, lr=1e-3,
+        warmup=20, weight_decay=0.05, crops=1, min_scale=0.2, arch="vit_tiny"),
+    "adios": dict(
+        objective="simclr", masker="learned", masks=4, single=False, mask_weight=0.9, mask_width=16,
+        mask_lr=0.03, epochs=200, batch_size=256, lr=0.2, warmup=10, weight_decay=1e-4, temperature=0.2,
+        ema=0.99, arch="resnet18"),
 }
 
 
