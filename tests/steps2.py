@@ -1,5 +1,5 @@
-"""Plain pieces for the tests of whole steps of adco, caco, adv_mae, adpe and adios (test_step_*.py): textbook
-formulas in float64, nothing of common/.
+"""Plain pieces for the tests of whole steps of adco, caco, adv_mae, adpe and adios (test_step_*.py):
+textbook formulas in float64, nothing of common/.
 
 The state of a network is a dict from names to tensors, `f` below: its parameters, running statistics and
 constants.
@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-MEAN, STD = (0.5, 0.4, 0.3), (0.3, 0.25, 0.2)  # of the channels: all different
+MEAN = (0.5, 0.4, 0.3)
+STD = (0.3, 0.25, 0.2)  # of the channels: all different
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ def randomised(net, seed, scale=1.0):
 
 
 def images(n, side, seed):
-    """Images (n, 3, side, side), each with a hue of its own and every seventh pixel or so black or white."""
+    """Images (n, 3, side, side), each with a hue of its own, and some of its pixels black or white."""
     g = torch.Generator().manual_seed(seed)
     hue = torch.rand(n, 3, 1, 1, generator=g, dtype=torch.float64)
     pixels = torch.rand(n, 3, side, side, generator=g, dtype=torch.float64)
@@ -88,8 +89,8 @@ def optimizers_of_main(script, flags, folder, monkeypatch):
     np.savez(folder / "images.npz", x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
     monkeypatch.setattr(script, "train_step", first_step)
     with pytest.raises(Reached) as reached:
-        script.main(["--data", str(folder / "images.npz"), "--batch-size", "4", "--epochs", "1", "--image-size", "16",
-                     "--device", "cpu", "--out", str(folder / "run"), *flags])
+        script.main(["--data", str(folder / "images.npz"), "--image-size", "16", "--batch-size", "4",
+                     "--epochs", "1", "--device", "cpu", "--out", str(folder / "run"), *flags])
     given = reached.value.args
     networks = [part for part in given if isinstance(part, nn.Module)]
     return networks, [part for part in given if isinstance(part, torch.optim.Optimizer)]
@@ -161,11 +162,12 @@ def linear(f, name, x):
 
 
 def batch_norm(f, name, x, mode, share=1.0):
-    """x (n, C) or (n, C, H, W). mode "train": statistics of the batch, towards which the running ones move by a
-    tenth (times `share`); "frozen": of the batch, the running ones stay; "eval": the running ones."""
+    """x (n, C) or (n, C, H, W). mode "train": statistics of the batch, towards which the running ones move
+    by a tenth (times `share`); "frozen": of the batch, the running ones stay; "eval": the running ones."""
     over = [0] if x.dim() == 2 else [0, 2, 3]
     shape = [1, -1] if x.dim() == 2 else [1, -1, 1, 1]
-    mean, var = f[f"{name}.running_mean"], f[f"{name}.running_var"]
+    mean = f[f"{name}.running_mean"]
+    var = f[f"{name}.running_var"]
     if mode != "eval":
         mean = x.mean(over)
         var = ((x - mean.view(shape)) ** 2).mean(over)
@@ -214,18 +216,23 @@ def sincos(row, column, dim):
 
 def use_own_positions(net, encoder, decoder=None):
     """Let a ViT of float32 positions and colours have them in float64: the same, but for the rounding."""
+    def replace(found, own):
+        torch.testing.assert_close(found, own, rtol=1e-6, atol=1e-6)
+        found.copy_(own)
+
+    def positions(dim):
+        rows = [torch.zeros(dim, dtype=torch.float64)]  # of the cls token
+        for row in range(encoder.grid[0]):
+            for column in range(encoder.grid[1]):
+                rows.append(sincos(row, column, dim))
+        return torch.stack(rows)
+
     with torch.no_grad():
-        grid = encoder.grid[1]
-        at = [(i // grid, i % grid) for i in range(grid * encoder.grid[0])]
-        for positions, dim in ((encoder.pos_embed[0], encoder.dim),
-                               *([] if decoder is None else [(decoder.positions, decoder.embed.out_features)])):
-            own = torch.stack([torch.zeros(dim, dtype=torch.float64), *(sincos(*place, dim) for place in at)])
-            torch.testing.assert_close(positions, own, rtol=1e-6, atol=1e-6)
-            positions.copy_(own)
-        for colours, own in ((encoder.mean, MEAN), (encoder.std, STD)):
-            own = torch.tensor(own, dtype=torch.float64).repeat(encoder.patch**2)
-            torch.testing.assert_close(colours, own, rtol=1e-6, atol=1e-6)
-            colours.copy_(own)
+        replace(encoder.pos_embed[0], positions(encoder.dim))
+        if decoder is not None:
+            replace(decoder.positions, positions(decoder.embed.out_features))
+        replace(encoder.mean, torch.tensor(MEAN, dtype=torch.float64).repeat(encoder.patch**2))
+        replace(encoder.std, torch.tensor(STD, dtype=torch.float64).repeat(encoder.patch**2))
     return net
 
 
@@ -247,7 +254,8 @@ def patch_embedding(f, name, patch):
 def rebuilding_loss(pred, clean, removed, standardise):
     """Mean over all removed patches of the batch of the squared error, itself a mean over a patch. pred and
     clean (B, L, D); removed: for each image the places."""
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     for i in range(len(pred)):
         for place in removed[i]:
             goal = clean[i, place]
@@ -295,8 +303,8 @@ def adamw(f, names, grads, past, lr, decay, ascend=False):
 
 
 def lars(f, names, grads, past, lr, decay, trust, clip):
-    """Momentum .9; tensors of one dimension are neither scaled nor decayed. With `clip` no tensor steps faster
-    than plain SGD."""
+    """Momentum .9; tensors of one dimension are neither scaled nor decayed. With `clip` no tensor steps
+    faster than plain SGD."""
     for name, g in zip(names, grads):
         w = f[name].detach()
         ratio = 1.0

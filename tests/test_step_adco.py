@@ -1,4 +1,5 @@
-"""Two whole steps of AdCo against the method written out: plain loops in float64, nothing of adco.py or common/."""
+"""Two whole steps of AdCo against the method written out: plain loops in float64, nothing of adco.py or
+common/."""
 from types import SimpleNamespace
 
 import pytest
@@ -9,16 +10,16 @@ import adco
 from common.bank import Bank
 from tests import steps2 as plain
 
-FLAGS = dict(ema=0.9, temperature=0.3, bank_temperature=0.2, bank_lr=0.4, bank_momentum=0.8, bank_decay=0.03,
-             lr=0.1, weight_decay=0.02, eps=0.0, step_size=25.0, steps=3)
+FLAGS = dict(ema=0.9, temperature=0.3, bank_temperature=0.2, bank_lr=0.4, bank_momentum=0.8,
+             bank_decay=0.03, lr=0.1, weight_decay=0.02, eps=0.0, step_size=25.0, steps=3)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The method
 # ----------------------------------------------------------------------------------------------------------
 def embed(f, x, order, mode):
-    """u(f(x)), rows in the order of x. In training BatchNorm sees two groups of the images in `order`, and each
-    moves the running statistics by half of their usual way."""
+    """u(f(x)), rows in the order of x. In training BatchNorm sees two groups of the images in `order`, and
+    each moves the running statistics by half of their usual way."""
     z = {}
     half = (len(x) + 1) // 2
     for group in (order[:half], order[half:]):
@@ -33,7 +34,8 @@ def embed(f, x, order, mode):
 def contrast(q, k, bank, T, flags):
     """Eq. 3, and for each query the probability of each row of the bank."""
     n = plain.unit(bank)
-    total, probabilities = 0.0, []
+    total = 0.0
+    probabilities = []
     for i in range(len(q)):
         positive = torch.exp(q[i] @ k[i] / T)
         rows = [torch.exp(q[i] @ n[j] / T) for j in range(len(n))]
@@ -44,7 +46,7 @@ def contrast(q, k, bank, T, flags):
 
 
 def ascent(q, k, bank, T, flags):
-    """The gradient of Eq. 3 in the rows w_j = |w_j| n_j: Eq. 7's mean of p q, without its part along n_j."""
+    """The gradient of Eq. 3 in the rows w_j = |w_j| n_j: Eq. 7's mean of p q, less its part along n_j."""
     _, p = contrast(q, k, bank, T, flags)
     g = torch.zeros_like(bank)
     for j, w in enumerate(bank):
@@ -82,7 +84,9 @@ def step(net, target, bank, past, names, x_q, x_k, order, noise, flags):
     weights = plain.with_gradient(net, names)
     queries = [embed(net, x, range(len(x)), "train") for x in x_q]
     share = 0.5 if flags.symmetric else 1.0  # a mean of both directions, but a sum over crops
-    loss, before, g = 0.0, 0.0, 0.0
+    loss = 0.0
+    before = 0.0
+    g = 0.0
     for q, k in zip(queries, keys):
         loss = loss + share * contrast(q, k, bank["rows"], flags.temperature, flags)[0]
         q = q.detach()
@@ -96,7 +100,8 @@ def step(net, target, bank, past, names, x_q, x_k, order, noise, flags):
     after = 0.0
     for q, k in zip(queries, keys):
         after = after + share * contrast(q.detach(), k, bank["rows"], flags.bank_temperature, flags)[0]
-    q, k = queries[0].detach(), keys[0]
+    q = queries[0].detach()
+    k = keys[0]
     n = plain.unit(bank["rows"])
     _, p = contrast(q, k, bank["rows"], flags.bank_temperature, flags)
     hits = [float(q[i] @ k[i] > max(q[i] @ row for row in n)) for i in range(len(q))]
@@ -130,7 +135,8 @@ def step_of_the_script(net, target, opt, bank, x_q, x_k, order, noise, args):
 
 
 def network(seed):
-    return plain.randomised(nn.Sequential(plain.Encoder(4, adco.GroupedNorm), nn.Linear(4, 3)), seed, scale=1.5)
+    net = nn.Sequential(plain.Encoder(4, adco.GroupedNorm), nn.Linear(4, 3))
+    return plain.randomised(net, seed, scale=1.5)
 
 
 HYBRID = dict(eps=40.0)
@@ -148,21 +154,29 @@ def test_two_steps_are_the_methods(more):
     rows = torch.randn(7, 3, generator=g, dtype=torch.float64) * (0.5 + 0.25 * torch.arange(7.0))[:, None]
     velocity = 0.3 * torch.randn(7, 3, generator=g, dtype=torch.float64)
 
-    net, target, bank = network(1), network(2).requires_grad_(False), bank_of(rows, velocity)
+    net = network(1)
+    target = network(2).requires_grad_(False)
+    bank = bank_of(rows, velocity)
     opt = optimizer(net, flags)
-    names, args = plain.trained(net), plain.arguments(adco, given)
-    want = dict(net=plain.state(net), target=plain.state(target), bank=dict(rows=rows, velocity=velocity), past={})
+    names = plain.trained(net)
+    args = plain.arguments(adco, given)
+    want = dict(net=plain.state(net), target=plain.state(target), past={})
+    want["bank"] = dict(rows=rows, velocity=velocity)
     start = {key: dict(part) for key, part in want.items()}
     for t in range(2):
-        x1, x2 = plain.images(5, 6, 10 + t), plain.images(5, 6, 20 + t)
-        x_q, x_k = [x1], [x2]
+        x1 = plain.images(5, 6, 10 + t)
+        x2 = plain.images(5, 6, 20 + t)
+        x_q = [x1]
+        x_k = [x2]
         if flags.symmetric:
-            x_q, x_k = [x1, x2], [x2, x1]
+            x_q = [x1, x2]
+            x_k = [x2, x1]
         if flags.multi_crop:
             x_q = [x1, plain.images(5, 5, 30 + t), plain.images(5, 4, 40 + t)]
         order = [[3, 0, 4, 2, 1], [2, 4, 0, 1, 3]][t]
         noise = [2 * torch.rand(x.shape, generator=g, dtype=torch.float64) - 1 for x in x_q]
-        logged = step(want["net"], want["target"], want["bank"], want["past"], names, x_q, x_k, order, noise, flags)
+        logged = step(want["net"], want["target"], want["bank"], want["past"], names,
+                      x_q, x_k, order, noise, flags)
         found = step_of_the_script(net, target, opt, bank, x_q, x_k, order, noise, args)
         plain.same(found, logged, f"step {t}, logged")
         plain.same(plain.state(net), want["net"], f"step {t}, net")
@@ -177,10 +191,12 @@ def test_two_steps_are_the_methods(more):
 
 
 def test_a_run_has_the_optimizer_of_these_steps(tmp_path, monkeypatch):
-    given = ["--arch", "slim", "--lr", "0.03", "--weight-decay", "0.02", "--bank-size", "8", "--fill-steps", "0"]
+    given = ["--arch", "slim", "--lr", "0.03", "--weight-decay", "0.02", "--bank-size", "8",
+             "--fill-steps", "0"]
     (net, target, bank), (opt,) = plain.optimizers_of_main(adco, given, tmp_path, monkeypatch)
     assert type(opt) is torch.optim.SGD
     assert not any(w.requires_grad for w in target.parameters()) and bank.velocity.abs().sum() == 0
-    found, want = plain.settings(opt, net), dict(lr=0.03, momentum=0.9, weight_decay=0.02, maximize=False)
+    found = plain.settings(opt, net)
+    want = dict(lr=0.03, momentum=0.9, weight_decay=0.02, maximize=False)
     for name, _ in net.named_parameters():
         assert {key: found[name][key] for key in want} == want, name

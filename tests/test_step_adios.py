@@ -1,4 +1,5 @@
-"""Two whole steps of ADIOS against the method written out: plain loops in float64, nothing of adios.py or common/."""
+"""Two whole steps of ADIOS against the method written out: plain loops in float64, nothing of adios.py or
+common/."""
 import copy
 import math
 from collections import OrderedDict
@@ -15,7 +16,8 @@ from common.unet import UNet
 from tests import steps2 as plain
 
 FLAGS = dict(temperature=0.3, mask_weight=0.7, lr=0.02, mask_lr=0.005, weight_decay=0.05, single=False)
-TAU, MASKS = 0.9, 3  # of this step; of an image
+TAU = 0.9
+MASKS = 3  # of this step; of an image
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -44,7 +46,8 @@ def occlude(x, mask, colour):
     """Pixels of x (B, 3, S, S) turn into `colour` by the part `mask` (B, S, S)."""
     views = []
     for image, removed in zip(x, mask):
-        views.append(torch.stack([pixels + removed * (c - pixels) for pixels, c in zip(image, colour.flatten())]))
+        channels = [pixels + removed * (c - pixels) for pixels, c in zip(image, colour.flatten())]
+        views.append(torch.stack(channels))
     return torch.stack(views)
 
 
@@ -62,7 +65,8 @@ def cos(a, b):
 
 
 def simclr(z1, z2, T):
-    rows, total = [*z1, *z2], 0.0
+    rows = [*z1, *z2]
+    total = 0.0
     for i, anchor in enumerate(rows):
         similar = [torch.exp(cos(anchor, row) / T) for row in rows]
         others = sum(similar) - similar[i]
@@ -81,11 +85,13 @@ def rebuild(f, x):
         tokens = [f["0.cls_token"][0, 0] + f["0.pos_embed"][0, 0]]
         for place, patch in enumerate(plain.patches_of(image, 2)):
             colours = (patch - f["0.mean"]) / f["0.std"]
-            tokens.append(plain.patch_embedding(f, "0.patch_embed.proj", colours) + f["0.pos_embed"][0, 1 + place])
+            token = plain.patch_embedding(f, "0.patch_embed.proj", colours)
+            tokens.append(token + f["0.pos_embed"][0, 1 + place])
         h = plain.layer_norm(f, "0.norm", plain.transformer_block(f, "0.blocks.0", torch.stack(tokens), 2))
         found = torch.empty(image.shape, dtype=torch.float64)
         for place, token in enumerate(h[1:]):
-            i, j = 2 * (place // 3), 2 * (place % 3)
+            i = 2 * (place // 3)
+            j = 2 * (place % 3)
             patch = plain.linear(f, "1.2", plain.linear(f, "1.0", token).relu())
             found[:, i:i + 2, j:j + 2] = patch.view(2, 2, 3).permute(2, 0, 1)
         images.append(found)
@@ -93,8 +99,10 @@ def rebuild(f, x):
 
 
 def disagreement(net, target, x1, x2, z1_target, masked, mode, flags):
-    """What the encoder lowers and the masker raises: a sum over masks. masked: for each mask (x1, x2) without what
-    it removes. In the masker's step (mode "frozen") BYOL has no term that is constant in the masks."""
+    """What the encoder lowers and the masker raises: a sum over masks. masked: for each mask (x1, x2) without
+    what it removes. In the masker's step (mode "frozen") BYOL has no term that is constant in the masks.
+
+    The order of the passes is ours; running statistics end by it."""
     loss = 0.0
     if flags.objective == "mae":
         for x1n, _ in masked:
@@ -111,11 +119,15 @@ def disagreement(net, target, x1, x2, z1_target, masked, mode, flags):
             for _, x2n in masked:
                 loss = loss + 2 - 2 * mean_cos(p1, project(target, x2n, mode))
     if flags.objective == "simsiam":
-        z1, z2 = project(net, x1, mode), project(net, x2, mode)
-        p1, p2 = predict(net, z1, mode), predict(net, z2, mode)
+        z1 = project(net, x1, mode)
+        z2 = project(net, x2, mode)
+        p1 = predict(net, z1, mode)
+        p2 = predict(net, z2, mode)
         for x1n, x2n in masked:
-            z1n, z2n = project(net, x1n, mode), project(net, x2n, mode)
-            p1n, p2n = predict(net, z1n, mode), predict(net, z2n, mode)
+            z1n = project(net, x1n, mode)
+            z2n = project(net, x2n, mode)
+            p1n = predict(net, z1n, mode)
+            p2n = predict(net, z2n, mode)
             total = mean_cos(p1n, z2) + mean_cos(p2n, z1) + mean_cos(p2, z1n) + mean_cos(p1, z2n)
             total = total + mean_cos(p1, z2) + mean_cos(p2, z1) + mean_cos(p1n, z2n) + mean_cos(p2n, z1n)
             loss = loss - total / 8
@@ -123,9 +135,9 @@ def disagreement(net, target, x1, x2, z1_target, masked, mode, flags):
 
 
 def step(net, target, masker, past, past_masker, names, names_masker, x1, x2, given, pick, flags):
-    """Changes the networks and what the optimizers remember; returns what is logged. given: masks (m1, m2) that
-    are not the masker's, or None."""
-    one_view = {"simclr": 1, "byol": 1, "mae": 0}.get(flags.objective)  # the only one that is masked; simsiam: both
+    """Changes the networks and what the optimizers remember; returns what is logged. given: masks (m1, m2)
+    that are not the masker's, or None."""
+    shown_masked = {"simclr": [1], "byol": [1], "mae": [0], "simsiam": [0, 1]}[flags.objective]  # which views
 
     def without(masks, u):
         masked = []
@@ -133,25 +145,28 @@ def step(net, target, masker, past, past_masker, names, names_masker, x1, x2, gi
             views = []
             for x, m in zip((x1, x2), masks):
                 chosen = [int(u[i] * m.shape[1]) if flags.single else n for i in range(len(x))]
-                views.append(occlude(x, torch.stack([m[i, c] for i, c in enumerate(chosen)]), masker["mean"]))
+                of_each = torch.stack([m[i, c] for i, c in enumerate(chosen)])
+                views.append(occlude(x, of_each, masker["mean"]))
             masked.append(views)
         return masked
 
-    weights, of_masker = plain.with_gradient(net, names), plain.with_gradient(masker, names_masker)
+    weights = plain.with_gradient(net, names)
+    of_masker = plain.with_gradient(masker, names_masker)
     masks = (draw(masker, x1), draw(masker, x2)) if given is None else given
 
     z1_target = project(target, x1, "train") if target else None
     constant = [m.detach() for m in masks]
     loss = disagreement(net, target, x1, x2, z1_target, without(constant, pick[:, 0]), "train", flags)
     grads = torch.autograd.grad(loss, weights)
-    plain.lars(net, names, grads, past, flags.lr, flags.weight_decay, trust=0.02, clip=True)
+    how = dict(decay=flags.weight_decay, trust=0.02, clip=True)
+    plain.lars(net, names, grads, past, flags.lr, **how)
     logged = {"loss": loss}
 
     if given is None:
         hard = disagreement(net, target, x1, x2, z1_target, without(masks, pick[:, 1]), "frozen", flags)
-        price = sum(penalty(m) for i, m in enumerate(masks) if one_view in (None, i))
+        price = sum(penalty(masks[view]) for view in shown_masked)
         grads = torch.autograd.grad(flags.mask_weight * price - hard, of_masker)  # LARS descends
-        plain.lars(masker, names_masker, grads, past_masker, flags.mask_lr, flags.weight_decay, trust=0.02, clip=True)
+        plain.lars(masker, names_masker, grads, past_masker, flags.mask_lr, **how)
         logged |= {"loss_mask": hard, "penalty": price}
     if target:
         plain.moving_average(target, net, [name for name in names if name in target], TAU)
@@ -192,8 +207,9 @@ def networks(objective):
     else:
         net = nn.Sequential(plain.Encoder(6, nn.BatchNorm2d), nn.Linear(6, 5, bias=False))
     if objective in ("byol", "simsiam"):
-        net.append(nn.Sequential(OrderedDict(
-            hidden=nn.Linear(5, 4, bias=False), norm=nn.BatchNorm1d(4), relu=nn.ReLU(), out=nn.Linear(4, 5))))
+        hidden = nn.Linear(5, 4, bias=False)
+        predictor = OrderedDict(hidden=hidden, norm=nn.BatchNorm1d(4), relu=nn.ReLU(), out=nn.Linear(4, 5))
+        net.append(nn.Sequential(predictor))
     net = plain.randomised(net, 1)
     if objective == "mae":
         plain.use_own_positions(net, net[0])
@@ -212,20 +228,24 @@ def test_two_steps_are_the_methods(objective, single, masker_learns):
     args = plain.arguments(adios, given_flags)
     net, target, masker = networks(objective)
     opt, opt_mask = optimizers(net, masker, flags)
-    names, names_masker = plain.trained(net), plain.trained(masker)
+    names = plain.trained(net)
+    names_masker = plain.trained(masker)
     parts = {"net": net, "masker": masker, **({"target": target} if target else {})}
-    want, past, past_masker = {key: plain.state(part) for key, part in parts.items()}, {}, {}
+    want = {key: plain.state(part) for key, part in parts.items()}
+    past = {}
+    past_masker = {}
     start = {key: dict(part) for key, part in want.items()}
     for t in range(2):
         g = torch.Generator().manual_seed(t)
-        x1, x2 = plain.images(4, 6, 10 + t), plain.images(4, 6, 20 + t)
+        x1 = plain.images(4, 6, 10 + t)
+        x2 = plain.images(4, 6, 20 + t)
         pick = torch.rand(4, 2, generator=g, dtype=torch.float64)
         assert {int(u * MASKS) for u in pick[:, 0]} != {int(u * MASKS) for u in pick[:, 1]}
         masks = None
         if not masker_learns:
-            masks = [torch.rand(4, MASKS, 6, 6, generator=g, dtype=torch.float64).softmax(1) for _ in range(2)]
-        logged = step(want["net"], want.get("target"), want["masker"], past, past_masker, names, names_masker, x1, x2,
-                      masks, pick, flags)
+            masks = [m.softmax(1) for m in torch.rand(2, 4, MASKS, 6, 6, generator=g, dtype=torch.float64)]
+        logged = step(want["net"], want.get("target"), want["masker"], past, past_masker, names, names_masker,
+                      x1, x2, masks, pick, flags)
         found = step_of_the_script(net, target, masker, opt, opt_mask, x1, x2, masks, pick, args)
         plain.same(found, logged, f"step {t}, logged")
         for key, part in parts.items():
@@ -237,12 +257,13 @@ def test_two_steps_are_the_methods(objective, single, masker_learns):
     if masker_learns:
         plain.all_moved(start["masker"], want["masker"], names_masker)
     if target:
-        plain.all_moved(start["target"], want["target"], [n for n in [*names, *statistics] if n in want["target"]])
+        moving = [name for name in [*names, *statistics] if name in want["target"]]
+        plain.all_moved(start["target"], want["target"], moving)
 
 
 def test_a_run_has_the_optimizers_of_these_steps(tmp_path, monkeypatch):
-    given = ["--arch", "slim", "--objective", "byol", "--lr", "0.03", "--mask-lr", "0.04", "--weight-decay", "0.02",
-             "--warmup", "0", "--mask-width", "8"]
+    given = ["--arch", "slim", "--objective", "byol", "--lr", "0.03", "--mask-lr", "0.04",
+             "--weight-decay", "0.02", "--warmup", "0", "--mask-width", "8"]
     (net, target, masker), opts = plain.optimizers_of_main(adios, given, tmp_path, monkeypatch)
     assert isinstance(masker, UNet) and not any(w.requires_grad for w in target.parameters())
     for part, opt, lr in zip((net, masker), opts, (0.03, 0.04)):

@@ -1,4 +1,5 @@
-"""Two whole steps of AdPE against the method written out: plain loops in float64, nothing of adpe.py or common/."""
+"""Two whole steps of AdPE against the method written out: plain loops in float64, nothing of adpe.py or
+common/."""
 import math
 from types import SimpleNamespace
 
@@ -12,7 +13,9 @@ from tests import steps2 as plain
 
 FLAGS = dict(mask_ratio=0.5, lr=0.02, weight_decay=0.3, adv_lr=0.1, radius=0.7, norm="linf", steps=3,
              position="relative", mode="coordinate", adversary="persistent")
-SIDE, GRID, HEADS = 2, 3, 2  # of a patch; of patches; of both transformers, which have one block
+SIDE = 2
+GRID = 3
+HEADS = 2  # of a patch; of patches; of both transformers, which have one block
 BLOCKS = ("encoder.blocks.0", "decoder.blocks.0")  # each has a row of delta
 SEED = 12  # of starts of which, in every form, the projection has something to do
 FORMS = [(position, mode) for position in ("relative", "absolute") for mode in ("coordinate", "embedding")]
@@ -31,32 +34,38 @@ def index(offset):
 
 def lookup(table, row, column):
     """table (d, 7, 7), bilinear between the four entries around (row, column) from its centre."""
-    row, column = row.clamp(-3, 3) + 3, column.clamp(-3, 3) + 3
-    i, j = min(int(row), 5), min(int(column), 5)
-    a, b = row - i, column - j
+    row = row.clamp(-3, 3) + 3
+    column = column.clamp(-3, 3) + 3
+    i = min(int(row), 5)
+    j = min(int(column), 5)
+    a = row - i
+    b = column - j
     upper = (1 - b) * table[:, i, j] + b * table[:, i, j + 1]
     lower = (1 - b) * table[:, i + 1, j] + b * table[:, i + 1, j + 1]
     return (1 - a) * upper + a * lower
 
 
 def readings(f, block, delta, flags):
-    """What a block reads in its table at all offsets of the grid: (2 GRID - 1, 2 GRID - 1, d). `delta` is the
-    block's row, or None."""
-    table, shift = f[f"{block}.attn.relative.table"], torch.zeros(2, dtype=torch.float64)
+    """What a block reads in its table at all offsets of the grid: (2 GRID - 1, 2 GRID - 1, d). `delta` is
+    the block's row, or None."""
+    table = f[f"{block}.attn.relative.table"]
+    shift = torch.zeros(2, dtype=torch.float64)
     if delta is not None and flags.mode == "embedding":
         table = table + delta[:len(table)]
     elif delta is not None:
         shift = delta
     found = []
     for down in range(1 - GRID, GRID):
-        row = [lookup(table, index(down + shift[0]), index(right + shift[1])) for right in range(1 - GRID, GRID)]
+        row = []
+        for right in range(1 - GRID, GRID):
+            row.append(lookup(table, index(down + shift[0]), index(right + shift[1])))
         found.append(torch.stack(row))
     return torch.stack(found)
 
 
 def vectors(cls, clean, moved, masked):
-    """r_ij (1 + L, 1 + L, d) of an image: readings at place i minus place j, the moved ones for masked i alone;
-    where one of both is the cls token, a vector of its own."""
+    """r_ij (1 + L, 1 + L, d) of an image: readings at place i minus place j, the moved ones for masked i
+    alone; where one of both is the cls token, a vector of its own."""
     places = torch.arange(GRID * GRID)
     rows = [torch.stack([cls] * (1 + len(places)))]
     for i in range(len(places)):
@@ -67,11 +76,12 @@ def vectors(cls, clean, moved, masked):
 
 
 def rebuild(f, patches, masked, delta, read, flags):
-    """All patches of an image, of which the encoder sees mask tokens at the places `masked`. delta: None, or a
-    row for each block; in the absolute modes one. read: for each block its clean and its moved readings."""
+    """All patches of an image, of which the encoder sees mask tokens at the places `masked`. delta: None, or
+    a row for each block; in the absolute modes one. read: of each block the clean and the moved readings."""
     tokens = [f["encoder.cls_token"][0, 0] + f["encoder.pos_embed"][0, 0]]
     for place, patch in enumerate(patches):
-        row, column = place // GRID, place % GRID
+        row = place // GRID
+        column = place % GRID
         position = plain.sincos(row, column, f["encoder.pos_embed"].shape[2])
         if place not in masked:
             colours = (patch - f["encoder.mean"]) / f["encoder.std"]
@@ -83,9 +93,12 @@ def rebuild(f, patches, masked, delta, read, flags):
             else:
                 position = plain.sincos(row + delta[0, 0], column + delta[0, 1], len(position))
         tokens.append(f["mask_token"][0, 0] + position)
-    h, relative = torch.stack(tokens), [None, None]
+    h = torch.stack(tokens)
+    relative = [None, None]
     if flags.position == "relative":
-        relative = [vectors(f[f"{block}.attn.relative.cls"], *pair, masked) for block, pair in zip(BLOCKS, read)]
+        relative = []
+        for block, (clean, moved) in zip(BLOCKS, read):
+            relative.append(vectors(f[f"{block}.attn.relative.cls"], clean, moved, masked))
     h = plain.transformer_block(f, BLOCKS[0], h, HEADS, relative[0])
     h = plain.linear(f, "decoder.embed", plain.layer_norm(f, "encoder.norm", h)) + f["decoder.positions"]
     h = plain.transformer_block(f, BLOCKS[1], h, HEADS, relative[1])
@@ -157,7 +170,8 @@ def step(f, past, past_delta, names, x, u, noise, flags):
 def optimizers(net, flags):
     weights = [(name, w) for name, w in net.named_parameters() if w is not net.delta]
     opt = torch.optim.AdamW(optim.groups(weights, flags.weight_decay), flags.lr, betas=(0.9, 0.95))
-    opt_delta = torch.optim.AdamW([net.delta], flags.adv_lr, betas=(0.9, 0.95), weight_decay=0, maximize=True)
+    opt_delta = torch.optim.AdamW([net.delta], flags.adv_lr, betas=(0.9, 0.95), weight_decay=0,
+                                  maximize=True)
     return opt, opt_delta
 
 
@@ -167,7 +181,8 @@ def step_of_the_script(net, opt, opt_delta, x, u, noise, args):
 
 def network(position, mode):
     """Its blocks have heads of 4 and of 6."""
-    encoder = ViT("toy", SIDE, 8, 1, HEADS, 6, plain.MEAN, plain.STD, "sincos", position == "relative", False)
+    relative = position == "relative"
+    encoder = ViT("toy", SIDE, 8, 1, HEADS, 6, plain.MEAN, plain.STD, "sincos", relative, False)
     net = plain.randomised(adpe.MAEPlus(encoder, (12, 1, HEADS), position, mode), 1)
     return plain.use_own_positions(net, net.encoder, net.decoder)
 
@@ -180,23 +195,27 @@ def in_ball(shape, used, norm, g):
         u = (1.3 * u).clamp(-1, 1)
         u[:, 0] = 0.98 * u[:, 0].sign()
         return u * used
-    length = torch.tensor([0.99, 0.5], dtype=torch.float64)[:len(u)]
-    return u / u.flatten(1).norm(dim=1).view(-1, *[1] * (u.dim() - 1)) * length.view(-1, *[1] * (u.dim() - 1))
+    rows = [length * row / row.norm() for row, length in zip(u, (0.99, 0.5))]
+    return torch.stack(rows)
 
 
 def two_steps(more):
     given = {**FLAGS, **more}
     flags = SimpleNamespace(**{"step_size": None, **given})
     args = plain.arguments(adpe, given)
-    net, g = network(flags.position, flags.mode), torch.Generator().manual_seed(SEED)
+    net = network(flags.position, flags.mode)
+    g = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         net.delta.copy_((flags.radius or 1) * in_ball(net.delta.shape, net.used, flags.norm, g))
     opt, opt_delta = optimizers(net, flags)
     names = [name for name in plain.trained(net) if name != "delta"]
-    f, past, past_delta = plain.state(net), {}, {}
+    f = plain.state(net)
+    past = {}
+    past_delta = {}
     start = dict(f)
     for t in range(2):
-        x, u = plain.images(2, 6, 10 + t), torch.rand(2, 9, generator=g, dtype=torch.float64)
+        x = plain.images(2, 6, 10 + t)
+        u = torch.rand(2, 9, generator=g, dtype=torch.float64)
         noise = in_ball(net.delta.shape, net.used, flags.norm, g)
         logged = step(f, past, past_delta, names, x, u, noise, flags)
         found = step_of_the_script(net, opt, opt_delta, x, u, noise, args)
@@ -222,16 +241,19 @@ def test_two_steps_are_the_methods(position, mode, adversary, norm):
 
 
 @pytest.mark.parametrize("more", [
-    dict(radius=0.0), dict(radius=0.0, adversary="pgd"), dict(adversary="pgd", step_size=0.3, steps=2)], ids=str)
+    dict(radius=0.0), dict(radius=0.0, adversary="pgd"), dict(adversary="pgd", step_size=0.3, steps=2)],
+    ids=str)
 def test_two_steps_of_the_base_and_of_a_given_step_size(more):
     two_steps(more)
 
 
 def test_a_run_has_the_optimizers_of_these_steps(tmp_path, monkeypatch):
-    given = ["--arch", "vit_slim", "--lr", "0.03", "--adv-lr", "0.04", "--weight-decay", "0.02", "--warmup", "0"]
+    given = ["--arch", "vit_slim", "--lr", "0.03", "--adv-lr", "0.04", "--weight-decay", "0.02",
+             "--warmup", "0"]
     (net,), (opt, opt_delta) = plain.optimizers_of_main(adpe, given, tmp_path, monkeypatch)
     assert type(opt) is type(opt_delta) is torch.optim.AdamW
-    found, of_delta = plain.settings(opt, net), plain.settings(opt_delta, net)
+    found = plain.settings(opt, net)
+    of_delta = plain.settings(opt_delta, net)
     assert found.keys() == set(plain.trained(net)) - {"delta"} and of_delta.keys() == {"delta"}
     assert net.delta.abs().sum() == 0
     for name, treated in {**found, **of_delta}.items():

@@ -1,5 +1,5 @@
-"""Two whole steps of Adversarial MAE against the method written out: plain loops in float64, nothing of adv_mae.py
-or common/."""
+"""Two whole steps of Adversarial MAE against the method written out: plain loops in float64, nothing of
+adv_mae.py or common/."""
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +11,8 @@ from common.vit import ViT
 from tests import steps2 as plain
 
 FLAGS = dict(mask_ratio=0.5, norm_pix=True, lr=0.02, weight_decay=0.3, norm="linf", eps=60.0, steps=2)
-SIDE, HEADS = 2, 2  # of a patch; of both transformers, which have one block
+SIDE = 2
+HEADS = 2  # of a patch; of both transformers, which have one block
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -41,7 +42,7 @@ def rebuild(f, v, kept):
 
 
 def attack(loss_of, v, noise, flags):
-    """PGD in the pixels v (B, Lk, D) of the visible patches; FGSM, where it has one step, starts without noise."""
+    """PGD in the pixels v (B, Lk, D) of the visible patches; with one step, FGSM, it starts without noise."""
     eps = flags.eps / 255
     if eps == 0:
         return v
@@ -122,11 +123,14 @@ def test_two_steps_are_the_methods(more):
     args = plain.arguments(adv_mae, given)
     net = network()
     opt = optimizer(net, flags)
-    names, f, past = plain.trained(net), plain.state(net), {}
+    names = plain.trained(net)
+    f = plain.state(net)
+    past = {}
     start = dict(f)
     for t in range(2):
         g = torch.Generator().manual_seed(t)
-        x, u = plain.images(3, 6, 10 + t), torch.rand(3, 9, generator=g, dtype=torch.float64)
+        x = plain.images(3, 6, 10 + t)
+        u = torch.rand(3, 9, generator=g, dtype=torch.float64)
         noise = 2 * torch.rand(3, 4 * 12, generator=g, dtype=torch.float64) - 1
         if flags.norm == "l2":
             noise = 0.95 * plain.unit(noise)
