@@ -807,7 +807,7 @@ def contents(images):
 
 
 @functools.lru_cache(maxsize=None)
-def _hash(path, size, changed):
+def _hash(path, *stamp):
     found = hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(2**20):
@@ -821,12 +821,12 @@ def public_corruptions(args):
 
 def public_contents(args):
     """A digest of the public corruptions that count. Each file is read whole, once as long as its size and
-    time stay."""
+    its times stay."""
     parts = []
     for name in (*corruptions.MAIN, "labels"):
         path = public_corruptions(args) / f"{name}.npy"
         about = path.stat()
-        parts.append(name.encode() + _hash(path.resolve(), about.st_size, about.st_mtime_ns))
+        parts.append(name.encode() + _hash(path.resolve(), about.st_size, about.st_mtime_ns, about.st_ctime_ns))
     return digest(*parts)
 
 
