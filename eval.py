@@ -442,8 +442,9 @@ def judge(net, images, attack=None, seed=0, limit=None, restarts=1, source=None,
     total = 0
     more = {}
     batches = in_order(images, batch_size, limit)
-    if isinstance(attack, AutoAttack):  # which fills its batches anew with what stands
+    if isinstance(attack, (AutoAttack, DeepFool)):  # which would not name the file
         check_clean(net, images, limit)
+    if isinstance(attack, AutoAttack):  # which fills its batches anew with what stands
         batches = [[torch.cat(parts) for parts in zip(*batches)]]
     with eval_mode(net), eval_mode(source or net):
         for i, (x, y) in enumerate(batches):
