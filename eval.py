@@ -445,8 +445,9 @@ def judge(net, images, attack=None, seed=0, limit=None, restarts=1, source=None,
     total = 0
     more = {}
     batches = in_order(images, batch_size, limit)
-    if isinstance(attack, AutoAttack):  # which fills its batches anew with what stands
+    if isinstance(attack, (AutoAttack, DeepFool)):  # which would not name the file
         check_clean(net, images, limit)
+    if isinstance(attack, AutoAttack):  # which fills its batches anew with what stands
         batches = [[torch.cat(parts) for parts in zip(*batches)]]
     with eval_mode(net), eval_mode(source or net):
         for i, (x, y) in enumerate(batches):
@@ -810,7 +811,7 @@ def contents(images):
 
 
 @functools.lru_cache(maxsize=None)
-def _hash(path, size, changed):
+def _hash(path, *stamp):
     found = hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(2**20):
@@ -824,12 +825,12 @@ def public_corruptions(args):
 
 def public_contents(args):
     """A digest of the public corruptions that count. Each file is read whole, once as long as its size and
-    time stay."""
+    its times stay."""
     parts = []
     for name in (*corruptions.MAIN, "labels"):
         path = public_corruptions(args) / f"{name}.npy"
         about = path.stat()
-        parts.append(name.encode() + _hash(path.resolve(), about.st_size, about.st_mtime_ns))
+        parts.append(name.encode() + _hash(path.resolve(), about.st_size, about.st_mtime_ns, about.st_ctime_ns))
     return digest(*parts)
 
 

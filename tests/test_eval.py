@@ -1047,3 +1047,11 @@ def test_votes_are_weighed_by_similarity_at_a_temperature_of_a_tenth():
 def test_the_standard_error_is_that_of_a_share():
     for accuracy, n, want in ((50, 1000, 1.58), (50, 10_000, 0.5), (90, 100, 3.0), (0, 10, 0), (100, 10, 0)):
         assert evaluation.score(accuracy, n) == {"accuracy": accuracy, "stderr": want, "images": n}
+
+
+def test_the_command_asks_for_200_neighbours_at_a_temperature_of_a_tenth(exported, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluation, "knn", lambda encoder, train, test, **how: asked.append(how) or 50)
+    (line,) = run_main(exported, "--preset", "knn")
+    assert asked == [line["recipe"]] == [{"k": 200, "temperature": 0.1}]
+    assert line["results"]["clean"]["accuracy"] == 50
