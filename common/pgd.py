@@ -28,8 +28,8 @@ def pgd(loss_fn, x, eps, step_size, steps, norm="linf", random_start=True, start
                ball and box jointly. "l1_dense": step g / |g|_1, rescale onto the ball; weak, but what older
                papers report as l1.
     start      where to begin, taken as it is; else uniform noise in the ball (`random_start`), clipped, or x.
-    lo, hi     the box, in the units of x; -inf and inf: none.
     generator  for that noise.
+    lo, hi     the box, in the units of x; -inf and inf: none.
 
     Returns x_adv, detached, with |x_adv - x| <= eps and lo <= x_adv <= hi; float32 rounding aside, both hold
     exactly. Raises ValueError for an eps or step_size that is negative or not finite, for linf an eps above
@@ -82,7 +82,7 @@ def check_box(x, lo, hi):
     """ValueError where images x (B, ...) are no floats, or not all in [lo, hi]: normalised ones would be
     clipped to that box, and so moved by far more than eps.
 
-    On CUDA nobody waits for the answer: the device checks it, and an error there ends the process.
+    On CUDA the host does not wait for the answer: the device checks it, and an error there ends the process.
     """
     if not x.is_floating_point():
         raise ValueError(f"images are {x.dtype}: must be floats in [{lo:g}, {hi:g}], as x.float() / 255 is")
