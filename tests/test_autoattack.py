@@ -755,6 +755,7 @@ def test_numbers_of_numpy_are_taken_and_the_report_is_plain():
     assert json.loads(json.dumps(report))["batch_size"] == 2
 
 
+@pytest.mark.outside
 @pytest.mark.parametrize("norm", NORMS)
 def test_agrees_with_the_reference_image_by_image(norm):
     """Same seed, same batches. With `stop=False` the images are the same too. FAB's 100 steps magnify

@@ -111,6 +111,7 @@ def test_blurs_keep_a_constant_and_spread_a_point():
         torch.testing.assert_close(f(flat[:1], constants[4]), flat[:1])
 
 
+@pytest.mark.outside
 def test_zoom_blur_equals_scipy():
     ndimage = pytest.importorskip("scipy.ndimage")
     x = x0[0].double().permute(1, 2, 0).numpy()

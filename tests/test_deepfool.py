@@ -199,6 +199,7 @@ def test_bad_input_is_named(change, message):
         deepfool(**arguments)
 
 
+@pytest.mark.outside
 def test_agrees_with_foolbox():
     foolbox = pytest.importorskip("foolbox")
     net, x = small_net(torch.float32), X(40, 3, 4, 4).float()

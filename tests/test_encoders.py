@@ -629,6 +629,7 @@ def test_an_exported_vit_gives_the_features_of_torchvisions(tmp_path):
         torch.testing.assert_close(ours, theirs.encoder(tokens)[:, 1:].mean(1), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.outside
 @pytest.mark.parametrize("fc_norm", [False, True])
 def test_an_exported_vit_loads_into_timms_and_gives_the_same_features(tmp_path, fc_norm):
     timm = pytest.importorskip("timm.models.vision_transformer")

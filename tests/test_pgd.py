@@ -302,6 +302,7 @@ def test_points_of_the_unit_ball_are_of_linf_and_l2_only():
         in_ball(x0, "l1")
 
 
+@pytest.mark.outside
 @pytest.mark.parametrize("norm, eps, step", [("linf", 8 / 255, 2 / 255), ("l2", 0.5, 0.1), ("l1_dense", 12.0, 1.2)])
 def test_it_takes_foolbox_steps(norm, eps, step):
     """From the same start, without randomness, the PyPI package foolbox moves every image to the same place."""

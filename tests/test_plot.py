@@ -44,6 +44,7 @@ def test_without_matplotlib_there_is_one_clear_line(monkeypatch, tmp_path):
         plot.main(["loss", str(tmp_path)])
 
 
+@pytest.mark.outside
 def test_the_pictures_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(ValueError, match="no loss was measured there"):
