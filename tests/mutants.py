@@ -41,12 +41,20 @@ def tests_of(path):
 
 
 MORE = {
-    "common/run.py": ("test_faults.py", "test_wiring.py", "test_all_scripts.py"),
-    "common/files.py": ("test_faults.py",),
+    "common/augment.py": ("test_data.py", "test_data_faults.py"),
+    "common/bank.py": ("test_step_amoc.py", "test_step_adco.py"),
     "common/data.py": ("test_augment.py", "test_faults.py"),
-    "common/table.py": ("test_eval.py", "test_eval_faults.py"),
-    "common/optim.py": ("test_wiring.py",),
+    "common/dist.py": ("test_run.py", "test_faults.py", "test_all_scripts.py"),
     "common/encoders.py": ("test_export.py",),
+    "common/files.py": ("test_faults.py",),
+    "common/log.py": ("test_run.py", "test_faults.py", "test_wiring.py"),
+    "common/optim.py": ("test_wiring.py", "test_step_rocl.py"),
+    "common/pgd.py": ("test_step_amoc.py", "test_step_byorl.py"),
+    "common/resnet.py": ("test_encoders.py", "test_export.py", "test_step_amoc.py"),
+    "common/run.py": ("test_faults.py", "test_wiring.py", "test_all_scripts.py"),
+    "common/shapes.py": ("test_data.py",),
+    "common/table.py": ("test_eval.py", "test_eval_faults.py"),
+    "common/vit.py": ("test_encoders.py", "test_step_adpe.py", "test_adpe.py"),
 }
 
 
