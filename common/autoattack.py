@@ -486,7 +486,8 @@ def fab(net, x, y, t, eps, norm, steps=100, stop=True):
             if near.any():
                 rows, x, y, t, z, adv, best, near = (v[~near] for v in (rows, x, y, t, z, adv, best, near))
         _, f, g = net.gradient(z, lambda q: (q.gather(1, t[:, None]) - q.gather(1, y[:, None])).squeeze(1))
-        f, w = f.nan_to_num(0, 0, 0), g.flatten(1)  # logits that are not finite: stay, and step back below
+        f = f.nan_to_num(0, 0, 0)  # of logits that are not finite; with the gradient 0, a step towards x
+        w = g.flatten(1)
         b = (w * z.flatten(1)).sum(1, keepdim=True) - f[:, None]
         d1, d2 = (to_plane(v.flatten(1), w, b, norm).view_as(v) for v in (z, x))
         l1, l2 = (length(d, norm).clamp_min(1e-8) for d in (d1, d2))

@@ -635,6 +635,23 @@ def test_logits_that_are_not_finite_count_as_misclassified(norm, stage, columns,
     assert aa.inside(out, x, eps, norm).all() and (out != x).flatten(1).any(1).all()
 
 
+@pytest.mark.parametrize("stop", [True, False])
+@pytest.mark.parametrize("call", [1, 2, 9])
+@pytest.mark.parametrize("norm", NORMS)
+def test_apgd_counts_logits_that_are_not_finite_at_its_start_and_at_any_step(norm, call, stop):
+    asked = []
+
+    def net(x):
+        asked.append(x.detach().clone())
+        logits = x.flatten(1)[:, :5] + torch.tensor([9.0, 0, 0, 0, 0])
+        return logits * torch.nan if len(asked) == call else logits
+
+    x, y = X(3, 3, 8, 8).float(), torch.zeros(3, dtype=torch.long)
+    out, found = aa.apgd(aa.Queries(net), x, y, 0.1, norm, aa.cross_entropy, seeded(), stop=stop)
+    assert found.all() and torch.equal(out, asked[call - 1])
+    assert all(z.isfinite().all() for z in asked)
+
+
 def test_points_whose_logits_are_not_finite_do_not_disturb_the_others():
     net, x, y = trained()
     x = x.clone()
