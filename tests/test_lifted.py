@@ -1,4 +1,4 @@
-"""Modules that are lifted out whole: each works alone in an empty folder, with torch and nothing else."""
+"""Modules that are lifted out whole: each works alone in an empty folder, with torch and torchvision."""
 import pathlib
 import subprocess
 import sys
@@ -29,6 +29,21 @@ assert q.grad.isfinite().all()
 labels = m.kmeans(torch.eye(3).repeat(4, 1), 3, torch.Generator().manual_seed(0))
 assert labels.bincount().tolist() == [4, 4, 4]
 """,
+    "augment": """
+assert m.grayscale(torch.rand(2, 3, 8, 8), torch.tensor([True, False])).shape == (2, 3, 8, 8)
+assert m.resize(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), 4).shape == (2, 3, 4, 4)
+""",
+    "resnet": """
+depths, widths, bottleneck, stem = m.ARCHS["slim"]
+net = m.ResNet("slim", depths, widths, bottleneck, stem, ("clean", "adv"), (0.5,) * 3, (0.25,) * 3)
+with m.branch(net, "adv"):
+    assert net(torch.rand(2, 3, 16, 16)).shape == (2, net.dim)
+""",
+    "vit": """
+*shape, side = m.VITS["vit_slim"]
+net = m.ViT("vit_slim", *shape, side, (0.5,) * 3, (0.25,) * 3, "sincos", False, False)
+assert net(torch.rand(2, 3, 32, 32)).shape == (2, net.dim)
+""",
     "unet": """
 assert m.UNet(2, 8, 16)(torch.rand(2, 3, 16, 16)).shape == (2, 2, 16, 16)
 """,
@@ -37,9 +52,9 @@ ALONE = """
 import importlib.util, pathlib, sys
 import torch
 
-class Refuse:  # anything but torch that is not Python's own or a part of torch already
+class Refuse:  # the siblings, and what is not among the requirements
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("common", "torchvision", "PIL", "scipy", "timm"):
+        if name.split(".")[0] in ("common", "scipy", "timm"):
             raise ImportError(f"{name} is not there")
 
 sys.meta_path.insert(0, Refuse())
