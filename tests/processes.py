@@ -25,10 +25,14 @@ def script_in_two_processes(script, *flags, die_at=None, signal_at=None, nan_at=
     """Run a script in the environment that torchrun makes. With `die_at` both processes die, without notice,
     after that step: ProcessExitedException with exit_code 9. With `signal_at` the second alone gets SIGTERM there,
     with `nan_at` its loss alone is NaN. With `dump` each leaves the networks and banks that it ends with there."""
+    _fork(_script, script, flags, free_port(), die_at, signal_at, nan_at, dump)
+
+
+def free_port():
+    """A port of this machine that nobody listens on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    _fork(_script, script, flags, port, die_at, signal_at, nan_at, dump)
+        return s.getsockname()[1]
 
 
 def _fork(f, *args):

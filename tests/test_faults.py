@@ -20,7 +20,7 @@ from torch.multiprocessing import ProcessExitedException
 
 from common import data, encoders, files, run
 from common.log import Log, check_spread
-from tests.processes import in_two_processes, script_in_two_processes
+from tests.processes import free_port, in_two_processes, script_in_two_processes
 from tests.scripts import PICTURES, ROOT, SCRIPTS, TINY, environment, tiny_npz
 
 BANKS = ("adco", "caco")
@@ -376,10 +376,10 @@ def test_two_processes_stopped_within_an_epoch_log_the_same_means(script, npz, t
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_does_not_wait_for_ever_for_one_that_does_not_start(rank, npz, tmp_path):
-    code = ("import datetime\nfrom common import run\nrun.MEETING = datetime.timedelta(seconds=1)\n"
+    code = ("import datetime\nfrom common import dist, run\ndist.MEETING = datetime.timedelta(seconds=1)\n"
             "import rocl, sys\nrun.cli(lambda: rocl.main(sys.argv[1:]))")
     alone = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": "29517"}
+             "MASTER_PORT": str(free_port())}
     words = [*TINY, *SCRIPTS["rocl"], "--data", str(npz), "--out", str(tmp_path)]
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, env={**environment(), **alone},
                           capture_output=True, text=True, timeout=100)
