@@ -1,5 +1,6 @@
 """Data as people have them: replaced, turned, 16-bit, unlabelled, linked in circles; and one line for what
 cannot be used."""
+import functools
 import hashlib
 import json
 import os
@@ -160,11 +161,12 @@ def test_a_file_that_is_gone_is_named_by_the_checksum(tmp_path):
     assert one_line(error)
 
 
-def checksums(rank, world):
-    """In a process: the checksum of $TREE, how many files were read, and the error where one is gone."""
+def checksums(tree, cache, rank, world):
+    """In a process: the checksum of `tree`, how many files were read, and the error where one is gone."""
+    os.environ["XDG_CACHE_HOME"] = cache  # this process has not the environment of the test
     read, contents = [], data._digest_of_file
     data._digest_of_file = lambda path: read.append(path) or contents(path)
-    images = opened(os.environ["TREE"])
+    images = opened(tree)
     found = [images.checksum(), len(read)]
     images.samples = images.samples + [(os.path.join(images.root, "gone.png"), 0)]
     try:
@@ -174,9 +176,10 @@ def checksums(rank, world):
     return found
 
 
-def test_of_several_processes_the_first_reads_the_files_and_tells_the_others(tmp_path, monkeypatch):
-    monkeypatch.setenv("TREE", small(tmp_path / "tree"))
-    first, second = in_two_processes(checksums, tmp_path)
+def test_of_several_processes_the_first_reads_the_files_and_tells_the_others(tmp_path):
+    tree = small(tmp_path / "tree")
+    work = functools.partial(checksums, tree, str(tmp_path / "cache"))
+    first, second = in_two_processes(work, tmp_path)
     assert first[0] == second[0] == opened(tmp_path / "tree").checksum()
     assert first[1] == 4 and second[1] == 0
     assert first[2] == second[2] and "gone.png: cannot be read" in first[2]
@@ -635,7 +638,7 @@ def test_flip_takes_any_type(dtype):
 @pytest.mark.parametrize("name", sorted(
     {"flip", "random_flip"} | {name.split()[0] for name in [*FLOATS_ONLY, *BYTES_TOO]}))
 def test_docstrings_say_what_images_are_taken(name):
-    assert re.search(r"\[0, 1\]|any dtype", getattr(data, name).__doc__), name
+    assert re.search(r"\[0, 1\]|any dtype", getattr(augment, name).__doc__), name
 
 
 @pytest.mark.parametrize("side, kernel_size", [(6, 13), (4, 9), (1, 3)])

@@ -65,7 +65,7 @@ def step_of_paper(variant, w, momentum, x1, x2, noise, lr):
     if variant in ("a2a", "ds"):
         losses["loss_adv"] = adversarial_to_adversarial(w, x1, x2, noise)
     if variant == "a2s":
-        losses["loss_adv"] = adversarial_to_standard(w, x1, x2, noise)
+        losses["loss_adv_clean"] = adversarial_to_standard(w, x1, x2, noise)
     if variant in ("s2s", "ds"):
         losses["loss_clean"] = standard_to_standard(w, x1, x2)
     loss = sum(losses.values()) / len(losses)
