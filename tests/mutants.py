@@ -32,7 +32,7 @@ SHARED = ("test_wiring.py", "test_augment.py", "test_export.py", "test_faults.py
 def tests_of(path):
     """What is run for a mutant of the file `path`: (test file, -k expression or None), the quickest first."""
     name = pathlib.Path(path).stem
-    own = [f"test_step_{name}.py", f"test_{name}.py", f"test_{name}_faults.py"]
+    own = [f"test_step_{name}.py", f"test_{name}_papers.py", f"test_{name}.py", f"test_{name}_faults.py"]
     found = [(test, None) for test in own if (ROOT / "tests" / test).exists()]
     if (ROOT / path).parent == ROOT and name not in ("eval", "plot"):
         found += [(test, name) for test in SHARED if (ROOT / "tests" / test).exists()]
