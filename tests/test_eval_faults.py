@@ -147,6 +147,17 @@ def test_a_missing_or_cut_file_of_corruptions_is_named_before_training(public, m
         corrupted(public)
 
 
+def test_public_corruptions_are_read_as_they_lie(tmp_path):
+    array = pixels(20, 8, 8)
+    np.save(tmp_path / "fog.npy", array)
+    np.save(tmp_path / "labels.npy", np.arange(20))
+    for severity in range(1, 6):
+        x, y = corruptions.read(tmp_path, "fog", severity)
+        for i in range(4):
+            n = 4 * (severity - 1) + i
+            assert y[i] == n and x[i, 2, 5, 1] == array[n, 5, 1, 2] and x[i, 0, 0, 7] == array[n, 0, 7, 0]
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, bool])
 def test_labels_of_corruptions_are_whole_numbers(tmp_path, dtype):
     np.save(tmp_path / "fog.npy", pixels(20, 32, 32))
