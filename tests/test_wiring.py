@@ -834,8 +834,11 @@ def test_flags_reach_the_attack_which_starts_within_ball_and_box(case, watched):
             assert away.max() <= 1 + 1e-5
             assert call.start.min() >= options["lo"] and call.start.max() <= options["hi"]
             assert torch.equal(call.start, call.x) == (case == "adv_mae fgsm")
-    if case != "adv_mae fgsm":
-        assert 0.8 < torch.cat(reach).max() <= 1 + 1e-5  # nearly as far as is allowed
+    reach = torch.cat(reach)
+    if case.startswith("adpe"):  # a row of delta has two numbers only
+        assert reach.max() > 0.8
+    elif case != "adv_mae fgsm":
+        assert reach.min() > 0.8  # nearly as far as is allowed, in every image
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in ATTACKS])
