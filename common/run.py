@@ -311,7 +311,10 @@ def stop_if_signalled(args, env, state, step):
 
 
 def save_picture(images, path, columns):
-    """Write images (N, 3, H, W) in [0, 1] as a grid of `columns` to the PNG file `path`, whole or not at all."""
+    """Write images (N, 3, H, W) in [0, 1] as a grid of `columns` to the PNG file `path`, whole or not at all;
+    where `path` is None, nothing."""
+    if path is None:
+        return
     with files.replacing(path) as temporary:
         save_image(images, temporary, nrow=columns, format="png")
 

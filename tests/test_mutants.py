@@ -1,0 +1,7 @@
+from tests import mutants
+
+
+def test_every_mutant_changes_code_that_is_there_and_says_why():
+    found = mutants.load()  # raises where a piece of text does not occur exactly once
+    assert len(found) >= 150 and all(mutant["why"] for mutant in found)
+    assert all(mutants.tests_of(mutant["file"]) for mutant in found)
