@@ -1,7 +1,9 @@
 from tests import mutants
+from tests.scripts import ROOT
 
 
 def test_every_mutant_changes_code_that_is_there_and_says_why():
     found = mutants.load()  # raises where a piece of text does not occur exactly once
     assert len(found) >= 150 and all(mutant["why"] for mutant in found)
+    assert f"in {len(found)} known ways" in (ROOT / "README.md").read_text()
     assert all(mutants.tests_of(mutant["file"]) for mutant in found)
