@@ -91,8 +91,9 @@ def test_zero_gradient_moves_nothing():
     assert torch.equal(x, x0)
 
 
-def test_random_start_is_uniform_in_the_ball():
-    x = torch.full((4000, 1, 2, 2), 0.5, dtype=torch.float64)
+@pytest.mark.parametrize("shape", [(1, 2, 2), (2, 1, 2), (4,)])
+def test_random_start_is_uniform_in_the_ball(shape):
+    x = torch.full((4000, *shape), 0.5, dtype=torch.float64)
     for norm in NORMS:
         noise = uniform(x, 0.4, norm, torch.Generator().manual_seed(0)).flatten(1)
         assert noise.mean().abs() < 0.01
