@@ -12,17 +12,16 @@ import sys
 import tempfile
 
 FOLDER = pathlib.Path(__file__).parent
-SECONDS = {}  # of the files that take longest, on one core; the others count 5
 
 
 def shares(files, count):
-    """The files in `count` lists that take about equally long: the longest first, each to the shortest list."""
+    """The files in `count` lists of about equal size in bytes: the largest first, each to the shortest list."""
     lists = [[] for _ in range(count)]
     totals = [0] * count
-    for file in sorted(files, key=lambda file: -SECONDS.get(file.name, 5)):
+    for file in sorted(files, key=lambda file: -file.stat().st_size):
         shortest = totals.index(min(totals))
         lists[shortest].append(file)
-        totals[shortest] += SECONDS.get(file.name, 5)
+        totals[shortest] += file.stat().st_size
     return lists
 
 
