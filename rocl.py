@@ -40,7 +40,7 @@ process (in the authors' run 256, on each of 2 GPUs). Each BatchNorm sees the im
 with --sync-bn (on GPUs) those of all, as in the authors' code.
 
     python rocl.py                                       the authors' run: CIFAR-10, ResNet-18, 1000 epochs
-    torchrun --standalone --nproc-per-node 2 rocl.py     the same on 2 GPUs, 256 of the 512 images on each
+    torchrun --standalone --nproc-per-node 2 rocl.py --sync-bn    the same on 2 GPUs, 256 images on each
     python rocl.py --reg-weight 0 --out runs/rocl-0      without the regulariser
     python eval.py runs/rocl/encoder.pt --preset rocl-slf rocl-alf
 
