@@ -1020,9 +1020,13 @@ def test_tf32_is_off_while_it_evaluates(exported, monkeypatch):
         return judge(*args)
 
     monkeypatch.setattr(evaluation, "judge", looked)
-    monkeypatch.setattr(backends.cudnn, "allow_tf32", True)
-    monkeypatch.setattr(backends.cuda.matmul, "allow_tf32", True)
-    run_main(exported, "--attacks", "clean")
+    before = backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32
+    try:
+        backends.cudnn.allow_tf32 = True
+        backends.cuda.matmul.allow_tf32 = True
+        run_main(exported, "--attacks", "clean")
+    finally:
+        backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32 = before
     assert seen == [(False, False)]
 
 
