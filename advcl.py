@@ -309,8 +309,8 @@ def main(argv=None):
             step += 1
         log.epoch(epoch, step, lr=lr)
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            # Before the checkpoint, so that none is missing when the run goes on; and by all processes, since a
-            # SyncBatchNorm in train mode asks them all.
+            # Before the checkpoint, so that none is missing when the run goes on; and by all processes, as
+            # a SyncBatchNorm in train mode asks them all.
             pictures(out / "views.png" if env.rank == 0 else None, net, images, size, args)
             run.save(args, env, state, step)
     if env.rank == 0:
