@@ -830,7 +830,8 @@ def public_contents(args):
     for name in (*corruptions.MAIN, "labels"):
         path = public_corruptions(args) / f"{name}.npy"
         about = path.stat()
-        parts.append(name.encode() + _hash(path.resolve(), about.st_size, about.st_mtime_ns, about.st_ctime_ns))
+        times = about.st_mtime_ns, about.st_ctime_ns
+        parts.append(name.encode() + _hash(path.resolve(), about.st_size, *times))
     return digest(*parts)
 
 
