@@ -51,7 +51,7 @@ from torch import nn
 from common import data, dist, encoders, optim, run
 from common.augment import random_resized_crop
 from common.log import Log
-from common.pgd import in_ball, pgd
+from common.pgd import ball_point, pgd
 from common.vit import PatchDecoder, check_masked, patchify, unpatchify
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in MAE's code
@@ -187,7 +187,7 @@ def random_numbers(rng, encoder, args, device):
     L = encoder.grid[0] * encoder.grid[1]
     u = rng.uniform(L, device=device)
     noise = rng.uniform(1 + int(L * (1 - args.mask_ratio)) * 3 * encoder.patch**2, device=device)
-    return u, in_ball(noise, args.norm)
+    return u, ball_point(noise, args.norm)
 
 
 @torch.no_grad()

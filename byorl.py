@@ -60,7 +60,7 @@ from torch import nn
 from common import data, dist, encoders, optim, run
 from common.augment import random_color_jitter, random_grayscale, random_resized_crop, random_solarize, resize
 from common.log import Log, check_spread
-from common.pgd import eval_mode, frozen_stats, in_ball, pgd
+from common.pgd import eval_mode, frozen_stats, ball_point, pgd
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's
 
@@ -174,7 +174,7 @@ def pictures(path, net, target, images, size, args):
     the largest)."""
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
     x1, x2 = (augment(x, rng, size, p) for p in (0, 0.2))
-    noise = in_ball(rng.uniform(2, 1 + x1[0].numel(), device=x1.device), args.norm)
+    noise = ball_point(rng.uniform(2, 1 + x1[0].numel(), device=x1.device), args.norm)
     with frozen_stats(target), torch.no_grad():
         z1, z2 = embed(target, x1), embed(target, x2)
     attacked = attack(net, x1, z2, noise[:, 0], args), attack(net, x2, z1, noise[:, 1], args)
@@ -214,7 +214,7 @@ def main(argv=None):
             optim.set_lr(opt, lr)
             tau = tau_at(step, steps * args.epochs, args.ema)
             x1, x2 = (augment(x, rng, size, p) for p in (0, 0.2))  # `rng` moves on between them
-            noise = in_ball(rng.uniform(2, 1 + x1[0].numel(), device=device), args.norm)
+            noise = ball_point(rng.uniform(2, 1 + x1[0].numel(), device=device), args.norm)
             losses = train_step(net, target, opt, x1, x2, noise, tau, args)
             log.step(step, len(x) * env.world, **losses)
             step += 1

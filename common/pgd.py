@@ -174,7 +174,7 @@ def uniform(x, eps, norm, generator=None):
     return noise * _per_image(eps * radius / length.clamp_min(1e-12), x)
 
 
-def in_ball(u, norm):
+def ball_point(u, norm):
     """Points (..., n) of the ball of radius 1, uniform in it, from numbers u (..., 1 + n) uniform in [0, 1):
     where the noise is to be a function of each image's own numbers. norm "linf" or "l2"."""
     check_norm(norm, ("linf", "l2"))

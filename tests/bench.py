@@ -46,6 +46,7 @@ from common.bank import Bank
 from common.log import header
 from common.pgd import eval_mode, frozen_stats, pgd
 from common.unet import UNet
+from tests.scripts import named
 
 SCRIPTS = {  # variants, the base first; made by <script>_step. Those of the masked autoencoders are flags
     "amoc": ("CCC", "ACC", "ACA", "AAC", "CAC"),
@@ -243,7 +244,8 @@ def amoc_attack(s, dtype):
         return amoc.info_nce(amoc.embed(net, x, "adv"), k, rows, args.temperature)
 
     noise = torch.stack([noise, noise], 1)
-    return Attacked(lambda: amoc.attack(net, target, x1, x2, noise, rows, args)[0], again,
+    settings = named(amoc.attack, amoc)
+    return Attacked(lambda: amoc.attack(net, target, x1, x2, noise, rows, **settings)[0], again,
                     x1, start, args.eps / 255, args.step_size / 255, args.steps, (net, target), eval_mode)
 
 
@@ -396,6 +398,7 @@ def bank(s):
 def amoc_step(s, variant, compiled):
     """A function that makes one step, with networks, banks, optimizer and views of its own."""
     args = amoc.parser().parse_args(["--variant", variant])
+    settings = named(amoc.train_step, amoc, "--variant", variant)
     net, target, x1, x2 = inputs(s)
     banks = [Bank(s.bank, 128).to(s.device) for _ in range(2)]
     opt = torch.optim.SGD(net.parameters(), 0.0, momentum=0.9, weight_decay=args.weight_decay)
@@ -404,7 +407,7 @@ def amoc_step(s, variant, compiled):
         net.compile(), target.compile()
 
     def one():
-        amoc.train_step(net, target, opt, *banks, x1, x2, noise, args)
+        amoc.train_step(net, target, opt, *banks, x1, x2, noise, **settings)
 
     return one
 

@@ -1,5 +1,6 @@
 """What the tests shared by all scripts need to know of each: a tiny run of it."""
 
+import inspect
 import os
 import pathlib
 import subprocess
@@ -51,6 +52,14 @@ def environment():
 def launch(script, *flags, **how):
     return subprocess.run(
         command(script, *flags, **how), env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def named(function, script, *flags, **others):
+    """The named arguments of `function` of the module `script` as its flags have them; `others` win."""
+    args = read_flags(script, *flags)
+    values = {**vars(args), **(script.attack_settings(args) if hasattr(script, "attack_settings") else {}), **others}
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: values[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in values}
 
 
 def read_flags(script, *flags):

@@ -250,12 +250,12 @@ def test_a_step_trains_on_the_attacked_patches_under_the_same_mask():
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_starts_fill_the_unit_ball(norm):
     u = torch.rand(4000, 4, generator=torch.Generator().manual_seed(0))
-    points = adv_mae.in_ball(u, norm)
+    points = adv_mae.ball_point(u, norm)
     assert points.shape == (4000, 3) and points.mean(0).abs().max() < 0.05
     length = points.norm(dim=1) if norm == "l2" else points.abs().amax(1)
     assert length.max() <= 1 + 1e-6
     assert (length**3).mean().item() == pytest.approx(0.5, abs=0.03)  # uniform: the volume inside is uniform
-    assert adv_mae.in_ball(torch.zeros(1, 4), norm).isfinite().all()
+    assert adv_mae.ball_point(torch.zeros(1, 4), norm).isfinite().all()
 
 
 def test_weights_decay_and_tokens_but_no_bias_norm_or_position():

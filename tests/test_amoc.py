@@ -2,7 +2,6 @@
 
 import copy
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import amoc
 from common.bank import Bank
 from common.pgd import pgd
 from tests.recipes import A, X, Z, unit
-from tests.scripts import read_flags
+from tests.scripts import named, read_flags
 
 q, k, q_a, k_a = (unit(A(4, 8, p)) for p in (0, 1, 2, 5))
 M_clean, M_adv = unit(A(8, 16, 3).T), unit(A(8, 16, 4).T)
@@ -103,13 +102,9 @@ starts = [(x + (8 / 255) * noise[:, i]).clamp(0, 1) for i, x in enumerate((x1, x
 bank_c, bank_a = unit(Z(16, 6)), unit(A(16, 6, 4))
 
 
-def arguments(variant, **flags):
-    return SimpleNamespace(**{**vars(amoc.parser().parse_args(["--variant", variant])), **flags})
-
-
 def attack(variant):
     bank = bank_a if amoc.VARIANTS[variant].adv_bank else bank_c
-    return amoc.attack(Linear(), Linear(), x1, x2, noise, bank, arguments(variant))
+    return amoc.attack(Linear(), Linear(), x1, x2, noise, bank, **named(amoc.attack, amoc, "--variant", variant))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +160,8 @@ def step(variant, net, target, **flags):
     banks = Bank(16, 6).double(), Bank(16, 6).double()
     banks[0].rows.copy_(bank_c), banks[1].rows.copy_(bank_a)
     opt = torch.optim.SGD(net.parameters(), lr=0.0)
-    return amoc.train_step(net, target, opt, *banks, x1, x2, noise, arguments(variant, **flags)), *banks
+    settings = named(amoc.train_step, amoc, "--variant", variant, **flags)
+    return amoc.train_step(net, target, opt, *banks, x1, x2, noise, **settings), *banks
 
 
 def test_train_step_has_the_printed_loss_and_gradient():
@@ -213,12 +209,12 @@ def two_networks():
 
 
 def real_step(variant, net, target, **flags):
-    args = amoc.parser().parse_args(["--variant", variant, "--steps", "2"])
+    settings = named(amoc.train_step, amoc, "--variant", variant, "--steps", "2")
     g = torch.Generator().manual_seed(1)
     x1, x2 = torch.rand(2, 8, 3, 32, 32, generator=g)
     banks = Bank(32, 128), Bank(32, 128)
     opt = torch.optim.SGD(net.parameters(), lr=0.1)
-    return amoc.train_step(net, target, opt, *banks, x1, x2, torch.rand(8, 2, 3, 32, 32, generator=g), args)
+    return amoc.train_step(net, target, opt, *banks, x1, x2, torch.rand(8, 2, 3, 32, 32, generator=g), **settings)
 
 
 @pytest.mark.parametrize("variant", amoc.VARIANTS)
@@ -246,7 +242,8 @@ def test_attack_raises_the_loss_of_a_real_network():
     for name, v in amoc.VARIANTS.items():
         if name == "CCC":
             continue
-        a1, a2 = amoc.attack(net, target, x1, x2, torch.zeros(8, 2, 3, 32, 32), bank, arguments(name))
+        a1, a2 = amoc.attack(net, target, x1, x2, torch.zeros(8, 2, 3, 32, 32), bank,
+                             **named(amoc.attack, amoc, "--variant", name))
         net.eval(), target.eval()
         before = amoc.info_nce(
             amoc.embed(net, x1, "adv" if v.adv_query else "clean"),
@@ -326,3 +323,15 @@ def test_bad_flags_of_the_method_are_named(flags, words):
     with pytest.raises(ValueError, match=words):
         read_flags(amoc, *flags)
     read_flags(amoc, "--steps", "0")  # noise instead of an attack
+
+
+def test_a_variant_is_what_its_letters_say():
+    """Query, key, bank; attacked is A. And the branch that L_*'s query passes through is exported."""
+    attacked_query = amoc.VARIANTS["ACC"]
+    clean_query = amoc.VARIANTS["CAA"]
+    assert attacked_query == (True, False, False, False) and attacked_query.export == "adv"
+    assert clean_query == (False, True, True, False) and clean_query.export == "clean"
+    assert amoc.VARIANTS["AAC"] == (True, True, False, False)
+    assert amoc.VARIANTS["ACA_PLUS"] == (True, False, True, True)
+    assert not amoc.VARIANTS["CCC"].adversarial
+    assert all(v.adversarial for name, v in amoc.VARIANTS.items() if name != "CCC")

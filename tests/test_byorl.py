@@ -166,8 +166,8 @@ def test_learning_rate_warms_up_by_step_and_ends_at_zero():
 def test_starts_are_uniform_in_the_ball():
     u = torch.rand(4000, 2, 4, generator=torch.Generator().manual_seed(0))
     u[0, 0, 1] = 0  # erfinv(-1) is not finite
-    assert torch.equal(byorl.in_ball(u, "linf"), 2 * u[..., 1:] - 1)
-    ball = byorl.in_ball(u, "l2").flatten(0, 1)
+    assert torch.equal(byorl.ball_point(u, "linf"), 2 * u[..., 1:] - 1)
+    ball = byorl.ball_point(u, "l2").flatten(0, 1)
     length = ball.norm(dim=1)
     assert ball.isfinite().all() and length.max() <= 1 + 1e-6
     assert (length < 0.5).float().mean().item() == pytest.approx(0.5**3, abs=0.02)
@@ -187,7 +187,7 @@ def real():
 def test_the_attack_climbs_stays_in_ball_and_box_and_leaves_no_trace(flags):
     net, target, x1, x2, u = real()
     args = arguments(**flags)
-    noise, before = byorl.in_ball(u, args.norm)[:, 0], copy.deepcopy(net.state_dict())
+    noise, before = byorl.ball_point(u, args.norm)[:, 0], copy.deepcopy(net.state_dict())
     z = byorl.embed(target, x2)
     x_adv = byorl.attack(net, x1, z, noise, args)
     assert all(torch.equal(value, before[k]) for k, value in net.state_dict().items())
@@ -203,7 +203,7 @@ def test_the_attack_climbs_stays_in_ball_and_box_and_leaves_no_trace(flags):
 
 def test_the_target_computed_once_changes_no_bit():
     net, target, x1, x2, u = real()
-    noise, args = byorl.in_ball(u, "linf")[:, 0], arguments()
+    noise, args = byorl.ball_point(u, "linf")[:, 0], arguments()
 
     def again(x):
         return byorl.byol_loss(byorl.embed(net, x), byorl.embed(target, x2))
@@ -217,7 +217,7 @@ def test_the_target_computed_once_changes_no_bit():
 def test_a_step_moves_the_running_statistics_once_a_view():
     net, target, x1, x2, u = real()
     opt = torch.optim.SGD(net.parameters(), 0.1)
-    byorl.train_step(net, target, opt, x1, x2, byorl.in_ball(u, "linf"), 0.99, arguments())
+    byorl.train_step(net, target, opt, x1, x2, byorl.ball_point(u, "linf"), 0.99, arguments())
     counts = {m.num_batches_tracked.item() for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     assert counts == {2} and net[0].bn1.running_mean.abs().sum() > 0
 

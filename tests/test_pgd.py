@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import encoders
-from common.pgd import (NORMS, check_box, direction, eval_mode, frozen_stats, in_ball, pgd, project,
+from common.pgd import (NORMS, check_box, direction, eval_mode, frozen_stats, ball_point, pgd, project,
                         project_l1_box, uniform)
 from tests.recipes import A, X, Z
 
@@ -290,9 +290,9 @@ def test_on_cuda_the_box_is_checked_without_waiting(monkeypatch):
 
 @pytest.mark.parametrize("call", [
     lambda norm: direction(x0, x0, norm), lambda norm: project(x0, 0.1, norm),
-    lambda norm: uniform(x0, 0.1, norm), lambda norm: in_ball(x0, norm),
+    lambda norm: uniform(x0, 0.1, norm), lambda norm: ball_point(x0, norm),
     lambda norm: pgd(ce, x0, 0.1, 0.1, 1, norm)],
-    ids=["direction", "project", "uniform", "in_ball", "pgd"])
+    ids=["direction", "project", "uniform", "ball_point", "pgd"])
 def test_an_unknown_norm_is_named_by_each_function(call):
     with pytest.raises(ValueError, match="norm 'l3': choose one of linf, l2"):
         call("l3")
@@ -300,7 +300,7 @@ def test_an_unknown_norm_is_named_by_each_function(call):
 
 def test_points_of_the_unit_ball_are_of_linf_and_l2_only():
     with pytest.raises(ValueError, match="norm 'l1': choose one of linf, l2$"):
-        in_ball(x0, "l1")
+        ball_point(x0, "l1")
 
 
 @pytest.mark.outside

@@ -14,7 +14,7 @@ from common.log import Log, check_spread
 from common.bank import Bank
 from tests.processes import in_two_processes
 from tests.recipes import A, X
-from tests.scripts import ROOT, SCRIPTS
+from tests.scripts import ROOT, SCRIPTS, named
 
 
 def objective(z):
@@ -76,14 +76,11 @@ def amoc_step(rank, world):
         Linear().requires_grad_(False),
         (Bank(16, 6).double(), Bank(16, 6).double()),
     )
-    args = argparse.Namespace(
-        variant="AAA", temperature=0.2, eps=8.0, step_size=2.0, steps=2, lam=0.5, ema=0.9,
-        random_start=True
-    )
+    settings = named(amoc.train_step, amoc, "--variant", "AAA", "--steps", "2", "--ema", "0.9")
     x = X(4, 3, 4, 4)
     x1, x2, noise = (v.chunk(world)[rank] for v in (x, x.flip(3), A(4, 96, 6).view(4, 2, 3, 4, 4)))
     losses = amoc.train_step(
-        net, target, torch.optim.SGD(net.parameters(), lr=0.1), *banks, x1, x2, noise, args
+        net, target, torch.optim.SGD(net.parameters(), lr=0.1), *banks, x1, x2, noise, **settings
     )
     return losses["loss"], net.W.grad, target.W.detach(), banks[1].rows
 

@@ -187,7 +187,7 @@ def network(position, mode):
     return plain.use_own_positions(net, net.encoder, net.decoder)
 
 
-def in_ball(shape, used, norm, g):
+def ball_point(shape, used, norm, g):
     """Rows of which the first is at the edge of the unit ball, or very near, the others well within."""
     u = 2 * torch.rand(shape, generator=g, dtype=torch.float64) - 1
     u = u * used
@@ -206,7 +206,7 @@ def two_steps(more):
     net = network(flags.position, flags.mode)
     g = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
-        net.delta.copy_((flags.radius or 1) * in_ball(net.delta.shape, net.used, flags.norm, g))
+        net.delta.copy_((flags.radius or 1) * ball_point(net.delta.shape, net.used, flags.norm, g))
     opt, opt_delta = optimizers(net, flags)
     names = [name for name in plain.trained(net) if name != "delta"]
     f = plain.state(net)
@@ -216,7 +216,7 @@ def two_steps(more):
     for t in range(2):
         x = plain.images(2, 6, 10 + t)
         u = torch.rand(2, 9, generator=g, dtype=torch.float64)
-        noise = in_ball(net.delta.shape, net.used, flags.norm, g)
+        noise = ball_point(net.delta.shape, net.used, flags.norm, g)
         logged = step(f, past, past_delta, names, x, u, noise, flags)
         found = step_of_the_script(net, opt, opt_delta, x, u, noise, args)
         plain.same(found, logged, f"step {t}, logged")

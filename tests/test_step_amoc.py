@@ -5,6 +5,7 @@ import torch
 import amoc
 from common.bank import Bank
 from tests import steps
+from tests.scripts import named
 
 B, K = 4, 7  # images a step, rows of a bank
 EPS, STEP_SIZE, STEPS = 40 / 255, 25 / 255, 3
@@ -15,8 +16,8 @@ VARIANTS = ["CCC", "CAC", "CAA", "ACC", "ACA", "AAC", "AAA", "ACA_PLUS"]
 
 
 def step_of_script(variant, net, target, opt, bank_clean, bank_adv, x1, x2, noise):
-    args = amoc.parser().parse_args(["--variant", variant, *FLAGS])
-    return amoc.train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, args)
+    settings = named(amoc.train_step, amoc, "--variant", variant, *FLAGS)
+    return amoc.train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, **settings)
 
 
 # The oracle: AMOC as the paper has it -----------------------------------------------------------------------
@@ -145,3 +146,10 @@ def test_a_run_hands_the_step_what_the_paper_starts_with(monkeypatch, tmp_path):
     for bank in (seen["bank_clean"], seen["bank_adv"]):
         assert bank.rows.shape == (24, 128) and bank.pointer == 0
     assert not torch.allclose(seen["bank_clean"].rows, seen["bank_adv"].rows)
+
+
+def test_adamw_is_there_for_short_runs(monkeypatch, tmp_path):
+    seen = steps.first_step(amoc, monkeypatch, tmp_path, "--bank-size", "24", "--optimizer", "adamw",
+                            "--weight-decay", "0.02", "--lr", "0.003", "--warmup", "0")
+    steps.assert_optimizer(seen["opt"], seen["net"], torch.optim.AdamW, lr=0.003, weight_decay=0.02,
+                           betas=(0.9, 0.999))
