@@ -1,4 +1,5 @@
-"""Pictures for people: rows of images, enlarged, each with its name, and a key to the colours of differences."""
+"""Pictures for people: rows of images, enlarged, each with its name, and a key to the colours of
+differences."""
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -11,8 +12,8 @@ LINE = 16  # height of a line of text
 
 
 def difference(x_adv, x, full_scale):
-    """What was added to images x (N, 3, H, W), to be looked at: grey where nothing was, white where `full_scale`
-    was added, black where it was taken away."""
+    """What was added to images x (N, 3, H, W), to be looked at: grey where nothing was, white where
+    `full_scale` was added, black where it was taken away."""
     return 0.5 + (x_adv - x) / (2 * max(full_scale, 1e-8))
 
 
@@ -46,9 +47,9 @@ def save_rows(path, rows, key=None, enlarge=4):
 
 def _strip(images, enlarge):
     """Images (N, 3, H, W) side by side, enlarged, two white pixels between them: a PIL image."""
-    images = images.detach().float().cpu().clamp(0, 1)
+    images = (255 * images.detach().float().cpu().clamp(0, 1)).round().to(torch.uint8)
     images = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
-    images = F.pad(images, (0, 2, 0, 2), value=1.0)
+    images = F.pad(images, (0, 2, 0, 2), value=255)
     return to_pil_image(torch.cat(list(images), dim=2))
 
 
