@@ -3,6 +3,8 @@
 An encoder is `encoder(x) -> (B, dim)` for images x (B, 3, H, W) in [0, 1]; normalisation is its first layer.
 `export` writes torchvision's (ResNet) or timm's (ViT) key names, so that no later program needs this one.
 """
+import copy
+import importlib.util
 import math
 import pathlib
 
@@ -10,27 +12,103 @@ import torch
 from torch import nn
 
 from common import files
-from common.resnet import ARCHS, Block, BranchNorm, ResNet
+from common.pgd import eval_mode
+from common.resnet import ARCHS, PREACT_ARCHS, Block, BranchNorm, PreActBlock, PreActResNet, ResNet
 from common.vit import VITS, TransformerBlock, ViT
 
 
 def make(arch, branches=(), stem=None, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25),
          size=None, positions="sincos", relative=False, fc_norm=False):
-    """An encoder by name. For a ResNet, `branches`: of its BatchNorm (none: a plain one; a ViT has no
-    BatchNorm), and `stem`; for a ViT, `size`, `positions`, `relative` and `fc_norm`, see there. None: the
-    default of `arch`. `mean` and `std` of the three channels are of images in [0, 1]. Raises ValueError that
-    names what cannot be."""
+    """An encoder by name, or, as "my_file.py:function", one of your own (`OwnEncoder`).
+
+    branches      names of the branches of its BatchNorms; none: plain BatchNorms. A ViT has no BatchNorm.
+    stem          of a ResNet; None: the default of `arch`.
+    size, positions, relative, fc_norm    of a ViT, see there.
+    mean, std     of the three channels of images in [0, 1].
+
+    Raises ValueError that names what cannot be.
+    """
     numbers = [*mean, *std]
     if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, numbers)) or min(std) <= 0:
         raise ValueError(f"mean {list(mean)}, std {list(std)}: must be three finite numbers each, those of "
                          "std positive")
+    if ".py:" in arch:
+        return OwnEncoder(arch, tuple(branches), mean, std)
     if arch in VITS:
         *shape, default = VITS[arch]
         return ViT(arch, *shape, size or default, mean, std, positions, relative, fc_norm)
+    if arch in PREACT_ARCHS:
+        return PreActResNet(arch, *PREACT_ARCHS[arch], tuple(branches), mean, std)
     if arch not in ARCHS:
-        raise ValueError(f"arch {arch!r}: choose one of {', '.join([*ARCHS, *VITS])}")
+        known = ", ".join([*ARCHS, *PREACT_ARCHS, *VITS])
+        raise ValueError(f"arch {arch!r}: choose one of {known}, or my_file.py:function")
     depths, widths, bottleneck, default = ARCHS[arch]
     return ResNet(arch, depths, widths, bottleneck, stem or default, tuple(branches), mean, std)
+
+
+class OwnEncoder(nn.Module):
+    """A network of your own: what the function named by `source`, "my_file.py:function", returns.
+
+    The function takes no arguments and returns a module, images (B, 3, H, W) -> features (B, dim), which gets
+    normalised images. With `branches`, every BatchNorm in it is replaced by a BranchNorm. An exported encoder
+    holds its weights and `source`, not the code: the file must be there when it is loaded.
+    """
+
+    def __init__(self, source, branches, mean, std):
+        super().__init__()
+        self.recipe = {"arch": source, "mean": list(mean), "std": list(std)}
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.net = from_file(source)
+        self.dim = feature_length(self.net, source)
+        if branches:
+            branch_norms(self.net, branches)
+
+    def forward(self, x):
+        return self.net((x - self.mean) / self.std)
+
+
+def from_file(source):
+    """The module that the function named by `source`, "my_file.py:function", returns. Raises ValueError."""
+    file, _, name = source.rpartition(":")
+    if not pathlib.Path(file).is_file():
+        raise ValueError(f"arch {source}: there is no file {file}")
+    spec = importlib.util.spec_from_file_location(pathlib.Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise ValueError(f"arch {source}: {file} has no function {name!r}")
+    net = getattr(module, name)()
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"arch {source}: {name}() returned a {type(net).__name__}, not an nn.Module")
+    return net
+
+
+@torch.no_grad()
+def feature_length(net, source):
+    """The D of net's features (B, D), found on two grey images of side 32; no running statistic changes.
+    Raises ValueError where they are no such features."""
+    with eval_mode(net):
+        device = next((w.device for w in net.parameters()), torch.device("cpu"))
+        features = net(torch.zeros(2, 3, 32, 32, device=device))
+    if not isinstance(features, torch.Tensor) or features.dim() != 2 or len(features) != 2:
+        what = tuple(features.shape) if isinstance(features, torch.Tensor) else f"a {type(features).__name__}"
+        raise ValueError(f"arch {source}: must map images (B, 3, H, W) to features (B, D); of two images it made {what}")
+    return features.shape[1]
+
+
+def branch_norms(net, branches):
+    """Replace every BatchNorm in `net` by a BranchNorm with these `branches`, all of them starting as it was.
+
+    Raises ValueError where there is none.
+    """
+    norms = [(name, m) for name, m in net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        raise ValueError(f"this network has no BatchNorm, so that it cannot have the branches {', '.join(branches)}")
+    for name, norm in norms:
+        parent, _, leaf = name.rpartition(".")
+        branched = BranchNorm(norm.num_features, branches, lambda _: copy.deepcopy(norm))
+        setattr(net.get_submodule(parent), leaf, branched)
 
 
 def resnet18(**options):
@@ -47,14 +125,14 @@ def resnet50(**options):
 
 def stages(encoder):
     """Names of the encoder's parts by depth: what precedes the blocks, then each block; lists of names."""
-    blocks = [name for name, m in encoder.named_modules() if isinstance(m, (Block, TransformerBlock))]
+    blocks = [name for name, m in encoder.named_modules() if isinstance(m, (Block, PreActBlock, TransformerBlock))]
     return [["conv1", "bn1", "cls_token", "pos_embed", "patch_embed"], *([name] for name in blocks)]
 
 
 def drop_path(encoder, rate):
     """In train mode, skip the residual branches of single images (stochastic depth, Huang et al. 2016, arXiv
     1603.09382): never in the first block, with probability `rate` in the last, linear between."""
-    blocks = [m for m in encoder.modules() if isinstance(m, (Block, TransformerBlock))]
+    blocks = [m for m in encoder.modules() if isinstance(m, (Block, PreActBlock, TransformerBlock))]
     for i, block in enumerate(blocks):
         block.drop = rate * i / max(1, len(blocks) - 1)
 

@@ -1,7 +1,9 @@
-"""ResNets (He et al. 2016, arXiv 1512.03385) whose BatchNorms may come in several named branches.
+"""ResNets (He et al. 2016, arXiv 1512.03385) whose BatchNorms may come in several named branches, and the
+pre-activation and wide ones that the literature on robustness uses.
 
 Clean and attacked images have different statistics, so each kind gets a BatchNorm of its own (Xie et al. 2020,
-arXiv 1911.09665); `with branch(net, "adv"):` chooses. Module names are torchvision's. The file stands alone.
+arXiv 1911.09665); `with branch(net, "adv"):` chooses. Module names of `ResNet` are torchvision's. The file
+stands alone.
 """
 import contextlib
 
@@ -129,10 +131,74 @@ class ResNet(nn.Module):
         return x.mean((2, 3))
 
 
+class PreActBlock(nn.Module):
+    """Residual block whose BatchNorms and ReLUs come before its two convolutions (He et al. 2016, arXiv
+    1603.05027). Where the shape changes, the shortcut starts after the first of them."""
+
+    def __init__(self, c_in, c, stride, norm):
+        super().__init__()
+        self.bn1 = norm(c_in)
+        self.conv1 = _conv(c_in, c, 3, stride)
+        self.bn2 = norm(c)
+        self.conv2 = _conv(c, c, 3)
+        self.drop = 0.0  # see drop_path
+        same = stride == 1 and c_in == c
+        self.downsample = None if same else _conv(c_in, c, 1, stride)
+
+    def forward(self, x):
+        activated = self.bn1(x).relu()
+        y = self.conv1(activated)
+        y = self.conv2(self.bn2(y).relu())
+        y = stochastic_depth(y, self.drop, "row", self.training)
+        return y + (x if self.downsample is None else self.downsample(activated))
+
+
+class PreActResNet(nn.Module):
+    """Pre-activation ResNet without its classifier, for images of about 32 pixels: a 3x3 convolution to
+    `stem_width` channels, a stage of `depths[i]` blocks for each of `widths`, BatchNorm, ReLU and the mean.
+
+    Wide ResNets (Zagoruyko & Komodakis 2016, arXiv 1605.07146) are of this kind. dim: length of the features.
+    """
+
+    def __init__(self, arch, stem_width, depths, widths, branches, mean, std):
+        super().__init__()
+        self.recipe = {"arch": arch, "mean": list(mean), "std": list(std)}
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+        def norm(c):
+            return BranchNorm(c, branches) if branches else nn.BatchNorm2d(c)
+
+        self.conv1 = _conv(3, stem_width, 3)
+        self.stages = len(depths)
+        c_in = stem_width
+        for i, (depth, c) in enumerate(zip(depths, widths), 1):
+            blocks = []
+            for j in range(depth):
+                blocks.append(PreActBlock(c_in, c, 2 if i > 1 and j == 0 else 1, norm))
+                c_in = c
+            self.add_module(f"layer{i}", nn.Sequential(*blocks))
+        self.bn = norm(c_in)
+        self.dim = c_in
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        x = self.conv1((x - self.mean) / self.std)
+        for i in range(1, self.stages + 1):
+            x = getattr(self, f"layer{i}")(x)
+        return self.bn(x).relu().mean((2, 3))
+
+
 STEMS = {"cifar": (3, 1), "imagenet": (7, 2), "small": (3, 2)}
 ARCHS = {  # depths, widths, bottleneck, default stem
     "slim": ((1, 1, 1, 1), (16, 32, 64, 128), False, "small"),  # 0.3 M parameters
     "resnet18": ((2, 2, 2, 2), (64, 128, 256, 512), False, "cifar"),
     "resnet34": ((3, 4, 6, 3), (64, 128, 256, 512), False, "cifar"),
     "resnet50": ((3, 4, 6, 3), (64, 128, 256, 512), True, "cifar"),
+}
+PREACT_ARCHS = {  # width of the first convolution, depths, widths
+    "preact_resnet18": (64, (2, 2, 2, 2), (64, 128, 256, 512)),
+    "wrn34_10": (16, (5, 5, 5), (160, 320, 640)),  # 34 layers, ten times as wide
 }

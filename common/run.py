@@ -36,7 +36,8 @@ def parser(doc, name, arch):
     g.add_argument("--data-dir", type=path, default="data", help="where torchvision's files are, or go")
     g.add_argument("--limit", type=integer(1), help="use the first so many images of a fixed shuffle")
     g.add_argument("--arch", default=arch,
-                   help="slim (for CPUs), resnet18, resnet34, resnet50; vit_slim (for CPUs), vit_tiny, ...")
+                   help="slim (for CPUs), resnet18, resnet34, resnet50, preact_resnet18, wrn34_10; vit_slim (for "
+                        "CPUs), vit_tiny, ...; or my_file.py:function, which returns a network")
     g.add_argument("--out", type=path, default=f"runs/{name}", help="the run's folder")
     g.add_argument("--seed", type=integer(0, 2**32 - 1), default=0)
     g.add_argument("--device", help="default: cuda if there is one, else cpu")
@@ -62,6 +63,19 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
             raise argparse.ArgumentError(action, f"{value}: choose one of {', '.join(action.choices)}")
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse has it. A default --warmup that a short run has no room for becomes a tenth of --epochs,
+        which is said; one given by hand stays, and is refused by `setup`."""
+        words = sys.argv[1:] if args is None else list(args)
+        flags = super().parse_args(words, namespace)
+        by_hand = any(word.split("=")[0] == "--warmup" for word in words)
+        default = getattr(flags, "warmup", None)
+        if default and flags.epochs and flags.epochs <= default and not by_hand:
+            flags.warmup = flags.epochs // 10
+            if os.environ.get("RANK", "0") == "0":
+                print(f"--warmup is {flags.warmup}, not {default}: the run has {flags.epochs} epochs only")
+        return flags
 
     def error(self, message):
         message = re.sub(r"^argument (\S+?)(/\S+)*: ", r"\1 ", message)

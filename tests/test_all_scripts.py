@@ -259,6 +259,20 @@ def test_a_warmup_as_long_as_the_run_is_refused(script, npz, tmp_path):
             main(script, npz, tmp_path, "--warmup", "2")
 
 
+def test_a_default_warmup_is_shortened_to_fit_a_short_run_and_says_so(script, capsys):
+    parser = importlib.import_module(script).parser
+    default = getattr(parser().parse_args([]), "warmup", None)
+    if default:
+        assert parser().parse_args(["--epochs", str(default + 1)]).warmup == default
+        assert capsys.readouterr().out == ""
+        for epochs in (default, 5, 1):
+            assert parser().parse_args(["--epochs", str(epochs)]).warmup == epochs // 10
+            assert f"--warmup is {epochs // 10}, not {default}" in capsys.readouterr().out
+        for by_hand in (["--warmup", str(default)], [f"--warmup={default}"]):
+            assert parser().parse_args(["--epochs", "5", *by_hand]).warmup == default
+        assert parser().parse_args(["--epochs", "0"]).warmup == default
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 truncated", None])
 def test_a_checkpoint_that_cannot_be_read_is_named(script, npz, tmp_path, content):
     if content is None:
