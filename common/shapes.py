@@ -7,9 +7,11 @@ import torch.nn.functional as F
 
 
 def _star(u, v):
-    r, a = torch.hypot(u, v), torch.atan2(u, v)
-    a = (a + math.pi / 5).remainder(2 * math.pi / 5) - math.pi / 5  # five-fold symmetric: tip at 0
-    p, q = r * a.cos(), r * a.sin().abs()
+    radius = torch.hypot(u, v)
+    angle = torch.atan2(u, v)
+    angle = (angle + math.pi / 5).remainder(2 * math.pi / 5) - math.pi / 5  # five-fold symmetric: tip at 0
+    p = radius * angle.cos()
+    q = radius * angle.sin().abs()
     return (1.05 - p) * 0.95 > 2.0 * q * 0.72
 
 
@@ -31,8 +33,9 @@ def shapes(n, seed):
     """`n` procedural images: x (n, 3, 32, 32) uint8, y (n,) int64, mask (n, 32, 32) float, the covered part
     of a pixel.
 
-    The label is the shape (`SHAPES`, evenly, in random order). Position, size, rotation, the two colours, the
-    texture of figure and ground (gradients, stripes, blobs), and noise are drawn independently of it.
+    The label is the shape (`SHAPES`, evenly, in random order). Position, size, rotation (by at most 43
+    degrees), the two colours, the texture of figure and ground (gradients, stripes, blobs), and noise are drawn
+    independently of it.
     """
     g = torch.Generator().manual_seed(_seed(seed, n))
     y = (torch.arange(n) % len(SHAPES))[torch.randperm(n, generator=g)]
@@ -44,12 +47,16 @@ def _draw_shapes(y, g):
     def rand(*shape, lo=0.0, hi=1.0):
         return lo + (hi - lo) * torch.rand(len(y), *shape, generator=g)
 
-    # The figure: two samples a pixel each way, in the shape's own frame.
-    at = (torch.arange(64) + 0.5) / 32 - 1
-    size, angle = rand(1, 1, lo=0.5, hi=0.85), rand(1, 1, hi=2 * math.pi)
-    cx, cy = ((1 - size) * rand(1, 1, lo=-1) for _ in range(2))
-    dx, dy = (at[None, None, :] - cx) / size, (at[None, :, None] - cy) / size
-    u, v = angle.cos() * dx + angle.sin() * dy, angle.cos() * dy - angle.sin() * dx
+    # The figure, sampled twice per pixel each way, in the frame (u, v) of the shape.
+    position = (torch.arange(64) + 0.5) / 32 - 1
+    size = rand(1, 1, lo=0.6, hi=0.85)
+    angle = 2 * math.pi * rand(1, 1, lo=-0.12, hi=0.12)
+    centre_x = (1 - size) * rand(1, 1, lo=-1)
+    centre_y = (1 - size) * rand(1, 1, lo=-1)
+    dx = (position[None, None, :] - centre_x) / size
+    dy = (position[None, :, None] - centre_y) / size
+    u = angle.cos() * dx + angle.sin() * dy
+    v = angle.cos() * dy - angle.sin() * dx
     inside = torch.empty(len(y), 64, 64)
     for label, shape in enumerate(SHAPES.values()):
         inside[y == label] = shape(u[y == label], v[y == label]).float()
@@ -57,7 +64,8 @@ def _draw_shapes(y, g):
 
     def texture():  # (n, 3, 32, 32) about zero: a wave (a gradient to stripes) and blobs, each in a colour
         px = (torch.arange(32) + 0.5) / 16 - 1
-        k, phase = rand(2, 1, 1, lo=-9, hi=9) * rand(1, 1, 1), rand(1, 1, hi=2 * math.pi)
+        k = rand(2, 1, 1, lo=-9, hi=9) * rand(1, 1, 1)
+        phase = rand(1, 1, hi=2 * math.pi)
         wave = torch.sin(k[:, 0] * px[None, None, :] + k[:, 1] * px[None, :, None] + phase)[:, None]
         blobs = F.interpolate(rand(3, 5, 5, lo=-1), size=32, mode="bicubic", align_corners=False)
         return 0.03 * rand(3, 1, 1, lo=-1) * wave + 0.05 * rand(1, 1, 1) * blobs
@@ -66,7 +74,7 @@ def _draw_shapes(y, g):
     # the figure.
     colour = rand(1, 1, 1, lo=0.3, hi=0.7) + rand(3, 1, 1, lo=-0.06, hi=0.06)
     side = torch.where(rand(1, 1, 1) < 0.5, -1.0, 1.0)  # the figure is darker or lighter than its ground
-    figure = colour + side * (rand(1, 1, 1, lo=0.25, hi=0.5) + rand(3, 1, 1, lo=-0.045, hi=0.045)) + texture()
+    figure = colour + side * (rand(1, 1, 1, lo=0.4, hi=0.65) + rand(3, 1, 1, lo=-0.045, hi=0.045)) + texture()
     ground = colour + texture()
     x = torch.lerp(ground, figure, mask)
     x = x + 0.06 * rand(1, 1, 1) * torch.randn(x.shape, generator=g)
