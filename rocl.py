@@ -1,52 +1,59 @@
 """RoCL: robust contrastive learning (Kim, Tack & Hwang 2020, arXiv 2006.07589).
 
-SimCLR, made robust. Without labels an image can still be taken for another image: the instance-wise attack
-moves one view x1 so as to maximise its contrastive loss against the other view x2. The attacked view then
-joins the two as a third positive, and a small regulariser ties it to its target once more. One encoder, one
-BatchNorm for clean and attacked images alike, in-batch negatives; no bank, no momentum network.
+RoCL makes SimCLR robust. Without labels an image can still be mistaken for another image. The
+instance-wise attack moves one view x1 so as to maximise its contrastive loss against the other
+view, x2. The attacked view then joins the two as a third positive, and a small regulariser ties it
+to x2 once more. There is one encoder with one set of BatchNorms for clean and attacked images
+alike, and the negatives are the other images of the batch: no bank and no momentum network.
 
-    paper                       here
-    f, g                        net: encoder and projector; embed() gives z, un-normalised
-    t(x), t'(x)                 x1, x2
+    paper                       this file
+    f, g                        net: encoder and projector; embed gives z, not normalised
+    t(x), t'(x)                 x1, x2: the two views of an image
     t(x)^adv                    x_adv
     L_con                       nt_xent of two views, which the attack maximises
-    L_RoCL                      loss_rocl: nt_xent of the three views x1, x2, x_adv
-    L_reg, lambda               loss_reg, --reg-weight
+    L_RoCL                      loss_rocl in train_step: nt_xent of the three views x1, x2, x_adv
+    L_reg, lambda               loss_reg in train_step, --reg-weight
 
-We know the equations from later restatements ("the survey": Qi & Shah 2022, arXiv 2210.13463), all
-hyper-parameters from the authors' code. Where we depart from that code:
-    - the gradient flows through both factors of a similarity (their code detaches the second: the same loss,
-      another gradient);
-    - one temperature serves all three losses (their code writes 0.5 into two of them), and the regulariser
-      has the whole batch's negatives (theirs: those of one GPU);
-    - LARS has the learning rate inside its momentum buffer (theirs: outside, and 1e-8 in its ratio), which
-      is the same as long as the rate is constant;
-    - z of the attack's target is computed once per attack, and `pgd` makes no weight gradient: the same in
-      eval mode, up to rounding, and 30 instead of 43 forwards per step (a backward to the pixels counts 1, a
-      whole one 2).
+We know the equations from later restatements (the survey by Qi & Shah 2022, arXiv 2210.13463) and
+all hyper-parameters from the authors' code. We depart from that code in four places:
+    - The gradient flows through both factors of a similarity. Their code detaches the second one:
+      the loss is the same, the gradient is not.
+    - One temperature serves all three losses, and the regulariser has the negatives of the whole
+      batch. Their code writes 0.5 into two of the losses, and the regulariser has the negatives of
+      one GPU.
+    - LARS has the learning rate inside its momentum buffer. Theirs has it outside, and adds 1e-8 to
+      its ratio. As long as the rate is constant the two agree.
+    - The embedding of the attack's target is computed once per attack, and the attack makes no
+      gradient of the weights. In eval mode the result is the same up to rounding. Counting a
+      backward pass to the pixels as one forward pass and a whole one as two, a step costs 30
+      forward passes instead of 43; SimCLR's costs 6.
 
-In one thing we follow the code against the paper: with three views each positive has a term of its own,
--log(e^positive / sum over all others), where the paper takes the log of the positives' sum. All published
-weights are of this form; with two views both are the same.
+In one point we follow the code against the paper. With three views every anchor has two positives,
+and each of them gets a term of its own, -log(e^positive / sum over all others); the paper takes the
+log of the positives' sum. All published weights are of the code's form, and with two views the two
+agree.
 
-The loss that the attack maximises is symmetric: the target is an anchor too, and the attacked views of other
-images are negatives (the survey's Eq. 4 has one anchor, and negatives that stand still).
-
-BatchNorm: the attack runs in eval mode and changes nothing. The regulariser's pass [x_adv; x2] and the main
-pass [x1; x2; x_adv] each have their own batch statistics and each move the running ones.
-
-Several processes share their negatives, except within the attack, whose negatives are the images of its own
-process (in the authors' run 256, on each of 2 GPUs). Each BatchNorm sees the images of its own process, or
-with --sync-bn (on GPUs) those of all, as in the authors' code.
+The loss that the attack maximises is symmetric: the target is an anchor too, and the attacked views
+of the other images are negatives. (The survey's Eq. 4 has one anchor, and negatives that stand
+still.)
 
     python rocl.py                                       the authors' run: CIFAR-10, ResNet-18, 1000 epochs
     torchrun --standalone --nproc-per-node 2 rocl.py --sync-bn    the same on 2 GPUs, 256 images on each
     python rocl.py --reg-weight 0 --out runs/rocl-0      without the regulariser
     python eval.py runs/rocl/encoder.pt --preset rocl-slf rocl-alf
 
-Measured on a CPU thread (Intel Xeon), 0.3 M-parameter encoder, 10,000 images of CIFAR-10 (JPEG), 4.7 minutes
-(10 epochs, 2 attack steps; 2 seeds): linear probe 43.7 standard, 13.0 under PGD-20 at 8/255; SimCLR in that
-time 47.0 and 0.1, a random encoder 27.4 and 0. Not yet run on a GPU; the authors have 83.71 and 40.27 (1000
+On several processes the losses have the negatives of all of them. The attack has those of its own
+process alone, as in the authors' run (256 images on each of 2 GPUs). Each BatchNorm sees the images
+of its own process, or with --sync-bn (on GPUs) those of all, as in the authors' code.
+
+In the log, chance is 2 ln(3B - 1) for loss_rocl and ln(2B - 1) for loss_reg, with B images per
+step; both fall below it. With --eps 0 the third view is x1 itself; with --steps 0 it is x1 plus
+noise.
+
+Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
+CIFAR-10 (JPEG), in 4.7 minutes (10 epochs, 2 attack steps; mean of 2 seeds): a linear probe reaches
+43.7 %, and 13.0 % under PGD-20 at 8/255. SimCLR reaches 47.0 and 0.1 in that time; a random
+encoder, 27.4 and 0. This has not been run on a GPU yet. The authors report 83.71 and 40.27 (1000
 epochs).
 """
 import argparse
@@ -61,13 +68,15 @@ from common import data, dist, encoders, optim, run
 from common.augment import random_color_jitter, random_grayscale, random_resized_crop, to_float
 from common.log import Log
 from common.pgd import eval_mode, pgd
+from common.pictures import difference, save_rows
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The method
 # ----------------------------------------------------------------------------------------------------------
 def augment(x, rng, size):
-    """One view of the uint8 images x (B, 3, H, W): floats (B, 3, size, size) in [0, 1]; the crop is last."""
+    """One view of the uint8 images x (B, 3, H, W): floats (B, 3, size, size) in [0, 1]; the crop is
+    last."""
     x = random_color_jitter(to_float(x), rng, 0.4, 0.4, 0.4, 0.1, p=0.8)
     x = random_grayscale(x, rng, p=0.2)
     x = random_resized_crop(x, rng, size, scale=(0.08, 1.0), flip=0.5)
@@ -75,17 +84,20 @@ def augment(x, rng, size):
 
 
 def embed(net, *views):
-    """z of each view (B, 3, S, S), all in one pass: (B, 128) each, in the views' dtype."""
+    """z of each view (B, 3, S, S), all of them in one pass: (B, 128) each, not normalised, in the
+    views' dtype."""
     with run.autocast(views[0].device):
         z = net(torch.cat(views))
     return z.to(views[0].dtype).chunk(len(views))
 
 
 def nt_xent(views, temperature):
-    """Mean over anchors i of the sum over their positives j of -log(e^(u_i.u_j/T) / sum_k!=i e^(u_i.u_k/T)).
+    """Mean over anchors i of the sum over their positives j of -log(e^(u_i.u_j/T) / sum_k!=i
+    e^(u_i.u_k/T)).
 
-    views: V tensors (B, D), normalised here to u. Every view of every image is an anchor; its positives are
-    the other V - 1 views of the image, and stay in the denominator. Chance is (V - 1) ln(V B - 1).
+    views: V tensors (B, D), normalised here to u. Every view of every image is an anchor; its
+    positives are the other V - 1 views of the image, and stay in the denominator. Chance is (V - 1)
+    ln(V B - 1).
     """
     u = F.normalize(torch.stack(views), dim=2)  # (V, B, D)
     pos = (u * (u.sum(0) - u)).sum(2) / temperature  # (V, B): the sum over the other views
@@ -95,45 +107,65 @@ def nt_xent(views, temperature):
     return (len(u) - 1) * scores.logsumexp(1).mean() - pos.mean()
 
 
-def attack(net, x1, x2, noise, args):
-    """x_adv (B, 3, S, S): x1 moved within eps to maximise the loss of the pair (x_adv, target), target x2
-    unless --attack-to says otherwise. It starts at x1 + eps `noise`, noise (B, 3, S, S) in [-1, 1], or under
-    --no-random-start at x1.
+def attack(net, x1, x2, noise, *, attack_to, temperature, eps, step_size, steps):
+    """x_adv (B, 3, S, S): x1 moved within eps so as to maximise the contrastive loss of the pair
+    (x_adv, target).
 
-    Eval mode: an embedding then depends on its own image only, so the target's is a constant, and no running
-    statistic changes.
+    The target is x2, or with attack_to "original" x1. x1, x2 are in [0, 1], and eps and step_size
+    in the same units. The search starts at x1 + eps `noise`, noise (B, 3, S, S) in [-1, 1], or,
+    where noise is None, at x1.
     """
-    eps = args.eps / 255
-    start = (x1 + eps * noise).clamp(0, 1) if args.random_start else x1
+    target = x2 if attack_to == "other" else x1
+    start = x1 if noise is None else (x1 + eps * noise).clamp(0, 1)
+    # In eval mode an embedding depends on its own image only. So the target's embedding is a
+    # constant, computed once, and no running statistic changes.
     with eval_mode(net):
-        z = embed(net, x2 if args.attack_to == "other" else x1)[0].detach()
-        return pgd(lambda x: nt_xent([*embed(net, x), z], args.temperature),
-                   x1, eps, args.step_size / 255, args.steps, start=start)
+        (z,) = embed(net, target)
+        z = z.detach()
+
+        def loss_of_view(x_adv):
+            (z_adv,) = embed(net, x_adv)
+            return nt_xent([z_adv, z], temperature)
+
+        return pgd(loss_of_view, x1, eps, step_size, steps, start=start)
 
 
-def train_step(net, opt, x1, x2, noise, args):
-    """One iteration on two views (B, 3, S, S); `noise`, of their shape and in [-1, 1], starts the attack."""
+def train_step(net, opt, x1, x2, noise, *,
+               reg_weight, regularize_to, attack_to, temperature, eps, step_size, steps):
+    """One iteration on two views (B, 3, S, S) of B images; the losses to be logged. `noise` as in
+    `attack`."""
+
     def loss_of(*views):
-        return nt_xent([dist.gather(z) for z in embed(net, *views)], args.temperature)
+        embeddings = [dist.gather(z) for z in embed(net, *views)]  # negatives of all processes
+        return nt_xent(embeddings, temperature)
 
-    x_adv = attack(net, x1, x2, noise, args)
+    # The attack comes first: it uses the running statistics that the step before has left.
+    x_adv = attack(net, x1, x2, noise, attack_to=attack_to, temperature=temperature,
+                   eps=eps, step_size=step_size, steps=steps)
+
+    # Two passes in train mode, each normalised by its own batch: first [x_adv; x2], then [x1; x2;
+    # x_adv]. Each moves the running statistics, so their order matters, and the exported ones
+    # describe a mixture of clean and attacked images. The perturbation is a constant here.
     losses = {}
-    if args.reg_weight:  # before the main pass: running statistics depend on the order
-        losses["loss_reg"] = loss_of(x_adv, x2 if args.regularize_to == "other" else x1)
-    losses["loss_rocl"] = loss_of(x1, x2, x_adv)
-    loss = losses["loss_rocl"] + args.reg_weight * losses.get("loss_reg", 0)
+    loss_reg = 0
+    if reg_weight:
+        loss_reg = loss_of(x_adv, x2 if regularize_to == "other" else x1)
+        losses["loss_reg"] = loss_reg
+    loss_rocl = loss_of(x1, x2, x_adv)
+    loss = loss_rocl + reg_weight * loss_reg
+    losses["loss_rocl"] = loss_rocl
 
     opt.zero_grad()
     loss.backward()
     dist.average_grads(net.parameters())
     opt.step()
-    dist.average_buffers(net)  # else the ranks' running statistics drift apart
+    dist.average_buffers(net)  # else the running statistics of the processes drift apart
     return {"loss": loss, **losses}
 
 
 def lr_at(epoch, epochs, lr, warmup):
-    """By epoch: linear up to `lr` over the first `warmup`; then a cosine that would end `warmup` epochs after
-    the run."""
+    """The learning rate of `epoch`: linear up to `lr` over the first `warmup` epochs; then a cosine
+    that would end `warmup` epochs after the run."""
     if epoch < warmup:
         return lr / 15 * (1 + 14 * (epoch + 1) / warmup)
     return optim.cosine((epoch - warmup) / epochs, lr)
@@ -144,86 +176,115 @@ def lr_at(epoch, epochs, lr, warmup):
 # ----------------------------------------------------------------------------------------------------------
 def parser():
     p = run.parser(__doc__, name="rocl", arch="resnet18")
-    p.add_argument("--epochs", type=run.integer(0), default=1000, help="0 exports the random encoder")
+    p.add_argument("--epochs", type=run.integer(0), default=1000,
+                   help="0 exports the random encoder (authors' code)")
     p.add_argument("--batch-size", type=run.integer(1), default=512,
-                   help="images a step, over all processes")
-    p.add_argument("--lr", type=run.number(), default=1.5, help="of LARS, at its peak")
-    p.add_argument("--warmup", type=run.integer(0), default=10, help="epochs")
-    p.add_argument("--weight-decay", type=run.number(0, 1e6), default=1e-6)
-    p.add_argument("--temperature", type=run.number(above=0), default=0.5)
-    p.add_argument("--reg-weight", type=run.number(), default=1 / 256, help="lambda; 0: no regulariser")
+                   help="images per step, over all processes (authors' code)")
+    p.add_argument("--lr", type=run.number(), default=1.5, help="of LARS, at its peak (authors' code)")
+    p.add_argument("--warmup", type=run.integer(0), default=10, help="in epochs (authors' code)")
+    p.add_argument("--weight-decay", type=run.number(0, 1e6), default=1e-6, help="(authors' code)")
+    p.add_argument("--temperature", type=run.number(above=0), default=0.5,
+                   help="of all three losses (authors' code)")
+    p.add_argument("--reg-weight", type=run.number(), default=1 / 256,
+                   help="lambda; 0 leaves the regulariser out (authors' code)")
     p.add_argument("--attack-to", choices=("other", "original"), default="other",
-                   help="target of the attack: other (x2) or original (x1)")
+                   help="the target of the attack: the other view, x2, or x1 itself (authors' code)")
     p.add_argument("--regularize-to", choices=("other", "original"), default="other",
-                   help="partner of x_adv in the regulariser, likewise")
+                   help="the partner of x_adv in the regulariser, likewise (authors' code)")
     p.add_argument("--eps", type=run.number(0, 255), default=8.0,
-                   help="linf radius of the attack, in 1/255")
+                   help="linf radius of the attack, in 1/255 (authors' code)")
     p.add_argument("--step-size", type=run.number(0, 255), default=1.785,
-                   help="of the attack, in 1/255; this is 0.007")
-    p.add_argument("--steps", type=run.integer(0), default=7, help="of the attack")
+                   help="of the attack, in 1/255; this is 0.007 (authors' code)")
+    p.add_argument("--steps", type=run.integer(0), default=7, help="of the attack (authors' code)")
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
-                   help="start the attack at a random point of the ball (authors' code); without, at the "
-                        "image: with --steps 1 and --step-size equal to --eps that is FGSM")
+                   help="start the attack at a random point of the ball (authors' code); without it, at "
+                        "the image: with --steps 1 and --step-size equal to --eps that is FGSM")
     p.add_argument("--image-size", type=run.integer(1, 10000),
-                   help="side of a view; default: that of the data's images, of a folder's 32")
+                   help="side of a view in pixels; default: that of the images, and 32 for a folder")
     return p
 
 
 def network(arch):
-    """Encoder, without BN branches, and projector, without BN: (B, 3, S, S) in [0, 1] -> (B, 128). Images are
-    not normalised."""
+    """An encoder without BatchNorm branches, and a projector without BatchNorm: images (B, 3, S, S)
+    -> (B, 128). Images are not normalised."""
     encoder = encoders.make(arch, mean=(0, 0, 0), std=(1, 1, 1))
-    for m in encoder.modules():
-        if isinstance(m, nn.Conv2d):
-            m.reset_parameters()  # PyTorch's default start, as in the authors' code
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv2d):
+            module.reset_parameters()  # PyTorch's default start, as in the authors' code
     projector = encoders.mlp(encoder.dim, 4 * encoder.dim, 128)
     return nn.Sequential(encoder, projector).to(memory_format=torch.channels_last)
 
 
-def pictures(path, net, images, size, args):
-    """Rows of up to eight: x1, x2, x_adv and its perturbation (grey is none, full scale is eps)."""
+def start_noise(x1, rng):
+    """Where the attack on the view x1 starts: (B, 3, S, S), uniform in [-1, 1]."""
+    return 2 * rng.uniform(*x1.shape[1:], device=x1.device) - 1
+
+
+def attack_settings(args):
+    """The named arguments of `attack` as the flags have them, lengths in pixels."""
+    return dict(
+        attack_to=args.attack_to,
+        temperature=args.temperature,
+        eps=args.eps / 255,
+        step_size=args.step_size / 255,
+        steps=args.steps,
+    )
+
+
+def pictures(net, images, size, args):
+    """Rows for `save_rows` of up to eight images: both views, the attacked view, and what the
+    attack added."""
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
-    x1, x2 = (augment(x, rng, size) for _ in range(2))
-    x_adv = attack(net, x1, x2, 2 * rng.uniform(*x1.shape[1:], device=x1.device) - 1, args)
-    rows = x1, x2, x_adv, 0.5 + (x_adv - x1) / (2 * max(args.eps / 255, 1e-8))
-    run.save_picture(torch.cat(rows), path, len(x1))
+    x1 = augment(x, rng, size)
+    x2 = augment(x, rng, size)
+    noise = start_noise(x1, rng) if args.random_start else None
+    x_adv = attack(net, x1, x2, noise, **attack_settings(args))
+    return [("x1", x1), ("x2", x2), ("x_adv", x_adv),
+            ("x_adv - x1", difference(x_adv, x1, args.eps / 255))]
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
     env = run.setup(args)
-    device, out = env.device, pathlib.Path(args.out)
+    device = env.device
+    out = pathlib.Path(args.out)
     images = data.load(args.data, args.data_dir, "train", device, args.limit,
                        args.image_size or 32, args.workers)
     size = run.image_size(args, images)
-    steps = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
+    steps_per_epoch = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
 
     net = run.to_device(network(args.arch), args, env)
     opt = optim.LARS(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     if args.compile:
         net.compile()
 
-    log = Log(args, env, steps * args.epochs, images)
+    log = Log(args, env, steps_per_epoch * args.epochs, images)
     state = dict(net=net, opt=opt, log=log)
     step = run.resume(args, env, state)
-    chance = 2 * math.log(3 * args.batch_size - 1), math.log(2 * args.batch_size - 1)
-    log.start(step, "chance: loss_rocl 2 ln(3B - 1) = {:.3f}, loss_reg ln(2B - 1) = {:.3f}".format(*chance))
+    chance_rocl = 2 * math.log(3 * args.batch_size - 1)
+    chance_reg = math.log(2 * args.batch_size - 1)
+    log.start(step, f"chance: loss_rocl 2 ln(3B - 1) = {chance_rocl:.3f}, "
+                    f"loss_reg ln(2B - 1) = {chance_reg:.3f}")
 
-    for epoch in range(step // steps, args.epochs):
+    settings = dict(reg_weight=args.reg_weight, regularize_to=args.regularize_to, **attack_settings(args))
+    for epoch in range(step // steps_per_epoch, args.epochs):
         lr = lr_at(epoch, args.epochs, args.lr, args.warmup)
         optim.set_lr(opt, lr)
-        begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
-        for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
+        first = step % steps_per_epoch  # not 0 where a run was stopped within an epoch
+        for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, first):
             run.stop_if_signalled(args, env, state, step)
-            x1, x2 = (augment(x, rng, size) for _ in range(2))  # `rng` moves on between them
-            noise = 2 * rng.uniform(*x1.shape[1:], device=device) - 1
-            losses = train_step(net, opt, x1, x2, noise, args)
+            x1 = augment(x, rng, size)
+            x2 = augment(x, rng, size)  # another view: `rng` has moved on
+            noise = start_noise(x1, rng) if args.random_start else None
+            losses = train_step(net, opt, x1, x2, noise, **settings)
             log.step(step, len(x) * env.world, **losses)
             step += 1
         log.epoch(epoch, step, lr=lr)
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            if env.rank == 0:  # before the checkpoint, so that none is missing when the run goes on
-                pictures(out / "views.png", net, images, size, args)
+            # Pictures come before the checkpoint, so that none is missing when the run goes on.
+            rows = pictures(net, images, size, args)
+            if env.rank == 0:
+                save_rows(out / "views.png", rows, key=(f"-{args.eps:g}/255", f"+{args.eps:g}/255"))
             run.save(args, env, state, step)
     if env.rank == 0:
         encoders.export(net[0], out / "encoder.pt", image_size=size)

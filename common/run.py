@@ -71,7 +71,7 @@ class Parser(argparse.ArgumentParser):
         flags = super().parse_args(words, namespace)
         by_hand = any(word.split("=")[0] == "--warmup" for word in words)
         default = getattr(flags, "warmup", None)
-        if default and flags.epochs and flags.epochs <= default and not by_hand:
+        if isinstance(default, int) and 0 < (flags.epochs or 0) <= default and not by_hand:
             flags.warmup = flags.epochs // 10
             if os.environ.get("RANK", "0") == "0":
                 print(f"--warmup is {flags.warmup}, not {default}: the run has {flags.epochs} epochs only")

@@ -253,7 +253,7 @@ def rocl_attack(s, dtype):
     args, net = rocl.parser().parse_args([]), rocl.network(s.arch).to(s.device, dtype)
     x1, x2 = (x.to(dtype) for x in views(s))
     start, noise = start_of(x1, args.eps / 255)
-    return Attacked(lambda: rocl.attack(net, x1, x2, noise, args),
+    return Attacked(lambda: rocl.attack(net, x1, x2, noise, **named(rocl.attack, rocl)),
                     lambda x: rocl.nt_xent([*rocl.embed(net, x), *rocl.embed(net, x2)], args.temperature),
                     x1, start, args.eps / 255, args.step_size / 255, args.steps, (net,), eval_mode)
 
@@ -413,7 +413,7 @@ def amoc_step(s, variant, compiled):
 
 
 def rocl_step(s, variant, compiled):
-    args = rocl.parser().parse_args([] if variant == "with" else ["--reg-weight", "0"])
+    settings = named(rocl.train_step, rocl, *([] if variant == "with" else ["--reg-weight", "0"]))
     net = rocl.network(s.arch).to(s.device)
     opt, (x1, x2) = optim.LARS(net.parameters(), 0.0), views(s)
     noise = 2 * torch.rand_like(x1) - 1
@@ -421,7 +421,7 @@ def rocl_step(s, variant, compiled):
         net.compile()
 
     def one():
-        rocl.train_step(net, opt, x1, x2, noise, args)
+        rocl.train_step(net, opt, x1, x2, noise, **settings)
 
     return one
 

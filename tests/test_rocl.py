@@ -1,7 +1,6 @@
 """The mathematics of rocl.py against the paper read aloud: slow float64 loops, and printed values."""
 import copy
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 import rocl
 from common.pgd import eval_mode, pgd
 from tests.recipes import A, X, Z, unit
-from tests.scripts import read_flags
+from tests.scripts import named, read_flags
 
 
 def slow_nt_xent(views, T):
@@ -84,8 +83,8 @@ x2 = x1.flip(3)
 noise = A(4, 48, 6).view(4, 3, 4, 4)
 
 
-def arguments(**flags):
-    return SimpleNamespace(**{**vars(rocl.parser().parse_args([])), **flags})
+def attack(net, x1, x2, noise, **settings):
+    return rocl.attack(net, x1, x2, noise, **named(rocl.attack, rocl, **settings))
 
 
 @pytest.mark.parametrize("start, dv, length, before, after", [
@@ -93,7 +92,7 @@ def arguments(**flags):
     (noise, -0.46522280309851, 5.161169196905163, None, 1.8874981399435163)])
 def test_attack_equals_printed_values(start, dv, length, before, after):
     net = Linear()
-    x_adv = rocl.attack(net, x1, x2, start, arguments())
+    x_adv = attack(net, x1, x2, start)
     d = (x_adv - x1).flatten(1)
     assert (d * A(4, 48, 3)).sum().item() == pytest.approx(dv, rel=1e-9)
     assert d.abs().sum().item() == pytest.approx(length, rel=1e-9)
@@ -104,7 +103,8 @@ def test_attack_equals_printed_values(start, dv, length, before, after):
 
 def step(net, **flags):
     """A real train_step on the printed inputs, from the clean start. The optimizer only records."""
-    return rocl.train_step(net, torch.optim.SGD(net.parameters(), 0.0), x1, x2, 0 * noise, arguments(**flags))
+    return rocl.train_step(net, torch.optim.SGD(net.parameters(), 0.0), x1, x2, 0 * noise,
+                           **named(rocl.train_step, rocl, **flags))
 
 
 def test_train_step_has_the_printed_losses_and_gradient():
@@ -115,7 +115,7 @@ def test_train_step_has_the_printed_losses_and_gradient():
     assert net.W.grad.norm().item() == pytest.approx(0.7802878309127637, rel=1e-9)
     assert [net.W.grad[0, 0].item(), net.W.grad[5, 47].item()] == pytest.approx(
         [0.05750362447864232, -0.00721215113241181], rel=1e-9)
-    x_adv = rocl.attack(slow, x1, x2, 0 * noise, arguments())
+    x_adv = attack(slow, x1, x2, 0 * noise)
     z1, z2, z_adv = slow(x1), slow(x2), slow(x_adv)
     (slow_nt_xent([z1, z2, z_adv], 0.5) + slow_nt_xent([z_adv, z2], 0.5) / 256).backward()
     torch.testing.assert_close(slow.W.grad, net.W.grad, rtol=1e-9, atol=1e-12)
@@ -124,13 +124,13 @@ def test_train_step_has_the_printed_losses_and_gradient():
 def test_flags_choose_the_targets_and_switch_the_regulariser_off():
     losses = step(Linear(), regularize_to="original")
     net = Linear()
-    x_adv = rocl.attack(net, x1, x2, 0 * noise, arguments())
+    x_adv = attack(net, x1, x2, 0 * noise)
     assert losses["loss_reg"].item() == pytest.approx(slow_nt_xent([net(x_adv), net(x1)], 0.5).item(), rel=1e-9)
     off = step(Linear(), reg_weight=0.0)
     assert "loss_reg" not in off and off["loss"] == off["loss_rocl"]
-    original = rocl.attack(net, x1, x2, noise, arguments(attack_to="original"))
-    assert torch.equal(original, rocl.attack(net, x1, x1, noise, arguments()))
-    assert not torch.equal(original, rocl.attack(net, x1, x2, noise, arguments()))
+    original = attack(net, x1, x2, noise, attack_to="original")
+    assert torch.equal(original, attack(net, x1, x1, noise))
+    assert not torch.equal(original, attack(net, x1, x2, noise))
 
 
 def real():
@@ -142,14 +142,14 @@ def real():
 
 def test_the_target_embedded_once_changes_no_bit():
     net, x1, x2, noise = real()
-    args, eps = arguments(), 8 / 255
+    eps = 8 / 255
 
     def again(x):
-        return rocl.nt_xent([net(x), net(x2)], args.temperature)
+        return rocl.nt_xent([net(x), net(x2)], 0.5)
 
     with eval_mode(net):
         want = pgd(again, x1, eps, 1.785 / 255, 7, start=(x1 + eps * noise).clamp(0, 1))
-        assert torch.equal(rocl.attack(net, x1, x2, noise, args), want)
+        assert torch.equal(attack(net, x1, x2, noise), want)
         assert again(want) > again(x1)
 
 
@@ -157,12 +157,12 @@ def test_a_step_moves_the_running_statistics_once_a_pass_and_the_attack_leaves_n
     for reg_weight, passes in ((1 / 256, 2), (0.0, 1)):
         net, x1, x2, noise = real()
         before = copy.deepcopy(net.state_dict())
-        x_adv = rocl.attack(net, x1, x2, noise, arguments())
+        x_adv = attack(net, x1, x2, noise)
         assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
         assert all(p.grad is None for p in net.parameters()) and all(m.training for m in net.modules())
         assert (x_adv - x1).abs().max() <= 8 / 255 + 1e-6 and 0 <= x_adv.min() and x_adv.max() <= 1
         opt = torch.optim.SGD(net.parameters(), 0.1)
-        rocl.train_step(net, opt, x1, x2, noise, arguments(reg_weight=reg_weight))
+        rocl.train_step(net, opt, x1, x2, noise, **named(rocl.train_step, rocl, reg_weight=reg_weight))
         assert net[0].bn1.num_batches_tracked == passes
 
 

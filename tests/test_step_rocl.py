@@ -5,6 +5,7 @@ import torch
 import rocl
 from common import optim
 from tests import steps
+from tests.scripts import named
 
 B = 4  # images a step
 EPS, STEP_SIZE, STEPS = 40 / 255, 25 / 255, 3
@@ -13,8 +14,7 @@ FLAGS = ["--eps", "40", "--step-size", "25", "--steps", "3", "--temperature", "0
 
 
 def step_of_script(flags, net, opt, x1, x2, noise):
-    args = rocl.parser().parse_args([*FLAGS, *flags])
-    return rocl.train_step(net, opt, x1, x2, noise, args)
+    return rocl.train_step(net, opt, x1, x2, noise, **named(rocl.train_step, rocl, *FLAGS, *flags))
 
 
 # The oracle: RoCL as restated, and as the authors' code sums over positives ---------------------------------
