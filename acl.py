@@ -1,36 +1,35 @@
-"""ACL: robust pre-training by adversarial contrastive learning (Jiang et al. 2020, arXiv 2010.13337).
+"""ACL: robust pre-training by adversarial contrastive learning (Jiang et al. 2020, arXiv
+2010.13337).
 
-SimCLR asks that two augmentations of an image agree. ACL asks that two attacked augmentations agree as well,
-the attack maximising that same contrastive loss. The dual-stream form trains a clean and an attacked SimCLR
-loss together: all weights are shared, but every BatchNorm, of the encoder and of the projector, comes twice.
+SimCLR asks that two augmentations of an image agree. ACL asks that two attacked augmentations agree
+as well, where the attack maximises that same contrastive loss. Its dual-stream form, DS, trains a
+clean and an attacked SimCLR loss together. All weights are shared, but every BatchNorm, of the
+encoder and of the projector, comes twice: one for clean and one for attacked images.
 
-    paper                       here
-    f, g                        net: encoder and projector; embed() gives z, un-normalised
-    BN of clean, attacked x     branch "clean", "adv"
-    x_i, x_j                    x1, x2
+    paper                       this file
+    f, g                        net: encoder and projector; embed gives z, not normalised
+    BN of clean, attacked x     BatchNorm branches "clean", "adv"
+    x_i, x_j                    x1, x2: the two views of an image
     L_NT                        nt_xent
     inner maximum               attack
-    S2S, A2A, A2S, DS           VARIANTS: the terms of the loss, and what the two views of each are
+    S2S, A2A, A2S, DS           VARIANTS: the terms of the loss, and of which kind the two views of each are
 
-The paper refers to SimCLR for optimiser, augmentation and projector; the numbers are those of the authors'
-code: three layers with BatchNorm, LARS on all parameters (SimCLR itself leaves BatchNorm and biases out), the
-attack's 5 steps of 2/255, the mean of the two terms in DS. Where we depart from that code:
-    - the attack starts inside [0, 1] (theirs takes its first gradient at x + noise, not clipped);
-    - a vector is left out of its own denominator by a mask (theirs subtracts the constant e^(1/T));
-    - `pgd` makes no weight gradient, and in A2S z of the clean view is computed once per attack: the same in
-      eval mode, up to rounding, and for DS 32 instead of 42 forwards per step (a backward to the pixels
-      counts 1, a whole one 2).
+The paper refers to SimCLR for the optimiser, the augmentation and the projector; the numbers are
+those of the authors' code: a projector of three layers with BatchNorm, LARS on all parameters
+(SimCLR itself leaves BatchNorm and biases out), an attack of 5 steps of 2/255, and the mean of the
+two terms in DS. We depart from that code in three places:
+    - The attack starts inside [0, 1]. Their code takes its first gradient at x + noise, not
+      clipped.
+    - A vector is kept out of its own denominator by a mask. Their code subtracts the constant
+      e^(1/T).
+    - The attack makes no gradient of the weights, and in A2S the embedding of the clean view is
+      computed once per attack. In eval mode the result is the same up to rounding. Counting a
+      backward pass to the pixels as one forward pass and a whole one as two, a DS step costs 32
+      forward passes instead of 42; SimCLR's costs 6.
 
-The loss that the attack maximises is symmetric: both views are anchors, and the attacked views of other
-images are negatives (Eq. 4 of Qi & Shah 2022, arXiv 2210.13463, has one anchor, and negatives that stand
-still).
-
-BatchNorm: two views of a kind go through the network as one batch. The attack runs in eval mode and changes
-nothing; each term moves the statistics of its branches once. Exported is the branch of the attacked images
-(s2s: the clean one, which the authors' own probe reads in any case).
-
-Several processes share their negatives, except within the attack. Each BatchNorm sees the images of its own
-process, or with --sync-bn (on GPUs) those of all.
+The loss that the attack maximises is symmetric: both views are anchors, and the attacked views of
+the other images are negatives. (Eq. 4 of Qi & Shah 2022, arXiv 2210.13463, has one anchor, and
+negatives that stand still.)
 
     python acl.py                                        the paper's DS: CIFAR-10, ResNet-18, 1000 epochs
     torchrun --standalone --nproc-per-node 4 acl.py      the same on 4 GPUs, 128 of the 512 images on each
@@ -38,10 +37,18 @@ process, or with --sync-bn (on GPUs) those of all.
     python eval.py runs/acl/encoder.pt --preset robustssl-slf robustssl-alf acl-aff-100
     python eval.py runs/acl/encoder.pt --preset acl-probe --bn clean
 
-Measured on a CPU thread (Intel Xeon), 0.3 M-parameter encoder, 10,000 images of CIFAR-10 (JPEG), 5.0 minutes
-(10 epochs, 2 attack steps; 2 seeds): linear probe 42.1 standard, 15.5 under PGD-20 at 8/255; s2s in 4.6
-minutes 47.0 and 0.1, a random encoder 27.4 and 0. Not yet run on a GPU; Fan et al. have 77.88 and 42.87 (1000
-epochs).
+On several processes the losses have the negatives of all of them, the attack those of its own
+process. Each BatchNorm sees the images of its own process, or with --sync-bn (on GPUs) those of
+all.
+
+In the log, chance is ln(2B - 1) for every term, with B images per step. All terms fall below it,
+and loss_adv stays above loss_clean. With --eps 0 the "attacked" images are the clean ones, seen
+through branch adv; with --steps 0 they are moved at random.
+
+Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
+CIFAR-10 (JPEG), in 5.0 minutes (10 epochs, 2 attack steps; mean of 2 seeds): a linear probe reaches
+42.1 %, and 15.5 % under PGD-20 at 8/255. s2s reaches 47.0 and 0.1 in 4.6 minutes; a random encoder,
+27.4 and 0. This has not been run on a GPU yet. Fan et al. report 77.88 and 42.87 (1000 epochs).
 """
 import argparse
 import math
@@ -55,15 +62,19 @@ from common import data, dist, encoders, optim, run
 from common.augment import random_color_jitter, random_grayscale, random_resized_crop
 from common.log import Log
 from common.pgd import eval_mode, pgd
+from common.pictures import difference, save_rows
 from common.resnet import BranchNorm, branch
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, from the authors' code
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in the authors' code
+STD = (0.229, 0.224, 0.225)
 
-VARIANTS = {  # terms of the loss: the kinds of x1 and x2, each of which is also the name of its BN branch
-    "s2s": [("clean", "clean")],
+# The terms of the loss: the kinds of x1 and x2. A kind is also the name of the BatchNorm branch
+# that a view of it passes through. A term has a column of its own in the log.
+VARIANTS = {
+    "s2s": [("clean", "clean")],  # SimCLR
     "a2a": [("adv", "adv")],
     "a2s": [("adv", "clean")],
-    "ds": [("adv", "adv"), ("clean", "clean")],
+    "ds": [("adv", "adv"), ("clean", "clean")],  # dual stream
 }
 
 
@@ -79,78 +90,103 @@ def augment(x, rng, size):
 
 
 def embed(net, x, bn):
-    """z of x (B, 3, S, S) through BatchNorm branch `bn`: (B, D), in x's dtype."""
+    """z of x (B, 3, S, S) through BatchNorm branch `bn`: (B, D), not normalised, in x's dtype."""
     with branch(net, bn), run.autocast(x.device):
         z = net(x)
     return z.to(x.dtype)
 
 
 def embed_pair(net, x1, x2, kinds):
-    """z1, z2 (B, D); views of one kind go through as one batch."""
-    if kinds[0] == kinds[1]:
+    """z1, z2 (B, D) of two views through the branches of their `kinds`."""
+    if kinds[0] == kinds[1]:  # one batch of both: BatchNorm normalises them together
         return embed(net, torch.cat([x1, x2]), kinds[0]).chunk(2)
     return embed(net, x1, kinds[0]), embed(net, x2, kinds[1])
 
 
 def nt_xent(z1, z2, temperature):
-    """Mean over all 2B anchors i of -log( e^(u_i.u_p/T) / sum_k!=i e^(u_i.u_k/T) ), p the other view of i.
+    """Mean over all 2B anchors i of -log( e^(u_i.u_p/T) / sum_k!=i e^(u_i.u_k/T) ), p the other
+    view of i.
 
     z1, z2 (B, D), normalised here to u. Chance is ln(2B - 1).
     """
-    u1, u2 = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
+    u1 = F.normalize(z1, dim=1)
+    u2 = F.normalize(z2, dim=1)
     rows = torch.cat([u1, u2])  # (2B, D)
     scores = rows @ rows.T / temperature  # (2B, 2B)
     scores.fill_diagonal_(-math.inf)  # nothing is in its own denominator
     return scores.logsumexp(1).mean() - (u1 * u2).sum(1).mean() / temperature
 
 
-def attack(net, x1, x2, noise, kinds, args):
-    """The views of kind "adv", one or both, moved within eps to maximise the term's loss; gives both views
-    (B, 3, S, S). They start at the images + eps `noise`, noise (B, 2, 3, S, S) in [-1, 1], or under
-    --no-random-start at the images.
+def attack(net, x1, x2, noise, kinds, *, temperature, eps, step_size, steps):
+    """Move the views of kind "adv", one or both, within eps so as to maximise nt_xent of the pair;
+    returns both views (B, 3, S, S), the clean one as it is.
 
-    Eval mode: an embedding then depends on its own image only, so that of a clean view is a constant, and no
-    running statistic changes.
+    x1, x2 are in [0, 1], and eps and step_size in the same units. The search starts at x + eps
+    `noise`, noise (B, 2, 3, S, S) in [-1, 1], or, where noise is None, at x.
     """
-    eps, step_size, T = args.eps / 255, args.step_size / 255, args.temperature
-    start1 = (x1 + eps * noise[:, 0]).clamp(0, 1) if args.random_start else x1
-    start2 = (x2 + eps * noise[:, 1]).clamp(0, 1) if args.random_start else x2
+    start1 = x1
+    start2 = x2
+    if noise is not None:
+        start1 = (x1 + eps * noise[:, 0]).clamp(0, 1)
+        start2 = (x2 + eps * noise[:, 1]).clamp(0, 1)
+    # In eval mode an embedding depends on its own image only. So the embedding of a clean view is a
+    # constant, computed once, and no running statistic changes.
     with eval_mode(net):
-        if kinds == ("adv", "adv"):  # both at once
-            x = pgd(lambda x: nt_xent(*embed(net, x, "adv").chunk(2), T),
-                    torch.cat([x1, x2]), eps, step_size, args.steps, start=torch.cat([start1, start2]))
-            return x.chunk(2)
+        if kinds == ("adv", "adv"):
+
+            def loss_of_both(x):
+                z1, z2 = embed(net, x, "adv").chunk(2)
+                return nt_xent(z1, z2, temperature)
+
+            both = torch.cat([x1, x2])
+            start = torch.cat([start1, start2])
+            return pgd(loss_of_both, both, eps, step_size, steps, start=start).chunk(2)
+
         if kinds == ("adv", "clean"):
             z2 = embed(net, x2, "clean").detach()
-            x1 = pgd(lambda x: nt_xent(embed(net, x, "adv"), z2, T),
-                     x1, eps, step_size, args.steps, start=start1)
-        elif kinds == ("clean", "adv"):
+
+            def loss_of_first(x1_adv):
+                return nt_xent(embed(net, x1_adv, "adv"), z2, temperature)
+
+            return pgd(loss_of_first, x1, eps, step_size, steps, start=start1), x2
+
+        if kinds == ("clean", "adv"):
             z1 = embed(net, x1, "clean").detach()
-            x2 = pgd(lambda x: nt_xent(z1, embed(net, x, "adv"), T),
-                     x2, eps, step_size, args.steps, start=start2)
-        return x1, x2
+
+            def loss_of_second(x2_adv):
+                return nt_xent(z1, embed(net, x2_adv, "adv"), temperature)
+
+            return x1, pgd(loss_of_second, x2, eps, step_size, steps, start=start2)
+    return x1, x2
 
 
-def train_step(net, opt, x1, x2, noise, args):
-    """One iteration on two views (B, 3, S, S); `noise` (B, 2, 3, S, S) in [-1, 1] starts the attack."""
+def train_step(net, opt, x1, x2, noise, *, variant, temperature, eps, step_size, steps):
+    """One iteration on two views (B, 3, S, S) of B images; the losses to be logged. `variant`
+    is a row of VARIANTS; `noise` is as in `attack`."""
     losses = {}
-    for kinds in VARIANTS[args.variant]:
-        pair = attack(net, x1, x2, noise, kinds, args) if "adv" in kinds else (x1, x2)
-        z1, z2 = embed_pair(net, *pair, kinds)
+    for kinds in variant:
+        # In train mode a term moves the running statistics of its branches once. DS has its two
+        # terms in branches of their own, so their order does not matter.
+        x1_term, x2_term = attack(net, x1, x2, noise, kinds, temperature=temperature,
+                                  eps=eps, step_size=step_size, steps=steps)
+        z1, z2 = embed_pair(net, x1_term, x2_term, kinds)
         name = kinds[0] if kinds[0] == kinds[1] else "_".join(kinds)
-        losses[f"loss_{name}"] = nt_xent(dist.gather(z1), dist.gather(z2), args.temperature)
-    loss = sum(losses.values()) / len(losses)
+        # Negatives of all processes. The gradient flows through both views, and not into the
+        # perturbation.
+        losses[f"loss_{name}"] = nt_xent(dist.gather(z1), dist.gather(z2), temperature)
+    loss = sum(losses.values()) / len(losses)  # LARS makes the factor nearly immaterial
 
     opt.zero_grad()
     loss.backward()
     dist.average_grads(net.parameters())
     opt.step()
-    dist.average_buffers(net)  # else the ranks' running statistics drift apart
+    dist.average_buffers(net)  # else the running statistics of the processes drift apart
     return {"loss": loss, **losses}
 
 
 def lr_at(update, updates, lr, warmup):
-    """Of update 1, 2, ..., `updates`: linear over the first `warmup`, then a cosine to 1e-6."""
+    """The learning rate of update 1, 2, ..., `updates`: linear over the first `warmup`, then a
+    cosine to 1e-6."""
     return optim.warmup_cosine(update, updates, warmup, lr, 1e-6)
 
 
@@ -159,91 +195,126 @@ def lr_at(update, updates, lr, warmup):
 # ----------------------------------------------------------------------------------------------------------
 def parser():
     p = run.parser(__doc__, name="acl", arch="resnet18")
-    p.add_argument("--variant", choices=VARIANTS, default="ds", help=" ".join(VARIANTS))
-    p.add_argument("--epochs", type=run.integer(0), default=1000, help="0 exports the random encoder")
+    p.add_argument("--variant", choices=VARIANTS, default="ds",
+                   help="the terms of the loss: s is a standard view, a an attacked one; ds has both (paper)")
+    p.add_argument("--epochs", type=run.integer(0), default=1000,
+                   help="0 exports the random encoder (paper)")
     p.add_argument("--batch-size", type=run.integer(1), default=512,
-                   help="images a step, over all processes")
-    p.add_argument("--lr", type=run.number(), default=5.0, help="of LARS, at its peak")
-    p.add_argument("--warmup", type=run.integer(0), default=10, help="epochs")
-    p.add_argument("--weight-decay", type=run.number(0, 1e6), default=1e-6)
-    p.add_argument("--temperature", type=run.number(above=0), default=0.5)
+                   help="images per step, over all processes (paper)")
+    p.add_argument("--lr", type=run.number(), default=5.0, help="of LARS, at its peak (authors' code)")
+    p.add_argument("--warmup", type=run.integer(0), default=10, help="in epochs (authors' code)")
+    p.add_argument("--weight-decay", type=run.number(0, 1e6), default=1e-6, help="(authors' code)")
+    p.add_argument("--temperature", type=run.number(above=0), default=0.5, help="T (authors' code)")
     p.add_argument("--eps", type=run.number(0, 255), default=8.0,
-                   help="linf radius of the attack, in 1/255")
-    p.add_argument("--step-size", type=run.number(0, 255), default=2.0, help="of the attack, in 1/255")
-    p.add_argument("--steps", type=run.integer(0), default=5, help="of the attack")
+                   help="linf radius of the attack, in 1/255 (authors' code)")
+    p.add_argument("--step-size", type=run.number(0, 255), default=2.0,
+                   help="of the attack, in 1/255 (authors' code)")
+    p.add_argument("--steps", type=run.integer(0), default=5, help="of the attack (authors' code)")
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
-                   help="start the attack at a random point of the ball (authors' code); without, at the "
-                        "image: with --steps 1 and --step-size equal to --eps that is FGSM")
+                   help="start the attack at a random point of the ball (authors' code); without it, at "
+                        "the image: with --steps 1 and --step-size equal to --eps that is FGSM")
     p.add_argument("--image-size", type=run.integer(1, 10000),
-                   help="side of a view; default: that of the data's images, of a folder's 32")
+                   help="side of a view in pixels; default: that of the images, and 32 for a folder")
     return p
 
 
+def kinds_of(variant):
+    """The kinds of views that `variant` has, which are the BatchNorm branches of its networks."""
+    return sorted({kind for kinds in VARIANTS[variant] for kind in kinds})
+
+
 def network(arch, variant):
-    """Encoder and projector: (B, 3, S, S) in [0, 1] -> (B, D), D as the encoder's; their BatchNorms have the
-    branches that the variant uses."""
-    branches = sorted({kind for kinds in VARIANTS[variant] for kind in kinds})
+    """An encoder and a projector whose BatchNorms have the branches that `variant` uses: images (B,
+    3, S, S) -> (B, D), D as the encoder's."""
+    branches = kinds_of(variant)
     encoder = encoders.make(arch, branches, mean=MEAN, std=STD)
-    d = encoder.dim
+    dim = encoder.dim
     projector = nn.Sequential(
-        nn.Linear(d, d), BranchNorm(d, branches, nn.BatchNorm1d), nn.ReLU(),
-        nn.Linear(d, d, bias=False), BranchNorm(d, branches, nn.BatchNorm1d), nn.ReLU(),
-        nn.Linear(d, d, bias=False), BranchNorm(d, branches, nn.BatchNorm1d))
+        nn.Linear(dim, dim), BranchNorm(dim, branches, nn.BatchNorm1d), nn.ReLU(),
+        nn.Linear(dim, dim, bias=False), BranchNorm(dim, branches, nn.BatchNorm1d), nn.ReLU(),
+        nn.Linear(dim, dim, bias=False), BranchNorm(dim, branches, nn.BatchNorm1d))
     return nn.Sequential(encoder, projector).to(memory_format=torch.channels_last)
 
 
-def pictures(path, net, images, size, args):
-    """Rows of up to eight: x1, x2, then each attacked view and its perturbation (grey is none, full scale is
-    eps)."""
+def start_noise(x1, rng):
+    """Where the attacks on the views x1 and x2 start: (B, 2, 3, S, S), uniform in [-1, 1]."""
+    return 2 * rng.uniform(2, *x1.shape[1:], device=x1.device) - 1
+
+
+def attack_settings(args):
+    """The named arguments of `attack` as the flags have them, lengths in pixels."""
+    return dict(
+        temperature=args.temperature,
+        eps=args.eps / 255,
+        step_size=args.step_size / 255,
+        steps=args.steps,
+    )
+
+
+def pictures(net, images, size, args):
+    """Rows for `save_rows` of up to eight images: both views, and the attacked views of the first
+    term that has any, each with what the attack added."""
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
-    x1, x2 = (augment(x, rng, size) for _ in range(2))
-    rows = [x1, x2]
-    attacked = [kinds for kinds in VARIANTS[args.variant] if "adv" in kinds]
-    if attacked:
-        noise = 2 * rng.uniform(2, *x1.shape[1:], device=x1.device) - 1
-        for clean, x_adv in zip((x1, x2), attack(net, x1, x2, noise, attacked[0], args)):
-            if x_adv is not clean:
-                rows += [x_adv, 0.5 + (x_adv - clean) / (2 * max(args.eps / 255, 1e-8))]
-    run.save_picture(torch.cat(rows), path, len(x1))
+    x1 = augment(x, rng, size)
+    x2 = augment(x, rng, size)
+    rows = [("x1", x1), ("x2", x2)]
+    noise = start_noise(x1, rng) if args.random_start else None
+    for kinds in VARIANTS[args.variant]:
+        if "adv" in kinds:
+            x1_adv, x2_adv = attack(net, x1, x2, noise, kinds, **attack_settings(args))
+            if kinds[0] == "adv":
+                rows += [("x1_adv", x1_adv), ("x1_adv - x1", difference(x1_adv, x1, args.eps / 255))]
+            if kinds[1] == "adv":
+                rows += [("x2_adv", x2_adv), ("x2_adv - x2", difference(x2_adv, x2, args.eps / 255))]
+            break
+    return rows
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
     env = run.setup(args)
-    device, out = env.device, pathlib.Path(args.out)
+    device = env.device
+    out = pathlib.Path(args.out)
     images = data.load(args.data, args.data_dir, "train", device, args.limit,
                        args.image_size or 32, args.workers)
     size = run.image_size(args, images)
-    steps = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
+    steps_per_epoch = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
 
     net = run.to_device(network(args.arch, args.variant), args, env)
     opt = optim.LARS(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     if args.compile:
         net.compile()
 
-    log = Log(args, env, steps * args.epochs, images)
+    log = Log(args, env, steps_per_epoch * args.epochs, images)
     state = dict(net=net, opt=opt, log=log)
     step = run.resume(args, env, state)
     log.start(step, f"chance loss ln(2B - 1) = {math.log(2 * args.batch_size - 1):.3f}")
 
-    for epoch in range(step // steps, args.epochs):
-        begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
-        for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
+    settings = dict(variant=VARIANTS[args.variant], **attack_settings(args))
+    updates = steps_per_epoch * args.epochs
+    for epoch in range(step // steps_per_epoch, args.epochs):
+        first = step % steps_per_epoch  # not 0 where a run was stopped within an epoch
+        for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, first):
             run.stop_if_signalled(args, env, state, step)
-            lr = lr_at(step + 1, steps * args.epochs, args.lr, steps * args.warmup)
+            lr = lr_at(step + 1, updates, args.lr, steps_per_epoch * args.warmup)
             optim.set_lr(opt, lr)
-            x1, x2 = (augment(x, rng, size) for _ in range(2))  # `rng` moves on between them
-            noise = 2 * rng.uniform(2, *x1.shape[1:], device=device) - 1
-            losses = train_step(net, opt, x1, x2, noise, args)
+            x1 = augment(x, rng, size)
+            x2 = augment(x, rng, size)  # another view: `rng` has moved on
+            noise = start_noise(x1, rng) if args.random_start else None
+            losses = train_step(net, opt, x1, x2, noise, **settings)
             log.step(step, len(x) * env.world, **losses)
             step += 1
         log.epoch(epoch, step, lr=lr)
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            if env.rank == 0:  # before the checkpoint, so that none is missing when the run goes on
-                pictures(out / "views.png", net, images, size, args)
+            # Pictures come before the checkpoint, so that none is missing when the run goes on.
+            rows = pictures(net, images, size, args)
+            if env.rank == 0:
+                save_rows(out / "views.png", rows, key=(f"-{args.eps:g}/255", f"+{args.eps:g}/255"))
             run.save(args, env, state, step)
     if env.rank == 0:
-        bn = "adv" if any("adv" in kinds for kinds in VARIANTS[args.variant]) else "clean"
+        # The branch of the attacked images, if there are any. The authors' own linear probe reads
+        # the clean one in any case: eval.py --bn clean.
+        bn = "adv" if "adv" in kinds_of(args.variant) else "clean"
         encoders.export(net[0], out / "encoder.pt", bn, image_size=size)
         print(f"{out / 'encoder.pt'} holds the encoder; BN branch {bn}")
 

@@ -263,7 +263,7 @@ def acl_attack(s, dtype):
     x1, x2 = (x.to(dtype) for x in views(s))
     start, noise = start_of(x1, args.eps / 255)
     kinds, noise = acl.VARIANTS["a2s"][0], torch.stack([noise, noise], 1)
-    return Attacked(lambda: acl.attack(net, x1, x2, noise, kinds, args)[0],
+    return Attacked(lambda: acl.attack(net, x1, x2, noise, kinds, **named(acl.attack, acl))[0],
                     lambda x: acl.nt_xent(*acl.embed_pair(net, x, x2, kinds), args.temperature),
                     x1, start, args.eps / 255, args.step_size / 255, args.steps, (net,), eval_mode)
 
@@ -427,14 +427,15 @@ def rocl_step(s, variant, compiled):
 
 
 def acl_step(s, variant, compiled):
-    args, net = acl.parser().parse_args(["--variant", variant]), acl.network(s.arch, variant).to(s.device)
+    settings = named(acl.train_step, acl, "--variant", variant)
+    net = acl.network(s.arch, variant).to(s.device)
     opt, (x1, x2) = optim.LARS(net.parameters(), 0.0), views(s)
     noise = 2 * torch.rand(s.batch, 2, 3, 32, 32, device=s.device) - 1
     if compiled:
         net.compile()
 
     def one():
-        acl.train_step(net, opt, x1, x2, noise, args)
+        acl.train_step(net, opt, x1, x2, noise, **settings)
 
     return one
 

@@ -58,6 +58,8 @@ def named(function, script, *flags, **others):
     """The named arguments of `function` of the module `script` as its flags have them; `others` win."""
     args = read_flags(script, *flags)
     values = {**vars(args), **(script.attack_settings(args) if hasattr(script, "attack_settings") else {}), **others}
+    if isinstance(values.get("variant"), str):
+        values["variant"] = script.VARIANTS[values["variant"]]
     parameters = inspect.signature(function).parameters.values()
     return {p.name: values[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in values}
 

@@ -1,18 +1,16 @@
 """The mathematics of acl.py against the paper read aloud: slow float64 loops, and printed values."""
 import copy
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 import acl
 from common import data
 from common.pgd import eval_mode, pgd
 from tests.recipes import A, X, Z, unit
-from tests.scripts import read_flags
+from tests.scripts import named, read_flags
 
 
 def slow_nt_xent(z1, z2, T):
@@ -79,8 +77,8 @@ noise = torch.stack([2 * x1 - 1, 2 * x2 - 1], 1)
 BOTH, FIRST, CLEAN = ("adv", "adv"), ("adv", "clean"), ("clean", "clean")
 
 
-def arguments(**flags):
-    return SimpleNamespace(**{**vars(acl.parser().parse_args([])), **flags})
+def attack(net, x1, x2, noise, kinds, **settings):
+    return acl.attack(net, x1, x2, noise, kinds, **named(acl.attack, acl, **settings))
 
 
 @pytest.mark.parametrize("kinds, steps, dv1, dv2, after", [
@@ -90,7 +88,7 @@ def arguments(**flags):
     (FIRST, 5, -0.188199815920014, 0, 2.39387502973112)])
 def test_attack_equals_printed_values(kinds, steps, dv1, dv2, after):
     net = Linear()
-    a1, a2 = acl.attack(net, x1, x2, noise, kinds, arguments(steps=steps))
+    a1, a2 = attack(net, x1, x2, noise, kinds, steps=steps)
     found = [((a - x).flatten(1) * A(3, 192, 3)).sum().item() for a, x in ((a1, x1), (a2, x2))]
     assert found == pytest.approx([dv1, dv2], rel=1e-9)
     assert slow_nt_xent(net(a1), net(a2), 0.5).item() == pytest.approx(after, rel=1e-9)
@@ -100,7 +98,7 @@ def test_attack_equals_printed_values(kinds, steps, dv1, dv2, after):
 def step(net, variant, **flags):
     """A real train_step on the printed inputs. The optimizer only records."""
     opt = torch.optim.SGD(net.parameters(), 0.0)
-    return acl.train_step(net, opt, x1, x2, noise, arguments(variant=variant, **flags))
+    return acl.train_step(net, opt, x1, x2, noise, **named(acl.train_step, acl, variant=variant, **flags))
 
 
 def test_train_step_has_the_printed_loss_and_gradient():
@@ -109,7 +107,7 @@ def test_train_step_has_the_printed_loss_and_gradient():
     assert losses["loss"].item() == pytest.approx(2.166957575753704, rel=1e-9)
     assert [net.W.grad.norm().item(), net.W.grad[0, 0].item()] == pytest.approx(
         [11.60590011382106, 0.0985590079611724], rel=1e-9)
-    a1, a2 = acl.attack(slow, x1, x2, noise, BOTH, arguments())
+    a1, a2 = attack(slow, x1, x2, noise, BOTH)
     (0.5 * (slow_nt_xent(slow(x1), slow(x2), 0.5) + slow_nt_xent(slow(a1), slow(a2), 0.5))).backward()
     torch.testing.assert_close(slow.W.grad, net.W.grad, rtol=1e-9, atol=1e-12)
 
@@ -119,7 +117,7 @@ def test_train_step_has_the_printed_loss_and_gradient():
 def test_each_variant_is_the_mean_of_its_terms(variant, views):
     net, want = Linear(), []
     for kinds in views:
-        pair = (x1, x2) if kinds == CLEAN else acl.attack(net, x1, x2, noise, kinds, arguments())
+        pair = (x1, x2) if kinds == CLEAN else attack(net, x1, x2, noise, kinds)
         want.append(slow_nt_xent(*(net(x) for x in pair), 0.5).item())
     assert step(net, variant)["loss"].item() == pytest.approx(sum(want) / len(want), rel=1e-9)
 
@@ -139,8 +137,8 @@ def test_each_term_of_a_variant_is_logged_by_the_kinds_of_its_views(variant, nam
 def test_a_variant_may_attack_the_second_view_alone():
     """It mirrors the attack on the first, and leaves the clean view as it is."""
     net = Linear()
-    a1, a2 = acl.attack(net, x1, x2, noise, ("clean", "adv"), arguments())
-    b2, b1 = acl.attack(net, x2, x1, noise.flip(1), FIRST, arguments())
+    a1, a2 = attack(net, x1, x2, noise, ("clean", "adv"))
+    b2, b1 = attack(net, x2, x1, noise.flip(1), FIRST)
     assert a1 is x1 and b1 is x1 and not torch.equal(a2, x2)
     torch.testing.assert_close(a2, b2, rtol=0, atol=1e-12)
 
@@ -148,12 +146,12 @@ def test_a_variant_may_attack_the_second_view_alone():
 @pytest.mark.parametrize("terms, names", [
     ([("clean", "adv")], {"loss_clean_adv"}), ([BOTH, FIRST], {"loss_adv", "loss_adv_clean"}),
     ([FIRST, ("clean", "adv"), CLEAN], {"loss_adv_clean", "loss_clean_adv", "loss_clean"})])
-def test_variants_are_data(terms, names, monkeypatch, tmp_path):
+def test_variants_are_data(terms, names, monkeypatch):
     """Of a new row too each view goes through the branch of its kind, attacked or clean, each term is logged."""
     monkeypatch.setitem(acl.VARIANTS, "new", terms)
     net, want = Linear(), []
     for kinds in terms:
-        pair = acl.attack(net, x1, x2, noise, kinds, arguments()) if "adv" in kinds else (x1, x2)
+        pair = attack(net, x1, x2, noise, kinds) if "adv" in kinds else (x1, x2)
         want.append(slow_nt_xent(*(net(x) for x in pair), 0.5).item())
     losses = step(net, "new")
     assert losses.keys() == {"loss", *names}
@@ -168,16 +166,18 @@ def test_variants_are_data(terms, names, monkeypatch, tmp_path):
         return embed(net, x, bn)
 
     monkeypatch.setattr(acl, "embed", spy)
-    acl.train_step(net, torch.optim.SGD(net.parameters(), 0.1), v1, v2, u, arguments(variant="new"))
+    acl.train_step(net, torch.optim.SGD(net.parameters(), 0.1), v1, v2, u, **named(acl.train_step, acl, variant="new"))
     for bn, _, untouched in seen:  # in the attack and after it
         assert all(untouched) if bn == "clean" else not any(untouched)
     passes = [bn for bn, training, _ in seen if training]
     assert passes == [bn for a, b in terms for bn in ([a] if a == b else [a, b])]
     monkeypatch.setattr(acl, "embed", embed)
-    acl.pictures(tmp_path / "views.png", net, data.Images(255 * v1.byte(), torch.zeros(8).long(), 1),
-                 v1.shape[2], arguments(variant="new"))
-    rows = 2 + 2 * [kinds for kinds in terms if "adv" in kinds][0].count("adv")
-    assert Image.open(tmp_path / "views.png").size[1] == 2 + 34 * rows
+    rows = acl.pictures(net, data.Images(255 * v1.byte(), torch.zeros(8).long(), 1), v1.shape[2],
+                        acl.parser().parse_args(["--variant", "new"]))
+    attacked = [kinds for kinds in terms if "adv" in kinds][0]
+    names = [f"{view}{end}" for view, kind in zip(("x1", "x2"), attacked) if kind == "adv"
+             for end in ("_adv", f"_adv - {view}")]
+    assert [name for name, _ in rows] == ["x1", "x2", *names]
 
 
 def real(variant):
@@ -196,7 +196,7 @@ def test_the_clean_view_embedded_once_changes_no_bit():
 
     with eval_mode(net):
         want = pgd(again, x1, eps, 2 / 255, 5, start=(x1 + eps * noise[:, 0]).clamp(0, 1))
-        assert torch.equal(acl.attack(net, x1, x2, noise, FIRST, arguments())[0], want)
+        assert torch.equal(attack(net, x1, x2, noise, FIRST)[0], want)
         assert again(want) > again(x1) + 1e-3
 
 
@@ -206,11 +206,11 @@ def test_every_view_uses_its_branch_once_a_step_and_the_attack_leaves_no_trace(v
     before = copy.deepcopy(net.state_dict())
     for kinds in acl.VARIANTS[variant]:
         if "adv" in kinds:
-            for x, a in zip((x1, x2), acl.attack(net, x1, x2, noise, kinds, arguments())):
+            for x, a in zip((x1, x2), attack(net, x1, x2, noise, kinds)):
                 assert (a - x).abs().max() <= 8 / 255 + 1e-6 and 0 <= a.min() and a.max() <= 1
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters()) and all(m.training for m in net.modules())
-    acl.train_step(net, torch.optim.SGD(net.parameters(), 0.1), x1, x2, noise, arguments(variant=variant))
+    acl.train_step(net, torch.optim.SGD(net.parameters(), 0.1), x1, x2, noise, **named(acl.train_step, acl, variant=variant))
     counts = {k: v.item() for k, v in net.state_dict().items() if "num_batches_tracked" in k}
     assert set(counts.values()) == {1}
     kinds = {kind for pair in acl.VARIANTS[variant] for kind in pair}

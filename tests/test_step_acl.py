@@ -5,6 +5,7 @@ import torch
 import acl
 from common import optim
 from tests import steps
+from tests.scripts import named
 
 B = 4  # images a step
 EPS, STEP_SIZE, STEPS = 40 / 255, 25 / 255, 3
@@ -13,8 +14,8 @@ FLAGS = ["--eps", "40", "--step-size", "25", "--steps", "3", "--temperature", "0
 
 
 def step_of_script(variant, net, opt, x1, x2, noise):
-    args = acl.parser().parse_args(["--variant", variant, *FLAGS])
-    return acl.train_step(net, opt, x1, x2, noise, args)
+    settings = named(acl.train_step, acl, "--variant", variant, *FLAGS)
+    return acl.train_step(net, opt, x1, x2, noise, **settings)
 
 
 # The oracle: ACL as the paper has it ------------------------------------------------------------------------
