@@ -1,37 +1,35 @@
 """AdvCL: contrastive pre-training that keeps its robustness (Fan et al. 2021, arXiv 2111.01124).
 
-Robustness learnt without labels should survive a linear classifier. To SimCLR are added views made from the
-whole image (an attacked and a high-frequency copy), beside the two strong crops, and an adversarial
-classification loss on k-means pseudo-labels, so that pre-training already resembles the task. Clean views,
-the contrastive attack and the classification attack have a BatchNorm branch each.
+Robustness that is learnt without labels should survive a linear classifier. AdvCL adds two things
+to SimCLR. Beside the two strong crops there are views made from the whole image: an attacked copy
+and a copy of its high frequencies. And there is an adversarial classification loss on pseudo-labels
+from k-means, so that pre-training already resembles the task. Clean views, the contrastive attack
+and the classification attack pass through a BatchNorm branch each.
 
-    paper                       here
+    paper                       this file
     f, g, classifier            net["encoder"], net["projector"], net["classifier"]
     tau_1(x), tau_2(x)          x1, x2: strong crops
-    x                           x: pad, crop, flip
-    x + delta                   "x+d", and x_ce, each with a perturbation and a BN branch of its own
-    x_h, x_l                    high_frequency(x), and the rest
+    x                           x: padded, cropped, flipped
+    x + delta                   view "x+d" and x_ce; each has a perturbation and a BatchNorm branch of its own
+    x_h, x_l                    high_frequency(x), and the rest of x
     Eq. 5  loss of V views      multiview_loss
     Eq. 9  inner maxima         attack, of either loss
     CE on pseudo-labels         cluster_loss; pseudo_labels
     lambda                      --cluster-weight
     rows of Table 4             --views
 
-The supplement was not at hand; hyper-parameters, the strong crop, the three branches and the single BatchNorm
-of the projector are the authors' code's. So is the scale of the loss: a mean over anchors and positives
-times T / 0.07 (the paper sums): lambda and the learning rate were chosen for it. Where we depart from it:
-    - pseudo-labels come from our k-means on a teacher's features, not from an ImageNet encoder; without a
-      teacher the classification term is off, and the log says so;
-    - the attack leaves no trace: it normalises by batch statistics, as theirs does, and updates no running
-      ones (in their code most of what the adv branch averages comes from unfinished attacks);
-    - it starts inside [0, 1]; what it does not change is embedded once: the same, up to rounding, as batch
-      statistics depend on the batch alone, and 35 instead of 50 forwards per step (a backward to the pixels
-      counts 1, a whole one 2).
-
-BatchNorm: each view is a batch of its own, in the attack too.
-
-Several processes share their negatives, except within the attack. Each BatchNorm sees the images of its own
-process, or with --sync-bn (on GPUs) those of all.
+The supplement was not at hand. Hyper-parameters, the strong crop, the three branches and the
+projector's single BatchNorm are those of the authors' code. So is the scale of the contrastive
+loss: a mean over anchors and positives times T / 0.07, where the paper has a sum; lambda and the
+learning rate were chosen for the code's scale. We depart from that code in three places:
+    - Pseudo-labels come from our k-means on the features of a teacher, not of an ImageNet encoder.
+      Without a teacher the classification term is left out, and the log says so.
+    - The attack leaves no trace: it normalises by batch statistics, as theirs does, but does not
+      update the running ones. In their code most of what branch adv averages comes from unfinished
+      attacks.
+    - The attack starts inside [0, 1], and what it does not change is embedded once. The result is
+      the same up to rounding. Counting a backward pass to the pixels as one forward pass and a
+      whole one as two, a step costs 35 forward passes instead of 50; SimCLR's costs 6.
 
     python acl.py --variant s2s --out runs/s2s                a teacher
     python advcl.py --teacher runs/s2s/encoder.pt             CIFAR-10, ResNet-18, 1000 epochs
@@ -39,9 +37,18 @@ process, or with --sync-bn (on GPUs) those of all.
     python advcl.py --views x1+d x2+d x1 x2 --out runs/four   another row of Table 4
     python eval.py runs/advcl/encoder.pt --preset advcl-slf robustssl-alf
 
-Measured on a CPU thread (Intel Xeon), 0.3 M-parameter encoder, 10,000 images of CIFAR-10 (JPEG), 4.6 minutes
-(11 epochs, 2 attack steps, no pseudo-labels): linear probe 44.8 standard, 13.3 under PGD-20 at 8/255, another
-seed 40.8 and 13.5; SimCLR 47.0 and 0.1. Not yet run on a GPU; the paper has 77.73 and 48.89 (1000 epochs;
+On several processes the contrastive loss has the negatives of all of them, the attack those of its
+own process. Each BatchNorm sees the images of its own process, or with --sync-bn (on GPUs) those of
+all.
+
+In the log, chance for loss_con is ln(V B - 1) T / 0.07, with V views and B images per step. It
+falls below that, and loss_ce below the mean of ln K over --clusters. With --eps 0 the "attacked"
+views are the clean ones, seen through branch adv; with --steps 0 they are moved at random.
+
+Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
+CIFAR-10 (JPEG), in 4.6 minutes (11 epochs, 2 attack steps, no pseudo-labels): a linear probe
+reaches 44.8 %, and 13.3 % under PGD-20 at 8/255; with another seed 40.8 and 13.5. SimCLR reaches
+47.0 and 0.1. This has not been run on a GPU yet. The paper reports 77.73 and 48.89 (1000 epochs;
 with pseudo-labels 50.45 under PGD-20).
 """
 import argparse
@@ -59,10 +66,11 @@ from common.augment import (
 from common.kmeans import kmeans
 from common.log import Log
 from common.pgd import frozen_stats, pgd
+from common.pictures import difference, save_rows
 from common.resnet import branch
 
-BASE_TEMPERATURE = 0.07  # of the authors' code; see above
-VIEWS = ("x1", "x2", "x1+d", "x2+d", "x+d", "xl", "xh")  # "+d": attacked, through BN branch "adv"
+BASE_TEMPERATURE = 0.07  # gives the loss the scale of the authors' code
+VIEWS = ("x1", "x2", "x1+d", "x2+d", "x+d", "xl", "xh")  # "+d": attacked, through branch "adv"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -76,42 +84,51 @@ def strong(x, rng, size):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def augment(x, rng, size, views):
-    """Of uint8 images x (B, 3, H, W): x1, x2, x (B, 3, size, size), and noise (A + 1, B, 3, size, size) in
-    [-1, 1] that starts the attack on clusters and those on the A views to attack."""
-    x1, x2 = (strong(x, rng, size) for _ in range(2))  # `rng` moves on between them
-    x = random_flip(random_pad_crop(resize(x, size), rng, 4), rng)
-    noise = rng.uniform(1 + sum(name.endswith("+d") for name in views), *x.shape[1:], device=x.device)
-    return x1, x2, x, 2 * noise.transpose(0, 1) - 1
+def augment(x, rng, size):
+    """Two strong views and the weak one of the uint8 images x (B, 3, H, W): x1, x2, x (B, 3, size,
+    size)."""
+    x1 = strong(x, rng, size)
+    x2 = strong(x, rng, size)  # another view: `rng` has moved on
+    x = random_pad_crop(resize(x, size), rng, 4)
+    return x1, x2, random_flip(x, rng)
 
 
 def high_frequency(x, radius=8):
-    """x (B, C, H, W) less its low frequencies, integers (a, b) with a^2 + b^2 < radius^2; not clipped."""
-    a, b = (torch.fft.fftfreq(n, 1 / n, device=x.device).round() for n in x.shape[2:])
-    return torch.fft.ifft2(torch.fft.fft2(x) * (a[:, None] ** 2 + b**2 >= radius**2)).real
+    """x (B, C, H, W) without its low frequencies, the integers (a, b) with a^2 + b^2 < radius^2;
+    not clipped."""
+    a = torch.fft.fftfreq(x.shape[2], 1 / x.shape[2], device=x.device).round()
+    b = torch.fft.fftfreq(x.shape[3], 1 / x.shape[3], device=x.device).round()
+    kept = a[:, None] ** 2 + b**2 >= radius**2
+    return torch.fft.ifft2(torch.fft.fft2(x) * kept).real
 
 
-def choose(names, x1, x2, x, radius):
-    """Of the views `names`, the clean ones (a list of images) and the A to attack (A, B, 3, S, S)."""
-    x_h = high_frequency(x, radius)
+def is_attacked(view):
+    return view.endswith("+d")
+
+
+def choose(views, x1, x2, x, cutoff):
+    """The images of the `views`: those that stay clean (a list), and the A that are attacked (A, B,
+    3, S, S)."""
+    x_h = high_frequency(x, cutoff)
     images = {"x1": x1, "x2": x2, "x": x, "xh": x_h, "xl": x - x_h}
-    clean = [images[name] for name in names if not name.endswith("+d")]
-    return clean, torch.stack([images[name[:-2]] for name in names if name.endswith("+d")])
+    clean = [images[view] for view in views if not is_attacked(view)]
+    attacked = [images[view.removesuffix("+d")] for view in views if is_attacked(view)]
+    return clean, torch.stack(attacked)
 
 
 def embed(net, x, bn):
-    """z of x (B, 3, S, S) through BatchNorm branch `bn`: (B, 128), in x's dtype."""
+    """z of x (B, 3, S, S) through BatchNorm branch `bn`: (B, 128), not normalised, in x's dtype."""
     with branch(net, bn), run.autocast(x.device):
         z = net["projector"](net["encoder"](x))
     return z.to(x.dtype)
 
 
 def multiview_loss(views, temperature):
-    """Eq. 5, as mean over anchors i and their positives j of -log( e^(u_i.u_j/T) / sum_k!=i e^(u_i.u_k/T) ),
-    times T / 0.07.
+    """Eq. 5, as mean over anchors i and their positives j of -log( e^(u_i.u_j/T) / sum_k!=i
+    e^(u_i.u_k/T) ), times T / 0.07.
 
-    views: V tensors (B, D), normalised here to u; positives are the other V - 1 views of the image. Chance is
-    ln(V B - 1) T / 0.07.
+    views: V tensors (B, D), normalised here to u; positives are the other V - 1 views of the image.
+    Chance is ln(V B - 1) T / 0.07.
     """
     u = F.normalize(torch.stack(views), dim=2)  # (V, B, D)
     pos = (u * (u.sum(0) - u)).sum(2) / temperature / (len(u) - 1)  # (V, B): the mean over the other views
@@ -122,88 +139,97 @@ def multiview_loss(views, temperature):
 
 
 def cluster_loss(net, x, labels, clusters):
-    """Mean over the K in `clusters` of the cross-entropy of K logits with labels (B, len(clusters))."""
+    """Mean over the K in `clusters` of the cross-entropy of K logits with labels (B,
+    len(clusters))."""
     with branch(net, "adv_ce"), run.autocast(x.device):
         logits = net["classifier"](net["encoder"](x))  # (B, sum of all K)
     logits = logits.to(x.dtype).split(clusters, dim=1)
     return sum(F.cross_entropy(part, y) for part, y in zip(logits, labels.T)) / len(clusters)
 
 
-def attack(net, loss, x, noise, args):
-    """Eq. 9, inner maximum: x (..., 3, S, S) moved within eps to maximise loss(x). It starts at x + eps
-    `noise`, noise of x's shape in [-1, 1], or under --no-random-start at x.
+def attack(net, loss_fn, x, noise, *, eps, step_size, steps):
+    """Eq. 9, inner maximum: x (..., 3, S, S) in [0, 1] moved within eps so as to maximise
+    loss_fn(x).
 
-    Train mode: batch statistics are part of what is attacked. No running statistic changes.
+    eps and step_size are in the units of x. The search starts at x + eps `noise`, noise of x's
+    shape in [-1, 1], or, where noise is None, at x.
     """
-    eps = args.eps / 255
-    start = (x + eps * noise).clamp(0, 1) if args.random_start else x
+    start = x if noise is None else (x + eps * noise).clamp(0, 1)
+
+    def loss_of_images(flat):
+        return loss_fn(flat.view(x.shape))
+
+    # Train mode, unlike in RoCL, ACL and AMOC: batch statistics are part of what is attacked. No
+    # running statistic changes.
     with frozen_stats(net):
-        x_adv = pgd(lambda flat: loss(flat.view(x.shape)), x.flatten(0, -4), eps, args.step_size / 255,
-                    args.steps, start=start.flatten(0, -4))  # each view of each image has a ball of its own
+        # As (A B, 3, S, S): each view of each image has a ball of its own.
+        x_adv = pgd(loss_of_images, x.flatten(0, -4), eps, step_size, steps, start=start.flatten(0, -4))
     return x_adv.view(x.shape)
 
 
 def contrast(net, x, constants, temperature):
-    """`multiview_loss` of attacked views x (A, B, 3, S, S) and of `constants`, the z of the clean ones."""
-    return multiview_loss([*(embed(net, view, "adv") for view in x), *constants], temperature)
+    """`multiview_loss` of attacked views x (A, B, 3, S, S) and of `constants`, the z of the clean
+    ones."""
+    attacked = [embed(net, view, "adv") for view in x]
+    return multiview_loss([*attacked, *constants], temperature)
 
 
-def train_step(net, opt, x1, x2, x, labels, clusters, noise, args):
-    """One iteration on two strong views and the weak one (B, 3, S, S); labels (B, len(clusters)), if any;
-    `noise` (A + 1, B, 3, S, S) in [-1, 1] starts the attack on clusters and those on the A views."""
-    clean, to_attack = choose(args.views, x1, x2, x, args.cutoff)
-    z = [embed(net, view, "clean") for view in clean]
-    constants = [v.detach() for v in z]  # batch statistics: they depend on the clean views alone
-    x_adv = attack(net, lambda x: contrast(net, x, constants, args.temperature), to_attack, noise[1:], args)
-    z += [embed(net, view, "adv") for view in x_adv]
-    loss = loss_con = multiview_loss([dist.gather(v) for v in z], args.temperature)
+def train_step(net, opt, x1, x2, x, labels, noise, *,
+               views, cutoff, clusters, cluster_weight, temperature, eps, step_size, steps):
+    """One iteration on two strong views and the weak one (B, 3, S, S); the losses to be logged.
+
+    labels (B, len(clusters)); without `clusters` there is no classification term. `noise` (A + 1,
+    B, 3, S, S) in [-1, 1] starts the attack on the classifier and those on the A views; None: they
+    start at the images.
+    """
+    clean, to_attack = choose(views, x1, x2, x, cutoff)
+
+    # Every view is a batch of its own, in the attack too. In train mode, batch statistics depend on
+    # the clean views alone, so that their embeddings are constants of the attack; here they move
+    # the running statistics of branch clean.
+    z_clean = [embed(net, view, "clean") for view in clean]
+    constants = [z.detach() for z in z_clean]
+
+    def loss_of_views(x_adv):
+        return contrast(net, x_adv, constants, temperature)
+
+    view_noise = None if noise is None else noise[1:]
+    x_adv = attack(net, loss_of_views, to_attack, view_noise, eps=eps, step_size=step_size, steps=steps)
+    z_adv = [embed(net, view, "adv") for view in x_adv]
+    embeddings = [dist.gather(z) for z in [*z_clean, *z_adv]]  # negatives of all processes
+    loss_con = multiview_loss(embeddings, temperature)
+    loss = loss_con
     losses = {"loss_con": loss_con}
+
     if clusters:
-        x_ce = attack(net, lambda x: cluster_loss(net, x, labels, clusters), x, noise[0], args)
+
+        def loss_of_labels(x_ce):
+            return cluster_loss(net, x_ce, labels, clusters)
+
+        label_noise = None if noise is None else noise[0]
+        x_ce = attack(net, loss_of_labels, x, label_noise, eps=eps, step_size=step_size, steps=steps)
         losses["loss_ce"] = cluster_loss(net, x_ce, labels, clusters)
-        loss = loss_con + args.cluster_weight * losses["loss_ce"]
+        loss = loss_con + cluster_weight * losses["loss_ce"]
 
     opt.zero_grad()
     loss.backward()
     dist.average_grads(net.parameters())
     opt.step()
-    dist.average_buffers(net)  # else the ranks' running statistics drift apart
+    dist.average_buffers(net)  # else the running statistics of the processes drift apart
     return {"loss": loss, **losses}
 
 
-def pseudo_labels(args, env, images, size):
-    """(N, len(--clusters)): k-means on the teacher's normalised features of the un-augmented images. Kept in
-    --out, and made anew where data, image size, teacher, clusters or seed are not those they were made with.
+def lr_at(step, steps_per_epoch, epochs, lr, warmup):
+    """The learning rate of `step`: linear over `warmup` epochs, from a fiftieth of `lr` up to the
+    cosine below; then that cosine at the end of the epoch. It runs from `lr` to a thousandth of it
+    over all epochs."""
 
-    Raises ValueError where the kept file cannot be read."""
-    path = pathlib.Path(args.out) / "pseudo_labels.pt"
-    kind = "AdvCL pseudo-label file"
-    hint = "move it away, and it is made again"
-    teacher = encoders.load_encoder(args.teacher).to(env.device)
-    weights = hashlib.sha256(pathlib.Path(args.teacher).read_bytes()).hexdigest()
-    made_with = {"data": images.checksum(), "image_size": size, "teacher": weights,
-                 "clusters": args.clusters, "seed": args.seed}
-    if env.rank == 0 and not (path.exists() and encoders.read(path, kind, hint)["made_with"] == made_with):
-        with torch.no_grad():
-            parts = images.stream(torch.arange(len(images)).split(500))
-            h = torch.cat([teacher(resize(x, size)) for x, _ in parts])
-        h = F.normalize(h, dim=1)  # (N, D)
-        generator = torch.Generator().manual_seed(args.seed)
-        labels = torch.stack([kmeans(h, k, generator) for k in args.clusters], 1).cpu()
-        files.save({"format": kind, "made_with": made_with, "labels": labels}, path)
-    dist.barrier()
-    return encoders.read(path, kind, hint)["labels"].to(env.device)
-
-
-def lr_at(step, per_epoch, epochs, lr, warmup):
-    """Linear over `warmup` epochs of `per_epoch` steps, from a fiftieth of `lr` up to c(warmup), c being a
-    cosine over the run from `lr` to a thousandth of it; then c at the end of the epoch."""
-    def c(epoch):
+    def cosine_at(epoch):
         return optim.cosine(epoch / epochs, lr, lr / 1000)
 
-    if step < warmup * per_epoch:
-        return lr / 50 + (c(warmup) - lr / 50) * step / (warmup * per_epoch)
-    return c(step // per_epoch + 1)
+    if step < warmup * steps_per_epoch:
+        return lr / 50 + (cosine_at(warmup) - lr / 50) * step / (warmup * steps_per_epoch)
+    return cosine_at(step // steps_per_epoch + 1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -212,29 +238,32 @@ def lr_at(step, per_epoch, epochs, lr, warmup):
 def parser():
     p = run.parser(__doc__, name="advcl", arch="resnet18")
     p.add_argument("--views", choices=VIEWS, nargs="+", default=["x+d", "x1", "x2", "xh"],
-                   help=" ".join(VIEWS))
-    p.add_argument("--teacher", help="exported encoder, for the pseudo-labels")
+                   help="strong crops x1 x2, the weak crop x, its low and high frequencies xl xh; +d is attacked "
+                        "(paper)")
+    p.add_argument("--teacher", help="exported encoder, for the pseudo-labels; default: none (ours)")
     p.add_argument("--clusters", type=run.integer(2), nargs="+", default=[2, 10, 50, 100, 500],
-                   help="K of each k-means")
-    p.add_argument("--cluster-weight", type=run.number(above=0), default=0.2, help="lambda")
+                   help="K of each k-means (paper)")
+    p.add_argument("--cluster-weight", type=run.number(above=0), default=0.2, help="lambda (authors' code)")
     p.add_argument("--cutoff", type=run.number(), default=8.0,
-                   help="lowest frequency in xh, periods an image")
-    p.add_argument("--epochs", type=run.integer(0), default=1000, help="0 exports the random encoder")
+                   help="the lowest frequency in xh, in periods per image (paper)")
+    p.add_argument("--epochs", type=run.integer(0), default=1000,
+                   help="0 exports the random encoder (authors' code)")
     p.add_argument("--batch-size", type=run.integer(1), default=512,
-                   help="images a step, over all processes")
-    p.add_argument("--lr", type=run.number(), default=0.5, help="of SGD, at its peak")
-    p.add_argument("--warmup", type=run.integer(0), default=10, help="epochs")
-    p.add_argument("--weight-decay", type=run.number(0, 1e6), default=1e-4)
-    p.add_argument("--temperature", type=run.number(above=0), default=0.5)
+                   help="images per step, over all processes (authors' code)")
+    p.add_argument("--lr", type=run.number(), default=0.5, help="of SGD, at its peak (authors' code)")
+    p.add_argument("--warmup", type=run.integer(0), default=10, help="in epochs (authors' code)")
+    p.add_argument("--weight-decay", type=run.number(0, 1e6), default=1e-4, help="(authors' code)")
+    p.add_argument("--temperature", type=run.number(above=0), default=0.5, help="T (authors' code)")
     p.add_argument("--eps", type=run.number(0, 255), default=8.0,
-                   help="linf radius of the attacks, in 1/255")
-    p.add_argument("--step-size", type=run.number(0, 255), default=2.0, help="of the attacks, in 1/255")
-    p.add_argument("--steps", type=run.integer(0), default=5, help="of the attacks")
+                   help="linf radius of the attacks, in 1/255 (paper)")
+    p.add_argument("--step-size", type=run.number(0, 255), default=2.0,
+                   help="of the attacks, in 1/255 (authors' code)")
+    p.add_argument("--steps", type=run.integer(0), default=5, help="of the attacks (paper)")
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
-                   help="start the attacks at a random point of the ball (authors' code); without, at the "
-                        "image: with --steps 1 and --step-size equal to --eps that is FGSM")
+                   help="start the attacks at random points of the ball (authors' code); without it, at "
+                        "the images: with --steps 1 and --step-size equal to --eps that is FGSM")
     p.add_argument("--image-size", type=run.integer(1, 10000),
-                   help="side of a view; default: that of the data's images, of a folder's 32")
+                   help="side of a view in pixels; default: that of the images, and 32 for a folder")
     return p
 
 
@@ -246,8 +275,9 @@ def check(args):
 
 
 def network(arch, clusters):
-    """Encoder with BN branches, (B, 3, S, S) in [0, 1], not normalised, -> (B, D); projector D -> 128, its BN
-    without branches; given `clusters`, classifier D -> sum of all K."""
+    """A dict of networks: "encoder" with BatchNorm branches, images (B, 3, S, S), not normalised,
+    -> (B, D); "projector" D -> 128, whose BatchNorm has no branches; given `clusters`, "classifier"
+    D -> sum of all K."""
     branches = ("adv", "clean", "adv_ce") if clusters else ("adv", "clean")
     encoder = encoders.make(arch, branches, mean=(0, 0, 0), std=(1, 1, 1))
     projector = encoders.mlp(encoder.dim, encoder.dim, 128, norm=nn.BatchNorm1d)
@@ -257,30 +287,77 @@ def network(arch, clusters):
     return net.to(memory_format=torch.channels_last)
 
 
-def pictures(path, net, images, size, args):
-    """Rows of up to eight: x1, x2, x, the high frequencies (about grey), then each attacked view and its
-    perturbation (grey is none, full scale is eps). Batch statistics here are those of these few."""
+def pseudo_labels(args, env, images, size):
+    """Pseudo-labels (N, len(--clusters)): k-means on the teacher's normalised features of the
+    images as they are.
+
+    They are kept in --out, and made again where the data, the image size, the teacher, the clusters
+    or the seed are others than those they were made with. Raises ValueError where the kept file
+    cannot be read.
+    """
+    path = pathlib.Path(args.out) / "pseudo_labels.pt"
+    format_name = "AdvCL pseudo-label file"
+    advice = "move it away, and it is made again"
+    teacher = encoders.load_encoder(args.teacher).to(env.device)
+    weights = hashlib.sha256(pathlib.Path(args.teacher).read_bytes()).hexdigest()
+    made_with = {"data": images.checksum(), "image_size": size, "teacher": weights,
+                 "clusters": args.clusters, "seed": args.seed}
+    if env.rank == 0 and not (path.exists() and encoders.read(path, format_name, advice)["made_with"] == made_with):
+        with torch.no_grad():
+            batches = images.stream(torch.arange(len(images)).split(500))
+            h = torch.cat([teacher(resize(x, size)) for x, _ in batches])
+        h = F.normalize(h, dim=1)  # (N, D)
+        generator = torch.Generator().manual_seed(args.seed)
+        labels = torch.stack([kmeans(h, k, generator) for k in args.clusters], 1).cpu()
+        files.save({"format": format_name, "made_with": made_with, "labels": labels}, path)
+    dist.barrier()
+    return encoders.read(path, format_name, advice)["labels"].to(env.device)
+
+
+def start_noise(x, views, rng):
+    """Where the attack on the classifier and those on the A attacked views start: (A + 1, B, 3, S,
+    S), uniform in [-1, 1]."""
+    attacks = 1 + sum(is_attacked(view) for view in views)
+    return 2 * rng.uniform(attacks, *x.shape[1:], device=x.device).transpose(0, 1) - 1
+
+
+def attack_settings(args):
+    """The named arguments of `attack` as the flags have them, lengths in pixels."""
+    return dict(eps=args.eps / 255, step_size=args.step_size / 255, steps=args.steps)
+
+
+def pictures(net, images, size, args):
+    """Rows for `save_rows` of up to eight images: both strong views, the weak one, its high
+    frequencies (about grey), then each attacked view and what the attack added. Batch statistics
+    are those of these few images."""
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
-    x1, x2, x, noise = augment(x, rng, size, args.views)
+    x1, x2, x = augment(x, rng, size)
+    noise = start_noise(x, args.views, rng)[1:] if args.random_start else None
     clean, to_attack = choose(args.views, x1, x2, x, args.cutoff)
     with frozen_stats(net):
-        z = [embed(net, view, "clean").detach() for view in clean]
-    rows = [x1, x2, x, 0.5 + high_frequency(x, args.cutoff)]
-    x_adv = attack(net, lambda x: contrast(net, x, z, args.temperature), to_attack, noise[1:], args)
-    for view, adv in zip(to_attack, x_adv):
-        rows += [adv, 0.5 + (adv - view) / (2 * max(args.eps / 255, 1e-8))]
-    run.save_picture(torch.cat(rows), path, len(x))
+        constants = [embed(net, view, "clean").detach() for view in clean]
+
+    def loss_of_views(x_adv):
+        return contrast(net, x_adv, constants, args.temperature)
+
+    x_adv = attack(net, loss_of_views, to_attack, noise, **attack_settings(args))
+    rows = [("x1", x1), ("x2", x2), ("x", x), ("xh", 0.5 + high_frequency(x, args.cutoff))]
+    names = [view for view in args.views if is_attacked(view)]
+    for name, before, after in zip(names, to_attack, x_adv):
+        rows += [(name, after), (f"d of {name}", difference(after, before, args.eps / 255))]
+    return rows
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
     check(args)
     env = run.setup(args)
-    device, out = env.device, pathlib.Path(args.out)
+    device = env.device
+    out = pathlib.Path(args.out)
     images = data.load(args.data, args.data_dir, "train", device, args.limit,
                        args.image_size or 32, args.workers)
     size = run.image_size(args, images)
-    steps = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
+    steps_per_epoch = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
     clusters = args.clusters if args.teacher else []
 
     net = run.to_device(network(args.arch, clusters), args, env)
@@ -288,30 +365,35 @@ def main(argv=None):
     if args.compile:
         net["encoder"].compile()
 
-    log = Log(args, env, steps * args.epochs, images)
+    log = Log(args, env, steps_per_epoch * args.epochs, images)
     state = dict(net=net, opt=opt, log=log)
     step = run.resume(args, env, state)
     if clusters:  # only now: another run's labels in this folder must not be overwritten
         images.y = pseudo_labels(args, env, images, size)
     chance = math.log(len(args.views) * args.batch_size - 1) * args.temperature / BASE_TEMPERATURE
-    log.start(step, f"chance loss_con ln(VB - 1) T / 0.07 = {chance:.3f}; "
-              + (f"pseudo-labels, K = {clusters}" if clusters else "no --teacher, so no pseudo-labels"))
+    about_labels = f"pseudo-labels, K = {clusters}" if clusters else "no --teacher, so no pseudo-labels"
+    log.start(step, f"chance loss_con ln(VB - 1) T / 0.07 = {chance:.3f}; {about_labels}")
 
-    for epoch in range(step // steps, args.epochs):
-        begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
-        for x, y, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
+    settings = dict(views=args.views, cutoff=args.cutoff, clusters=clusters, cluster_weight=args.cluster_weight,
+                    temperature=args.temperature, **attack_settings(args))
+    for epoch in range(step // steps_per_epoch, args.epochs):
+        first = step % steps_per_epoch  # not 0 where a run was stopped within an epoch
+        for x, y, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, first):
             run.stop_if_signalled(args, env, state, step)
-            lr = lr_at(step, steps, args.epochs, args.lr, args.warmup)
+            lr = lr_at(step, steps_per_epoch, args.epochs, args.lr, args.warmup)
             optim.set_lr(opt, lr)
-            x1, x2, x, noise = augment(x, rng, size, args.views)
-            losses = train_step(net, opt, x1, x2, x, y, clusters, noise, args)
+            x1, x2, x = augment(x, rng, size)
+            noise = start_noise(x, args.views, rng) if args.random_start else None
+            losses = train_step(net, opt, x1, x2, x, y, noise, **settings)
             log.step(step, len(x) * env.world, **losses)
             step += 1
         log.epoch(epoch, step, lr=lr)
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            # Before the checkpoint, so that none is missing when the run goes on; and by all processes, as
-            # a SyncBatchNorm in train mode asks them all.
-            pictures(out / "views.png" if env.rank == 0 else None, net, images, size, args)
+            # Pictures come before the checkpoint, so that none is missing when the run goes on. All
+            # processes draw them: a SyncBatchNorm in train mode asks them all.
+            rows = pictures(net, images, size, args)
+            if env.rank == 0:
+                save_rows(out / "views.png", rows, key=(f"-{args.eps:g}/255", f"+{args.eps:g}/255"))
             run.save(args, env, state, step)
     if env.rank == 0:
         encoders.export(net["encoder"], out / "encoder.pt", "adv", image_size=size)

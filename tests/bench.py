@@ -281,7 +281,7 @@ def advcl_attack(s, dtype):
         with frozen_stats(net):
             z = [v.detach() for v in embed_clean()]
         return advcl.attack(net, lambda x: advcl.contrast(net, x, z, args.temperature),
-                            to_attack, noise[None], args)[0]
+                            to_attack, noise[None], **advcl.attack_settings(args))[0]
 
     return Attacked(ours, lambda x: advcl.contrast(net, x[None], embed_clean(), args.temperature),
                     x, start, args.eps / 255, args.step_size / 255, args.steps, (net,), frozen_stats)
@@ -447,11 +447,12 @@ def advcl_step(s, variant, compiled):
     opt, (x1, x2), (x, _) = torch.optim.SGD(net.parameters(), 0.0, momentum=0.9), views(s), views(s)
     noise = 2 * torch.rand(2, s.batch, 3, 32, 32, device=s.device) - 1
     y = torch.stack([torch.arange(s.batch, device=s.device) % k for k in args.clusters], 1)
+    settings = named(advcl.train_step, advcl, clusters=clusters)
     if compiled:
         net["encoder"].compile()
 
     def one():
-        advcl.train_step(net, opt, x1, x2, x, y, clusters, noise, args)
+        advcl.train_step(net, opt, x1, x2, x, y, noise, **settings)
 
     return one
 

@@ -56,7 +56,11 @@ def launch(script, *flags, **how):
 
 def named(function, script, *flags, **others):
     """The named arguments of `function` of the module `script` as its flags have them; `others` win."""
-    args = read_flags(script, *flags)
+    return named_by(function, script, read_flags(script, *flags), **others)
+
+
+def named_by(function, script, args, **others):
+    """The same of flags that were read."""
     values = {**vars(args), **(script.attack_settings(args) if hasattr(script, "attack_settings") else {}), **others}
     if isinstance(values.get("variant"), str):
         values["variant"] = script.VARIANTS[values["variant"]]

@@ -13,7 +13,7 @@ import advcl
 from common import data, encoders, run, shapes
 from common.pgd import frozen_stats, pgd
 from tests.recipes import X, Z, unit
-from tests.scripts import read_flags
+from tests.scripts import named_by, read_flags
 
 
 def slow_multiview_loss(views, T):
@@ -123,6 +123,10 @@ def arguments(*flags, **others):
     return SimpleNamespace(**{**vars(advcl.parser().parse_args(flags)), **others})
 
 
+def lengths(args):
+    return advcl.attack_settings(args)
+
+
 def slow_objective(net, x_cl, x_ce):
     """Eq. 9 at given perturbations: L_con, CE, L."""
     z = [net["projector"](v.flatten(1)) for v in (x_cl, x.flip(3), x.flip(2), advcl.high_frequency(x))]
@@ -140,12 +144,13 @@ def slow_objective(net, x_cl, x_ce):
 def test_attacks_and_step_equal_printed_values_and_slow_loops(steps, moved_cl, moved_ce, L_con, CE, L):
     net, args = Printed(), arguments(steps=steps)
     constants = [net["projector"](v.flatten(1)) for v in (x.flip(3), x.flip(2), advcl.high_frequency(x))]
-    (x_cl,) = advcl.attack(net, lambda v: advcl.contrast(net, v, constants, 0.5), x[None], noise[1:], args)
-    x_ce = advcl.attack(net, lambda v: advcl.cluster_loss(net, v, labels, CLUSTERS), x, noise[0], args)
+    (x_cl,) = advcl.attack(net, lambda v: advcl.contrast(net, v, constants, 0.5), x[None], noise[1:], **lengths(args))
+    x_ce = advcl.attack(net, lambda v: advcl.cluster_loss(net, v, labels, CLUSTERS), x, noise[0], **lengths(args))
     assert [(x_cl - x).sum().item(), (x_ce - x).sum().item()] == pytest.approx([moved_cl, moved_ce], rel=1e-9)
     assert [v.item() for v in slow_objective(net, x_cl, x_ce)] == pytest.approx([L_con, CE, L], rel=1e-9)
     opt = torch.optim.SGD(net.parameters(), 0.0)
-    losses = advcl.train_step(net, opt, x.flip(3), x.flip(2), x, labels, CLUSTERS, noise, args)
+    losses = advcl.train_step(net, opt, x.flip(3), x.flip(2), x, labels, noise,
+                              **named_by(advcl.train_step, advcl, args, clusters=CLUSTERS))
     assert [losses[k].item() for k in ("loss_con", "loss_ce", "loss")] == pytest.approx([L_con, CE, L], rel=1e-9)
     slow = Printed()
     slow_objective(slow, x_cl, x_ce)[2].backward()
@@ -163,7 +168,8 @@ def real(*flags, clusters=CLUSTERS):
 
 
 def one_step(net, x, y, noise, args, clusters=CLUSTERS):
-    return advcl.train_step(net, torch.optim.SGD(net.parameters(), 0.1), *x, y, clusters, noise, args)
+    return advcl.train_step(net, torch.optim.SGD(net.parameters(), 0.1), *x, y, noise,
+                            **named_by(advcl.train_step, advcl, args, clusters=clusters))
 
 
 def test_clean_views_embedded_once_change_no_bit():
@@ -180,7 +186,7 @@ def test_clean_views_embedded_once_change_no_bit():
         eps = 8 / 255
         want = pgd(again, x, eps, 2 / 255, 5, start=(x + eps * noise[1]).clamp(0, 1))
     args.steps = 5
-    (found,) = advcl.attack(net, lambda v: advcl.contrast(net, v, z, 0.5), x[None], noise[1:], args)
+    (found,) = advcl.attack(net, lambda v: advcl.contrast(net, v, z, 0.5), x[None], noise[1:], **lengths(args))
     assert torch.equal(found, want)
     with frozen_stats(net):
         assert again(want) > again(x) + 1e-3
@@ -194,7 +200,7 @@ def test_each_pass_moves_its_own_branch_once_and_the_attacks_leave_no_trace():
     assert net["projector"][1].num_batches_tracked == 4
     assert all(m.training for m in net.modules())
     before = copy.deepcopy(net.state_dict())
-    advcl.attack(net, lambda v: advcl.cluster_loss(net, v, y, CLUSTERS), x[2], noise[0], args)
+    advcl.attack(net, lambda v: advcl.cluster_loss(net, v, y, CLUSTERS), x[2], noise[0], **lengths(args))
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
@@ -202,14 +208,14 @@ def test_each_pass_moves_its_own_branch_once_and_the_attacks_leave_no_trace():
 def test_a_norm_is_of_one_view_of_one_image(flags, monkeypatch):
     """Were the norm l2, every view of every image would move by the radius, not all images of a view by it."""
     monkeypatch.setattr(advcl, "pgd", lambda *a, **more: pgd(*a, norm="l2", **more))
-    net, (x1, x2, x), y, noise, args = real(*flags, "--no-random-start")
+    net, (x1, x2, x), y, _, args = real(*flags)
     x1, x2, x = (0.3 + 0.4 * v for v in (x1, x2, x))  # far from the box
     args.steps, args.step_size, args.eps = 1, 8.0, 8.0
     clean, attacked = advcl.choose(args.views, x1, x2, x, 8)
     z = [advcl.embed(net, v, "clean").detach() for v in clean]
     for start, objective in ((attacked, lambda v: advcl.contrast(net, v, z, 0.5)),
                              (x, lambda v: advcl.cluster_loss(net, v, y, CLUSTERS))):
-        x_adv = advcl.attack(net, objective, start, noise[1:] if start is attacked else noise[0], args)
+        x_adv = advcl.attack(net, objective, start, None, **lengths(args))
         length = (x_adv - start).flatten(-3).norm(dim=-1)
         torch.testing.assert_close(length, torch.full_like(length, 8 / 255), rtol=1e-4, atol=0)
 
@@ -230,7 +236,7 @@ def test_views_select_the_rows_of_table_4(row):
     images = {"x1": x[0], "x2": x[1], "x": x[2], "xh": x[2] - low, "xl": low}
     z = [advcl.embed(kept, images[v], "clean").detach() for v in row.split() if "+d" not in v]
     attacked = torch.stack([images[v[:-2]] for v in row.split() if "+d" in v])
-    x_adv = advcl.attack(kept, lambda v: advcl.contrast(kept, v, z, 0.5), attacked, noise[1:], args)
+    x_adv = advcl.attack(kept, lambda v: advcl.contrast(kept, v, z, 0.5), attacked, noise[1:], **lengths(args))
     assert (x_adv - attacked).abs().max() <= 8 / 255 + 1e-6 and 0 <= x_adv.min() and x_adv.max() <= 1
     z += [advcl.embed(kept, v, "adv") for v in x_adv]
     assert len(z) == len(row.split())
@@ -284,7 +290,7 @@ def test_a_run_with_a_teacher_uses_the_labels_of_its_images_and_says_so(tmp_path
     args, env, images = setting(tmp_path)
     seen, step = [], advcl.train_step
     monkeypatch.setattr(data, "load", lambda *_: data.Images(images.x, images.y, 10))
-    monkeypatch.setattr(advcl, "train_step", lambda *a: seen.append((a[4], a[5], a[6])) or step(*a))
+    monkeypatch.setattr(advcl, "train_step", lambda *a, **named: seen.append((a[4], a[5], named["clusters"])) or step(*a, **named))
     flags = ["--arch", "slim", "--batch-size", "20", "--steps", "1", "--warmup", "0", "--device", "cpu"]
     teacher = ["--teacher", args.teacher, "--clusters", "2", "5"]
     advcl.main([*flags, *teacher, "--epochs", "1", "--out", str(tmp_path / "with")])

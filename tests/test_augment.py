@@ -66,7 +66,7 @@ def plain(script, *names, **flags):
         "amoc": lambda: [module.augment(x, rng, 32)],
         "rocl": lambda: [module.augment(x, rng, 32)],
         "acl": lambda: [module.augment(x, rng, 32)],
-        "advcl": lambda: list(module.augment(x, rng, 32, ["x+d", "x1", "x2", "xh"])[:3]),
+        "advcl": lambda: list(module.augment(x, rng, 32)),
         "adco": lambda: in_order(*module.views(x, rng, 32, args)),
         "caco": lambda: module.views(x, rng, 32, args),
         "byorl": lambda: [module.augment(x, rng, 32, p) for p in (0, 0.2)],

@@ -1,6 +1,4 @@
 """Losses over in-batch negatives: a real train_step on two processes is that on one, loss and gradient."""
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
@@ -10,6 +8,7 @@ import advcl
 import rocl
 from tests.processes import in_two_processes
 from tests.recipes import X, Z
+from tests.scripts import named
 
 
 def linear(n, d):
@@ -21,17 +20,21 @@ def linear(n, d):
 def gradients(script, rank, world):
     """Losses and the weights' gradient of one step on this process's share of eight images, unattacked: within an
     attack negatives are the process's own."""
-    args = SimpleNamespace(**{**vars(script.parser().parse_args([])), "eps": 0.0})
+    settings = {"eps": 0.0}
     x = X(8, 3, 4, 4).chunk(world)[rank]
     views, noise = [x.flip(3), x.flip(2)], torch.zeros(2, *x.shape, dtype=torch.float64)
     net = nn.Sequential(nn.Flatten(), linear(6, 48))
     if script is advcl:
         net = nn.ModuleDict({"encoder": nn.Flatten(), "projector": linear(6, 48), "classifier": linear(5, 48)})
-        args.cutoff, labels = 2.0, torch.stack([torch.arange(8) % k for k in (2, 3)], 1).chunk(world)[rank]
-        views += [x, labels, [2, 3]]
+        settings |= {"cutoff": 2.0, "clusters": [2, 3]}
+        labels = torch.stack([torch.arange(8) % k for k in (2, 3)], 1).chunk(world)[rank]
+        views += [x, labels]
     opt = torch.optim.SGD(net.parameters(), 0.0)
-    losses = script.train_step(net, opt, *views, noise[0] if script is rocl else noise.transpose(0, 1)
-                               if script is acl else noise, args)
+    if script is rocl:
+        noise = noise[0]
+    if script is acl:
+        noise = noise.transpose(0, 1)
+    losses = script.train_step(net, opt, *views, noise, **named(script.train_step, script, **settings))
     return {k: v.detach() for k, v in losses.items()}, [p.grad for p in net.parameters()]
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 import advcl
 from tests import steps
+from tests.scripts import named
 
 B = 4  # images a step
 EPS, STEP_SIZE, STEPS = 40 / 255, 25 / 255, 2
@@ -17,8 +18,8 @@ FLAGS = ["--eps", "40", "--step-size", "25", "--steps", "2", "--temperature", "0
 
 
 def step_of_script(views, clusters, net, opt, x1, x2, x, labels, noise):
-    args = advcl.parser().parse_args(["--views", *views, *FLAGS])
-    return advcl.train_step(net, opt, x1, x2, x, labels, clusters, noise, args)
+    settings = named(advcl.train_step, advcl, "--views", *views, *FLAGS, clusters=clusters)
+    return advcl.train_step(net, opt, x1, x2, x, labels, noise, **settings)
 
 
 # The oracle: AdvCL as the paper has it ----------------------------------------------------------------------

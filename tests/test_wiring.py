@@ -645,7 +645,7 @@ def test_views_are_of_the_steps_images_and_never_the_same_twice(case, watched):
 
 AUGMENTED = {  # what augment is told for the views of a step, in turn, besides the side
     "amoc": [{}, {}], "rocl": [{}, {}], "acl": [{}, {}], "adios": [{}, {}], "adv_mae": [{}],
-    "advcl": [dict(views=["x+d", "x1", "x2", "xh"])], "advcl teacher": [dict(views=["x1+d", "x2+d", "xl"])],
+    "advcl": [{}], "advcl teacher": [{}],
     "adco": [dict(side=224), dict(side=224)],
     "adco multi-crop": [dict(side=side) for side in (224, 192, 160, 128, 96, 224)],
     "caco": [dict(view=(224, (0.2, 1.0), 0.2, 1.0, 0.0)), dict(view=(224, (0.2, 1.0), 0.2, 0.1, 0.2))],
