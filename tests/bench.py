@@ -531,7 +531,7 @@ def byorl_step(s, variant, compiled):
         net.compile(), target.compile()
 
     def one():
-        byorl.train_step(net, target, opt, x1, x2, noise, 1.0, args)
+        byorl.train_step(net, target, opt, x1, x2, noise, tau=1.0, **byorl.attack_settings(args))
 
     return one
 

@@ -14,8 +14,8 @@ WEIGHT_DECAY, TRUST = 0.01, 0.02
 
 
 def step_of_script(flags, net, target, opt, x1, x2, noise, tau):
-    args = byorl.parser().parse_args(flags)
-    return byorl.train_step(net, target, opt, x1, x2, noise, tau, args)
+    settings = byorl.attack_settings(byorl.parser().parse_args(flags))
+    return byorl.train_step(net, target, opt, x1, x2, noise, tau=tau, **settings)
 
 
 # The oracle: BYORL as the paper has it ----------------------------------------------------------------------
@@ -70,11 +70,11 @@ def step_of_paper(online, target, momentum, x1, x2, noise, lr, tau, how):
     steps.lars(online, loss, momentum, lr, WEIGHT_DECAY, TRUST, spare_vectors=True)
     steps.moving_average(target, online, tau)
 
-    blind = 0.0  # the loss of the best prediction that is the same for all images, along the mean unit z
+    constant = 0.0  # the loss of the best prediction that is the same for all images, along the mean unit z
     for z in (z1, z2):
         best = sum(row / row.norm() for row in z)
-        blind = blind + disagreement(best.expand_as(z), z)
-    return {"loss": loss, "blind": blind}
+        constant = constant + disagreement(best.expand_as(z), z)
+    return {"loss": loss, "constant_loss": constant}
 
 
 # The comparison ---------------------------------------------------------------------------------------------
