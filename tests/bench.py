@@ -46,7 +46,7 @@ from common.bank import Bank
 from common.log import header
 from common.pgd import eval_mode, frozen_stats, pgd
 from common.unet import UNet
-from tests.scripts import named
+from tests.scripts import named, named_by
 
 SCRIPTS = {  # variants, the base first; made by <script>_step. Those of the masked autoencoders are flags
     "amoc": ("CCC", "ACC", "ACA", "AAC", "CAC"),
@@ -476,15 +476,16 @@ def bank_step(s, script, args, compiled):
     x1, x2 = inputs(s)[2:]
     if compiled:
         net.compile(), target.compile()
+    settings = named_by(script.train_step, script, args)
     if script is caco:
-        inputs_of_step = [x1, x2], args.ema, args.bank_lr, args
+        inputs_of_step = [[x1, x2]]
     else:
         x_q, x_k = ([x1, x2], [x2, x1]) if args.symmetric else ([x1], [x2])
         order = torch.randperm(s.batch, device=s.device)
-        inputs_of_step = x_q, x_k, order, [2 * torch.rand_like(x) - 1 for x in x_q], args
+        inputs_of_step = x_q, x_k, order, [2 * torch.rand_like(x) - 1 for x in x_q]
 
     def one():
-        script.train_step(net, target, opt, bank, *inputs_of_step)
+        script.train_step(net, target, opt, bank, *inputs_of_step, **settings)
 
     return one
 

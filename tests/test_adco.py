@@ -16,7 +16,7 @@ from common.pgd import eval_mode, pgd
 from tests.processes import in_two_processes
 from tests.recipes import X, Z, unit
 from tests.test_readme import commands
-from tests.scripts import read_flags
+from tests.scripts import named_by, read_flags
 
 
 def S(n, d, p):
@@ -148,9 +148,18 @@ def arguments(**flags):
     return SimpleNamespace(**{**vars(adco.parser().parse_args([])), "eps": 8.0, **flags})
 
 
+def attack(net, x, k, keys, bank, noise, args):
+    return adco.attack(net, x, k, keys, bank, noise, **adco.attack_settings(args))
+
+
+def train_step(net, target, opt, bank, x_q, x_k, order, noise, args):
+    settings = named_by(adco.train_step, adco, args)
+    return adco.train_step(net, target, opt, bank, x_q, x_k, order, noise, **settings)
+
+
 def test_the_hybrids_attack_equals_printed_values():
     net = Linear()
-    x_adv = adco.attack(net, x1, key, None, W, START, arguments())
+    x_adv = attack(net, x1, key, None, W, START, arguments())
     d = (x_adv - x1).flatten(1)
     assert [(d * S(4, 48, 3)).sum().item(), d.abs().sum().item()] == pytest.approx(
         [-0.5178698677543978, 4.465596782585069], rel=1e-9)
@@ -160,19 +169,19 @@ def test_the_hybrids_attack_equals_printed_values():
     assert torch.autograd.grad(loss, net.W)[0].norm().item() == pytest.approx(0.7148191607210505, rel=1e-9)
     g = bank_gradient(unit(net(x_adv)).detach(), key, W, 0.02)
     assert g.norm().item() == pytest.approx(0.045378809810428564, rel=1e-9)
-    fgsm = adco.attack(net, x1, key, None, W, 0 * START, arguments(steps=1, step_size=8.0))
+    fgsm = attack(net, x1, key, None, W, 0 * START, arguments(steps=1, step_size=8.0))
     assert ((fgsm - x1).flatten(1) * S(4, 48, 3)).sum().item() == pytest.approx(-0.13961055101384331, rel=1e-9)
     assert slow_loss(unit(net(fgsm)), key, W, 0.12).item() == pytest.approx(0.23449000222372507, rel=1e-9)
 
 
 def test_the_hybrids_attack_sees_the_keys_that_are_negatives():
     net, keys = Linear(), unit(S(6, 6, 3))
-    fgsm = arguments(steps=1, step_size=8.0, random_start=False)
-    x_adv = adco.attack(net, x1, key, keys, W, START, fgsm)
+    fgsm = arguments(steps=1, step_size=8.0)
+    x_adv = attack(net, x1, key, keys, W, None, fgsm)
     x = x1.clone().requires_grad_()
     (g,) = torch.autograd.grad(slow_loss(unit(net(x)), key, W, 0.12, keys), x)
     torch.testing.assert_close(x_adv, (x1 + 8 / 255 * g.sign()).clamp(0, 1), rtol=0, atol=1e-12)
-    assert not torch.equal(x_adv, adco.attack(net, x1, key, None, W, START, fgsm))
+    assert not torch.equal(x_adv, attack(net, x1, key, None, W, None, fgsm))
 
 
 def memory(rows):
@@ -188,7 +197,7 @@ def step(net, target, x_q, x_k, bank=None, **flags):
     opt = torch.optim.SGD(net.parameters(), 0.0)
     order = torch.arange(len(x_q[0])).flip(0)
     noise = [START[: len(x)] for x in x_q] if args.eps else None
-    return adco.train_step(net, target, opt, bank, x_q, x_k, order, noise, args), bank
+    return train_step(net, target, opt, bank, x_q, x_k, order, noise, args), bank
 
 
 @pytest.mark.parametrize("flags, weight", [
@@ -203,7 +212,7 @@ def test_a_step_is_descent_of_the_network_and_ascent_of_the_bank_at_one_point(fl
     for i, (share, x) in enumerate(zip(weight, x_q)):
         k = unit(Linear()(x_k[i % len(x_k)])).detach()
         if flags.get("eps", 8.0):
-            x = adco.attack(slow, x, k, None, W, START, arguments())
+            x = attack(slow, x, k, None, W, START, arguments())
         keys = k if "batch_negatives" in flags else None
         loss = loss + share * slow_loss(unit(slow(x)), k, W, 0.12, keys)
         climb = climb + share * slow_loss(unit(slow(x)).detach(), k, w, 0.05, keys)
@@ -222,9 +231,9 @@ def test_a_step_gathers_each_key_once_and_never_within_an_attack(flags, queries,
     """A process that attacks alone, as for a picture, must not wait for the others."""
     gathered, attack = [], adco.attack
 
-    def alone(*args):
+    def alone(*args, **settings):
         before = len(gathered)
-        x_adv = attack(*args)
+        x_adv = attack(*args, **settings)
         assert len(gathered) == before
         return x_adv
 
@@ -238,7 +247,7 @@ def test_a_step_gathers_each_key_once_and_never_within_an_attack(flags, queries,
 def test_a_symmetric_step_is_one_pass_over_stacked_rows():
     q1, q2, k1, k2 = (unit(S(4, 6, p)) for p in (0, 0.4, 0.1, 0.5))
     w = W.clone().requires_grad_()
-    both = adco.objective([(q1, k2, None), (q2, k1, None)], w, 0.05, arguments(symmetric=True))
+    both = adco.objective([(q1, k2, None), (q2, k1, None)], w, 0.05, True)
     stacked = adco.contrastive_loss(torch.cat([q1, q2]), torch.cat([k2, k1]), w, 0.05)
     assert both.item() == pytest.approx(stacked.item(), rel=1e-12)
     torch.testing.assert_close(*(torch.autograd.grad(f, w)[0] for f in (both, stacked)), rtol=1e-12, atol=1e-12)
@@ -310,7 +319,7 @@ def test_the_attack_climbs_and_leaves_no_trace_and_its_constants_change_no_bit()
     net, target, bank, x1, x2, noise = real()
     k = F.normalize(target(x2), dim=1).detach()
     before, args, eps = copy.deepcopy(net.state_dict()), arguments(), 8 / 255
-    x_adv = adco.attack(net, x1, k, None, bank.rows, noise, args)
+    x_adv = attack(net, x1, k, None, bank.rows, noise, args)
     assert all(torch.equal(v, before[name]) for name, v in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters()) and all(m.training for m in net.modules())
     assert (x_adv - x1).abs().max() <= eps + 1e-6 and 0 <= x_adv.min() and x_adv.max() <= 1
@@ -330,8 +339,8 @@ def test_a_step_of_the_hybrid_moves_running_statistics_once():
     net[0].bn1.momentum = 1.0
     args = arguments()
     k = adco.embed_keys(copy.deepcopy(target), [x2], torch.arange(8))[0]
-    x_adv = adco.attack(net, x1, k, None, bank.rows, noise, args)
-    adco.train_step(net, target, torch.optim.SGD(net.parameters(), 0.1), bank, [x1], [x2], torch.arange(8),
+    x_adv = attack(net, x1, k, None, bank.rows, noise, args)
+    train_step(net, target, torch.optim.SGD(net.parameters(), 0.1), bank, [x1], [x2], torch.arange(8),
                     [noise], arguments(ema=1.0))
     first = net[0].conv1((x_adv - net[0].mean) / net[0].std)  # conv1 has moved: its sign is enough
     assert net[0].bn1.running_mean.sign().eq(first.mean((0, 2, 3)).sign()).float().mean() > 0.8
@@ -344,7 +353,7 @@ def on_ranks(rank, world):
     opt = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
     args = arguments(batch_negatives=True, bank_lr=0.3)
     for _ in range(3):
-        losses = adco.train_step(net, target, opt, bank, [x], [x.flip(3)], g, [0 * x], args)
+        losses = train_step(net, target, opt, bank, [x], [x.flip(3)], g, [0 * x], args)
     return losses["loss"].detach(), net.W.detach(), bank.rows, bank.velocity
 
 
@@ -413,9 +422,9 @@ def test_views_of_the_crops_have_the_published_sides():
             return torch.full((2, *shape), 0.5)
 
     x = torch.zeros(2, 3, 224, 224, dtype=torch.uint8)
-    x_q, x_k = adco.views(x, Half(), 224, arguments(multi_crop=True))
+    x_q, x_k = adco.views(x, Half(), 224, **adco.view_settings(arguments(multi_crop=True)))
     assert [v.shape[3] for v in x_q] == [224, 192, 160, 128, 96] and [v.shape[3] for v in x_k] == [224]
-    x_q, x_k = adco.views(x, Half(), 32, arguments(symmetric=True))
+    x_q, x_k = adco.views(x, Half(), 32, **adco.view_settings(arguments(symmetric=True)))
     assert x_q[0] is x_k[1] and x_q[1] is x_k[0] and x_q[0].shape == (2, 3, 32, 32)
 
 

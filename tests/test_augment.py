@@ -60,15 +60,15 @@ WEAK = [PAD_CROP, FLIP]
 
 
 def plain(script, *names, **flags):
-    """How the views of a script are made; `flags` stand in its args."""
-    module, args = importlib.import_module(script), argparse.Namespace(**flags)
+    """How the views of a script are made; `flags` are named arguments of its `views`."""
+    module = importlib.import_module(script)
     return lambda x, rng: {
         "amoc": lambda: [module.augment(x, rng, 32)],
         "rocl": lambda: [module.augment(x, rng, 32)],
         "acl": lambda: [module.augment(x, rng, 32)],
         "advcl": lambda: list(module.augment(x, rng, 32)),
-        "adco": lambda: in_order(*module.views(x, rng, 32, args)),
-        "caco": lambda: module.views(x, rng, 32, args),
+        "adco": lambda: in_order(*module.views(x, rng, 32, **flags)),
+        "caco": lambda: module.views(x, rng, 32, **flags),
         "byorl": lambda: [module.augment(x, rng, 32, p) for p in (0, 0.2)],
         "adv_mae": lambda: [module.augment(x, rng, 32)],
         "adpe": lambda: list(module.augment(x, rng, 32, 0.3, 2).split(len(x))),

@@ -9,6 +9,7 @@ from torch import nn
 import adco
 from common.bank import Bank
 from tests import steps2 as plain
+from tests.scripts import named_by
 
 FLAGS = dict(ema=0.9, temperature=0.3, bank_temperature=0.2, bank_lr=0.4, bank_momentum=0.8,
              bank_decay=0.03, lr=0.1, weight_decay=0.02, eps=0.0, step_size=25.0, steps=3)
@@ -131,7 +132,8 @@ def bank_of(rows, velocity):
 
 def step_of_the_script(net, target, opt, bank, x_q, x_k, order, noise, args):
     order = torch.tensor(order)
-    return adco.train_step(net, target, opt, bank, x_q, x_k, order, noise if args.eps else None, args)
+    settings = named_by(adco.train_step, adco, args)
+    return adco.train_step(net, target, opt, bank, x_q, x_k, order, noise if args.eps else None, **settings)
 
 
 def network(seed):
