@@ -1,40 +1,41 @@
-"""CaCo: cooperative positives and adversarial negatives from one bank (Wang et al. 2022, arXiv 2203.14370).
+"""CaCo: cooperative positives and adversarial negatives from one bank (Wang et al. 2022, arXiv
+2203.14370).
 
-As in AdCo a bank of free vectors gives the negatives and climbs the loss while the network descends it. Here
-it gives the positive too: the row nearest to the key of the *other* view. The positive moves towards its
-query, because that lowers the loss; the negatives do too, because that raises it.
+As in AdCo, a bank of free vectors gives the negatives, and climbs the contrastive loss while the
+network descends it. In CaCo the bank gives the positive too: the row nearest to the key of the
+*other* view. That row cooperates: it moves towards its query, which lowers the loss, while the
+negatives move towards the queries because that raises it.
 
-An adversarial positive (--positives adversarial) flees instead: a published ablation, of which "the survey"
-(Qi & Shah 2022, arXiv 2210.13463) reports an accuracy close to zero. In our small runs fewer and fewer rows
+With --positives adversarial the positive flees from its query instead. The survey (Qi & Shah 2022,
+arXiv 2210.13463) reports an accuracy close to zero for it. In our small runs fewer and fewer rows
 were positives, but after 14 epochs the encoder was as good.
 
-    paper (equations: the survey's)     here
-    f_q, f_k                            net, target: encoder, projector; embed() adds u(z) = z / |z|
+    paper (equations: the survey's)     this file
+    f_q, f_k                            net, target: an encoder and a projector each
+    u(z) = z / |z|                      embed: the network's output, normalised
     the memory bank                     n, the unit rows of bank.rows, which are free in length
     the positive, picked in the bank    positives
     contrastive loss over the bank      contrastive_loss
-    Eq. 12 for positives, Eq. 7 else    the bank's gradient of cooperative_loss; bank_step
-    Eq. 13 for positives, Eq. 7 else    that of contrastive_loss
+    Eq. 12 positives, Eq. 7 negatives   the bank's gradient of cooperative_loss; bank_step
+    Eq. 13 positives, Eq. 7 negatives   that of contrastive_loss
 
-The body of the paper was not at hand: the equations are the survey's, ImageNet's numbers the authors' code's,
-CIFAR-10's (the defaults) ours. From the code are also the choice by largest cosine, the derivative through it
-(Eqs. 7, 12 are those of free vectors), the loss as *sum* of both views, and the bank's rate, momentum and
-warm-up. Departures from it:
-    - one temperature, as in the paper (their code has two flags, equal in every recipe), so that one backward
-      gives the gradients of both players;
-    - 256 steps of MoCo with the key network's momentum (theirs: bank size / batch size steps, .999), then
-      keys of the network that they leave fill the bank (theirs keeps MoCo's queue, perhaps out of reach);
-    - the batch is that of all processes (theirs: of each host), and all have one bank (theirs do not where
-      the fill leaves Gaussian rows);
-    - LARS, in the ImageNet recipe, has the learning rate inside its momentum buffer and the ratio trust |w| /
-      (|g| + decay |w|) (theirs, MoCo v3's: the rate outside, trust |w| / |g + decay w|).
+The body of the paper was not at hand. The equations are the survey's, the numbers for ImageNet the
+authors' code's, those for CIFAR-10 (the defaults) ours. Also from the code are the choice by
+largest cosine, the derivative through it (Eqs. 7 and 12 are those of free vectors), the loss as the
+*sum* of both views, and the bank's rate, momentum and warm-up. We depart from that code:
+    - There is one temperature, as in the paper, so that one backward pass gives the gradients of
+      both players. Their code has two flags for it, which are equal in every recipe.
+    - After 256 steps of MoCo with the key network's momentum, the bank is filled with keys of the
+      network they leave. Their code makes bank size / batch size steps with momentum 0.999, and
+      keeps MoCo's queue, which may be out of reach.
+    - A batch is that of all processes, and all have one bank. In their code it is that of each
+      host, and banks differ where the fill leaves Gaussian rows.
+    - LARS, in the ImageNet recipe, has the learning rate inside its momentum buffer and the ratio
+      trust |w| / (|g| + decay |w|). Theirs, MoCo v3's, has the rate outside and trust |w| / |g +
+      decay w|.
 
-Several processes: each BatchNorm sees the images of its own process, or with --sync-bn (on GPUs) those of
-all, as in the authors' code.
-
-Logged of the bank: bank_change, what its step adds to a view's loss (below 0: it cooperates); rotation,
-radians per step; norm; unique, the rows that are positives of a view; p, the mean probability of a positive;
-cosine, the mean largest one of a query with any row: near 0 the bank is out of reach.
+A step costs 8 forward passes, as MoCo's does on two views (a whole backward pass counts two). No
+image is attacked.
 
     python caco.py                                       CIFAR-10, ResNet-18, 200 epochs
     python caco.py --positives adversarial --out runs/eq13    Eq. 13
@@ -43,14 +44,25 @@ cosine, the mean largest one of a query with any row: near 0 the bank is out of 
 --bank-size 65536 --bank-lr 3 --fill-steps 64
     python eval.py runs/caco/encoder.pt --preset knn amoc-slf
 
-Measured on a CPU thread (Intel Xeon), 0.3 M-parameter encoder, 10,000 images of CIFAR-10 (JPEG), 4.1 minutes
-(14 epochs): linear probe 43.3, 232 of 256 positives unique; Eq. 13 43.7, 86 unique; MoCo in 3.0 minutes 42.5.
-Not yet run on a GPU; the paper has 71.3 on ImageNet (linear, 200 epochs).
+On several processes the bank is equal on all of them. Each BatchNorm sees the images of its own
+process, or with --sync-bn (on GPUs) those of all, as in the authors' code.
+
+The log tells how the bank lives: bank_change is what its step adds to a view's loss (below 0: it
+cooperates); rotation is how far its rows turn, in radians per step; norm is their length; unique is
+how many rows are positives of a view; p is the mean probability of a positive; cosine is the mean
+largest cosine of a query with any row (near 0 the bank is out of reach). Chance for the loss is 2
+ln K.
+
+Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
+CIFAR-10 (JPEG), in 4.1 minutes (14 epochs): a linear probe reaches 43.3 %, with 232 of 256
+positives unique. With Eq. 13 it reaches 43.7, with 86 unique; MoCo reaches 42.5 in 3.0 minutes.
+This has not been run on a GPU yet. The paper reports 71.3 on ImageNet (linear probe, 200 epochs).
 """
 import argparse
 import itertools
 import math
 import pathlib
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,29 +73,43 @@ from common.augment import (
     random_color_jitter, random_gaussian_blur, random_grayscale, random_resized_crop, random_solarize)
 from common.bank import Bank, bank_argmax, bank_logsumexp
 from common.log import Log
+from common.pictures import save_rows
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, from the authors' code
-TWO_VIEWS = [  # side where --image-size is 224, area of the crop, saturation, p of blur (--blur), of solarise
-    (224, (0.2, 1.0), 0.2, 1.0, 0.0), (224, (0.2, 1.0), 0.2, 0.1, 0.2)]
-MULTI_CROP = 2 * [(224, (0.14, 1.0), 0.4, 0.5, 0.0)] + 6 * [(96, (0.05, 0.14), 0.4, 0.5, 0.0)]
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in the authors' code
+STD = (0.229, 0.224, 0.225)
+
+
+class View(NamedTuple):
+    """How a view is made."""
+
+    side: int  # of the crop, where --image-size is 224
+    area: tuple  # the share of the image that the crop takes
+    saturation: float
+    blur: float  # probability, with --blur
+    solarize: float  # probability
+
+
+TWO_VIEWS = [View(224, (0.2, 1.0), 0.2, 1.0, 0.0), View(224, (0.2, 1.0), 0.2, 0.1, 0.2)]
+MULTI_CROP = 2 * [View(224, (0.14, 1.0), 0.4, 0.5, 0.0)] + 6 * [View(96, (0.05, 0.14), 0.4, 0.5, 0.0)]
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The method
 # ----------------------------------------------------------------------------------------------------------
-def augment(x, rng, view, size, args):
-    """One view of the uint8 images x (B, 3, H, W), a row of the tables above: floats in [0, 1]."""
-    side, scale, saturation, blur, solarize = view
-    x = random_resized_crop(x, rng, round(size * side / 224), scale=scale, flip=0.5)
-    x = random_color_jitter(x, rng, 0.4, 0.4, saturation, 0.1, p=0.8)
+def augment(x, rng, view, size, blur):
+    """The `view` of the uint8 images x (B, 3, H, W): floats in [0, 1]."""
+    x = random_resized_crop(x, rng, round(size * view.side / 224), scale=view.area, flip=0.5)
+    x = random_color_jitter(x, rng, 0.4, 0.4, view.saturation, 0.1, p=0.8)
     x = random_grayscale(x, rng, p=0.2)
-    x = random_gaussian_blur(x, rng, sigma=(0.1, 2.0), p=blur * args.blur, kernel_size=13)
-    return random_solarize(x, rng, p=solarize).contiguous(memory_format=torch.channels_last)
+    x = random_gaussian_blur(x, rng, sigma=(0.1, 2.0), p=view.blur if blur else 0.0, kernel_size=13)
+    x = random_solarize(x, rng, p=view.solarize)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
-def views(x, rng, size, args):
-    """The views of x, a list: two that have keys, then (--multi-crop) six small ones."""
-    return [augment(x, rng, view, size, args) for view in (MULTI_CROP if args.multi_crop else TWO_VIEWS)]
+def views(x, rng, size, *, multi_crop, blur):
+    """The views of x, a list: two that have keys, and with `multi_crop` six small ones after
+    them."""
+    return [augment(x, rng, view, size, blur) for view in (MULTI_CROP if multi_crop else TWO_VIEWS)]
 
 
 def embed(net, x):
@@ -94,116 +120,122 @@ def embed(net, x):
 
 
 def positives(k, bank):
-    """For each key of k (N, D) the row of bank (K, D) with the largest cosine, the first of several: (N,)."""
+    """For each key of k (N, D) the row of bank (K, D) with the largest cosine, the first of
+    several: (N,)."""
     return bank_argmax(k, F.normalize(bank, dim=1))
 
 
-def nll(q, positive, n, temperature):
-    """-ln p_i of each query, p_i the softmax probability of its positive among the unit rows n: (N,)."""
+def surprise(q, positive, n, temperature):
+    """-ln p_i of each query of q (N, D), where p_i is the softmax probability of its positive among
+    the unit rows n (K, D): (N,)."""
     return bank_logsumexp(q, n, temperature) - (q * n[positive]).sum(1) / temperature
 
 
 def contrastive_loss(q, positive, bank, temperature):
     """-mean_i log( e^(q_i.n_y/T) / sum_j e^(q_i.n_j/T) ), y = positive_i, n_j = bank_j / |bank_j|.
-    q (N, D) unit rows, positive (N,), bank (K, D) any rows. Chance is ln K. In `bank`: Eq. 7, and Eq. 13.
+
+    q (N, D) has unit rows, positive (N,) is of `positives`, bank (K, D) has any rows. Chance is ln
+    K. Its gradient in `bank` is Eq. 7 for negatives and Eq. 13 for positives.
     """
-    return nll(q, positive, F.normalize(bank, dim=1), temperature).mean()
+    return surprise(q, positive, F.normalize(bank, dim=1), temperature).mean()
 
 
 def cooperative_loss(q, positive, bank, temperature):
-    """`contrastive_loss`, with the gradient of the positives in `bank` reversed by adding twice its opposite:
-    Eq. 12, (1 - p_i) q_i/T. A step that climbs `bank`'s gradient brings all rows nearer to the queries."""
+    """The value of `contrastive_loss` and its gradient in q; but in `bank` the gradient of the
+    positives is reversed, which is Eq. 12. A bank that climbs this gradient brings all its rows
+    nearer to the queries.
+
+    d contrastive_loss / d n_y is -(1 - p_i) q_i / T, so that adding 2 (1 - p_i) q_i / T reverses
+    it. The added term is 0 in value, and a constant for q.
+    """
     n = F.normalize(bank, dim=1)
-    losses = nll(q, positive, n, temperature)
-    c = -2 * torch.expm1(-losses.detach()) / temperature  # 2 (1 - p_i) / T
-    s = (q.detach() * n[positive]).sum(1)
-    return (losses + c * (s - s.detach())).mean()
+    losses = surprise(q, positive, n, temperature)
+    weight = -2 * torch.expm1(-losses.detach()) / temperature  # 2 (1 - p_i) / T, as p_i = e^-loss
+    cosine = (q.detach() * n[positive]).sum(1)
+    reversal = weight * (cosine - cosine.detach())
+    return (losses + reversal).mean()
 
 
 LOSSES = {"cooperative": cooperative_loss, "adversarial": contrastive_loss}  # of --positives
 
 
 def make_bank(size, dim):
-    """The bank, rows (size, dim) of noise at first, with the `velocity` of its rows, zero."""
+    """The bank: rows (size, dim), noise at first, and their `velocity`, zero."""
     bank = Bank(size, dim)
     bank.register_buffer("velocity", torch.zeros_like(bank.rows))
     return bank
 
 
 def bank_step(bank, velocity, grad, lr, momentum):
-    """A step of SGD up `grad`, all (K, D): the new bank and velocity."""
+    """A step of SGD up `grad`, all (K, D). Returns bank and velocity."""
     velocity = momentum * velocity - grad
     return bank - lr * velocity, velocity
 
 
-def train_step(net, target, opt, bank, x, ema, bank_lr, args):
-    """One iteration on the views x, a list: two that have keys, and any number of small ones. `bank` is one
-    of make_bank."""
-    q, T, loss_of = [embed(net, view) for view in x], args.temperature, LOSSES[args.positives]
+def train_step(net, target, opt, bank, x, *, positives_are, temperature, ema, bank_lr, bank_momentum):
+    """One iteration on the views x, a list: two that have keys, and any number of small ones; the
+    losses to be logged. `bank` is one of make_bank; `positives_are` names one of LOSSES."""
+    loss_of = LOSSES[positives_are]
+    # Both networks are in train mode. The key network moves between the passes; its keys get no
+    # gradient, as no parameter of it asks for one.
+    q = [embed(net, view) for view in x]
     optim.ema(target, net, ema)
-    k1, k2 = (embed(target, view) for view in x[:2])  # without gradient: no parameter of target asks for one
+    k1 = embed(target, x[0])
+    k2 = embed(target, x[1])
+
+    # The positive of a view is found by the key of the other one.
     w = bank.rows.detach().requires_grad_()
-    y1, y2 = positives(k2, w), positives(k1, w)  # swapped
-    rows = torch.cat(q[:2]), torch.cat([y1, y2])  # both views as one batch: twice its mean is their sum
-    loss_view = loss_of(*rows, w, T)
-    small = len(x) - 2  # each meets both positives
-    loss = loss_view + (loss_of(torch.cat(2 * q[2:]), torch.cat(small * [y1] + small * [y2]), w, T)
-                        if small else loss_view)
+    positives1 = positives(k2, w)
+    positives2 = positives(k1, w)
+
+    # The sum of both views' losses is twice the mean over both.
+    queries = torch.cat(q[:2])
+    chosen = torch.cat([positives1, positives2])
+    loss_view = loss_of(queries, chosen, w, temperature)
+    loss = 2 * loss_view
+    small = q[2:]
+    if small:  # multi-crop: each small view meets both positives
+        pairs = [positives1] * len(small) + [positives2] * len(small)
+        loss = loss_view + loss_of(torch.cat([*small, *small]), torch.cat(pairs), w, temperature)
+
+    # Two players, one backward pass: both gradients are taken at one point. The network descends
+    # the loss, and the bank climbs it; of its positives, cooperative_loss has reversed the
+    # gradient.
     opt.zero_grad()
-    loss.backward()  # the network will descend it, the bank climb
+    loss.backward()
     dist.average_grads([*net.parameters(), w])
     opt.step()
-    bank.rows, bank.velocity = bank_step(w.detach(), bank.velocity, w.grad, bank_lr, args.bank_momentum)
-    dist.average_buffers(net, target)  # else the ranks' running statistics drift apart
-    return {"loss": loss, **alarms(*rows, loss_view, w, bank.rows, T)}
+    bank.rows, bank.velocity = bank_step(w.detach(), bank.velocity, w.grad, bank_lr, bank_momentum)
+    dist.average_buffers(net, target)  # else the running statistics of the processes drift apart
+    return {"loss": loss, **alarms(queries, chosen, loss_view, w, bank.rows, temperature)}
 
 
 @torch.no_grad()
 def alarms(q, positive, loss, before, bank, temperature):
     """How alive the `bank` is after its step, which began at `before` with `loss`."""
     n = F.normalize(bank, dim=1)
-    losses = nll(q, positive, n, temperature)
-    first = positive[: len(positive) // 2].sort().values  # of one view
-    return {"bank_change": losses.mean() - loss, "p": losses.neg().exp().mean(),
-            "unique": 1.0 + (first.diff() != 0).sum(), "cosine": (q * n[bank_argmax(q, n)]).sum(1).mean(),
-            "rotation": (n - F.normalize(before, dim=1)).norm(dim=1).mean(), "norm": bank.norm(dim=1).mean()}
-
-
-def fill(net, target, opt, bank, images, size, args, env):
-    """Before epoch 0, --fill-steps steps of MoCo, then keys of the network that they leave: the bank."""
-    batches = (batch for epoch in itertools.count(args.epochs)  # those the run does not reach
-               for batch in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world))
-    for x, _, rng in itertools.islice(batches, args.fill_steps):
-        run.stop_if_signalled(args, env, None, 0)
-        x1, x2, *_ = views(x, rng, size, args)
-        optim.ema(target, net, args.ema)
-        q, k, T = embed(net, x1), embed(target, x2), args.fill_temperature
-        loss = F.softplus(bank_logsumexp(q, bank.rows, T) - (q * k).sum(1) / T).mean()
-        opt.zero_grad()
-        loss.backward()
-        dist.average_grads(net.parameters())
-        opt.step()
-        bank.push(k)
-    dist.average_buffers(net)  # else the ranks' running statistics drift apart
-    target.load_state_dict(net.state_dict())
-    with torch.no_grad():
-        new = 0  # rows of the bank
-        while new < args.bank_size:  # the last batch of an epoch may be short
-            x, _, rng = next(batches)
-            run.stop_if_signalled(args, env, None, 0)
-            bank.push(embed(target, views(x, rng, size, args)[1]))
-            new += len(x) * env.world
+    losses = surprise(q, positive, n, temperature)
+    of_one_view = positive[: len(positive) // 2].sort().values
+    return {
+        "bank_change": losses.mean() - loss,
+        "p": losses.neg().exp().mean(),
+        "unique": 1.0 + (of_one_view.diff() != 0).sum(),
+        "cosine": (q * n[bank_argmax(q, n)]).sum(1).mean(),
+        "rotation": (n - F.normalize(before, dim=1)).norm(dim=1).mean(),
+        "norm": bank.norm(dim=1).mean(),
+    }
 
 
 def lr_at(epoch, epochs, lr, warmup, final):
-    """By epoch: `warmup` equal steps up to `lr`, then a cosine towards `final`."""
+    """The learning rate of `epoch`: `warmup` equal steps up to `lr`, then a cosine towards
+    `final`."""
     if epoch < warmup:
         return lr * (epoch + 1) / warmup
     return optim.cosine((epoch - warmup) / (epochs - warmup), lr, final)
 
 
 def ema_at(epoch, epochs, start):
-    """Momentum of the key network by epoch: half a cosine from `start` to 1."""
+    """The momentum of the key network in `epoch`: half a cosine from `start` to 1."""
     return optim.cosine(epoch / epochs, start, 1.0)
 
 
@@ -214,39 +246,45 @@ def parser():
     p = run.parser(__doc__, name="caco", arch="resnet18")
     switch = dict(action=argparse.BooleanOptionalAction, default=False)
     p.add_argument("--stem", help="cifar, imagenet, small; default: the architecture's own")
-    p.add_argument("--positives", choices=LOSSES, default="cooperative", help=" ".join(LOSSES))
-    p.add_argument("--multi-crop", help="six small views besides the two", **switch)
-    p.add_argument("--epochs", type=run.integer(0), default=200, help="0 exports the random encoder")
+    p.add_argument("--positives", choices=LOSSES, default="cooperative",
+                   help="whether positives come nearer to their queries or flee from them (paper)")
+    p.add_argument("--multi-crop", help="six small views besides the two (authors' code)", **switch)
+    p.add_argument("--epochs", type=run.integer(0), default=200, help="0 exports the random encoder (paper)")
     p.add_argument("--batch-size", type=run.integer(1), default=256,
-                   help="images a step, over all processes")
-    p.add_argument("--optimizer", choices=("sgd", "lars"), default="sgd", help="sgd lars")
-    p.add_argument("--lr", type=run.number(), default=0.06, help="at its peak")
-    p.add_argument("--lr-final", type=run.number(), default=0.0)
-    p.add_argument("--warmup", type=run.integer(0), default=0, help="epochs")
-    p.add_argument("--weight-decay", type=run.number(0, 1e6), default=5e-4)
+                   help="images per step, over all processes (ours)")
+    p.add_argument("--optimizer", choices=("sgd", "lars"), default="sgd",
+                   help="sgd has momentum 0.9 (ours); lars, for ImageNet (authors' code)")
+    p.add_argument("--lr", type=run.number(), default=0.06, help="at its peak (ours)")
+    p.add_argument("--lr-final", type=run.number(), default=0.0, help="at the end (ours)")
+    p.add_argument("--warmup", type=run.integer(0), default=0, help="in epochs (ours)")
+    p.add_argument("--weight-decay", type=run.number(0, 1e6), default=5e-4, help="(ours)")
     p.add_argument("--ema", type=run.number(0, 1), default=0.99,
-                   help="of the key network, at the start")
-    p.add_argument("--temperature", type=run.number(above=0), default=0.08)
-    p.add_argument("--dim", type=run.integer(1), default=128, help="D, length of the rows")
-    p.add_argument("--bank-size", type=run.integer(1), default=4096, help="K")
-    p.add_argument("--bank-lr", type=run.number(), default=0.3)
-    p.add_argument("--bank-warmup", type=run.integer(0), default=10, help="epochs")
-    p.add_argument("--bank-momentum", type=run.number(0, 1), default=0.9)
-    p.add_argument("--fill-steps", type=run.integer(0), default=256, help="of MoCo, before epoch 0")
-    p.add_argument("--fill-temperature", type=run.number(above=0), default=0.2)
-    p.add_argument("--blur", help="as on ImageNet", **switch)
+                   help="momentum of the key network, at the start (authors' code)")
+    p.add_argument("--temperature", type=run.number(above=0), default=0.08, help="T (authors' code)")
+    p.add_argument("--dim", type=run.integer(1), default=128, help="D, length of the bank's rows (ours)")
+    p.add_argument("--bank-size", type=run.integer(1), default=4096, help="K (ours)")
+    p.add_argument("--bank-lr", type=run.number(), default=0.3, help="after its warm-up, constant (ours)")
+    p.add_argument("--bank-warmup", type=run.integer(0), default=10, help="in epochs (authors' code)")
+    p.add_argument("--bank-momentum", type=run.number(0, 1), default=0.9, help="(authors' code)")
+    p.add_argument("--fill-steps", type=run.integer(0), default=256, help="of MoCo, before epoch 0 (ours)")
+    p.add_argument("--fill-temperature", type=run.number(above=0), default=0.2,
+                   help="of MoCo's loss (authors' code)")
+    p.add_argument("--blur", help="blur views, as on ImageNet (authors' code)", **switch)
     p.add_argument("--image-size", type=run.integer(1, 10000),
-                   help="side of a view; default: that of the data's images, of a folder's 32")
+                   help="side of a view in pixels; default: that of the images, and 32 for a folder")
     return p
 
 
 def network(arch, stem=None, dim=128):
-    """Encoder, and projector with BatchNorm between its three layers: (B, 3, S, S) -> (B, dim)."""
+    """An encoder, and a projector of three layers with BatchNorm between: images (B, 3, S, S) ->
+    (B, dim)."""
     encoder = encoders.make(arch, stem=stem, mean=MEAN, std=STD)
-    d = encoder.dim
-    hidden = [m for _ in range(2) for m in (nn.Linear(d, d, bias=False), nn.BatchNorm1d(d), nn.ReLU())]
-    hidden.append(nn.Linear(d, dim, bias=False))
-    return nn.Sequential(encoder, nn.Sequential(*hidden)).to(memory_format=torch.channels_last)
+    width = encoder.dim
+    projector = nn.Sequential(
+        nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(),
+        nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(),
+        nn.Linear(width, dim, bias=False))
+    return nn.Sequential(encoder, projector).to(memory_format=torch.channels_last)
 
 
 def optimizer(net, args):
@@ -255,20 +293,63 @@ def optimizer(net, args):
     return optim.LARS(optim.lars_groups(net), args.lr, momentum=0.9, weight_decay=args.weight_decay)
 
 
-def pictures(path, images, size, args):
-    """Rows of up to eight: x1, x2."""
+def fill(net, target, opt, bank, images, size, args, env):
+    """Before epoch 0: --fill-steps steps of MoCo; then the bank is filled with keys of the network
+    they leave."""
+    batches = endless_batches(images, args, env)
+    for x, _, rng in itertools.islice(batches, args.fill_steps):
+        run.stop_if_signalled(args, env, None, 0)
+        x1, x2 = views(x, rng, size, **view_settings(args))[:2]
+        optim.ema(target, net, args.ema)
+        q = embed(net, x1)
+        k = embed(target, x2)
+        positive = (q * k).sum(1) / args.fill_temperature
+        negatives = bank_logsumexp(q, bank.rows, args.fill_temperature)
+        loss = F.softplus(negatives - positive).mean()  # InfoNCE
+        opt.zero_grad()
+        loss.backward()
+        dist.average_grads(net.parameters())
+        opt.step()
+        bank.push(k)
+    dist.average_buffers(net)  # else the running statistics of the processes drift apart
+    target.load_state_dict(net.state_dict())
+    new_rows = 0
+    while new_rows < args.bank_size:
+        x, _, rng = next(batches)  # the last batch of an epoch may be short
+        run.stop_if_signalled(args, env, None, 0)
+        x2 = views(x, rng, size, **view_settings(args))[1]
+        with torch.no_grad():
+            bank.push(embed(target, x2))
+        new_rows += len(x) * env.world
+
+
+def endless_batches(images, args, env):
+    """Batches of the epochs that the run does not reach."""
+    for epoch in itertools.count(args.epochs):
+        yield from data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world)
+
+
+def view_settings(args):
+    """The named arguments of `views` as the flags have them."""
+    return dict(multi_crop=args.multi_crop, blur=args.blur)
+
+
+def pictures(images, size, args):
+    """Rows for `save_rows` of up to eight images: the two views."""
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
-    run.save_picture(torch.cat(views(x, rng, size, args)[:2]), path, len(x))
+    x1, x2 = views(x, rng, size, **view_settings(args))[:2]
+    return [("x1", x1), ("x2", x2)]
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
     env = run.setup(args)
-    device, out = env.device, pathlib.Path(args.out)
+    device = env.device
+    out = pathlib.Path(args.out)
     images = data.load(args.data, args.data_dir, "train", device, args.limit,
                        args.image_size or 32, args.workers)
     size = run.image_size(args, images)
-    steps = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
+    steps_per_epoch = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
 
     net = run.to_device(network(args.arch, args.stem, args.dim), args, env)
     target = run.to_device(network(args.arch, args.stem, args.dim), args, env).requires_grad_(False)
@@ -276,25 +357,27 @@ def main(argv=None):
     bank = make_bank(args.bank_size, args.dim).to(device)
     opt = optimizer(net, args)
     if args.compile:
-        net.compile(), target.compile()
+        net.compile()
+        target.compile()
 
-    log = Log(args, env, steps * args.epochs, images)
+    log = Log(args, env, steps_per_epoch * args.epochs, images)
     state = dict(net=net, target=target, bank=bank, opt=opt, log=log)
     step = run.resume(args, env, state)
     log.start(step, f"chance loss 2 ln K = {2 * math.log(args.bank_size):.3f}")
     if args.epochs and not (out / "last.pt").exists():
         fill(net, target, opt, bank, images, size, args, env)
 
-    for epoch in range(step // steps, args.epochs):
+    settings = dict(positives_are=args.positives, temperature=args.temperature, bank_momentum=args.bank_momentum)
+    for epoch in range(step // steps_per_epoch, args.epochs):
         lr = lr_at(epoch, args.epochs, args.lr, args.warmup, args.lr_final)
         optim.set_lr(opt, lr)
         ema = ema_at(epoch, args.epochs, args.ema)
         bank_lr = lr_at(epoch, args.epochs, args.bank_lr, args.bank_warmup, args.bank_lr)  # then constant
-        begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
-        for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
+        first = step % steps_per_epoch  # not 0 where a run was stopped within an epoch
+        for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, first):
             run.stop_if_signalled(args, env, state, step)
-            x_views = views(x, rng, size, args)
-            losses = train_step(net, target, opt, bank, x_views, ema, bank_lr, args)
+            x_views = views(x, rng, size, **view_settings(args))
+            losses = train_step(net, target, opt, bank, x_views, ema=ema, bank_lr=bank_lr, **settings)
             log.step(step, len(x) * env.world, **losses)
             step += 1
         cosine = log.mean("cosine")
@@ -303,8 +386,10 @@ def main(argv=None):
         if env.rank == 0 and (cosine < 0.2 or unique < 0.2 * args.batch_size / env.world):
             print(f"the bank is dead: cosine {cosine:.3f}, {unique:.1f} positives; try more --fill-steps")
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            if env.rank == 0:  # before the checkpoint, so that none is missing when the run goes on
-                pictures(out / "views.png", images, size, args)
+            # Pictures come before the checkpoint, so that none is missing when the run goes on.
+            rows = pictures(images, size, args)
+            if env.rank == 0:
+                save_rows(out / "views.png", rows)
             run.save(args, env, state, step)
     if env.rank == 0:
         encoders.export(net[0], out / "encoder.pt", image_size=size)

@@ -1,10 +1,8 @@
 """The augmentations: what each script applies, in which order and how strongly, against tables typed by hand
 from the papers and the authors' code; their pixels, as digests; how parameters are drawn, seen in the pixels.
 """
-import argparse
 import importlib
 import inspect
-import math
 
 import numpy as np
 import pytest

@@ -11,7 +11,7 @@ from common import optim
 from tests.processes import in_two_processes
 from tests.recipes import X, unit
 from tests.test_adco import S, W, Linear, imagenet_commands, memory, run_on_jpegs
-from tests.scripts import read_flags
+from tests.scripts import named_by, read_flags
 
 q1, q2, k1, k2 = (unit(S(4, 6, p)) for p in (0, 0.4, 0.1, 0.5))
 POSITIVE = torch.tensor([2, 0, 1, 2])
@@ -152,7 +152,8 @@ def step(net, target, x, bank=None, ema=0.0, bank_lr=0.3, **flags):
     """A real train_step. The network's optimizer only records."""
     bank = bank or memory(W)
     opt = torch.optim.SGD(net.parameters(), 0.0)
-    return caco.train_step(net, target, opt, bank, x, ema, bank_lr, arguments(**flags)), bank
+    settings = named_by(caco.train_step, caco, arguments(**flags), ema=ema, bank_lr=bank_lr)
+    return caco.train_step(net, target, opt, bank, x, **settings), bank
 
 
 @pytest.mark.parametrize("positives", caco.LOSSES)
@@ -236,7 +237,8 @@ def on_ranks(rank, world):
     net, target, bank = Linear(), Linear().requires_grad_(False), memory(W)
     opt = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
     for _ in range(3):
-        losses = caco.train_step(net, target, opt, bank, [x, x.flip(3)], 0.9, 0.3, arguments(temperature=0.2))
+        losses = caco.train_step(net, target, opt, bank, [x, x.flip(3)], **named_by(
+            caco.train_step, caco, arguments(temperature=0.2), ema=0.9, bank_lr=0.3))
     return losses["loss"].detach(), net.W.detach(), bank.rows, bank.velocity
 
 
@@ -296,9 +298,9 @@ def test_lars_leaves_tensors_of_one_dimension_without_decay_and_scaling():
 def test_lars_takes_the_rate_of_each_epoch_in_both_groups(tmp_path, monkeypatch):
     seen, train_step = [], caco.train_step
 
-    def spy(net, target, opt, *rest):
+    def spy(net, target, opt, *rest, **settings):
         seen.append([group["lr"] for group in opt.param_groups])
-        return train_step(net, target, opt, *rest)
+        return train_step(net, target, opt, *rest, **settings)
 
     monkeypatch.setattr(caco, "train_step", spy)
     caco.main(["--data", "shapes", "--limit", "16", "--arch", "slim", "--batch-size", "16", "--epochs", "2",
@@ -313,9 +315,9 @@ def test_views_of_multi_crop_have_the_published_sides():
             return torch.full((2, *shape), 0.5)
 
     x = torch.zeros(2, 3, 224, 224, dtype=torch.uint8)
-    crops = caco.views(x, Half(), 224, arguments(multi_crop=True))
+    crops = caco.views(x, Half(), 224, multi_crop=True, blur=False)
     assert [v.shape[3] for v in crops] == [224, 224, *[96] * 6]
-    assert [v.shape for v in caco.views(x, Half(), 32, arguments())] == [(2, 3, 32, 32)] * 2
+    assert [v.shape for v in caco.views(x, Half(), 32, multi_crop=False, blur=False)] == [(2, 3, 32, 32)] * 2
 
 
 def test_defaults():

@@ -9,6 +9,7 @@ from torch import nn
 import caco
 from common.bank import Bank
 from tests import steps2 as plain
+from tests.scripts import named_by
 
 FLAGS = dict(temperature=0.3, bank_momentum=0.8, lr=0.1, weight_decay=0.02, positives="cooperative",
              optimizer="sgd")
@@ -127,7 +128,8 @@ def bank_of(rows, velocity):
 
 
 def step_of_the_script(net, target, opt, bank, x, args):
-    return caco.train_step(net, target, opt, bank, x, EMA, BANK_LR, args)
+    settings = named_by(caco.train_step, caco, args, ema=EMA, bank_lr=BANK_LR)
+    return caco.train_step(net, target, opt, bank, x, **settings)
 
 
 class Projector(nn.Module):
