@@ -500,7 +500,7 @@ def adv_mae_step(s, variant, compiled):
         net.compile()
 
     def one():
-        adv_mae.train_step(net, opt, x, order, noise, args)
+        adv_mae.train_step(net, opt, x, order, noise, **named_by(adv_mae.train_step, adv_mae, args))
 
     return one
 

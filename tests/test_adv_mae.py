@@ -102,6 +102,11 @@ def arguments(*flags, **more):
     return SimpleNamespace(**{**vars(adv_mae.parser().parse_args(list(flags))), **more})
 
 
+def train_step(net, opt, x, u, noise, args):
+    settings = dict(mask_ratio=args.mask_ratio, **adv_mae.attack_settings(args))
+    return adv_mae.train_step(net, opt, x, u, noise, **settings)
+
+
 @pytest.mark.parametrize("norm, delta, after", [
     ("linf", [[0.1] * 3] * 2, 1.55481640),
     ("l2", [[0.04951135, 0.06784646, 0.05427232], [0.04916639, 0.06783482, 0.05459948]], 1.41943555)])
@@ -114,7 +119,7 @@ def test_the_attack_equals_printed_values(norm, delta, after):
     assert torch.autograd.grad(clean, at)[0].flatten().tolist() == pytest.approx(
         [0.32259391, 0.44271328, 0.35461768, 0.46379665, 0.64066675, 0.51622127], abs=5e-9)
     args = arguments("--norm", norm, "--eps", "25.5", "--no-norm-pix")  # eps 0.1, step 5/8 of it
-    v_adv = adv_mae.attack(net, v, torch.zeros(2, 3), None, None, target, mask, args)
+    v_adv = adv_mae.attack(net, v, torch.zeros(2, 3), None, None, target, mask, **adv_mae.attack_settings(args))
     assert (v_adv - v)[:, 0].flatten().tolist() == pytest.approx(sum(delta, []), abs=6e-9)
     loss = slow_loss(net(v_adv, None, None), target, mask, False)
     assert loss.item() == pytest.approx(after, rel=1e-8)
@@ -188,10 +193,12 @@ def test_the_attack_beats_noise_stays_in_its_ball_and_leaves_no_trace(flags, eps
         return adv_mae.mae_loss(net(v, ids_keep, ids_restore), target, mask).item()
 
     for _ in range(30):  # a trained network, a little: at the start it looks at nothing
-        adv_mae.train_step(net, torch.optim.AdamW(net.parameters(), 1e-3), x, order, noise, args)
+        train_step(net, torch.optim.AdamW(net.parameters(), 1e-3), x, order, noise, args)
     before = copy.deepcopy(net.state_dict())
     net.zero_grad()
-    v_adv = adv_mae.attack(net, v, noise, ids_keep, ids_restore, target, mask, args)
+    v_adv = adv_mae.attack(net, v, noise, ids_keep, ids_restore, target, mask, **adv_mae.attack_settings(args))
+    assert (noise is None) == (args.steps == 1)  # FGSM starts at the image
+    noise = 2 * torch.rand(v.flatten(1).shape, generator=torch.Generator().manual_seed(5)) - 1 if noise is None else noise
     noisy = (v + eps / 255 * noise.view_as(v)).clamp(0, 1)
     assert loss(v_adv) > max(loss(v), loss(noisy)) + 1e-4
     d = (v_adv - v).flatten(1)
@@ -206,10 +213,10 @@ def test_one_step_is_fgsm_and_a_step_size_given_wins():
     v, ids_keep, ids_restore, target, mask = parts(net, x, order, args)
     at = v.clone().requires_grad_()
     (g,) = torch.autograd.grad(adv_mae.mae_loss(net(at, ids_keep, ids_restore), target, mask), at)
-    v_adv = adv_mae.attack(net, v, noise, ids_keep, ids_restore, target, mask, args)
+    v_adv = adv_mae.attack(net, v, noise, ids_keep, ids_restore, target, mask, **adv_mae.attack_settings(args))
     assert torch.equal(v_adv, (v + 4 / 255 * g.sign()).clamp(0, 1))
     args.step_size = 1.0
-    v_adv = adv_mae.attack(net, v, noise, ids_keep, ids_restore, target, mask, args)
+    v_adv = adv_mae.attack(net, v, noise, ids_keep, ids_restore, target, mask, **adv_mae.attack_settings(args))
     torch.testing.assert_close(v_adv, (v + 1 / 255 * g.sign()).clamp(0, 1))
 
 
@@ -222,13 +229,13 @@ def test_without_a_random_start_the_attack_starts_at_v():
         return adv_mae.mae_loss(net(v, ids_keep, ids_restore), target, mask)
 
     want = pgd(loss, v, 8 / 255, 5 / 255, 2, start=v)
-    assert torch.equal(adv_mae.attack(net, v, noise, *rest, args), want)
+    assert torch.equal(adv_mae.attack(net, v, noise, *rest, **adv_mae.attack_settings(args)), want)
 
 
 def test_without_eps_a_step_is_maes_to_the_bit():
     net, x, order, noise, args = real("--eps", "0")
     other = copy.deepcopy(net)
-    losses = adv_mae.train_step(net, torch.optim.SGD(net.parameters(), 0.0), x, order, noise, args)
+    losses = train_step(net, torch.optim.SGD(net.parameters(), 0.0), x, order, noise, args)
     v, ids_keep, ids_restore, target, mask = parts(other, x, order, args)
     loss = adv_mae.mae_loss(other(v, ids_keep, ids_restore), target, mask)
     loss.backward()
@@ -240,10 +247,10 @@ def test_without_eps_a_step_is_maes_to_the_bit():
 def test_a_step_trains_on_the_attacked_patches_under_the_same_mask():
     net, x, order, noise, args = real("--eps", "8")
     v, ids_keep, ids_restore, target, mask = parts(net, x, order, args)
-    v_adv = adv_mae.attack(net, v, noise, ids_keep, ids_restore, target, mask, args)
+    v_adv = adv_mae.attack(net, v, noise, ids_keep, ids_restore, target, mask, **adv_mae.attack_settings(args))
     want = adv_mae.mae_loss(net(v_adv, ids_keep, ids_restore), target, mask)
     g = torch.autograd.grad(want, net.mask_token)[0]
-    losses = adv_mae.train_step(net, torch.optim.SGD(net.parameters(), 0.0), x, order, noise, args)
+    losses = train_step(net, torch.optim.SGD(net.parameters(), 0.0), x, order, noise, args)
     assert torch.equal(losses["loss"], want) and torch.equal(net.mask_token.grad, g)
 
 
@@ -290,7 +297,7 @@ def test_the_default_step_is_five_eighths_of_eps():
     ids_keep, ids_restore, target, mask = rest
     want = pgd(lambda v: adv_mae.mae_loss(net(v, ids_keep, ids_restore), target, mask), v, 8 / 255, 5 / 255, 2,
                start=(v + 8 / 255 * noise.view_as(v)).clamp(0, 1))
-    assert torch.equal(adv_mae.attack(net, v, noise, *rest, args), want)
+    assert torch.equal(adv_mae.attack(net, v, noise, *rest, **adv_mae.attack_settings(args)), want)
 
 
 @pytest.mark.parametrize("flags, words", [

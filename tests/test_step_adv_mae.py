@@ -9,6 +9,7 @@ import adv_mae
 from common import optim
 from common.vit import ViT
 from tests import steps2 as plain
+from tests.scripts import named_by
 
 FLAGS = dict(mask_ratio=0.5, norm_pix=True, lr=0.02, weight_decay=0.3, norm="linf", eps=60.0, steps=2)
 SIDE = 2
@@ -100,7 +101,9 @@ def optimizer(net, flags):
 
 
 def step_of_the_script(net, opt, x, u, noise, args):
-    return adv_mae.train_step(net, opt, x, u, noise, args)
+    settings = named_by(adv_mae.train_step, adv_mae, args)
+    # Of FGSM `random_numbers` makes no noise: it starts at the image (test_wiring.py).
+    return adv_mae.train_step(net, opt, x, u, None if args.steps == 1 else noise, **settings)
 
 
 def network():
