@@ -1,36 +1,43 @@
-"""AdPE: adversarial positional embeddings (Wang et al. 2023, arXiv 2303.07598), on a masked autoencoder.
+"""AdPE: adversarial positional embeddings (Wang et al. 2023, arXiv 2303.07598), on a masked
+autoencoder.
 
-A masked patch is easily copied from its neighbours. Here masked tokens are told wrong positions, shifted so
-that rebuilding gets hard: local correlation no longer helps, the whole image must. The adversary is a handful
-of numbers, delta, shared by all images. The aim is better features, not robustness.
+A masked patch is easily copied from its neighbours. AdPE tells masked tokens wrong positions,
+shifted so that rebuilding them gets hard: local correlation no longer helps, the network must look
+at the whole image. The adversary is a handful of numbers, delta, shared by all images. The aim is
+better features, not robustness.
 
-    paper                       here
+    paper                       this file
     MAE+                        MAEPlus: mask tokens enter before the encoder, which sees all positions
-    p[u, v], g                  Relative.table and relative_index in common.vit (iRPE, arXiv 2107.14222)
+    p[u, v]                     table of common.vit.Relative, one in each block (iRPE, arXiv 2107.14222)
+    g                           relative_index
+    p[g(x), g(y)]               lookup, bilinear
     delta in p[g(x), g(y)]      MAEPlus.biases: masked queries i read the offset pos_i - pos_j + delta
-    four kinds of delta         --position, --mode; DELTAS
+    four kinds of delta         --position, --mode; delta_shape
     max over delta              ascend (--adversary persistent) or attack (--adversary pgd)
     projection, epsilon         common.pgd.project, --radius
 
-absolute: a masked token's sine-cosine embedding, as it enters the encoder, is moved by delta, or is that of
-position + delta. relative: every block, the decoder's too, has a table p and a delta of its own, and adds
-q_i . r_ij, r_ij = p[g(pos_i - pos_j)], to its logits; tables start at zero, where a shift has no gradient.
+With --position absolute, delta moves the sine-cosine embedding of a masked token as it enters the
+encoder: it is added to the embedding, or to the position from which the embedding is made. With
+--position relative every block, the decoder's too, has a table p and a delta of its own, and adds
+q_i . r_ij to its logits, with r_ij = p[g(pos_i - pos_j)]. The tables start at zero, where a shift
+has no gradient yet.
 
-We had the abstract, a survey of the same group (Qi & Shah 2022, arXiv 2210.13463), and the code. In the code
-delta persists: each update moves it one step of Adam uphill, with the gradient of the weights' own backward,
-and projects it; the survey's Table 1 has such a projected step on a delta that is kept. Its text says that
-PGD and the weights' updates alternate: --adversary pgd takes that for an attack on each batch. eps is the
-code's default. Departures from the code:
-    - L2 projection is finite at delta = 0; in absolute embedding delta starts at 0 and is added to the mask
-      token (in their code it is random and replaces it);
-    - an index of the table that is a whole number reads that entry alone, as those of the offsets -1, 0 and 1
-      do; farther offsets have indices that grow as a logarithm (iRPE's), and from 3 up read the last entry
-      (in their code indices are shifted, far offsets fade out, rows and columns are exchanged);
-    - relative embedding: a delta for each table entry (theirs: one for all, which the softmax cancels).
+We had the abstract, a survey by the same group (Qi & Shah 2022, arXiv 2210.13463), and the code. In
+the code delta persists: each update moves it one step of Adam uphill, with the gradient of the
+weights' own backward pass, and projects it. The survey's Table 1 has such a projected step on a
+delta that is kept. Its text says that PGD and the updates of the weights alternate; --adversary pgd
+takes that for an attack on each batch. We depart from the code:
+    - The l2 projection is finite at delta = 0. In absolute embedding, delta starts at 0 and is
+      added to the mask token; in their code it is random and replaces it.
+    - An index of the table that is a whole number reads that entry alone; those of the offsets -1,
+      0 and 1 are whole. Farther offsets have indices that grow as a logarithm (iRPE's), and from 7
+      patches on read the last entry. In their code indices are shifted, far offsets fade out, and
+      rows and columns are exchanged.
+    - In relative embedding there is a delta for each entry of a table. Their code has one for all
+      entries, which the softmax cancels.
 
-No BatchNorm, no dropout: train and eval mode agree.
-
-The first command is the code's ImageNet recipe, on images decoded at 112 pixels; the defaults are ours.
+The first command is the code's ImageNet recipe, on images decoded at 112 pixels; the defaults are
+ours.
 
     torchrun --standalone --nproc-per-node 8 adpe.py --data path/to/imagenet --arch vit_base \
 --image-size 112 --crops 4 --min-scale 0.08 --decoder 512 8 16 --batch-size 4096 --lr 2.4e-3 --adv-lr 2.4e-3
@@ -38,10 +45,20 @@ The first command is the code's ImageNet recipe, on images decoded at 112 pixels
     python adpe.py --radius 0 --out runs/mae-plus             MAE+, the clean base
     python eval.py runs/adpe/encoder.pt --preset mae-tune-cifar mae-slf-cifar knn
 
-Measured on a CPU thread, vit_slim, 10,000 images of CIFAR-10 (JPEG), 10 minutes, 2 seeds: linear probe 42.4,
-fine-tuned 48.2; MAE+ 42.2 and 48.8, a random encoder 34.8 and 40.4. Not yet run on a GPU.
+A step costs about as much as MAE+'s (persistent) or (2 K + 3) / 3 times as much (pgd with K steps).
+All processes have one delta; with pgd it is that of the first process, moved by the sum of all
+gradients. There is no BatchNorm. The encoder is exported without delta and decoder: at test time
+all tokens are told where they are. A relative one cannot become a timm ViT, which has no tables.
+
+In the log, a loss of 1 - 1/D is what predicting each patch's mean gives (D values per patch); it
+falls below that within the first epochs. With --radius 0 or --steps 0 nothing ascends.
+
+Measured on one CPU thread with vit_slim and 10,000 images of CIFAR-10 (JPEG), in 10 minutes (mean
+of 2 seeds): a linear probe reaches 42.4 %, fine-tuning 48.2. MAE+ reaches 42.2 and 48.8; a random
+encoder, 34.8 and 40.4. This has not been run on a GPU yet. The paper has no figure for CIFAR-10.
 """
 import argparse
+import math
 import pathlib
 
 import torch
@@ -52,20 +69,72 @@ from common import data, dist, encoders, optim, run
 from common.augment import random_resized_crop
 from common.log import Log
 from common.pgd import pgd, project, uniform
+from common.pictures import save_rows
 from common.vit import (
-    PatchDecoder, check_masked, coordinates, patchify, relative_logits, sincos_at, unpatchify)
+    PatchDecoder, check_masked, coordinates, patchify, relative_bias, relative_logits, sincos_at, unpatchify)
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in MAE's code
-DELTAS = {  # shape of delta for encoder width D and `widths`, that of a head in each block
-    ("absolute", "embedding"): lambda D, widths: (1, D),
-    ("absolute", "coordinate"): lambda D, widths: (1, 2),
-    ("relative", "embedding"): lambda D, widths: (len(widths), max(widths), 7, 7),  # 7 x 7: Relative.table
-    ("relative", "coordinate"): lambda D, widths: (len(widths), 2),
-}
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in MAE's code
+STD = (0.229, 0.224, 0.225)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The method
+# The method: positions
+# ----------------------------------------------------------------------------------------------------------
+def relative_index(offsets, alpha=1.9, beta=3.8, gamma=15.2):
+    """g: the real index of an offset in patches, per coordinate. It is the offset itself up to
+    `alpha`; then it grows as a logarithm that reaches `beta` at `gamma`, and stays. Rounded it is
+    iRPE's piecewise index."""
+    far = offsets.abs().clamp_min(alpha)  # the logarithm of 0 would make the gradient NaN
+    index = alpha + (beta - alpha) / math.log(gamma / alpha) * (far / alpha).log()
+    return torch.where(offsets.abs() <= alpha, offsets, offsets.sign() * index.clamp_max(beta))
+
+
+def entry_weights(index, K):
+    """Linear weights (..., 2K+1) of entries -K, ..., K at a real `index` (...), clamped to [-K, K].
+    At integers one weight is 1 and the others 0; the derivative there is one-sided. An index that
+    is NaN makes all weights NaN."""
+    place = index.clamp(-K, K) + K
+    low = place.detach().nan_to_num().floor().clamp_max(2 * K - 1)  # no entry has the number NaN
+    fraction = (place - low)[..., None]
+    low = F.one_hot(low.long(), 2 * K + 1).to(fraction)
+    return (1 - fraction) * low + fraction * low.roll(1, -1)
+
+
+def lookup_weights(indices, K):
+    """Bilinear weights (..., (2K+1)^2) of a table's entries at `indices` (..., 2), as (row,
+    column)."""
+    rows, columns = entry_weights(indices, K).unbind(-2)
+    return (rows[..., :, None] * columns[..., None, :]).flatten(-2)
+
+
+def lookup(table, indices):
+    """p[u, v]: bilinear reading (C, ...) of table (C, 2K+1, 2K+1) at real `indices` (..., 2), as
+    (row, column) from its centre, clamped to [-K, K]; differentiable in both."""
+    weights = lookup_weights(indices, table.shape[1] // 2)
+    with torch.autocast(table.device.type, enabled=False):  # it is small
+        values = table.flatten(1) @ weights.reshape(-1, table[0].numel()).T
+    return values.view(len(table), *indices.shape[:-1])
+
+
+def clean_weights():
+    """How an undisturbed offset of -7, ..., 7 patches reads a table, along one coordinate: (15, 7).
+    Farther offsets read as 7 does. The exported encoder holds these numbers, and so needs no g."""
+    offsets = torch.arange(-7.0, 8.0)
+    return entry_weights(relative_index(offsets), 3)
+
+
+def delta_shape(position, mode, dim, widths):
+    """The shape of delta for an encoder of width `dim` and `widths`, that of a head in each block;
+    a row for each block that has a delta of its own."""
+    if position == "absolute":
+        return (1, dim) if mode == "embedding" else (1, 2)
+    if mode == "embedding":
+        return len(widths), max(widths), 7, 7
+    return len(widths), 2
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The method: network, loss, adversary
 # ----------------------------------------------------------------------------------------------------------
 def augment(x, rng, size, min_scale, crops):
     """Crops of the uint8 images x (B, 3, H, W): floats (crops B, 3, size, size) in [0, 1]."""
@@ -79,22 +148,31 @@ def random_mask(u, ratio):
 
 
 class MAEPlus(nn.Module):
-    """Encoder of all tokens and light decoder (width, blocks, heads); `delta` moves the masked ones."""
+    """An encoder of all tokens and a light decoder (width, blocks, heads); `delta` moves the masked
+    tokens.
+
+    Without BatchNorm and dropout, train and eval mode agree.
+    """
 
     def __init__(self, encoder, decoder, position, mode):
         super().__init__()
-        self.encoder, self.position, self.mode = encoder, position, mode
+        self.encoder = encoder
+        self.position = position
+        self.mode = mode
+        if position == "relative":
+            encoder.offset_weights.copy_(clean_weights())
         self.decoder = PatchDecoder(encoder, *decoder)
         self.blocks = [*self.encoder.blocks, *self.decoder.blocks]
         self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.dim))
         nn.init.normal_(self.mask_token, std=0.02)
         self.register_buffer("at", coordinates(*encoder.grid).float(), persistent=False)  # (L, 2)
         widths = [block.attn.d for block in self.blocks]
-        self.delta = nn.Parameter(torch.zeros(DELTAS[position, mode](encoder.dim, widths)))
-        used = torch.ones(self.delta.shape)
-        for row, d in zip(used, widths) if used.dim() == 4 else ():  # a narrower block, a narrower delta
-            row[d:] = 0
-        self.register_buffer("used", used, persistent=False)
+        self.delta = nn.Parameter(torch.zeros(delta_shape(position, mode, encoder.dim, widths)))
+        in_use = torch.ones(self.delta.shape)
+        if self.delta.dim() == 4:  # a block whose heads are narrower has a narrower delta
+            for row, width in zip(in_use, widths):
+                row[width:] = 0
+        self.register_buffer("in_use", in_use, persistent=False)
 
     def tokens(self, patches):
         """Patches (B, L, D) of pixels -> (B, L, dim) at their positions, none masked."""
@@ -102,90 +180,135 @@ class MAEPlus(nn.Module):
             return self.encoder.embed(patches) + self.encoder.pos_embed[:, 1:]
 
     def rows(self):
-        """The vectors r_ij of each block at delta = 0: (1 + L, 1 + L, d) each; [] in the absolute modes."""
-        return [b.attn.relative(*self.encoder.grid) for b in self.blocks if self.position == "relative"]
+        """The vectors r_ij of each block at delta = 0: (1 + L, 1 + L, d) each; [] for absolute
+        positions."""
+        if self.position == "absolute":
+            return []
+        weights = self.encoder.pair_weights(*self.encoder.grid)
+        return [block.attn.relative.read(weights) for block in self.blocks]
+
+    def moved_rows(self, block, delta):
+        """The r_ij of a `block` for masked queries i: p[g(pos_i - pos_j + delta)], or, in embedding
+        mode, (p + delta)[g(pos_i - pos_j)]. delta (2,) in patches, as (row, column), or (d, 7,
+        7)."""
+        relative = block.attn.relative
+        if self.mode == "coordinate":
+            offsets = self.at[:, None] - self.at + delta  # (L, L, 2)
+            inner = lookup(relative.table, relative_index(offsets))
+            return relative.with_cls(inner.permute(1, 2, 0))
+        weights = self.encoder.pair_weights(*self.encoder.grid)
+        return relative.read(weights, relative.table + delta[: block.attn.d])
 
     def masked_token(self, delta):
         """What stands at masked places: (1, L, dim)."""
         positions = self.encoder.pos_embed[:, 1:]
         if self.position == "absolute" and delta is not None:
-            coordinate = self.mode == "coordinate"
-            positions = sincos_at(self.at + delta, positions.shape[2]) if coordinate else positions + delta
+            if self.mode == "coordinate":
+                positions = sincos_at(self.at + delta, positions.shape[2])
+            else:
+                positions = positions + delta
         return self.mask_token + positions
 
     def biases(self, rows, masked, delta):
-        """For each block, the function from queries to their relative logits (TransformerBlock)."""
+        """For each block, the function from queries to their relative logits (TransformerBlock).
+        Masked queries read the moved rows, all others, and the cls token, the clean `rows`."""
         if delta is None or not rows:
-            return [lambda q, r=r: relative_logits(q, r) for r in rows]
-        queries, found = F.pad(masked, (1, 0))[:, None, :, None], []  # cls is not masked
-        for block, clean, shift in zip(self.blocks, rows, delta):
-            how = {"shift": shift} if self.mode == "coordinate" else {"extra": shift[:block.attn.d]}
-            moved = block.attn.relative(*self.encoder.grid, **how)
-            found.append(lambda q, clean=clean, moved=moved: torch.where(
-                queries, relative_logits(q, moved), relative_logits(q, clean)))
-        return found
+            return [relative_bias(clean) for clean in rows]
+        is_masked = F.pad(masked, (1, 0))[:, None, :, None]  # (B, 1, 1 + L, 1); cls is not
+        biases = []
+        for block, clean, block_delta in zip(self.blocks, rows, delta):
+            biases.append(either_bias(is_masked, self.moved_rows(block, block_delta), clean))
+        return biases
 
     def forward(self, tokens, rows, masked, delta=None):
-        """`tokens` (B, L, dim) and `rows` as above, `masked` (B, L) bool -> all patches (B, L, 3 patch^2)."""
-        biases, n = self.biases(rows, masked, delta), len(self.encoder.blocks)
+        """`tokens` (B, L, dim) and `rows` as above, `masked` (B, L) bool -> all patches (B, L, 3
+        patch^2)."""
+        biases = self.biases(rows, masked, delta)
+        depth = len(self.encoder.blocks)
         h = torch.where(masked[:, :, None], self.masked_token(delta), tokens)
         with run.autocast(h.device):
-            return self.decoder(self.decoder.embed(self.encoder.encode(h, biases[:n])), biases[n:])
+            h = self.encoder.encode(h, biases[:depth])
+            return self.decoder(self.decoder.embed(h), biases[depth:])
+
+
+def either_bias(is_masked, moved, clean):
+    """The `bias` of a TransformerBlock by r_ij `moved` where the query is masked, and `clean`
+    elsewhere."""
+
+    def bias(q):
+        return torch.where(is_masked, relative_logits(q, moved), relative_logits(q, clean))
+
+    return bias
 
 
 def mae_loss(pred, target, masked):
-    """Squared error of pred against target (B, L, D), each target patch standardised over its D values; mean
-    over D, then over the patches that are `masked` (B, L)."""
+    """Squared error of pred against target (B, L, D), each target patch standardised over its D
+    values; mean over D, then over the patches that are `masked` (B, L)."""
     target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 1e-6).sqrt()
     error = (pred.to(target.dtype) - target).square().mean(2)  # (B, L)
     return (error * masked).sum() / masked.sum()
 
 
-def attack(net, tokens, rows, masked, target, noise, args):
-    """The pgd adversary: a new delta for this batch. It starts at `noise`, of its shape and in the unit ball,
-    times the radius, or under --no-random-start at 0. All processes use the delta of the first, whose
-    gradient is then the sum of theirs."""
-    tokens, rows = tokens.detach(), [r.detach() for r in rows]
+def attack(net, tokens, rows, masked, target, noise, *, norm, radius, step_size, steps):
+    """The pgd adversary: a new delta for this batch, within `radius` (in patches, or in embedding
+    units) of 0, each row of delta in a ball of its own. It starts at radius `noise`, noise of its
+    shape in the unit ball, or, where noise is None, at 0.
 
-    def loss(delta):
-        return mae_loss(net(tokens, rows, masked, dist.gather(delta)[:len(delta)]), target, masked)
+    All processes use the delta of the first one, whose gradient is then the sum of theirs.
+    """
+    # The weights stand still, so that all that does not depend on delta is a constant.
+    tokens = tokens.detach()
+    rows = [row.detach() for row in rows]
 
-    step_size = 5 / 8 * args.radius if args.step_size is None else args.step_size
-    zero = torch.zeros_like(noise)
-    delta = pgd(loss, zero, args.radius, step_size, args.steps, args.norm,
-                start=args.radius * noise if args.random_start else zero, lo=-torch.inf, hi=torch.inf)
+    def loss_of_delta(delta):
+        shared = dist.gather(delta)[:len(delta)]
+        return mae_loss(net(tokens, rows, masked, shared), target, masked)
+
+    zero = torch.zeros_like(net.delta)
+    start = zero if noise is None else radius * noise
+    delta = pgd(loss_of_delta, zero, radius, step_size, steps, norm, start=start, lo=-torch.inf, hi=torch.inf)
     return dist.gather(delta)[:len(delta)]
 
 
 @torch.no_grad()
 def ascend(delta, opt, radius, norm):
-    """The persistent adversary: a step of `opt`, which maximises, then each row of delta into its ball."""
+    """The persistent adversary: a step of `opt`, which maximises, then each row of delta into its
+    ball."""
     opt.step()
     delta.copy_(project(delta, radius, norm))
 
 
-def train_step(net, opt, opt_delta, x, u, noise, args):
-    """One iteration on images x (B, 3, S, S); u (B, L), uniform, draws the mask, `noise` starts an attack."""
+def train_step(net, opt, opt_delta, x, u, noise, *, mask_ratio, adversary, norm, radius, step_size, steps):
+    """One iteration on images x (B, 3, S, S); the loss, to be logged. u (B, L), uniform, draws the
+    mask; `noise` is as in `attack`. `opt` has the weights, `opt_delta` net.delta. With radius 0 it
+    is MAE+'s step."""
     patches = patchify(x, net.encoder.patch)  # (B, L, D)
-    target, masked = net.encoder.normalise(patches), random_mask(u, args.mask_ratio)
-    tokens, rows = net.tokens(patches), net.rows()
-    delta = net.delta if args.radius else None
-    if args.radius and args.adversary == "pgd":
-        delta = attack(net, tokens, rows, masked, target, noise, args)
+    target = net.encoder.normalise(patches)
+    masked = random_mask(u, mask_ratio)
+    tokens = net.tokens(patches)
+    rows = net.rows()
+    delta = net.delta if radius else None
+    if radius and adversary == "pgd":
+        delta = attack(net, tokens, rows, masked, target, noise,
+                       norm=norm, radius=radius, step_size=step_size, steps=steps)
         net.delta.data.copy_(delta)  # for the picture
     loss = mae_loss(net(tokens, rows, masked, delta), target, masked)
 
-    opt.zero_grad(), opt_delta.zero_grad()
-    loss.backward()  # one backward for the weights, which descend, and for delta, which ascends
+    # One backward pass for both players, at one point: the weights descend, and the persistent
+    # delta ascends.
+    opt.zero_grad()
+    opt_delta.zero_grad()
+    loss.backward()
     dist.average_grads(net.parameters())
     opt.step()
-    if args.radius and args.adversary == "persistent":
-        ascend(net.delta, opt_delta, args.radius, args.norm)
+    if radius and adversary == "persistent":
+        ascend(net.delta, opt_delta, radius, norm)
     return {"loss": loss}
 
 
 def lr_at(epoch, epochs, lr, warmup):
-    """At the fractional `epoch`: linear from 0 over the first `warmup`, then a cosine to 0."""
+    """The learning rate at the fractional `epoch`: linear from 0 over the first `warmup`, then a
+    cosine to 0."""
     return optim.warmup_cosine(epoch, epochs, warmup, lr)
 
 
@@ -195,89 +318,114 @@ def lr_at(epoch, epochs, lr, warmup):
 def parser():
     p = run.parser(__doc__, name="adpe", arch="vit_tiny")
     p.add_argument("--position", choices=("relative", "absolute"), default="relative",
-                   help="relative or absolute")
+                   help="which positions are moved (paper)")
     p.add_argument("--mode", choices=("coordinate", "embedding"), default="coordinate",
-                   help="coordinate or embedding")
+                   help="whether their coordinates or their embeddings are moved (paper)")
     p.add_argument("--adversary", choices=("persistent", "pgd"), default="persistent",
-                   help="persistent or pgd")
-    p.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of delta: linf or l2")
+                   help="a delta that is kept (authors' code), or a new one for each batch (ours)")
+    p.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of delta (paper has both)")
     p.add_argument("--radius", type=run.number(), default=1.0,
-                   help="eps: patches or embedding units; 0: MAE+")
+                   help="eps, in patches, or in embedding units; 0 gives MAE+ (authors' code)")
     p.add_argument("--adv-lr", type=run.number(), default=1e-3,
-                   help="of the persistent adversary, at its peak")
-    p.add_argument("--steps", type=run.integer(0), default=2, help="of the pgd adversary")
+                   help="of the persistent adversary, at its peak (ours)")
+    p.add_argument("--steps", type=run.integer(0), default=2, help="of the pgd adversary (ours)")
     p.add_argument("--step-size", type=run.number(),
-                   help="of the pgd adversary; default: 5/8 of the radius")
+                   help="of the pgd adversary, in the units of --radius; default: 5/8 of it (ours)")
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
-                   help="start the pgd adversary at a random point of the ball (ours); without, at 0: with "
-                        "--steps 1 and --step-size equal to --radius that is FGSM")
+                   help="start the pgd adversary at a random point of the ball (ours); without it, at 0: "
+                        "with --steps 1 and --step-size equal to --radius that is FGSM")
     p.add_argument("--decoder", type=run.integer(1), nargs=3, default=[128, 4, 4],
-                   metavar=("WIDTH", "BLOCKS", "HEADS"))
+                   metavar=("WIDTH", "BLOCKS", "HEADS"), help="its size (ours)")
     p.add_argument("--mask-ratio", type=run.number(0, 1), default=0.75,
-                   help="part of the patches that is masked")
-    p.add_argument("--epochs", type=run.integer(0), default=400, help="0 exports the random encoder")
+                   help="the share of the patches that is masked (MAE's)")
+    p.add_argument("--epochs", type=run.integer(0), default=400,
+                   help="0 exports the random encoder (authors' code)")
     p.add_argument("--batch-size", type=run.integer(1), default=512,
-                   help="images a step, over all processes")
-    p.add_argument("--lr", type=run.number(), default=1e-3, help="of AdamW, at its peak")
-    p.add_argument("--warmup", type=run.integer(0), default=20, help="epochs, also of --adv-lr")
-    p.add_argument("--weight-decay", type=run.number(0, 1e6), default=0.05)
+                   help="images per step, over all processes (ours)")
+    p.add_argument("--lr", type=run.number(), default=1e-3, help="of AdamW, at its peak (ours)")
+    p.add_argument("--warmup", type=run.integer(0), default=20,
+                   help="in epochs, also of --adv-lr (authors' code)")
+    p.add_argument("--weight-decay", type=run.number(0, 1e6), default=0.05, help="(MAE's)")
     p.add_argument("--image-size", type=run.integer(1, 10000),
-                   help="side of a crop; default: that of the data's images, of a folder's 32")
-    p.add_argument("--crops", type=run.integer(1), default=1, help="of an image, a step")
+                   help="side of a crop in pixels; default: that of the images, and 32 for a folder")
+    p.add_argument("--crops", type=run.integer(1), default=1, help="of an image, per step (ours)")
     p.add_argument("--min-scale", type=run.number(above=0, most=1), default=0.2,
-                   help="smallest area of a crop, of the image's")
+                   help="the smallest share of the image that a crop takes (ours)")
     return p
 
 
 def network(args, size):
+    """Tokens and masks -> rebuilt patches (`MAEPlus.forward`)."""
     encoder = encoders.make(args.arch, mean=MEAN, std=STD, size=size,
                             relative=args.position == "relative")
     return MAEPlus(encoder, args.decoder, args.position, args.mode)
 
 
 def random_numbers(rng, net, args, device):
-    """Uniform u (crops B, L), and for pgd a start: in the unit ball for each row of delta."""
+    """Uniform u (crops B, L), which draws masks; and noise of delta's shape, uniform in the unit
+    ball for each of its rows, or None where nothing starts at random."""
     u = rng.uniform(args.crops, len(net.at), device=device).transpose(0, 1).flatten(0, 1)
-    seed = int(2**24 * rng.uniform(1)[0, 0])
+    if args.adversary != "pgd" or not args.random_start:
+        return u, None
+    seed = int(2**24 * rng.uniform(1)[0, 0])  # one for all images, and all processes
     generator = torch.Generator(device).manual_seed(seed)
-    return u, net.used * uniform(net.delta, 1.0, args.norm, generator)
+    return u, net.in_use * uniform(net.delta, 1.0, args.norm, generator)
+
+
+def attack_settings(args):
+    """The named arguments of `attack` as the flags have them."""
+    step_size = 5 / 8 * args.radius if args.step_size is None else args.step_size
+    return dict(norm=args.norm, radius=args.radius, step_size=step_size, steps=args.steps)
 
 
 @torch.no_grad()
-def pictures(path, net, images, size, args):
-    """A panel a row of delta, the encoder's blocks first: masked patches dark, a white dot where each is, a
-    red one where it is told it is. Of an embedding, which tells no place: if relative, the length of delta
-    over the table, if absolute, the likeness of masked places (rows) to all."""
+def pictures(net, images, size, args):
+    """Rows for `save_rows`: a panel for each row of delta, the encoder's blocks first. Masked
+    patches are dark, with a white dot where each is and a red one where it is told that it is.
+
+    An embedding tells no place. Then it is, for relative positions, the length of delta over the
+    table, and for absolute ones the likeness of masked places (rows) to all places.
+    """
+    depth = len(net.encoder.blocks)
+    names = [f"encoder {i}" if i < depth else f"decoder {i - depth}" for i in range(len(net.delta))]
+    if net.position == "absolute":
+        names = ["input"]
     if net.mode == "embedding":
         clean = net.encoder.pos_embed[0, 1:]
-        relative = net.position == "relative"
-        table = net.delta.norm(dim=1, keepdim=True) if relative else (clean + net.delta) @ clean.T[None, None]
-        return run.save_picture(F.interpolate(table / table.max().clamp_min(1e-8), scale_factor=8), path, 4)
+        if net.position == "relative":
+            values = net.delta.norm(dim=1, keepdim=True)
+        else:
+            values = (clean + net.delta) @ clean.T[None, None]
+        values = F.interpolate(values / values.max().clamp_min(1e-8), scale_factor=8)
+        return [(name, panel[None].expand(1, 3, -1, -1)) for name, panel in zip(names, values)]
     x, _, rng = next(data.batches(images, min(2, len(images)), args.seed, 0))
     masked = random_mask(rng.uniform(len(net.at), device=x.device), args.mask_ratio)[0]
     patches = patchify(augment(x, rng, size, args.min_scale, 1)[:1], net.encoder.patch)
     patches[:, masked] *= 0.3
     zoom = max(1, 256 // size)
-    panels = unpatchify(patches, net.encoder.patch).repeat(len(net.delta), 1, 1, 1)
-    panels = F.interpolate(panels, scale_factor=zoom)
-    for panel, delta in zip(panels, net.delta):
-        for at, green_and_blue in ((net.at, 1.0), (net.at + delta, 0.2)):
-            at = ((at[masked] + 0.5) * zoom * net.encoder.patch).round().long()
-            for i, j in at.clamp(3, panel.shape[1] - 3).tolist():
-                panel[0, i - 3:i + 3, j - 3:j + 3] = 1
-                panel[1:, i - 3:i + 3, j - 3:j + 3] = green_and_blue
-    run.save_picture(panels, path, 4)
+    panel = F.interpolate(unpatchify(patches, net.encoder.patch), scale_factor=zoom)
+    rows = []
+    for name, delta in zip(names, net.delta):
+        marked = panel.clone()
+        for positions, colour in ((net.at, (1.0, 1.0, 1.0)), (net.at + delta, (1.0, 0.2, 0.2))):
+            centres = ((positions[masked] + 0.5) * zoom * net.encoder.patch).round().long()
+            for i, j in centres.clamp(3, marked.shape[2] - 3).tolist():
+                dot = torch.tensor(colour, device=marked.device).view(3, 1, 1)
+                marked[0, :, i - 3:i + 3, j - 3:j + 3] = dot
+        rows.append((name, marked))
+    return rows
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
     env = run.setup(args)
-    device, out = env.device, pathlib.Path(args.out)
+    device = env.device
+    out = pathlib.Path(args.out)
     images = data.load(args.data, args.data_dir, "train", device, args.limit,
                        args.image_size or 32, args.workers)
     size = run.image_size(args, images)
     check_masked(args.arch, size, args.decoder, args.mask_ratio)
-    steps = data.steps_per_epoch(len(images), args.batch_size, env.world)
+    steps_per_epoch = data.steps_per_epoch(len(images), args.batch_size, env.world)
 
     net = run.to_device(network(args, size), args, env)
     weights = [(name, w) for name, w in net.named_parameters() if w is not net.delta]
@@ -286,26 +434,32 @@ def main(argv=None):
     if args.compile:
         net.compile()
 
-    log = Log(args, env, steps * args.epochs, images)
+    log = Log(args, env, steps_per_epoch * args.epochs, images)
     state = dict(net=net, opt=opt, opt_delta=opt_delta, log=log)
     step = run.resume(args, env, state)
-    log.start(step, f"predicting each patch's mean: loss 1 - 1/D = {1 - 1 / (3 * net.encoder.patch**2):.3f}")
+    flat = 1 - 1 / (3 * net.encoder.patch**2)
+    log.start(step, f"predicting each patch's mean: loss 1 - 1/D = {flat:.3f}")
 
-    for epoch in range(step // steps, args.epochs):
-        begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
-        for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
+    settings = dict(mask_ratio=args.mask_ratio, adversary=args.adversary, **attack_settings(args))
+    for epoch in range(step // steps_per_epoch, args.epochs):
+        first = step % steps_per_epoch  # not 0 where a run was stopped within an epoch
+        for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, first):
             run.stop_if_signalled(args, env, state, step)
-            lr, adv_lr = (lr_at(step / steps, args.epochs, v, args.warmup) for v in (args.lr, args.adv_lr))
-            optim.set_lr(opt, lr), optim.set_lr(opt_delta, adv_lr)
+            lr = lr_at(step / steps_per_epoch, args.epochs, args.lr, args.warmup)
+            adv_lr = lr_at(step / steps_per_epoch, args.epochs, args.adv_lr, args.warmup)
+            optim.set_lr(opt, lr)
+            optim.set_lr(opt_delta, adv_lr)
             crops = augment(x, rng, size, args.min_scale, args.crops)
             u, noise = random_numbers(rng, net, args, device)
-            losses = train_step(net, opt, opt_delta, crops, u, noise, args)
+            losses = train_step(net, opt, opt_delta, crops, u, noise, **settings)
             log.step(step, len(x) * env.world, **losses)
             step += 1
         log.epoch(epoch, step, lr=lr, adv_lr=adv_lr)
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            if env.rank == 0:  # before the checkpoint, so that none is missing when the run goes on
-                pictures(out / "positions.png", net, images, size, args)
+            # Pictures come before the checkpoint, so that none is missing when the run goes on.
+            rows = pictures(net, images, size, args)
+            if env.rank == 0:
+                save_rows(out / "positions.png", rows, enlarge=1)
             run.save(args, env, state, step)
     if env.rank == 0:
         encoders.export(net.encoder, out / "encoder.pt", image_size=size)

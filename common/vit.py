@@ -1,7 +1,6 @@
-"""Vision transformers (Dosovitskiy et al. 2021, arXiv 2010.11929) for images in patches, and the light decoder of
-masked autoencoders. Module names are timm's. The file stands alone.
+"""Vision transformers (Dosovitskiy et al. 2021, arXiv 2010.11929) for images in patches, and the light
+decoder of masked autoencoders. Module names are timm's. The file stands alone.
 """
-import math
 from collections import OrderedDict
 
 import torch
@@ -11,8 +10,8 @@ from torchvision.ops import stochastic_depth
 
 
 def patchify(x, patch):
-    """Images (B, C, H, W) -> patches (B, L, C patch^2), row by row; within a patch the order is (row, column,
-    channel), channel fastest. Raises ValueError where H or W is no multiple of `patch`."""
+    """Images (B, C, H, W) -> patches (B, L, C patch^2), row by row; within a patch the order is (row,
+    column, channel), channel fastest. Raises ValueError where H or W is no multiple of `patch`."""
     B, C, H, W = x.shape
     if H % patch or W % patch:
         raise ValueError(f"images of {H} x {W}: no multiple of the patch size {patch}; choose another "
@@ -55,56 +54,32 @@ def sincos_2d(dim, height, width=None):
     return sincos_at(coordinates(height, width or height), dim)
 
 
-def relative_index(offsets, alpha=1.9, beta=3.8, gamma=15.2):
-    """Real index of an offset in patches, per coordinate: the offset itself up to `alpha`, then growing as a
-    logarithm that reaches `beta` at `gamma`, and stays. Rounded it is iRPE's piecewise index (Wu et al. 2021,
-    arXiv 2107.14222)."""
-    far = offsets.abs().clamp_min(alpha)  # the logarithm of 0 would make the gradient NaN
-    index = alpha + (beta - alpha) / math.log(gamma / alpha) * (far / alpha).log()
-    return torch.where(offsets.abs() <= alpha, offsets, offsets.sign() * index.clamp_max(beta))
-
-
-def lookup_weights(offsets, K):
-    """Bilinear weights (..., (2K+1)^2) of a table's entries at `offsets` (..., 2) from its centre, clamped to
-    [-K, K]. At integers one weight is 1 and the others 0; the derivative there is one-sided. An offset that
-    is NaN makes all weights NaN."""
-    at = offsets.clamp(-K, K) + K
-    low = at.detach().nan_to_num().floor().clamp_max(2 * K - 1)  # no entry has the number NaN
-    f = (at - low)[..., None]
-    low = F.one_hot(low.long(), 2 * K + 1).to(f)  # (..., 2, 2K+1)
-    rows, columns = ((1 - f) * low + f * low.roll(1, -1)).unbind(-2)
-    return (rows[..., :, None] * columns[..., None, :]).flatten(-2)
-
-
-def lookup(table, offsets):
-    """Bilinear reading (C, ...) of table (C, 2K+1, 2K+1) at real `offsets` (..., 2), as (row, column) in
-    table units from its centre, clamped to [-K, K]; differentiable in both."""
-    weights = lookup_weights(offsets, table.shape[1] // 2)
-    with torch.autocast(table.device.type, enabled=False):  # it is small
-        found = table.flatten(1) @ weights.reshape(-1, table[0].numel()).T
-    return found.view(len(table), *offsets.shape[:-1])
-
-
 class Relative(nn.Module):
-    """Relative positions r_ij of one attention layer, shared by its heads, in the manner of iRPE: a table of
-    d-vectors, read bilinearly at `relative_index` of the offset; one more vector where i or j is the cls
-    token. All zero at the start."""
+    """Relative positions r_ij of one attention layer, shared by its heads, in the manner of iRPE (Wu et
+    al. 2021, arXiv 2107.14222): a table of d-vectors, 7 x 7 of them, for the offset between two patches,
+    and one more vector where one of the two is the cls token. All zero at the start. How an offset reads
+    the table is the method's."""
 
-    K = 3
+    SIDE = 7
 
     def __init__(self, d):
         super().__init__()
-        side = 2 * self.K + 1
-        self.table = nn.Parameter(torch.zeros(d, side, side))
+        self.table = nn.Parameter(torch.zeros(d, self.SIDE, self.SIDE))
         self.cls = nn.Parameter(torch.zeros(d))
 
-    def forward(self, height, width, shift=0.0, extra=0.0):
-        """(1 + L, 1 + L, d). `shift` (2,) is added to every offset between patches, `extra` (d, 7, 7) to the
-        table."""
-        at = coordinates(height, width, self.table.device, self.table.dtype)
-        offsets = relative_index(at[:, None] - at + shift)
-        inner = lookup(self.table + extra, offsets).permute(1, 2, 0)
-        L = len(at)
+    def read(self, weights, table=None):
+        """r_ij of L patches and the cls token before them, (1 + L, 1 + L, d), from weights (L, L, 49) of
+        the entries for each pair; of another `table` (d, 7, 7) if one is given."""
+        table = self.table if table is None else table
+        L = len(weights)
+        with torch.autocast(table.device.type, enabled=False):  # it is small
+            inner = table.flatten(1) @ weights.flatten(0, 1).T
+        return self.with_cls(inner.view(-1, L, L).permute(1, 2, 0))
+
+    def with_cls(self, inner):
+        """r_ij between patches, inner (L, L, d) -> those with the cls token before them: (1 + L, 1 + L,
+        d)."""
+        L = len(inner)
         left = self.cls.expand(L, 1, -1)
         top = self.cls.expand(1, 1 + L, -1)
         return torch.cat([top, torch.cat([left, inner], 1)])
@@ -113,6 +88,15 @@ class Relative(nn.Module):
 def relative_logits(q, r):
     """q_i . r_ij: q (B, heads, T, d), already divided by sqrt(d), and r (T, T, d) -> (B, heads, T, T)."""
     return torch.einsum("bhid,ijd->bhij", q, r)
+
+
+def relative_bias(r):
+    """For r_ij, r (T, T, d): the `bias` of a TransformerBlock."""
+
+    def bias(q):
+        return relative_logits(q, r)
+
+    return bias
 
 
 class Attention(nn.Module):
@@ -134,8 +118,8 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)), the mlp four times as wide. `bias`: None, or a
-    function of the queries divided by sqrt(d) that gives logits (B, heads, T, T) to add."""
+    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)), the mlp four times as wide. `bias`: None,
+    or a function of the queries divided by sqrt(d) that gives logits (B, heads, T, T) to add."""
 
     def __init__(self, dim, heads, relative=False):
         super().__init__()
@@ -152,7 +136,8 @@ class TransformerBlock(nn.Module):
 
 
 def xavier(net):
-    """Start every Linear of `net` Xavier-uniform, with zero bias (MAE, He et al. 2021, arXiv 2111.06377)."""
+    """Start every Linear of `net` Xavier-uniform, with zero bias (MAE, He et al. 2021, arXiv
+    2111.06377)."""
     for m in net.modules():
         if isinstance(m, nn.Linear):
             nn.init.xavier_uniform_(m.weight)
@@ -165,7 +150,9 @@ class ViT(nn.Module):
     size       side of the images that `pos_embed` is for.
     positions  "sincos": fixed at first (`requires_grad_` of the network makes them trainable); images of
                another size get those of their own grid, whatever was trained. "learned": for `size` only.
-    relative   every block has relative positions besides (`Relative`); timm's ViT has no place for them.
+    relative   every block has relative positions besides (`Relative`); timm's ViT has no place for them. The
+               buffer `offset_weights` (15, 7) says how an offset of -7, ..., 7 patches along one
+               coordinate reads the 7 entries of the table along that coordinate; the method fills it in.
     fc_norm    the last LayerNorm comes after the mean instead of before it (`renew_norm`).
     """
 
@@ -182,6 +169,8 @@ class ViT(nn.Module):
         self.patch = patch
         self.grid = (size // patch, size // patch)
         self.relative = relative
+        if relative:
+            self.register_buffer("offset_weights", torch.zeros(15, Relative.SIDE))
         self.register_buffer("mean", torch.tensor(mean).repeat(patch**2), persistent=False)  # of a patch
         self.register_buffer("std", torch.tensor(std).repeat(patch**2), persistent=False)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
@@ -206,6 +195,15 @@ class ViT(nn.Module):
         positions = F.pad(sincos_2d(self.dim, height, width), (0, 0, 1, 0))[None].to(self.pos_embed.dtype)
         return positions.to(self.pos_embed.device, non_blocking=self.pos_embed.is_cuda)
 
+    def pair_weights(self, height, width):
+        """The weights with which each pair of patches of a grid reads a table of relative positions: (L,
+        L, 49). Offsets beyond 7 count as 7."""
+        reach = len(self.offset_weights) // 2
+        at = coordinates(height, width, self.offset_weights.device, torch.long)
+        offsets = (at[:, None] - at).clamp(-reach, reach) + reach  # (L, L, 2)
+        rows, columns = self.offset_weights[offsets].unbind(2)  # (L, L, 7) each
+        return (rows[..., :, None] * columns[..., None, :]).flatten(-2)
+
     def normalise(self, patches):
         """Patches (B, n, 3 patch^2) of pixels -> what the network is shown, channel by channel."""
         return (patches - self.mean) / self.std
@@ -216,8 +214,8 @@ class ViT(nn.Module):
         return F.linear(self.normalise(patches), proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias)
 
     def encode(self, tokens, biases=None):
-        """Tokens (B, n, dim) with their positions -> (B, 1 + n, dim) after the last block and norm, the cls
-        token first. `biases`: one for each block (`TransformerBlock`)."""
+        """Tokens (B, n, dim) with their positions -> (B, 1 + n, dim) after the last block and norm, the
+        cls token first. `biases`: one for each block (`TransformerBlock`)."""
         cls = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls.expand(tokens.shape[0], -1, -1), tokens], 1)  # tracing would fix len(tokens)
         for i, block in enumerate(self.blocks):
@@ -235,16 +233,16 @@ class ViT(nn.Module):
                                  f"learned for {side} x {side} (--image-size {side})")
             positions = self.sincos(*grid)
         if self.relative:
-            rows = [block.attn.relative(*grid) for block in self.blocks]
-            biases = [lambda q, r=r: relative_logits(q, r) for r in rows]
+            weights = self.pair_weights(*grid)
+            biases = [relative_bias(block.attn.relative.read(weights)) for block in self.blocks]
         tokens = self.embed(patchify(x, self.patch)) + positions[:, 1:]
         return self.fc_norm(self.encode(tokens, biases)[:, 1:].mean(1))
 
 
 class PatchDecoder(nn.Module):
-    """The light decoder of a masked autoencoder: `embed` takes the encoder's tokens to its `width`, `forward`
-    a whole grid of them, cls first, (B, 1 + L, width), to patches (B, L, 3 patch^2). Sine-cosine positions,
-    relative ones besides if the encoder has them."""
+    """The light decoder of a masked autoencoder: `embed` takes the encoder's tokens to its `width`,
+    `forward` a whole grid of them, cls first, (B, 1 + L, width), to patches (B, L, 3 patch^2).
+    Sine-cosine positions, relative ones besides if the encoder has them."""
 
     def __init__(self, encoder, width, depth, heads):
         super().__init__()
@@ -264,8 +262,8 @@ class PatchDecoder(nn.Module):
 
 
 def check_masked(arch, image_size, decoder, mask_ratio):
-    """ValueError that names the first flag of a masked autoencoder that does not fit: --arch, --image-size
-    (a side, in pixels), --decoder (width, blocks, heads) and --mask-ratio (from 0 to 1)."""
+    """ValueError that names the first flag of a masked autoencoder that does not fit: --arch,
+    --image-size (a side, in pixels), --decoder (width, blocks, heads) and --mask-ratio (from 0 to 1)."""
     if arch not in VITS:
         raise ValueError(f"--arch {arch}: choose one of {', '.join(VITS)}")
     patch = VITS[arch][0]

@@ -516,7 +516,7 @@ def adpe_step(s, variant, compiled):
         net.compile()
 
     def one():
-        adpe.train_step(net, opt, opt_delta, x, order, start, args)
+        adpe.train_step(net, opt, opt_delta, x, order, start, **named_by(adpe.train_step, adpe, args))
 
     return one
 

@@ -9,11 +9,11 @@ from torch import nn
 
 import adpe
 from common import data, encoders, shapes, vit
-from common.vit import lookup, relative_index
+from adpe import lookup, relative_index
 from tests.processes import in_two_processes
-from tests.scripts import read_flags
+from tests.scripts import named_by, read_flags
 
-FORMS = list(adpe.DELTAS)
+FORMS = [(position, mode) for position in ("absolute", "relative") for mode in ("embedding", "coordinate")]
 PLAIN = torch.arange(49, dtype=torch.float64).view(1, 7, 7)
 SINES = torch.arange(98, dtype=torch.float64).mul(0.3).sin().view(2, 7, 7)
 
@@ -170,6 +170,11 @@ def real(*flags, trained=True):
     return net, x, *adpe.random_numbers(rng, net, args, "cpu"), args
 
 
+def train_step(net, opt, opt_delta, x, u, noise, args):
+    settings = named_by(adpe.train_step, adpe, args)
+    return adpe.train_step(net, opt, opt_delta, x, u, noise, **settings)
+
+
 def parts(net, x, order, args):
     patches = vit.patchify(x, 4)
     return net.tokens(patches), net.rows(), adpe.random_mask(order, args.mask_ratio), net.encoder.normalise(patches)
@@ -181,7 +186,7 @@ def form(position, mode):
 
 def random_delta(net):
     g = torch.Generator().manual_seed(5)
-    return net.used * torch.randn(net.delta.shape, generator=g)
+    return net.in_use * torch.randn(net.delta.shape, generator=g)
 
 
 def slow_block(block, h, masked, at, delta, mode):
@@ -252,7 +257,7 @@ def test_delta_has_a_gradient_through_masked_rows_only_and_in_what_is_used(posit
     tokens, rows, masked, target = parts(net, x, order, args)
     delta = random_delta(net).requires_grad_()
     (g,) = torch.autograd.grad(adpe.mae_loss(net(tokens, rows, masked, delta), target, masked), delta)
-    assert (g[net.used == 0] == 0).all() and all(row.abs().sum() > 0 for row in g)
+    assert (g[net.in_use == 0] == 0).all() and all(row.abs().sum() > 0 for row in g)
     (g,) = torch.autograd.grad(net(tokens, rows, torch.zeros_like(masked), delta).square().sum(), delta)
     assert (g == 0).all()
 
@@ -261,10 +266,10 @@ def test_a_table_of_zeros_gives_a_shift_no_gradient_and_the_adversary_survives_i
     net, x, order, start, args = real("--norm", "l2", trained=False)
     opt = torch.optim.AdamW([p for p in net.parameters() if p is not net.delta], 1e-3)
     opt_delta = torch.optim.AdamW([net.delta], 0.1, betas=(0.9, 0.95), weight_decay=0, maximize=True)
-    adpe.train_step(net, opt, opt_delta, x, order, start, args)
+    train_step(net, opt, opt_delta, x, order, start, args)
     assert (net.delta == 0).all()
     for _ in range(3):
-        adpe.train_step(net, opt, opt_delta, x, order, start, args)
+        train_step(net, opt, opt_delta, x, order, start, args)
     assert net.delta.isfinite().all() and (net.delta.norm(dim=1) > 0).all()
     assert (net.delta.norm(dim=1) <= 1 + 1e-6).all()
 
@@ -278,7 +283,7 @@ def test_a_step_is_one_backward_at_one_point_for_weights_and_delta(flags):
     loss = adpe.mae_loss(other(tokens, rows, masked, other.delta if args.radius else None), target, masked)
     loss.backward()
     opt = torch.optim.SGD([p for p in net.parameters() if p is not net.delta], 0.1)
-    losses = adpe.train_step(net, opt, torch.optim.SGD([net.delta], 0.1, maximize=True), x, order, start, args)
+    losses = train_step(net, opt, torch.optim.SGD([net.delta], 0.1, maximize=True), x, order, start, args)
     assert torch.equal(losses["loss"], loss)
     for (name, p), q in zip(net.named_parameters(), other.parameters()):
         if name == "delta" and not args.radius:
@@ -296,11 +301,11 @@ def test_pgd_climbs_within_its_ball_and_leaves_no_trace(position, mode, norm):
                                       "--step-size", "0.1", "--steps", "4")
     before = copy.deepcopy(net.state_dict())
     tokens, rows, masked, target = parts(net, x, order, args)
-    delta = adpe.attack(net, tokens, rows, masked, target, start, args)
+    delta = adpe.attack(net, tokens, rows, masked, target, start, **adpe.attack_settings(args))
     length = delta.flatten(1).norm(dim=1) if norm == "l2" else delta.flatten(1).abs().amax(1)
     assert length.max() <= 0.5 + 1e-6 and delta.shape == net.delta.shape
     assert (start.flatten(1).norm(dim=1) if norm == "l2" else start.abs()).max() <= 1 + 1e-6
-    assert (delta[net.used == 0] == 0).all()
+    assert (delta[net.in_use == 0] == 0).all()
 
     def loss(delta):
         return adpe.mae_loss(net(tokens, rows, masked, delta), target, masked)
@@ -313,7 +318,7 @@ def test_pgd_climbs_within_its_ball_and_leaves_no_trace(position, mode, norm):
 def test_constants_of_the_attack_change_no_bit():
     net, x, order, start, args = real("--adversary", "pgd")
     tokens, rows, masked, target = parts(net, x, order, args)
-    fast = adpe.attack(net, tokens, rows, masked, target, start, args)
+    fast = adpe.attack(net, tokens, rows, masked, target, start, **adpe.attack_settings(args))
 
     def again(delta):
         return adpe.mae_loss(net(net.tokens(vit.patchify(x, 4)), net.rows(), masked, delta), target, masked)
@@ -327,7 +332,7 @@ def attack_of_half(rank, world):
     cut = slice(2 * rank, 2 * rank + 2) if world > 1 else slice(0, 4)
     start = start if rank == 0 else -start  # only the first process's counts
     tokens, rows, masked, target = parts(net, x[cut], order[cut], args)
-    return adpe.attack(net, tokens, rows, masked, target, start, args)
+    return adpe.attack(net, tokens, rows, masked, target, start, **adpe.attack_settings(args))
 
 
 def test_two_processes_share_the_delta_of_one(tmp_path):
@@ -362,20 +367,22 @@ def test_the_exported_encoder_is_the_clean_one(position, tmp_path):
     assert any("relative" in key for key in saved) == (position == "relative") and "delta" not in saved
     x = torch.rand(2, 3, 16, 16)
     tokens, rows = net.tokens(vit.patchify(x, 4)), net.rows()
-    biases = [lambda q, r=r: vit.relative_logits(q, r) for r in rows]
+    biases = [vit.relative_bias(r) for r in rows]
     want = net.encoder.encode(tokens, biases)[:, 1:].mean(1)
     torch.testing.assert_close(encoders.load_encoder(tmp_path / "encoder.pt")(x), want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("position, mode", FORMS)
-def test_every_form_has_its_picture(position, mode, tmp_path):
+def test_every_form_has_its_picture(position, mode):
     net, *_, args = real(*form(position, mode))
     x, y, _ = shapes.shapes(4, seed=0)
-    for name in ("a", "b"):
-        adpe.pictures(
-            tmp_path / f"{name}.png", net, data.Images(x, y, 10), args.image_size, args)
+    drawn = []
+    for _ in range(2):
+        rows = adpe.pictures(net, data.Images(x, y, 10), args.image_size, args)
+        assert len(rows) == len(net.delta) and len({name for name, _ in rows}) == len(rows)
+        drawn.append(torch.cat([panel for _, panel in rows]))
         net.delta.data = random_delta(net)
-    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+    assert not torch.equal(*drawn)
 
 
 @pytest.mark.parametrize("epoch, lr", [(0, 0), (20, 0.5), (40, 1), (220, 0.5), (400, 0)])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import models
 
+import adpe
 from common import encoders, resnet, vit
 from common.encoders import export, load_encoder, make
 from common.resnet import BranchNorm, branch
@@ -204,13 +205,20 @@ def test_a_vit_equals_slow_loops(options):
     torch.testing.assert_close(net(x), want, rtol=1e-6, atol=1e-6)  # mean and std are float32
 
 
+def vit_with_offsets(**options):
+    """A ViT with relative positions that read their tables as AdPE's do."""
+    net = make("vit_slim", relative=True, **options).eval()
+    net.offset_weights.copy_(adpe.clean_weights())
+    return net
+
+
 def test_relative_positions_enter_the_logits_as_printed_in_their_definition():
     """q_i . (k_j + r_ij), r from the rounded index where the offset is an index, and its own vector for cls."""
     torch.manual_seed(0)
     block = vit.TransformerBlock(8, 2, relative=True).double()
     nn.init.normal_(block.attn.relative.table), nn.init.normal_(block.attn.relative.cls)
     x, seen = torch.randn(2, 5, 8, dtype=torch.float64), []
-    r = block.attn.relative(2, 2)
+    r = block.attn.relative.read(vit_with_offsets().double().pair_weights(2, 2))
 
     def bias(q):
         seen.append(q)
@@ -235,14 +243,25 @@ def test_relative_positions_enter_the_logits_as_printed_in_their_definition():
 
 def test_relative_tables_start_without_effect_and_then_matter_at_any_size():
     net, x = random_vit(), pictures()
-    relative = make("vit_slim", relative=True).eval()
+    relative = vit_with_offsets()
     missing = relative.load_state_dict(net.state_dict(), strict=False).missing_keys
-    assert len(missing) == 8 and all("relative" in key for key in missing)
+    assert len(missing) == 9 and all("relative" in key or key == "offset_weights" for key in missing)
     torch.testing.assert_close(relative(x), net(x), rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         relative.blocks[1].attn.relative.table.normal_()
     assert not torch.allclose(relative(x), net(x), atol=1e-3)
     assert relative(pictures(2, 48)).shape == (2, 96)
+
+
+def test_every_pair_of_a_grid_reads_the_table_at_its_offset():
+    """By the continuous lookup of adpe.py, also where offsets are farther than the weights reach."""
+    relative = vit_with_offsets().blocks[0].attn.relative
+    nn.init.normal_(relative.table)
+    for height, width in ((3, 3), (2, 11)):
+        at = vit.coordinates(height, width, dtype=torch.float32)
+        want = adpe.lookup(relative.table, adpe.relative_index(at[:, None] - at)).permute(1, 2, 0)
+        r = relative.read(vit_with_offsets().pair_weights(height, width))
+        torch.testing.assert_close(r[1:, 1:], want, rtol=1e-6, atol=1e-6)
 
 
 def test_another_size_gets_the_positions_of_its_own_grid_unless_they_were_learned():
@@ -562,20 +581,21 @@ def test_coordinates_are_float64_on_the_cpu_and_exact_in_the_type_asked_for():
 def test_positions_that_are_not_finite_stay_so_and_do_not_crash():
     """So that the run's own line on a loss that is not finite stops it."""
     offsets = torch.tensor([[0.5, -1.0], [math.nan, 2.0], [1.0, math.nan], [math.inf, -math.inf], [9.0, 2.5]])
-    index = vit.relative_index(offsets)
+    index = adpe.relative_index(offsets)
     bad = torch.tensor([False, True, True, False, False])
     assert torch.equal(index.isnan().any(1), bad)
-    weights = vit.lookup_weights(index, 3)
+    weights = adpe.lookup_weights(index, 3)
     assert weights.shape == (5, 49) and torch.equal(weights.isnan().any(1), bad)
     table = torch.arange(49.0).view(1, 7, 7).requires_grad_()
-    found = vit.lookup(table, index.requires_grad_())
+    found = adpe.lookup(table, index.requires_grad_())
     assert torch.equal(found[0].isnan(), bad)
     found[0, ~bad].sum().backward()
-    kept = vit.lookup(table, vit.relative_index(offsets[~bad]))
+    kept = adpe.lookup(table, adpe.relative_index(offsets[~bad]))
     assert torch.equal(found[0, ~bad], kept[0])
-    relative = vit.Relative(4)
+    encoder = vit.ViT("tiny", 16, 16, 1, 2, 32, *NORMALISE, "sincos", True, False)
+    net = adpe.MAEPlus(encoder, (16, 1, 2), "relative", "coordinate")
     with torch.no_grad():
-        r = relative(2, 2, shift=torch.tensor([math.nan, 0.0]))
+        r = net.moved_rows(net.blocks[0], torch.tensor([math.nan, 0.0]))
     assert r[1:, 1:].isnan().all() and r[0].isfinite().all()
 
 

@@ -10,6 +10,7 @@ import adpe
 from common import optim
 from common.vit import ViT
 from tests import steps2 as plain
+from tests.scripts import named_by
 
 FLAGS = dict(mask_ratio=0.5, lr=0.02, weight_decay=0.3, adv_lr=0.1, radius=0.7, norm="linf", steps=3,
              position="relative", mode="coordinate", adversary="persistent")
@@ -176,7 +177,8 @@ def optimizers(net, flags):
 
 
 def step_of_the_script(net, opt, opt_delta, x, u, noise, args):
-    return adpe.train_step(net, opt, opt_delta, x, u, noise, args)
+    settings = named_by(adpe.train_step, adpe, args)
+    return adpe.train_step(net, opt, opt_delta, x, u, noise, **settings)
 
 
 def network(position, mode):
@@ -206,7 +208,7 @@ def two_steps(more):
     net = network(flags.position, flags.mode)
     g = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
-        net.delta.copy_((flags.radius or 1) * ball_point(net.delta.shape, net.used, flags.norm, g))
+        net.delta.copy_((flags.radius or 1) * ball_point(net.delta.shape, net.in_use, flags.norm, g))
     opt, opt_delta = optimizers(net, flags)
     names = [name for name in plain.trained(net) if name != "delta"]
     f = plain.state(net)
@@ -216,7 +218,7 @@ def two_steps(more):
     for t in range(2):
         x = plain.images(2, 6, 10 + t)
         u = torch.rand(2, 9, generator=g, dtype=torch.float64)
-        noise = ball_point(net.delta.shape, net.used, flags.norm, g)
+        noise = ball_point(net.delta.shape, net.in_use, flags.norm, g)
         logged = step(f, past, past_delta, names, x, u, noise, flags)
         found = step_of_the_script(net, opt, opt_delta, x, u, noise, args)
         plain.same(found, logged, f"step {t}, logged")
