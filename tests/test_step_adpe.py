@@ -186,6 +186,9 @@ def network(position, mode):
     relative = position == "relative"
     encoder = ViT("toy", SIDE, 8, 1, HEADS, 6, plain.MEAN, plain.STD, "sincos", relative, False)
     net = plain.randomised(adpe.MAEPlus(encoder, (12, 1, HEADS), position, mode), 1)
+    if relative:  # in float64, too
+        offsets = torch.arange(-7.0, 8.0, dtype=torch.float64)
+        net.encoder.offset_weights.copy_(adpe.entry_weights(adpe.relative_index(offsets), 3))
     return plain.use_own_positions(net, net.encoder, net.decoder)
 
 
