@@ -1,43 +1,56 @@
 """ADIOS: adversarial masking for self-supervised learning (Shi et al. 2022, arXiv 2201.13100).
 
-A small U-Net, the masker, draws N soft masks over an image. The encoder must recognise the image with each of
-them cut out; the masker learns to make that as hard as possible. What is missed most is an object, and so
-masks come to follow objects. A penalty forbids masks that hide everything or nothing.
+A small U-Net, the masker, draws N soft masks over an image. The encoder must recognise the image
+with each of them cut out, and the masker learns to make that as hard as possible. What is missed
+most is an object, and so the masks come to follow objects. A penalty forbids masks that hide
+everything or nothing.
 
-    paper                       here
-    encoder; occlusion model    net, with its heads; masker: propose() gives the removed part of each pixel
+    paper                       this file
+    encoder                     net: encoder, projector and, for byol and simsiam, predictor
+    occlusion model             masker; propose gives the part of each pixel that is removed
     the min-max objective       disagreement, in both steps of train_step
     penalty, lambda             mask_penalty, --mask-weight
     ADIOS-s                     --single: each image is shown with one of its masks, drawn at random
 
---objective is simclr (arXiv 2002.05709), byol (2006.07733), simsiam (2011.10566) or mae ("the survey": Qi &
-Shah 2022, 2210.13463, Eq. 11: pixels, by a ViT; the MLP on each token is ours). As in the authors' code x1
-is whole and x2 masked (the survey writes the same x for both); simsiam masks both, mae has x1 alone.
+--objective is simclr (arXiv 2002.05709), byol (2006.07733), simsiam (2011.10566) or mae (the survey
+by Qi & Shah 2022, 2210.13463, Eq. 11: the error in pixels, by a ViT; that an MLP on each token
+rebuilds them is ours). As in the authors' code, x1 is whole and x2 is masked (the survey writes the
+same x for both); simsiam masks both views, and mae has x1 alone.
 
-Controls: --masker random (hard masks with smooth outlines, of equal mean area), and none: a loss of one term,
-not N, whose steps at equal --lr are smaller.
+There are two controls. --masker random has hard masks with smooth outlines, of equal mean area.
+--masker none has no masks: its loss is one term instead of N, so that its steps at equal --lr are
+smaller.
 
-Beyond the abstract we know the authors' code; our CIFAR-10 numbers are no paper's. Departures from the code:
-    - the penalty's sine is floored at 1e-4, flat below (theirs adds 1e-10, and float32 rewards a mask that
-      hides everything); no entropy of areas, seldom on in theirs; no blur; the U-Net always has GroupNorm;
-    - running statistics move in the encoder's step only; simsiam's predictor follows the schedule too;
-    - the learning rates reach their peaks with epoch --warmup, counted from 0 (theirs one epoch before);
-    - the masks, whole views and BYOL's target of them are computed once for all N masks: the same, up to
-      rounding; 24 forwards, not 38, for simclr with N = 4 (a backward to the pixels counts 1, a whole one 2).
-A removed pixel becomes the mean colour.
-
-BatchNorm: train mode, one pass per input.
-
-Several processes share their negatives. Each BatchNorm sees the images of its own process, or with --sync-bn
-(on GPUs) those of all.
+Beyond the abstract we know the authors' code; our numbers for CIFAR-10 are no paper's. We depart
+from the code:
+    - The sine of the penalty is floored at 1e-4, and flat below. Their code adds 1e-10 to it, and
+      float32 then rewards a mask that hides everything.
+    - There is no entropy term of the areas, which is seldom on in their code, and no blur; and the
+      U-Net always has GroupNorm.
+    - Running statistics move in the encoder's step only, and simsiam's predictor follows the
+      schedule too.
+    - The learning rates reach their peaks with epoch --warmup, counted from 0; in their code one
+      epoch before.
+    - The masks, the whole views and BYOL's target of them are computed once for all N masks. The
+      result is the same up to rounding. Counting a backward pass to the pixels as one forward pass
+      and a whole one as two, a step of simclr with N = 4 costs 24 forward passes instead of 38,
+      besides the U-Net's; SimCLR's costs 6.
 
     python adios.py                                      SimCLR + ADIOS: CIFAR-10, ResNet-18, 200 epochs
     torchrun --standalone --nproc-per-node 2 adios.py    the same on 2 GPUs, 128 of the 256 images on each
     python adios.py --masker none --out runs/simclr      SimCLR, the base
     python eval.py runs/adios/encoder.pt --preset knn amoc-slf --attacks clean
 
-Measured on a CPU thread (Intel Xeon), --data shapes --single, 2.5 minutes: the best mask covers the drawn
-figure with an intersection over union of 0.72, random masks 0.24. More in the README. Not yet run on a GPU.
+On several processes simclr has the negatives of all of them. Each BatchNorm sees the images of its
+own process, or with --sync-bn (on GPUs) those of all.
+
+In the log, loss falls below chance (printed at the start) while the masker holds it up; penalty is
+at least N / sin(pi / N), reached by masks of equal area. std and rank say how far the projections
+are spread, and a run whose projections are all alike ends.
+
+Measured on one CPU thread (Intel Xeon) with --data shapes --single, in @@TIME@@ minutes: the best
+mask covers the drawn figure with an intersection over union of @@IOU@@, random masks with
+@@RANDOM@@. More is in results/README.md. This has not been run on a GPU yet.
 """
 import argparse
 import copy
@@ -52,14 +65,19 @@ from common import data, dist, encoders, optim, run
 from common.augment import random_color_jitter, random_grayscale, random_resized_crop, resize
 from common.log import Log, check_spread
 from common.pgd import eval_mode, frozen_stats
+from common.pictures import save_rows
 from common.unet import UNet
 from common.vit import VITS, patchify, unpatchify
 
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's
+MEAN = (0.4914, 0.4822, 0.4465)  # of CIFAR-10
+STD = (0.2470, 0.2435, 0.2616)
 
-MASKED = {"simclr": (1,), "byol": (1,), "simsiam": (0, 1), "mae": (0,)}  # the views masked: 0 is x1, 1 x2
+MASKED = {"simclr": (1,), "byol": (1,), "simsiam": (0, 1), "mae": (0,)}  # which views are masked: 0 is x1, 1 x2
 HEADS = {  # sizes of the layers of projector and predictor
-    "simclr": [(2048, 128)], "byol": [(4096, 256), (8192, 256)], "simsiam": [(2048, 2048, 2048), (512, 2048)]}
+    "simclr": [(2048, 128)],
+    "byol": [(4096, 256), (8192, 256)],
+    "simsiam": [(2048, 2048, 2048), (512, 2048)],
+}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -74,7 +92,7 @@ def augment(x, rng, size):
 
 
 def embed(net, x):
-    """net(x), in the precision of x."""
+    """net(x) of x (B, ...): (B, ...), not normalised, in x's dtype."""
     with run.autocast(x.device):
         return net(x).to(x.dtype)
 
@@ -85,20 +103,23 @@ def propose(masker, x):
 
 
 def occlude(x, mask, fill):
-    """x (B, 3, H, W) with the part `mask` (B, H, W) of each pixel replaced by the colour `fill` (3, 1, 1)."""
+    """x (B, 3, H, W) with the part `mask` (B, H, W) of each pixel replaced by the colour `fill` (3,
+    1, 1), which is the mean of the data."""
     return x * (1 - mask[:, None]) + fill * mask[:, None]
 
 
 def mask_penalty(masks):
-    """Sum over n, mean over images, of 1 / sin(pi s_n), s_n the fraction of the image that mask n covers, the
-    sine floored at 1e-4, flat below. masks (B, N, H, W). The minimum, at equal areas, is N / sin(pi / N)."""
+    """Sum over n, mean over images, of 1 / sin(pi s_n), s_n the fraction of the image that mask n
+    covers, the sine floored at 1e-4, flat below. masks (B, N, H, W). The minimum, at equal areas,
+    is N / sin(pi / N)."""
     return (1 / (math.pi * masks.mean((2, 3))).sin().clamp_min(1e-4)).sum(1).mean()
 
 
 def simclr_loss(z1, z2, temperature):
-    """Mean over all 2B anchors i of -log( e^(u_i.u_p/T) / sum_k!=i e^(u_i.u_k/T) ), p the other view of i.
-    z1, z2 (B, D) are normalised here to u. Chance is ln(2B - 1)."""
-    u1, u2 = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
+    """Mean over all 2B anchors i of -log( e^(u_i.u_p/T) / sum_k!=i e^(u_i.u_k/T) ), p the other
+    view of i. z1, z2 (B, D) are normalised here to u. Chance is ln(2B - 1)."""
+    u1 = F.normalize(z1, dim=1)
+    u2 = F.normalize(z2, dim=1)
     rows = torch.cat([u1, u2])  # (2B, D)
     scores = rows @ rows.T / temperature  # (2B, 2B)
     scores.fill_diagonal_(-math.inf)  # nothing is in its own denominator
@@ -123,83 +144,100 @@ def rebuild(net, x):
     return unpatchify(patches.to(x.dtype), net[0].patch)
 
 
-def disagreement(net, target, x1, x2, z1_target, occluded, for_masker, args):
-    """Minimised by the encoder, maximised by the masker: the sum over N masks of the objective, between whole
-    views x1, x2 (B, 3, S, S) and `occluded`, a list over masks of the V masked views (V B, 3, S, S).
-    `for_masker` leaves out byol's term without gradient to the masks, about half of the value."""
-    if args.objective == "mae":
-        return sum((rebuild(net, x) - x1).square().mean() for x in occluded)  # Eq. 11 of the survey
-    if args.objective == "simclr":
-        z1 = dist.gather(embed(net, x1))
-        return sum(simclr_loss(z1, dist.gather(embed(net, x)), args.temperature) for x in occluded)
-    if args.objective == "byol":
-        loss = sum(byol_loss(embed(net, x), z1_target) for x in occluded)
-        if for_masker:
-            return loss
-        p1 = embed(net, x1)
-        return loss + sum(byol_loss(p1, embed(target, x)) for x in occluded)
-    f, q = net[:2], net[2]
-    z1, z2 = embed(f, x1), embed(f, x2)
-    p1, p2, loss = embed(q, z1), embed(q, z2), 0
+def simsiam_objective(net, x1, x2, occluded):
+    """SimSiam's loss over all pairs of the views x1, x2 and their masked ones, mean over the pairs
+    of each mask; a prediction is never compared with the same view's own projection."""
+    f = net[:2]
+    q = net[2]
+    z1 = embed(f, x1)
+    z2 = embed(f, x2)
+    p1 = embed(q, z1)
+    p2 = embed(q, z2)
+    loss = 0
     for x in occluded:
-        z1m, z2m = (embed(f, view) for view in x.chunk(2))
-        p1m, p2m = embed(q, z1m), embed(q, z2m)
-        pairs = (p1m, z2), (p2m, z1), (p2, z1m), (p1, z2m), (p1, z2), (p2, z1), (p1m, z2m), (p2m, z1m)
+        x1_masked, x2_masked = x.chunk(2)
+        z1_masked = embed(f, x1_masked)
+        z2_masked = embed(f, x2_masked)
+        p1_masked = embed(q, z1_masked)
+        p2_masked = embed(q, z2_masked)
+        pairs = [
+            (p1_masked, z2), (p2_masked, z1), (p2, z1_masked), (p1, z2_masked),
+            (p1, z2), (p2, z1), (p1_masked, z2_masked), (p2_masked, z1_masked),
+        ]
         loss = loss + sum(simsiam_loss(p, z) for p, z in pairs) / len(pairs)
     return loss
 
 
-def chance(args):
-    """For the log: the loss of an encoder that knows nothing of its images, all terms together."""
-    n = 1 if args.single or args.masker == "none" else args.masks
-    ln = math.log(2 * args.batch_size - 1)
-    return {
-        "simclr": f"chance loss {n} ln(2B - 1) = {n * ln:.3f}",
-        "byol": f"chance loss {4 * n}, where predictions are orthogonal to their targets; 0 at best",
-        "simsiam": f"chance loss 0, where predictions are orthogonal to their targets; {-n} at best",
-        "mae": f"chance loss {n} times the pixels' variance, where each is taken for the mean colour",
-    }[args.objective]
+def disagreement(net, target, x1, x2, z1_target, occluded, *, objective, temperature, for_masker):
+    """Minimised by the encoder and maximised by the masker: the sum over N masks of the objective,
+    between the whole views x1, x2 (B, 3, S, S) and `occluded`, a list over masks of the V masked
+    views (V B, 3, S, S).
+
+    `for_masker` leaves out byol's term that has no gradient to the masks, about half of the value.
+    """
+    if objective == "mae":
+        return sum((rebuild(net, x) - x1).square().mean() for x in occluded)  # Eq. 11 of the survey
+    if objective == "simclr":
+        z1 = dist.gather(embed(net, x1))  # negatives of all processes
+        return sum(simclr_loss(z1, dist.gather(embed(net, x)), temperature) for x in occluded)
+    if objective == "simsiam":
+        return simsiam_objective(net, x1, x2, occluded)
+    loss = sum(byol_loss(embed(net, x), z1_target) for x in occluded)
+    if for_masker:
+        return loss
+    p1 = embed(net, x1)
+    return loss + sum(byol_loss(p1, embed(target, x)) for x in occluded)
 
 
-def train_step(net, target, masker, opt, opt_mask, x1, x2, given, pick, tau, args):
-    """One iteration on two views (B, 3, S, S): the encoder's step and, unless masks are `given`, the
-    masker's. Under --single `pick` (B, 2) in [0, 1) chooses the mask of an image, for either step."""
-    views = [(x1, x2)[i] for i in MASKED[args.objective]]
+def train_step(net, target, masker, opt, opt_mask, x1, x2, control_masks, pick, *,
+               objective, single, mask_weight, temperature, tau):
+    """One iteration on two views (B, 3, S, S) of B images: the encoder's step and then, unless
+    there are `control_masks` (V B, N, S, S), the masker's; the losses to be logged.
+
+    With `single`, `pick` (B, 2) in [0, 1) chooses the mask of an image, for either step.
+    """
+    views = [(x1, x2)[i] for i in MASKED[objective]]
     x = torch.cat(views)  # (V B, 3, S, S)
-    masks = propose(masker, x) if given is None else given  # (V B, N, S, S)
+    masks = propose(masker, x) if control_masks is None else control_masks  # (V B, N, S, S)
+    z1_target = None if target is None else embed(target, x1)
 
     def loss_of(masks, u, for_masker):
-        if args.single:
-            n = (u * masks.shape[1]).long().repeat(len(views))
-            masks = masks[torch.arange(len(masks), device=n.device), n][:, None]
-        occluded = [occlude(x, m, masker.mean) for m in masks.unbind(1)]
-        return disagreement(net, target, x1, x2, z1_target, occluded, for_masker, args)
+        if single:
+            chosen = (u * masks.shape[1]).long().repeat(len(views))
+            masks = masks[torch.arange(len(masks), device=chosen.device), chosen][:, None]
+        occluded = [occlude(x, mask, masker.mean) for mask in masks.unbind(1)]
+        return disagreement(net, target, x1, x2, z1_target, occluded,
+                            objective=objective, temperature=temperature, for_masker=for_masker)
 
-    z1_target = embed(target, x1) if target else None
-    loss = loss_of(masks.detach(), pick[:, 0], False)
+    # The encoder descends; the masks are constants for it. In train mode, with one pass per input,
+    # its running statistics describe whole and masked images alike.
+    loss = loss_of(masks.detach(), pick[:, 0], for_masker=False)
     opt.zero_grad()
     loss.backward()
     dist.average_grads(net.parameters())
     opt.step()
-    nets = [net, target] if target else [net]
-    dist.average_buffers(*nets)  # else the ranks' running statistics drift apart
+    nets = [net] if target is None else [net, target]
+    dist.average_buffers(*nets)  # else the running statistics of the processes drift apart
     losses = {"loss": loss}
-    if given is None:
+
+    # The masker ascends against the encoder as it now is, whose running statistics stay.
+    if control_masks is None:
         with frozen_stats(net):
-            loss_mask = loss_of(masks, pick[:, 1], True)
+            loss_mask = loss_of(masks, pick[:, 1], for_masker=True)
         penalty = len(views) * mask_penalty(masks)  # of both views, where both are masked
         opt_mask.zero_grad()
-        (args.mask_weight * penalty - loss_mask).backward(inputs=list(masker.parameters()))
+        (mask_weight * penalty - loss_mask).backward(inputs=list(masker.parameters()))
         dist.average_grads(masker.parameters())
         opt_mask.step()
         losses |= {"loss_mask": loss_mask, "penalty": penalty}
-    if target:
+    if target is not None:
         optim.ema(target, net[:2], tau)
     return losses
 
 
 def lr_at(epoch, epochs, lr, warmup):
-    """By epoch: linear over the first `warmup`, from 0.003 (`lr` where that is less), then a cosine to 0."""
+    """The learning rate of `epoch`: linear over the first `warmup`, from 0.003 (`lr` where that is
+    less), then a cosine to 0."""
     if epoch < warmup:
         return lr + (min(lr, 0.003) - lr) * (1 - epoch / warmup)
     return optim.cosine((epoch - warmup) / (epochs - warmup), lr)
@@ -210,26 +248,29 @@ def lr_at(epoch, epochs, lr, warmup):
 # ----------------------------------------------------------------------------------------------------------
 def parser():
     p = run.parser(__doc__, name="adios", arch="resnet18")
-    p.add_argument("--objective", choices=MASKED, default="simclr", help=" ".join(MASKED))
+    p.add_argument("--objective", choices=MASKED, default="simclr",
+                   help="the self-supervised loss that is attacked (paper; mae is the survey's)")
     p.add_argument("--masker", choices=("learned", "random", "none"), default="learned",
-                   help="learned; controls: random, none")
-    p.add_argument("--masks", type=run.integer(1), default=4, help="N")
-    p.add_argument("--single", action=argparse.BooleanOptionalAction, default=False, help="ADIOS-s")
-    p.add_argument("--mask-weight", type=run.number(), default=0.9, help="lambda (byol .4, simsiam .2)")
-    p.add_argument("--mask-width", type=run.integer(1), default=16, help="c, channels of the masker")
+                   help="learned (paper); random and none are controls (ours)")
+    p.add_argument("--masks", type=run.integer(1), default=4, help="N (authors' code)")
+    p.add_argument("--single", action=argparse.BooleanOptionalAction, default=False,
+                   help="one mask per image: ADIOS-s (paper)")
+    p.add_argument("--mask-weight", type=run.number(), default=0.9,
+                   help="lambda; theirs is 0.4 with byol and 0.2 with simsiam (authors' code)")
+    p.add_argument("--mask-width", type=run.integer(1), default=16, help="channels of the masker (ours)")
     p.add_argument("--mask-lr", type=run.number(), default=0.03,
-                   help="of the masker's LARS, at its peak")
-    p.add_argument("--epochs", type=run.integer(0), default=200, help="0 exports the random encoder")
+                   help="of the masker's LARS, at its peak (ours)")
+    p.add_argument("--epochs", type=run.integer(0), default=200, help="0 exports the random encoder (ours)")
     p.add_argument("--batch-size", type=run.integer(1), default=256,
-                   help="images a step, over all processes")
-    p.add_argument("--lr", type=run.number(), default=0.2, help="of the encoder's LARS, at its peak")
-    p.add_argument("--warmup", type=run.integer(0), default=10, help="epochs")
+                   help="images per step, over all processes (ours)")
+    p.add_argument("--lr", type=run.number(), default=0.2, help="of the encoder's LARS, at its peak (ours)")
+    p.add_argument("--warmup", type=run.integer(0), default=10, help="in epochs (authors' code)")
     p.add_argument("--weight-decay", type=run.number(0, 1e6), default=1e-4,
-                   help="of both (byol, simsiam 1e-5)")
-    p.add_argument("--temperature", type=run.number(above=0), default=0.2, help="of simclr")
-    p.add_argument("--ema", type=run.number(0, 1), default=0.99, help="tau of byol, at the start")
+                   help="of both networks; theirs is 1e-5 with byol and simsiam (authors' code)")
+    p.add_argument("--temperature", type=run.number(above=0), default=0.2, help="of simclr (authors' code)")
+    p.add_argument("--ema", type=run.number(0, 1), default=0.99, help="tau of byol, at the start (authors' code)")
     p.add_argument("--image-size", type=run.integer(1, 10000),
-                   help="side of a view; default: that of the data's images, of a folder's 32")
+                   help="side of a view in pixels; default: that of the images, and 32 for a folder")
     return p
 
 
@@ -241,73 +282,110 @@ def check(args):
 
 
 def network(arch, objective, size):
-    """Encoder and heads: images (B, 3, S, S) -> features (B, dim) -> projections (-> predictions)."""
-    encoder = encoders.make(arch, mean=MEAN, std=STD, **({"size": size} if objective == "mae" else {}))
-    net, dim, norm = nn.Sequential(encoder), encoder.dim, nn.BatchNorm1d
-    for sizes in HEADS.get(objective) or [(512, 3 * encoder.patch**2)]:
-        net.append(encoders.mlp(dim, *sizes, norm=norm if objective in ("byol", "simsiam") else None))
+    """Encoder and heads: images (B, 3, S, S) -> features (B, dim) -> projections (-> predictions).
+    For mae, a ViT and an MLP on each of its tokens."""
+    if objective == "mae":
+        encoder = encoders.make(arch, mean=MEAN, std=STD, size=size)
+        return nn.Sequential(encoder, encoders.mlp(encoder.dim, 512, 3 * encoder.patch**2))
+    encoder = encoders.make(arch, mean=MEAN, std=STD)
+    norm = None if objective == "simclr" else nn.BatchNorm1d
+    net = nn.Sequential(encoder)
+    dim = encoder.dim
+    for sizes in HEADS[objective]:
+        net.append(encoders.mlp(dim, *sizes, norm=norm))
         dim = sizes[-1]
     if objective == "simsiam":
-        net[1].append(norm(dim, affine=False))
+        net[1].append(nn.BatchNorm1d(net[1][-1].out_features, affine=False))
     return net.to(memory_format=torch.channels_last)
 
 
 def control(rng, size, args, device):
-    """Masks (V B, N, S, S) of V views that nobody learns, random or none; None for the masker's own."""
+    """Masks (V B, N, S, S) of V views that nobody learns, random or none; None for the masker's
+    own."""
     if args.masker == "learned":
         return None
-    u = rng.uniform(len(MASKED[args.objective]), args.masks, 4, 4, device=device)
+    views = len(MASKED[args.objective])
+    u = rng.uniform(views, args.masks, 4, 4, device=device)
     fields = F.interpolate(u.transpose(0, 1).flatten(0, 1), size=2 * [size], mode="bicubic")
     masks = F.one_hot(fields.argmax(1), args.masks).movedim(3, 1).float()  # the largest of smooth fields
     return masks if args.masker == "random" else torch.zeros_like(masks[:, :1])
 
 
+def chance(args):
+    """For the log: the loss of an encoder that knows nothing of its images, all terms together."""
+    terms = 1 if args.single or args.masker == "none" else args.masks
+    if args.objective == "simclr":
+        return f"chance loss {terms} ln(2B - 1) = {terms * math.log(2 * args.batch_size - 1):.3f}"
+    if args.objective == "byol":
+        return f"chance loss {4 * terms}, where predictions are orthogonal to their targets; 0 at best"
+    if args.objective == "simsiam":
+        return f"chance loss 0, where predictions are orthogonal to their targets; {-terms} at best"
+    return f"chance loss {terms} times the pixels' variance, where each is taken for the mean colour"
+
+
 @torch.no_grad()
-def pictures(path, masker, images, size, args):
-    """Rows of up to eight: views, the N masks (white is removed), the views without each."""
+def pictures(masker, images, size, args):
+    """Rows for `save_rows` of up to eight images: a view, its N masks (white is removed), and the
+    view without each."""
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
-    x, given = augment(x, rng, size), control(rng, size, args, x.device)
-    masks = propose(masker, x) if given is None else given[: len(x)]
-    rows = [m[:, None].expand_as(x) for m in masks.unbind(1)]
-    rows += [occlude(x, m, masker.mean) for m in masks.unbind(1)]
-    run.save_picture(torch.cat([x, *rows]), path, len(x))
+    x = augment(x, rng, size)
+    control_masks = control(rng, size, args, x.device)
+    masks = propose(masker, x) if control_masks is None else control_masks[: len(x)]
+    rows = [("view", x)]
+    for number, mask in enumerate(masks.unbind(1), 1):
+        rows.append((f"mask {number}", mask[:, None].expand_as(x)))
+    for number, mask in enumerate(masks.unbind(1), 1):
+        rows.append((f"without {number}", occlude(x, mask, masker.mean)))
+    return rows
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
     check(args)
     env = run.setup(args)
-    device, out = env.device, pathlib.Path(args.out)
+    device = env.device
+    out = pathlib.Path(args.out)
     images = data.load(args.data, args.data_dir, "train", device, args.limit,
                        args.image_size or 32, args.workers)
     size = run.image_size(args, images)
-    steps = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
+    steps_per_epoch = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
 
     net = run.to_device(network(args.arch, args.objective, size), args, env)
     target = copy.deepcopy(net[:2]).requires_grad_(False) if args.objective == "byol" else None
     masker = UNet(args.masks, args.mask_width, size, MEAN, STD).to(device)
-    opt, opt_mask = (optim.LARS(optim.lars_groups(part), 0.0, momentum=0.9, weight_decay=args.weight_decay,
-                                trust=0.02, clip=True) for part in (net, masker))
+    lars = dict(lr=0.0, momentum=0.9, weight_decay=args.weight_decay, trust=0.02, clip=True)
+    opt = optim.LARS(optim.lars_groups(net), **lars)
+    opt_mask = optim.LARS(optim.lars_groups(masker), **lars)
     if args.compile:
-        net[0].compile(), masker.compile()
+        net[0].compile()
+        masker.compile()
 
-    log = Log(args, env, steps * args.epochs, images)
+    all_steps = steps_per_epoch * args.epochs
+    log = Log(args, env, all_steps, images)
     state = dict(net=net, masker=masker, opt=opt, opt_mask=opt_mask, log=log)
-    state |= {"target": target} if target else {}
+    if target is not None:
+        state["target"] = target
     step = run.resume(args, env, state)
     sample, _, _ = next(data.batches(images, min(256, len(images)), args.seed, 0))
     log.start(step, chance(args))
 
-    for epoch in range(step // steps, args.epochs):
-        lr, mask_lr = (lr_at(epoch, args.epochs, peak, args.warmup) for peak in (args.lr, args.mask_lr))
-        optim.set_lr(opt, lr), optim.set_lr(opt_mask, mask_lr)
-        begin = step % steps  # of the epoch's steps; not 0 where a run stopped within an epoch
-        for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, begin):
+    settings = dict(objective=args.objective, single=args.single, mask_weight=args.mask_weight,
+                    temperature=args.temperature)
+    for epoch in range(step // steps_per_epoch, args.epochs):
+        lr = lr_at(epoch, args.epochs, args.lr, args.warmup)
+        mask_lr = lr_at(epoch, args.epochs, args.mask_lr, args.warmup)
+        optim.set_lr(opt, lr)
+        optim.set_lr(opt_mask, mask_lr)
+        first = step % steps_per_epoch  # not 0 where a run was stopped within an epoch
+        for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, first):
             run.stop_if_signalled(args, env, state, step)
-            tau = optim.cosine(step / (steps * args.epochs), args.ema, 1.0)
-            x1, x2 = (augment(x, rng, size) for _ in range(2))  # `rng` moves on between them
-            given, pick = control(rng, size, args, device), rng.uniform(2, device=device)
-            losses = train_step(net, target, masker, opt, opt_mask, x1, x2, given, pick, tau, args)
+            tau = optim.cosine(step / all_steps, args.ema, 1.0)
+            x1 = augment(x, rng, size)
+            x2 = augment(x, rng, size)  # another view: `rng` has moved on
+            control_masks = control(rng, size, args, device)
+            pick = rng.uniform(2, device=device)
+            losses = train_step(net, target, masker, opt, opt_mask, x1, x2, control_masks, pick,
+                                tau=tau, **settings)
             log.step(step, len(x) * env.world, **losses)
             step += 1
         log.check()  # a loss that is not finite stops the run here, not in what follows
@@ -315,8 +393,10 @@ def main(argv=None):
             z = net[: 1 if args.objective == "mae" else 2](resize(sample, size))
         log.epoch(epoch, step, lr=lr, mask_lr=mask_lr, **check_spread(z, args))
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            if env.rank == 0:  # before the checkpoint, so that none is missing when the run goes on
-                pictures(out / "masks.png", masker, images, size, args)
+            # Pictures come before the checkpoint, so that none is missing when the run goes on.
+            rows = pictures(masker, images, size, args)
+            if env.rank == 0:
+                save_rows(out / "masks.png", rows)
             run.save(args, env, state, step)
     if env.rank == 0:
         encoders.export(net[0], out / "encoder.pt", image_size=size)

@@ -540,6 +540,7 @@ def byorl_step(s, variant, compiled):
 def adios_step(s, variant, compiled):
     flags = {"SimCLR": ["--masker", "none"], "ADIOS": [], "ADIOS-s": ["--single"]}[variant]
     args = adios.parser().parse_args(flags)
+    settings = named_by(adios.train_step, adios, args, tau=1.0)
     net = adios.network(s.arch, args.objective, 32).to(s.device)
     masker = UNet(args.masks, args.mask_width, 32).to(s.device)
     x1, x2 = inputs(s)[2:]
@@ -550,7 +551,7 @@ def adios_step(s, variant, compiled):
         net[0].compile(), masker.compile()
 
     def one():
-        adios.train_step(net, None, masker, *opts, x1, x2, given, pick, 1.0, args)
+        adios.train_step(net, None, masker, *opts, x1, x2, given, pick, **settings)
 
     return one
 

@@ -15,7 +15,7 @@ from common.unet import UNet
 from tests import masks as figure_ground
 from tests.processes import in_two_processes
 from tests.recipes import A, X, Z
-from tests.scripts import read_flags
+from tests.scripts import named_by, read_flags
 
 Z1 = torch.tensor([[1, 0], [0, 1], [1, 1]], dtype=torch.float64)
 Z2 = torch.tensor([[1, 0.5], [-0.5, 1], [0.2, 1]], dtype=torch.float64)
@@ -172,6 +172,16 @@ def arguments(**flags):
     return SimpleNamespace(**{**vars(adios.parser().parse_args([])), **flags})
 
 
+def train_step(net, target, masker, opt, opt_mask, x1, x2, control_masks, pick, tau, args):
+    settings = named_by(adios.train_step, adios, args, tau=tau)
+    return adios.train_step(net, target, masker, opt, opt_mask, x1, x2, control_masks, pick, **settings)
+
+
+def disagreement(net, target, x1, x2, z1_target, occluded, for_masker, args):
+    return adios.disagreement(net, target, x1, x2, z1_target, occluded, objective=args.objective,
+                              temperature=args.temperature, for_masker=for_masker)
+
+
 def matrices(objective):
     """Encoder, projector and, but for simclr, predictor as plain matrices on images of side 16."""
     sizes = [(768, 8), (8, 6), (6, 6)][: 2 if objective == "simclr" else 3]
@@ -226,7 +236,7 @@ def test_train_step_is_the_algorithm_read_aloud(objective, single):
     slow, old, slow_masker = copy.deepcopy(net), copy.deepcopy(target), copy.deepcopy(masker)
     args = arguments(objective=objective, single=single, mask_weight=0.3)
     opts = [torch.optim.SGD(part.parameters(), 0.05) for part in (net, masker)]
-    losses = adios.train_step(net, target, masker, *opts, x1, x2, None, pick, 0.9, args)
+    losses = train_step(net, target, masker, *opts, x1, x2, None, pick, 0.9, args)
 
     def masks_of(x, phase):
         masks = slow_masker(x).softmax(1)
@@ -275,7 +285,7 @@ def test_each_step_leaves_the_other_network_alone(objective):
         net, target, masker, opt, opt_mask, x1, x2 = real(objective)
         views = torch.cat([x1, x2]) if objective == "simsiam" else x2
         given = None if masker_steps else adios.propose(masker, views).detach()
-        adios.train_step(net, target, masker, opt, opt_mask, x1, x2, given, torch.rand(8, 2), 0.9,
+        train_step(net, target, masker, opt, opt_mask, x1, x2, given, torch.rand(8, 2), 0.9,
                          arguments(objective=objective))
         found.append([*net.state_dict().values(), *(p.grad for p in net.parameters())])
         assert all((p.grad is not None) == masker_steps for p in masker.parameters())
@@ -287,7 +297,7 @@ def test_each_step_leaves_the_other_network_alone(objective):
     ("simclr", False, 4), ("simclr", True, 2), ("byol", False, 4), ("simsiam", False, 8)])
 def test_running_statistics_move_once_an_input_of_the_encoders_step(objective, single, passes):
     net, target, masker, *rest = real(objective)
-    adios.train_step(net, target, masker, *rest, None, torch.rand(8, 2), 0.9,
+    train_step(net, target, masker, *rest, None, torch.rand(8, 2), 0.9,
                      arguments(objective=objective, single=single))
     assert net[0].bn1.num_batches_tracked == passes
 
@@ -296,7 +306,7 @@ def test_the_maskers_step_climbs():
     net, _, masker, opt, opt_mask, x1, x2 = real()
     opt.param_groups[0]["lr"], args, J = 0.0, arguments(), []
     for _ in range(4):
-        losses = adios.train_step(net, None, masker, opt, opt_mask, x1, x2, None, torch.rand(8, 2), 0.9, args)
+        losses = train_step(net, None, masker, opt, opt_mask, x1, x2, None, torch.rand(8, 2), 0.9, args)
         J.append((losses["loss_mask"] - 0.9 * losses["penalty"]).item())
     assert J == sorted(J) and J[-1] > J[0]
 
@@ -306,10 +316,10 @@ def test_under_autocast_the_masker_meets_the_updated_encoder(bfloat16):
     opt.param_groups[0]["lr"], u = 1.0, torch.rand(8, 2)
     with torch.no_grad():
         masks = adios.propose(masker, x2)
-    losses = adios.train_step(net, None, masker, opt, opt_mask, x1, x2, None, u, 0.9, arguments())
+    losses = train_step(net, None, masker, opt, opt_mask, x1, x2, None, u, 0.9, arguments())
     occluded = [adios.occlude(x2, m, masker.mean) for m in masks.unbind(1)]
     with torch.no_grad():
-        want = adios.disagreement(net, None, x1, x2, None, occluded, True, arguments())
+        want = disagreement(net, None, x1, x2, None, occluded, True, arguments())
     assert losses["loss_mask"].item() == pytest.approx(want.item(), rel=1e-6)
     assert abs(losses["loss_mask"] - losses["loss"]) > 1e-3 * losses["loss"]
 
@@ -317,7 +327,7 @@ def test_under_autocast_the_masker_meets_the_updated_encoder(bfloat16):
 def test_without_a_mask_it_is_simclr():
     net, _, masker, opt, opt_mask, x1, x2 = real()
     want = adios.simclr_loss(net(x1), net(x2), 0.2)
-    losses = adios.train_step(net, None, masker, opt, opt_mask, x1, x2, torch.zeros(8, 1, 32, 32),
+    losses = train_step(net, None, masker, opt, opt_mask, x1, x2, torch.zeros(8, 1, 32, 32),
                               torch.rand(8, 2), 0.9, arguments())
     assert losses.keys() == {"loss"} and losses["loss"].item() == pytest.approx(want.item(), rel=1e-6)
 
@@ -326,7 +336,7 @@ def weights(rank, world):
     """All weights after one step of simclr on this process's share of the images; no BatchNorm."""
     net, _, masker = pieces("simclr")
     args, opts = arguments(), [torch.optim.SGD(part.parameters(), 0.05) for part in (net, masker)]
-    adios.train_step(net, None, masker, *opts, *(v.chunk(world)[rank] for v in (x1, x2)), None,
+    train_step(net, None, masker, *opts, *(v.chunk(world)[rank] for v in (x1, x2)), None,
                      pick.chunk(world)[rank], 0.9, args)
     return [w.detach() for part in (net, masker) for w in part.parameters()]
 
@@ -348,7 +358,7 @@ def test_mae_is_the_mean_over_pixels_and_moves_both_networks():
             want += sum((a - b) ** 2 for a, b in zip(rebuilt.flatten(), x.flatten())) / x.numel()
     before = [copy.deepcopy(part.state_dict()) for part in (net, masker)]
     opts = [torch.optim.SGD(part.parameters(), 0.01) for part in (net, masker)]
-    losses = adios.train_step(net, None, masker, *opts, x, x, None, torch.rand(4, 2), 0.9, arguments(objective="mae"))
+    losses = train_step(net, None, masker, *opts, x, x, None, torch.rand(4, 2), 0.9, arguments(objective="mae"))
     assert losses["loss"].item() == pytest.approx(want.item(), rel=1e-4)
     for part, old in zip((net, masker), before):
         assert any(not torch.equal(v, old[k]) for k, v in part.state_dict().items())
@@ -374,7 +384,7 @@ def test_the_chance_loss_that_is_printed_is_that_of_an_encoder_that_knows_nothin
     one, other = (torch.eye(6, dtype=torch.float64)[i].expand(8, 6) for i in (0, 1))
     z, p = Fixed(one), Fixed(other)
     net = nn.Sequential(nn.Identity(), z, p) if objective != "simclr" else z
-    loss = adios.disagreement(net, z, x1, x2, one[:4], occluded, False, args)
+    loss = disagreement(net, z, x1, x2, one[:4], occluded, False, args)
     printed = re.search(r"chance loss (?:\d ln.* = )?([\d.]+)", adios.chance(args))[1]
     assert loss.item() == pytest.approx(float(printed), abs=5e-4)
     assert "best" not in adios.chance(args) or f"{0 if objective == 'byol' else -terms} at best" in adios.chance(args)

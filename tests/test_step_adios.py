@@ -14,6 +14,7 @@ from common import optim
 from common.vit import ViT
 from common.unet import UNet
 from tests import steps2 as plain
+from tests.scripts import named_by
 
 FLAGS = dict(temperature=0.3, mask_weight=0.7, lr=0.02, mask_lr=0.005, weight_decay=0.05, single=False)
 TAU = 0.9
@@ -185,7 +186,8 @@ def optimizers(net, masker, flags):
 def step_of_the_script(net, target, masker, opt, opt_mask, x1, x2, given, pick, args):
     if given is not None:  # those of the views that are masked
         given = {"simsiam": torch.cat(given), "mae": given[0]}.get(args.objective, given[1])
-    return adios.train_step(net, target, masker, opt, opt_mask, x1, x2, given, pick, TAU, args)
+    settings = named_by(adios.train_step, adios, args, tau=TAU)
+    return adios.train_step(net, target, masker, opt, opt_mask, x1, x2, given, pick, **settings)
 
 
 class Masker(nn.Module):

@@ -747,7 +747,7 @@ def test_queries_and_keys_are_the_views_of_their_kind_of_run(case, watched):
 
 @cases_of("adios")
 def test_masks_that_nobody_learns_are_given_and_fresh(case, watched):
-    given = [step.given["given"] for step in watched(case).steps]
+    given = [step.given["control_masks"] for step in watched(case).steps]
     picks = [step.given["pick"] for step in watched(case).steps]
     assert all((pick[:, 0] != pick[:, 1]).all() for pick in picks)
     if case in ("adios", "adios byol"):
