@@ -9,8 +9,9 @@ import re
 
 import torch
 
-from common import data, encoders, files, run, table
+from common import data, encoders, files, run
 from common.augment import resize
+from evaluation import table
 
 
 def losses(folder):
@@ -26,7 +27,7 @@ def curves(folder):
     found = {}
     for file in table.evaluated(folder):
         before = "" if file == "encoder.pt" else f"{pathlib.PurePath(file).stem} "
-        results = table.measured(folder, file, source=None, restarts=None)
+        results = table.read_folder(folder, file, source=None, restarts=None)
         for (preset, attack), result in results.items():
             name = re.fullmatch(r"clean|pgd20(?:-(\d+))?", attack)
             if name:

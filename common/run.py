@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torchvision.utils import save_image
 
 from common import files
 from common.dist import meet
@@ -135,10 +134,11 @@ def cli(main):
     try:
         main()
     except (ValueError, OSError) as e:
-        at = traceback.extract_tb(e.__traceback__)[-1]
-        here = pathlib.Path(__file__).resolve().parent
-        ours = pathlib.Path(at.filename).resolve().parent in (here, here.parent)
-        if not (ours and linecache.getline(at.filename, at.lineno).strip().startswith("raise ")):
+        place = traceback.extract_tb(e.__traceback__)[-1]
+        project = pathlib.Path(__file__).resolve().parents[1]
+        folders = (project, project / "common", project / "evaluation")
+        ours = pathlib.Path(place.filename).resolve().parent in folders
+        if not (ours and linecache.getline(place.filename, place.lineno).strip().startswith("raise ")):
             raise
         sys.exit(f"error: {e}")
     except (RuntimeError, MemoryError) as e:
@@ -322,14 +322,3 @@ def stop_if_signalled(args, env, state, step):
             name = signal.Signals(number).name
             print(f"\nstopped by {name} after {step} steps; the same command continues")
         sys.exit(128 + number)
-
-
-def save_picture(images, path, columns):
-    """Write images (N, 3, H, W) in [0, 1] as a grid of `columns` to the PNG file `path`, whole or not at all;
-    where `path` is None, nothing."""
-    if path is None:
-        return
-    with files.replacing(path) as temporary:
-        save_image(images, temporary, nrow=columns, format="png")
-
-

@@ -39,7 +39,7 @@ import byorl
 import caco
 import rocl
 from common import shapes
-from common import autoattack as aa
+from evaluation import autoattack as aa
 from common import data, encoders, optim, run
 from common.augment import to_float
 from common.bank import Bank

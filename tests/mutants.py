@@ -36,6 +36,8 @@ def tests_of(path):
     found = [(test, None) for test in own if (ROOT / "tests" / test).exists()]
     if (ROOT / path).parent == ROOT and name not in ("eval", "plot"):
         found += [(test, name) for test in SHARED if (ROOT / "tests" / test).exists()]
+    if path.startswith("evaluation/") or name == "eval":
+        found += [(test, None) for test in ("test_eval.py", "test_eval_faults.py") if (test, None) not in found]
     for more in MORE.get(path, ()):
         found.append((more, None))
     return found
@@ -54,7 +56,6 @@ MORE = {
     "common/resnet.py": ("test_encoders.py", "test_export.py", "test_step_amoc.py"),
     "common/run.py": ("test_faults.py", "test_wiring.py", "test_all_scripts.py"),
     "common/shapes.py": ("test_data.py",),
-    "common/table.py": ("test_eval.py", "test_eval_faults.py"),
     "common/vit.py": ("test_encoders.py", "test_step_adpe.py", "test_adpe.py"),
 }
 

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import augment, shapes
-from common import autoattack as aa
+from evaluation import autoattack as aa
 from common import data, encoders
-from common.autoattack import autoattack
+from evaluation.autoattack import autoattack
 from tests.recipes import X, Z
 
 NORMS = ("linf", "l2")

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from common import autoattack as aa
+from evaluation import autoattack as aa
 from tests.recipes import A, X, Z
 
 NORMS = ("linf", "l2")

@@ -6,8 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from common import augment, corruptions, shapes
-from common.corruptions import LIKE, corrupt, plasma, read
+from common import augment, shapes
+from evaluation import corruptions
+from evaluation.corruptions import LIKE, corrupt, plasma, read
 
 x0 = augment.to_float(shapes.shapes(24, seed=0)[0])
 flat = torch.full((64, 3, 32, 32), 0.5)

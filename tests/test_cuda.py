@@ -9,7 +9,7 @@ import torch
 import acl
 import amoc
 from common import log, run
-from common.autoattack import autoattack
+from evaluation.autoattack import autoattack
 from tests.scripts import SCRIPTS, TINY, tiny_npz
 from tests.test_autoattack import EPS, N, trained
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.deepfool import deepfool
+from evaluation.deepfool import deepfool
 from tests.recipes import X, Z
 
 x0 = 0.25 + 0.5 * X(6, 3, 4, 4)  # away from the box

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-import eval as evaluation
-from common import augment, corruptions, data, encoders, resnet, table
+import eval as command
+from common import augment, data, encoders, resnet
 from common.pgd import pgd
+from evaluation import attacks, corruptions, finetune, knn, presets, results, table
+from evaluation.flags import check
 from tests.recipes import A, X, Z
 from tests.scripts import tiny_npz
 
@@ -27,7 +29,7 @@ def slow_kl(p_logits, q_logits):
 def test_kl_equals_slow_loops_and_printed_values():
     a, b = 3 * A(4, 10, 1), 3 * A(4, 10, 0)
     for p, q, value in ((a, b, 1.09122041819344), (b, a, 1.09130095410326)):
-        assert evaluation.kl(p, q).item() == pytest.approx(value, rel=1e-9)
+        assert command.kl(p, q).item() == pytest.approx(value, rel=1e-9)
         assert slow_kl(p, q).item() == pytest.approx(value, rel=1e-9)
 
 
@@ -39,14 +41,14 @@ def test_trades_equals_printed_values(steps, value):
     weight = W.clone().requires_grad_()
     clean = x.flatten(1) @ W.T
     x_adv = pgd(
-        lambda v: evaluation.kl(clean, v.flatten(1) @ W.T),
+        lambda v: command.kl(clean, v.flatten(1) @ W.T),
         x,
         8 / 255,
         2 / 255,
         steps,
         start=(x + 0.001 * (2 * x - 1)).clamp(0, 1),
     )
-    loss = evaluation.trades(x.flatten(1) @ weight.T, x_adv.flatten(1) @ weight.T, y)
+    loss = command.trades(x.flatten(1) @ weight.T, x_adv.flatten(1) @ weight.T, y)
     assert loss.item() == pytest.approx(value, rel=1e-9)
     if steps == 10:
         loss.backward()
@@ -86,16 +88,16 @@ def test_knn_equals_a_slow_vote():
             )[:k]
             votes = [sum(math.exp(s / 0.1) for s, c in similar if c == label) for label in range(3)]
             right += votes.index(max(votes)) == label
-        assert evaluation.knn(encoder, train, test, k) == pytest.approx(100 * right / 12)
+        assert knn.knn(encoder, train, test, k) == pytest.approx(100 * right / 12)
 
 
 @pytest.mark.parametrize("name", ["amoc-slf", "amoc-alf", "amoc-alf-trades", "acl-probe"])
 def test_a_probe_learns_what_can_be_learnt_and_leaves_the_encoder_alone(name):
     torch.manual_seed(0)
-    net = evaluation.Classifier(Pixels(), 3)
-    p = evaluation.PRESETS[name]._replace(epochs=6, milestones=(5,), batch_size=16, lr=1.0)
-    evaluation.train(net, coloured(60), p, seed=0)
-    assert evaluation.judge(net, coloured(30, 1))["accuracy"] == 100
+    net = finetune.Classifier(Pixels(), 3)
+    p = presets.PRESETS[name]._replace(epochs=6, milestones=(5,), batch_size=16, lr=1.0)
+    command.train(net, coloured(60), p, seed=0)
+    assert attacks.judge(net, coloured(30, 1))["accuracy"] == 100
     assert not net.training and list(net.encoder.parameters()) == []
 
 
@@ -111,11 +113,11 @@ def test_a_probe_learns_what_can_be_learnt_and_leaves_the_encoder_alone(name):
 )
 def test_a_frozen_encoder_keeps_weights_and_statistics_and_a_fine_tuned_one_does_not(name, moves):
     torch.manual_seed(0)
-    net = evaluation.Classifier(encoders.make("slim").eval(), 3)
+    net = finetune.Classifier(encoders.make("slim").eval(), 3)
     net.encoder.branch = None
     before = {k: v.clone() for k, v in net.encoder.state_dict().items()}
-    p = evaluation.PRESETS[name]._replace(epochs=2, milestones=(1,), batch_size=16)
-    evaluation.train(net, coloured(32), p, seed=0)
+    p = presets.PRESETS[name]._replace(epochs=2, milestones=(1,), batch_size=16)
+    command.train(net, coloured(32), p, seed=0)
     same = [torch.equal(v, before[k]) for k, v in net.encoder.state_dict().items()]
     assert not any(same) if moves else all(same)
     steps = {int(v) for k, v in net.encoder.state_dict().items() if "num_batches" in k}
@@ -127,11 +129,11 @@ def test_training_follows_from_the_seed_alone():
     heads = []
     for seed, disturb in ((0, 0), (0, 9), (1, 0)):
         torch.manual_seed(0)
-        net = evaluation.Classifier(Pixels(), 3)
+        net = finetune.Classifier(Pixels(), 3)
         torch.manual_seed(seed)
-        p = evaluation.PRESETS["amoc-alf"]._replace(epochs=2, batch_size=16)
+        p = presets.PRESETS["amoc-alf"]._replace(epochs=2, batch_size=16)
         torch.rand(disturb)  # a zero classifier draws nothing: the global generator does not matter
-        heads.append(evaluation.train(net, coloured(32), p, seed).head.weight.detach())
+        heads.append(command.train(net, coloured(32), p, seed).head.weight.detach())
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 
@@ -140,7 +142,7 @@ def test_the_epoch_that_is_best_on_held_out_training_images_is_taken(monkeypatch
     batches = data.batches
 
     def judge(net, images, attack, seed):
-        assert attack == evaluation.ATTACKS["pgd20"]
+        assert attack == attacks.ATTACKS["pgd20"]
         held.append(images), states.append({k: v.clone() for k, v in net.state_dict().items()})
         return {"accuracy": next(scores)}
 
@@ -148,11 +150,11 @@ def test_the_epoch_that_is_best_on_held_out_training_images_is_taken(monkeypatch
         taught.append(images)
         return batches(images, *rest)
 
-    monkeypatch.setattr(evaluation, "judge", judge)
+    monkeypatch.setattr(attacks, "judge", judge)
     monkeypatch.setattr(data, "batches", watched)
     torch.manual_seed(0)
-    net, p = evaluation.Classifier(encoders.make("slim"), 3), evaluation.PRESETS["acl-aff-25"]
-    evaluation.train(net, coloured(50), p._replace(epochs=4, milestones=(3,), batch_size=16), seed=0)
+    net, p = finetune.Classifier(encoders.make("slim"), 3), presets.PRESETS["acl-aff-25"]
+    command.train(net, coloured(50), p._replace(epochs=4, milestones=(3,), batch_size=16), seed=0)
     assert all(torch.equal(v, states[1][k]) for k, v in net.state_dict().items())
     assert not torch.equal(states[1]["head.weight"], states[2]["head.weight"]) and not net.training
     assert sorted(held[0].rows.tolist() + taught[0].rows.tolist()) == list(range(50)) and len(held[0]) == 5
@@ -161,22 +163,22 @@ def test_the_epoch_that_is_best_on_held_out_training_images_is_taken(monkeypatch
 
 
 def test_learning_rate_steps_and_cosine():
-    p = evaluation.PRESETS["amoc-slf"]
-    assert [evaluation.lr_at(p, e, e) for e in (0, 14, 15, 20)] == pytest.approx([0.1, 0.1, 0.01, 0.001])
-    p = evaluation.PRESETS["acl-probe"]
-    assert [evaluation.lr_at(p, 0, t) for t in (0, 50, 100)] == pytest.approx([0.1, (0.1 + 1e-6) / 2, 1e-6])
+    p = presets.PRESETS["amoc-slf"]
+    assert [finetune.lr_at(p, e, e) for e in (0, 14, 15, 20)] == pytest.approx([0.1, 0.1, 0.01, 0.001])
+    p = presets.PRESETS["acl-probe"]
+    assert [finetune.lr_at(p, 0, t) for t in (0, 50, 100)] == pytest.approx([0.1, (0.1 + 1e-6) / 2, 1e-6])
 
 
 @pytest.mark.parametrize("epoch, lr", [
     (0, 0), (2.5, 0.001), (5, 0.002), (28.75, 0.00170725), (52.5, 0.0010005), (100, 1e-6)])
 def test_fine_tuning_rate_equals_printed_values(epoch, lr):
-    assert evaluation.lr_at(evaluation.PRESETS["mae-tune"], int(epoch), epoch) == pytest.approx(lr, rel=1e-5)
+    assert finetune.lr_at(presets.PRESETS["mae-tune"], int(epoch), epoch) == pytest.approx(lr, rel=1e-5)
 
 
 def test_fine_tuning_groups_are_maes():
-    net = evaluation.Classifier(encoders.make("vit_slim").requires_grad_(), 3)
+    net = finetune.Classifier(encoders.make("vit_slim").requires_grad_(), 3)
     encoders.renew_norm(net.encoder)
-    groups = evaluation.optimizer(net, evaluation.PRESETS["mae-tune"]).param_groups
+    groups = finetune.optimizer(net, presets.PRESETS["mae-tune"]).param_groups
     found = {id(w): (g["scale"], g["weight_decay"]) for g in groups for w in g["params"]}
     for name, w in net.named_parameters():
         scale, decay = found.pop(id(w))
@@ -193,12 +195,12 @@ def test_fine_tuning_groups_are_maes():
 @pytest.mark.parametrize("arch", ["vit_slim", "slim"])
 def test_an_encoder_is_fine_tuned_block_by_block_at_its_own_rate(arch):
     torch.manual_seed(0)
-    net = evaluation.Classifier(encoders.make(arch).eval(), 3)
+    net = finetune.Classifier(encoders.make(arch).eval(), 3)
     net.encoder.branch = None
     before = {k: v.clone() for k, v in net.named_parameters()}
-    p = evaluation.PRESETS["mae-tune-cifar"]._replace(epochs=2, warmup=1, batch_size=16, lr=1e-2, weight_decay=0.0,
+    p = presets.PRESETS["mae-tune-cifar"]._replace(epochs=2, warmup=1, batch_size=16, lr=1e-2, weight_decay=0.0,
                                                       layer_decay=0.1)
-    evaluation.train(net, coloured(32), p, seed=0)
+    command.train(net, coloured(32), p, seed=0)
     moved = {k: (v - before[k]).abs().max().item() for k, v in net.named_parameters() if k in before}
     blocks = ["encoder.blocks.{}.mlp.fc1.weight" if arch == "vit_slim" else "encoder.layer{}.0.conv2.weight"][0]
     sizes = [moved[blocks.format(i + (arch == "slim"))] for i in range(4)]
@@ -210,14 +212,14 @@ def test_an_encoder_is_fine_tuned_block_by_block_at_its_own_rate(arch):
 
 
 def test_labels_are_smoothed_and_mixed_as_written():
-    net, p = evaluation.Classifier(Pixels(), 3), evaluation.PRESETS["mae-tune"]
+    net, p = finetune.Classifier(Pixels(), 3), presets.PRESETS["mae-tune"]
     x, y = torch.rand(8, 3, 32, 32), torch.arange(8) % 3
     log_p = net(x).log_softmax(1)
     slow = -sum((0.9 * (c == y[i]) + 0.1 / 3) * log_p[i, c] for i in range(8) for c in range(3)) / 8
-    assert evaluation.classifier_loss(net, x, y, p, None).item() == pytest.approx(slow.item(), rel=1e-5)
+    assert command.classifier_loss(net, x, y, p, None).item() == pytest.approx(slow.item(), rel=1e-5)
     for kinds in (dict(mixup=0.0), dict(cutmix=0.0)):
         torch.manual_seed(0)
-        mixed, soft = evaluation.mixer(p._replace(**kinds), 3)(x, y)
+        mixed, soft = finetune.mixer(p._replace(**kinds), 3)(x, y)
         assert soft.shape == (8, 3) and torch.allclose(soft.sum(1), torch.ones(8))
         lam = soft[1, 1].item()  # labels 0 and 1 are neighbours: each image meets the one before it
         assert 0 < lam < 1 and soft[1, 0].item() == pytest.approx(1 - lam, abs=1e-6)
@@ -226,30 +228,30 @@ def test_labels_are_smoothed_and_mixed_as_written():
         else:
             own, other = (mixed == x).all(1), (mixed == x.roll(1, 0)).all(1)
             assert (own | other).all() and own[0].float().mean().item() == pytest.approx(lam, abs=1e-6)
-    same = evaluation.mixer(p._replace(mixup=0.0, cutmix=0.0), 3)(x, y)
+    same = finetune.mixer(p._replace(mixup=0.0, cutmix=0.0), 3)(x, y)
     assert same[0] is x and same[1] is y
 
 
 def test_a_batchnorm_before_the_probe_learns_its_statistics_and_the_encoder_none(tmp_path):
     torch.manual_seed(0)
-    net = evaluation.Classifier(encoders.make("slim").eval(), 3, batch_norm=True)
+    net = finetune.Classifier(encoders.make("slim").eval(), 3, batch_norm=True)
     net.encoder.branch = None
     before = {k: v.clone() for k, v in net.encoder.state_dict().items()}
-    p = evaluation.PRESETS["mae-slf-cifar"]._replace(epochs=2, milestones=(), batch_size=16)
+    p = presets.PRESETS["mae-slf-cifar"]._replace(epochs=2, milestones=(), batch_size=16)
     images = coloured(32)
-    evaluation.train(net, images, p, seed=0)
+    command.train(net, images, p, seed=0)
     assert all(torch.equal(v, before[k]) for k, v in net.encoder.state_dict().items())
     assert net.norm.num_batches_tracked == 4 and not net.norm.training
     h = net.encoder(images.x.float() / 255)
     want = (h - net.norm.running_mean) / (net.norm.running_var + 1e-6).sqrt()
     torch.testing.assert_close(net(images.x.float() / 255), net.head(want))
-    evaluation.save_classifier(net, tmp_path / "c.pt")
-    assert torch.equal(evaluation.load_classifier(tmp_path / "c.pt")(images.x / 255), net(images.x / 255))
+    results.save_classifier(net, tmp_path / "c.pt")
+    assert torch.equal(command.load_classifier(tmp_path / "c.pt")(images.x / 255), net(images.x / 255))
 
 
 def test_lars_leaves_the_bias_alone():
-    net = evaluation.Classifier(Pixels(), 3)
-    weight, bias = evaluation.optimizer(net, evaluation.PRESETS["mae-slf"]).param_groups
+    net = finetune.Classifier(Pixels(), 3)
+    weight, bias = finetune.optimizer(net, presets.PRESETS["mae-slf"]).param_groups
     assert weight["params"] == [net.head.weight] and weight["trust"] == 0.001
     assert bias["params"] == [net.head.bias] and bias["trust"] is None
 
@@ -262,8 +264,8 @@ def test_the_command_fine_tunes_a_vit_and_its_classifier_can_be_loaded(tmp_path,
     assert lines[0]["recipe"]["warmup"] == 1 and lines[0]["recipe"]["layer_decay"] == 0.65
     images = data.load(str(tmp_path / "tiny.npz"), split="test")
     for name, line in zip(("mae-tune", "mae-slf-cifar"), lines[::2]):
-        net = evaluation.load_classifier(tmp_path / f"classifier-{name}.pt")
-        assert evaluation.judge(net, images)["accuracy"] == line["results"]["clean"]["accuracy"]
+        net = command.load_classifier(tmp_path / f"classifier-{name}.pt")
+        assert attacks.judge(net, images)["accuracy"] == line["results"]["clean"]["accuracy"]
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -277,7 +279,7 @@ def test_the_command_fine_tunes_a_vit_and_its_classifier_can_be_loaded(tmp_path,
     (["--preset", "amoc-slf", "--warmup", "2"], "--warmup: preset amoc-slf")])
 def test_flags_of_fine_tuning_that_fit_no_preset_are_named(flags, words):
     with pytest.raises(ValueError, match=words):
-        evaluation.check(evaluation.parser().parse_args(["encoder.pt", *flags]))
+        check(command.parser().parse_args(["encoder.pt", *flags]))
 
 
 class Red(nn.Module):
@@ -293,13 +295,13 @@ def test_accuracy_under_attack_is_exact_on_a_linear_classifier():
     x = red.view(8, 1, 1, 1).repeat(1, 3, 8, 8)
     images = data.Images(x, (red < 127.5).long(), 2)
     far = ((red.float() - 127.5).abs() > 8).sum().item()
-    assert evaluation.judge(Red(), images)["accuracy"] == 100
-    assert evaluation.judge(Red(), images, evaluation.ATTACKS["pgd20"])["accuracy"] == 100 * far / 8
-    assert evaluation.judge(Red(), images, evaluation.Attack("linf", 30 / 255, 8 / 255, 10))["accuracy"] == 0
-    assert evaluation.judge(Red(), images, evaluation.ATTACKS["deepfool"])["accuracy"] == 100 * far / 8
-    auto = evaluation.AutoAttack("linf", 8 / 255, ("apgd-ce",))
-    assert evaluation.judge(Red(), images, auto)["accuracy"] == 100 * far / 8
-    assert evaluation.judge(Red(), images, auto, limit=2)["accuracy"] == 100 * (red[:2] < 119.5).float().mean()
+    assert attacks.judge(Red(), images)["accuracy"] == 100
+    assert attacks.judge(Red(), images, attacks.ATTACKS["pgd20"])["accuracy"] == 100 * far / 8
+    assert attacks.judge(Red(), images, attacks.Attack("linf", 30 / 255, 8 / 255, 10))["accuracy"] == 0
+    assert attacks.judge(Red(), images, attacks.ATTACKS["deepfool"])["accuracy"] == 100 * far / 8
+    auto = attacks.AutoAttack("linf", 8 / 255, ("apgd-ce",))
+    assert attacks.judge(Red(), images, auto)["accuracy"] == 100 * far / 8
+    assert attacks.judge(Red(), images, auto, limit=2)["accuracy"] == 100 * (red[:2] < 119.5).float().mean()
 
 
 @pytest.fixture
@@ -314,7 +316,7 @@ def exported(tmp_path):
 
 def run_main(folder, *more):
     npz = tiny_npz(folder / "tiny.npz")
-    evaluation.main(
+    command.main(
         [
             str(folder / "encoder.pt"),
             "--data",
@@ -337,23 +339,23 @@ def last_row(capsys):
 
 
 def test_the_command_writes_a_line_for_each_figure_a_row_and_a_classifier(exported, capsys):
-    attacks = ["clean", "pgd20", "pgd20-l2", "pgd20-l1", "deepfool"]
-    lines = run_main(exported, "--preset", "knn", "amoc-slf", "--attacks", *attacks)
+    names = ["clean", "pgd20", "pgd20-l2", "pgd20-l1", "deepfool"]
+    lines = run_main(exported, "--preset", "knn", "amoc-slf", "--attacks", *names)
     assert [(line["preset"], *line["results"]) for line in lines] == [
-        ("knn", "clean"), *(("amoc-slf", attack) for attack in attacks)]
+        ("knn", "clean"), *(("amoc-slf", attack) for attack in names)]
     assert {line["bn"] for line in lines} == {"adv"}
     assert lines[1]["recipe"]["epochs"] == 1 and lines[1]["recipe"]["lr"] == 0.1 and lines[1]["epoch"] == "last"
-    results = [line["results"][attack] for line, attack in zip(lines, ["clean", *attacks])]
+    results = [line["results"][attack] for line, attack in zip(lines, ["clean", *names])]
     for found in results:
         v = found["accuracy"]
         assert found["stderr"] == pytest.approx(math.sqrt(v * (100 - v) / 20), abs=0.01) and found["images"] == 20
     cells = [f"{found['accuracy']:.2f} ({found['stderr']:.2f})" for found in results]
     assert last_row(capsys).removesuffix(" |").split(" | ")[3:] == cells
 
-    net = evaluation.load_classifier(exported / "classifier-amoc-slf-adv.pt")
+    net = command.load_classifier(exported / "classifier-amoc-slf-adv.pt")
     assert not net.training and net.encoder.branch == "adv"
     images = data.load(str(exported / "tiny.npz"), split="test")
-    assert evaluation.judge(net, images)["accuracy"] == results[1]["accuracy"]
+    assert attacks.judge(net, images)["accuracy"] == results[1]["accuracy"]
 
 
 def test_a_figure_is_not_measured_again_nor_a_classifier_trained_again_and_another_one_is(
@@ -361,16 +363,16 @@ def test_a_figure_is_not_measured_again_nor_a_classifier_trained_again_and_anoth
     flags = ["--preset", "knn", "amoc-slf", "--attacks", "clean", "pgd20-4"]
     first, row = run_main(exported, *flags), last_row(capsys)
     with monkeypatch.context() as m:
-        m.setattr(evaluation, "train", None)
-        m.setattr(evaluation, "knn", None)
+        m.setattr(command, "train", None)
+        m.setattr(knn, "knn", None)
         more = run_main(exported, "--preset", "amoc-slf", "--attacks", "clean", "pgd20", "--test-limit", "20")
         assert more[:-1] == first and list(more[-1]["results"]) == ["pgd20"]
-        m.setattr(evaluation, "judge", None)
+        m.setattr(attacks, "judge", None)
         assert run_main(exported, *flags) == more and last_row(capsys) == row
         for other in (["--test-limit", "5"], ["--attacks", "pgd20-4", "--restarts", "2"]):
             with pytest.raises(TypeError):  # another figure of the same classifier
                 run_main(exported, "--preset", "amoc-slf", "--attacks", "clean", *other)
-    monkeypatch.setattr(evaluation, "train", None)
+    monkeypatch.setattr(command, "train", None)
     for other in (["--seed", "1"], ["--lr", "0.2"], ["--bn", "clean"], ["--limit", "16"], ["--image-size", "16"]):
         with pytest.raises(TypeError):  # another classifier
             run_main(exported, "--preset", "amoc-slf", "--attacks", "clean", *other)
@@ -384,9 +386,9 @@ def test_what_was_measured_makes_the_same_table_without_measuring(exported, caps
     run_main(exported, *flags, "--kept")
     assert last_row(capsys) == row
     with pytest.raises(FileNotFoundError, match="nothing was measured there"):
-        evaluation.main([str(exported / "elsewhere" / "encoder.pt"), "--kept"])
+        command.main([str(exported / "elsewhere" / "encoder.pt"), "--kept"])
     with pytest.raises(ValueError, match="a folder; give the encoder.pt in it"):
-        evaluation.main([str(exported), "--data", "shapes"])
+        command.main([str(exported), "--data", "shapes"])
 
 
 def test_autoattack_is_recorded_with_its_images_stages_and_sanity(exported):
@@ -410,11 +412,11 @@ class Masked(nn.Module):
 def test_sanity_doubts_a_network_that_hides_its_gradient_and_not_an_honest_one():
     red = torch.tensor([20, 60, 120, 126, 129, 133, 180, 250], dtype=torch.uint8)
     images = data.Images(red.view(8, 1, 1, 1).repeat(1, 3, 8, 8), (red < 127.5).long(), 2)
-    attack = evaluation.ATTACKS["aa"]
-    found = evaluation.sanity(Masked(), images, attack, 0, 8, 500)
+    attack = attacks.ATTACKS["aa"]
+    found = attacks.sanity(Masked(), images, attack, 0, 8, 500)
     assert found["pgd20 at 8 eps"] > 0 and found["doubts"] == ["images stand at 8 eps"]
     images = data.Images(images.x[2:6], images.y[2:6], 2)
-    honest = evaluation.sanity(Red(), images, attack, 0, 4, 2)
+    honest = attacks.sanity(Red(), images, attack, 0, 4, 2)
     assert honest["doubts"] == [] and honest["pgd20 at 8 eps"] == 0 and honest["pgd100"] <= honest["pgd20"]
 
 
@@ -423,7 +425,7 @@ def test_autoattacks_warnings_are_kept_under_restarts_too():
     flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 2), nn.Softmax(1))
     for restarts in (1, 2):
         with pytest.warns(UserWarning):
-            found = evaluation.judge(flat, images, evaluation.AutoAttack("linf", 1e-3, "apgd"), restarts=restarts)
+            found = attacks.judge(flat, images, attacks.AutoAttack("linf", 1e-3, "apgd"), restarts=restarts)
         assert any("probabilities" in text for text in found["warnings"])
         assert ("stages" in found) == (restarts == 1)
 
@@ -439,8 +441,8 @@ def test_under_restarts_the_worst_counts_image_by_image(monkeypatch):
         x[rows] = 1 - x[rows]
         return x, {}
 
-    monkeypatch.setattr(evaluation, "attacked", attacked)
-    assert [evaluation.judge(Red(), images, "any", 0, restarts=r)["accuracy"] for r in (1, 2, 3)] == [50, 0, 0]
+    monkeypatch.setattr(attacks, "attacked", attacked)
+    assert [attacks.judge(Red(), images, "any", 0, restarts=r)["accuracy"] for r in (1, 2, 3)] == [50, 0, 0]
 
 
 def test_a_transferred_attack_is_made_on_its_source(exported, tmp_path):
@@ -448,7 +450,7 @@ def test_a_transferred_attack_is_made_on_its_source(exported, tmp_path):
     source = str(exported / "classifier-amoc-slf-adv.pt")
     flags = ["--preset", "amoc-slf", "--attacks", "clean", "pgd20", "--source", source]
     (line,) = run_main(exported, *flags)[len(lines):]  # "clean" has no source, and is there
-    assert line["results"]["pgd20"]["source"] == evaluation.digest(open(source, "rb").read())
+    assert line["results"]["pgd20"]["source"] == results.digest(open(source, "rb").read())
     own = lines[1]["results"]["pgd20"]["accuracy"]
     assert line["results"]["pgd20"]["accuracy"] == own  # on itself it is the plain attack
 
@@ -458,9 +460,9 @@ def test_a_transferred_attack_is_made_on_its_source(exported, tmp_path):
 
     red = torch.tensor([120, 126, 129, 133], dtype=torch.uint8)
     images = data.Images(red.view(4, 1, 1, 1).repeat(1, 3, 8, 8), (red < 127.5).long(), 2)
-    attack = evaluation.ATTACKS["pgd20"]
-    assert evaluation.judge(Red(), images, attack)["accuracy"] == 0
-    assert evaluation.judge(Red(), images, attack, source=Blue())["accuracy"] == 100  # blue moves, red does not
+    attack = attacks.ATTACKS["pgd20"]
+    assert attacks.judge(Red(), images, attack)["accuracy"] == 0
+    assert attacks.judge(Red(), images, attack, source=Blue())["accuracy"] == 100  # blue moves, red does not
 
 
 def test_corruptions_are_a_mean_over_kinds_and_severities(tmp_path):
@@ -471,7 +473,7 @@ def test_corruptions_are_a_mean_over_kinds_and_severities(tmp_path):
     net = Red()
     slow = [(net(corruptions.corrupt(x / 255, kind, s)).argmax(1) == images.y).float().mean().item() * 100
             for kind in kinds for s in range(1, 6)]
-    found = evaluation.corrupted(net, images, kinds)
+    found = attacks.corrupted(net, images, kinds)
     assert found["accuracy"] == pytest.approx(sum(slow) / 10, abs=0.01) and found["images"] == 6
     assert list(found["kinds"].values()) == pytest.approx([sum(slow[:5]) / 5, sum(slow[5:]) / 5], abs=0.01)
 
@@ -485,11 +487,11 @@ def test_corruptions_are_a_mean_over_kinds_and_severities(tmp_path):
             x, y = corruptions.read(tmp_path, kind, s)
             rows = data.fixed_order(10)[:6]  # the test images that --test-limit 6 keeps
             slow.append((net(x[rows] / 255).argmax(1) == y[rows]).float() * 100)
-    found, slow = evaluation.corrupted(net, images, kinds, tmp_path), torch.stack(slow)
+    found, slow = attacks.corrupted(net, images, kinds, tmp_path), torch.stack(slow)
     assert found["accuracy"] == pytest.approx(slow.mean().item(), abs=0.01)
     assert found["stderr"] == pytest.approx(slow.mean(0).std().item() / 6**0.5, abs=0.01)
     with pytest.raises(ValueError, match="10 images a severity, for 12"):
-        evaluation.corrupted(net, data.Images(torch.cat([images.x] * 2), torch.zeros(12), 2), kinds, tmp_path)
+        attacks.corrupted(net, data.Images(torch.cat([images.x] * 2), torch.zeros(12), 2), kinds, tmp_path)
 
 
 def test_the_command_measures_corruptions_and_a_curve_and_draws(exported):
@@ -497,19 +499,19 @@ def test_the_command_measures_corruptions_and_a_curve_and_draws(exported):
                      "--test-limit", "5")
     assert len(lines[0]["results"]["c-like"]["kinds"]) == 13
     curve = [line["results"] for line in lines[1:]]
-    assert [attack for found in curve for attack in found] == list(evaluation.CURVE)
-    radii = [getattr(evaluation.ATTACKS.get(a), "eps", 0) * 255 for a in evaluation.CURVE]
+    assert [attack for found in curve for attack in found] == list(attacks.CURVE)
+    radii = [getattr(attacks.ATTACKS.get(a), "eps", 0) * 255 for a in attacks.CURVE]
     assert radii == pytest.approx([0, 1, 2, 4, 6, 8, 12, 16])
     picture = torchvision.io.read_image(str(exported / "attacked-amoc-slf-adv-pgd20.png"))
-    assert picture.shape[1:] == (3 * 34 + 2, 5 * 34 + 2)
+    assert picture.shape[1] == 3 * (4 * 32 + 2) + 28 and picture.shape[2] > 5 * (4 * 32 + 2)  # a key, names
 
 
 def test_images_are_brought_to_another_size(exported):
     x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, 3, 1, 1)
-    images = evaluation.resized(data.Images(x, torch.zeros(2).long(), 1), 8)
+    images = attacks.resized(data.Images(x, torch.zeros(2).long(), 1), 8)
     want = F.interpolate(x.float(), size=8, mode="bilinear", antialias=True)
     assert images.x.dtype == torch.uint8 and (images.x - want).abs().max() <= 1
-    assert evaluation.resized(images, None) is images and evaluation.resized(images, 8) is images
+    assert attacks.resized(images, None) is images and attacks.resized(images, 8) is images
     (line,) = run_main(exported, "--preset", "amoc-slf", "--attacks", "clean", "--image-size", "16")
     assert line["image_size"] == 16
 
@@ -528,50 +530,50 @@ def test_a_branch_named_by_hand_is_the_only_one(exported):
 
 def test_dual_batchnorm_shows_each_branch_its_own_images_and_keeps_adv(exported):
     """TRADES with a clean and an adversarial branch: slow, with two networks of plain BatchNorm."""
-    net = evaluation.Classifier(encoders.load_encoder(exported / "encoder.pt", all_branches=True), 3).train()
-    p = evaluation.PRESETS["robustssl-aff"]
+    net = finetune.Classifier(encoders.load_encoder(exported / "encoder.pt", all_branches=True), 3).train()
+    p = presets.PRESETS["robustssl-aff"]
     x, y, noise = torch.rand(6, 3, 32, 32), torch.arange(6) % 3, torch.rand(6, 3, 32, 32)
-    clean, adv = (evaluation.Classifier(encoders.load_encoder(exported / "encoder.pt", bn), 3).train()
+    clean, adv = (finetune.Classifier(encoders.load_encoder(exported / "encoder.pt", bn), 3).train()
                   for bn in ("clean", "adv"))
     for other in (clean, adv):
         other.head.load_state_dict(net.head.state_dict())
     start = (x + 0.001 * 2**0.5 * torch.erfinv(0.9999 * (2 * noise - 1))).clamp(0, 1)
     clean.eval(), adv.eval()
     target = clean(x).detach()
-    x_adv = pgd(lambda v: evaluation.kl(target, adv(v)), x, 8 / 255, 2 / 255, 10, start=start)
+    x_adv = pgd(lambda v: command.kl(target, adv(v)), x, 8 / 255, 2 / 255, 10, start=start)
     clean.train(), adv.train()
-    want = evaluation.trades(clean(x), adv(x_adv), y)
-    loss = evaluation.classifier_loss(net, x, y, p, noise)
+    want = command.trades(clean(x), adv(x_adv), y)
+    loss = command.classifier_loss(net, x, y, p, noise)
     torch.testing.assert_close(loss, want)
 
     loss.backward()
     assert all(w.grad is not None for w in net.parameters())
-    evaluation.save_classifier(net, exported / "c.pt")
-    loaded = evaluation.load_classifier(exported / "c.pt")
+    results.save_classifier(net, exported / "c.pt")
+    loaded = command.load_classifier(exported / "c.pt")
     torch.testing.assert_close(loaded(x), adv.eval()(x))
 
 
 def test_other_data_or_another_attack_of_the_same_name_is_measured_anew(exported, monkeypatch):
     flags = ["--preset", "amoc-slf", "--attacks", "clean", "pgd20"]
     first = run_main(exported, *flags)
-    monkeypatch.setitem(evaluation.ATTACKS, "pgd20", evaluation.Attack("linf", 16 / 255, 4 / 255, 20))
+    monkeypatch.setitem(attacks.ATTACKS, "pgd20", attacks.Attack("linf", 16 / 255, 4 / 255, 20))
     more = run_main(exported, *flags)[len(first):]
     assert [list(line["results"]) for line in more] == [["pgd20"]]
-    evaluation.main([str(exported / "encoder.pt"), "--data", tiny_npz(exported / "tiny.npz", 60), "--device", "cpu",
+    command.main([str(exported / "encoder.pt"), "--data", tiny_npz(exported / "tiny.npz", 60), "--device", "cpu",
                      "--epochs", "1", "--milestones", "--batch-size", "16", *flags])
     assert len(table.lines(exported / "eval.jsonl")) == len(first) + len(more) + 2
 
 
 def test_the_first_n_are_a_fair_sample_of_sorted_images_with_and_without_a_limit(exported, monkeypatch):
     seen = []
-    monkeypatch.setattr(evaluation, "judge", lambda net, images, attack, seed, n, *more: seen.append(
+    monkeypatch.setattr(attacks, "judge", lambda net, images, attack, seed, n, *more: seen.append(
         images.y[:n].tolist()) or {"accuracy": 1, "stderr": 1, "images": n})
-    monkeypatch.setattr(evaluation, "sanity", lambda *args: {})
+    monkeypatch.setattr(attacks, "sanity", lambda *args: {})
     rng = numpy.random.default_rng(0)
     x, y = rng.integers(0, 256, (40, 32, 32, 3), dtype=numpy.uint8), numpy.arange(40) // 10
     numpy.savez(exported / "sorted.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     for more in ([], ["--test-limit", "30"]):
-        evaluation.main([str(exported / "encoder.pt"), "--data", str(exported / "sorted.npz"), "--device", "cpu",
+        command.main([str(exported / "encoder.pt"), "--data", str(exported / "sorted.npz"), "--device", "cpu",
                          "--epochs", "1", "--milestones", "--batch-size", "16", "--attacks", "aa", "--aa-limit", "12",
                          *more])
     assert seen[0] == seen[1] == y[data.fixed_order(40)[:12]].tolist() and len(set(seen[0])) == 4
@@ -595,7 +597,7 @@ def test_a_classifier_that_cannot_be_read_is_named(exported, content, words):
     elif content is not None:
         path.write_bytes(content)
     with pytest.raises((ValueError, OSError), match=words):
-        evaluation.load_classifier(path)
+        command.load_classifier(path)
 
 
 def test_a_missing_tensor_is_named(exported):
@@ -605,7 +607,7 @@ def test_a_missing_tensor_is_named(exported):
     del saved["state"]["head.bias"]
     torch.save(saved, path)
     with pytest.raises(ValueError, match="head.bias is missing"):
-        evaluation.load_classifier(path)
+        command.load_classifier(path)
 
 
 @pytest.mark.parametrize("more, word", [
@@ -624,11 +626,11 @@ def test_bad_flags_are_named(exported, more, word):
 def test_a_random_encoder_does_not_solve_shapes():
     """The reason to pretrain: a linear probe on random features stays under 35 % (chance is 10 %)."""
     torch.manual_seed(0)
-    net = evaluation.Classifier(encoders.make("slim").eval(), 10)
+    net = finetune.Classifier(encoders.make("slim").eval(), 10)
     net.encoder.branch = None
     images, test = data.load("shapes", limit=4000), data.load("shapes", split="test", limit=1000)
-    evaluation.train(net, images, evaluation.PRESETS["amoc-slf"]._replace(epochs=6, milestones=(4,)), seed=0)
-    assert 10 < evaluation.judge(net, test)["accuracy"] < 35
+    command.train(net, images, presets.PRESETS["amoc-slf"]._replace(epochs=6, milestones=(4,)), seed=0)
+    assert 10 < attacks.judge(net, test)["accuracy"] < 35
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -685,7 +687,7 @@ TYPED = dict(typed())
 
 
 def test_the_presets_are_those_of_the_papers():
-    assert {name: p._asdict() for name, p in evaluation.PRESETS.items()} == TYPED
+    assert {name: p._asdict() for name, p in presets.PRESETS.items()} == TYPED
     assert len(TYPED) == 19
 
 
@@ -701,15 +703,15 @@ def test_the_attacks_are_those_of_the_papers():
         "deepfool": (8 / 255,), "aa": (*linf, "standard"), "aa-4": ("linf", 4 / 255, "standard"),
         "aa-l2": (*l2, "standard"), "apgd": (*linf, "apgd"), "c": (corruptions.MAIN, True),
         "c-like": (tuple(corruptions.LIKE), False)}
-    kinds = {"deepfool": evaluation.DeepFool, "c": evaluation.Corruptions, "c-like": evaluation.Corruptions,
-             **dict.fromkeys(("aa", "aa-4", "aa-l2", "apgd"), evaluation.AutoAttack)}
-    assert evaluation.ATTACKS.keys() == want.keys()
-    for name, row in evaluation.ATTACKS.items():
-        assert type(row) is kinds.get(name, evaluation.Attack) and len(row) == len(want[name]), name
+    kinds = {"deepfool": attacks.DeepFool, "c": attacks.Corruptions, "c-like": attacks.Corruptions,
+             **dict.fromkeys(("aa", "aa-4", "aa-l2", "apgd"), attacks.AutoAttack)}
+    assert attacks.ATTACKS.keys() == want.keys()
+    for name, row in attacks.ATTACKS.items():
+        assert type(row) is kinds.get(name, attacks.Attack) and len(row) == len(want[name]), name
         for value, expected in zip(row, want[name]):
             assert value == (pytest.approx(expected) if isinstance(expected, float) else expected), name
     curve = "clean pgd20-1 pgd20-2 pgd20-4 pgd20-6 pgd20 pgd20-12 pgd20-16"
-    assert evaluation.CURVE == tuple(curve.split())
+    assert attacks.CURVE == tuple(curve.split())
 
 
 FALLS = {  # what remains of the rate in the epochs up to, and from, each
@@ -720,7 +722,7 @@ FALLS = {  # what remains of the rate in the epochs up to, and from, each
 
 @pytest.mark.parametrize("name", TYPED)
 def test_the_rate_of_every_preset_in_every_epoch(name):
-    p, row = evaluation.PRESETS[name], TYPED[name]
+    p, row = presets.PRESETS[name], TYPED[name]
     for epoch in range(row["epochs"]):
         for part in (0, 0.5, 0.999):
             t, warm = epoch + part, row["warmup"]
@@ -730,7 +732,7 @@ def test_the_rate_of_every_preset_in_every_epoch(name):
                 want = row["lr"] * t / warm
             else:
                 want = 1e-6 + (row["lr"] - 1e-6) * (1 + math.cos(math.pi * (t - warm) / (row["epochs"] - warm))) / 2
-            assert evaluation.lr_at(p, epoch, t) == pytest.approx(want, rel=1e-9), (epoch, part)
+            assert finetune.lr_at(p, epoch, t) == pytest.approx(want, rel=1e-9), (epoch, part)
 
 
 class Wavy64(nn.Module):
@@ -751,9 +753,9 @@ def test_the_training_attack_of_a_preset_equals_a_slow_loop(name):
     """Start, ball, step, number of steps and objective; the modes of the network; the loss."""
     row, net = TYPED[name], Wavy64()
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    p = evaluation.PRESETS[name]
+    p = presets.PRESETS[name]
     assert net.training
-    loss = evaluation.classifier_loss(net, x, y, p, noise)
+    loss = command.classifier_loss(net, x, y, p, noise)
     clean = row["loss"] == "trades"
     assert net.modes == [False] * (10 + clean) + [True] * (1 + clean) and net.training
 
@@ -797,11 +799,11 @@ class Spy(nn.Module):
 def test_the_modes_of_training_and_whose_weights_move(name):
     """A frozen encoder is in eval mode throughout; else in train mode for the update, eval for the attack."""
     row, encoder = TYPED[name], Spy()
-    net = evaluation.Classifier(encoder, 3, row["batch_norm"])
+    net = finetune.Classifier(encoder, 3, row["batch_norm"])
     encoder.net.append(net)
-    p = evaluation.PRESETS[name]._replace(
+    p = presets.PRESETS[name]._replace(
         epochs=1, milestones=(), warmup=0, batch_size=16, validation=0.0, dual=False)
-    evaluation.train(net, coloured(16), p, seed=0)
+    command.train(net, coloured(16), p, seed=0)
     everything = row["trains"] == "all"
     attack = {"clean": 0, "pgd": 10, "trades": 11}[row["loss"]]
     update = 2 if row["loss"] == "trades" else 1
@@ -814,7 +816,7 @@ def test_the_modes_of_training_and_whose_weights_move(name):
 @pytest.mark.parametrize("name", TYPED)
 def test_each_step_has_the_rate_of_its_epoch_and_the_optimizer_of_the_preset(name, monkeypatch):
     made, rates = [], []
-    optimizer, loss = evaluation.optimizer, evaluation.classifier_loss
+    optimizer, loss = finetune.optimizer, command.classifier_loss
 
     def noted(net, p):
         made.append(optimizer(net, p))
@@ -824,15 +826,15 @@ def test_each_step_has_the_rate_of_its_epoch_and_the_optimizer_of_the_preset(nam
         rates.append({group["lr"] / group["scale"] for group in made[0].param_groups})
         return loss(*args)
 
-    monkeypatch.setattr(evaluation, "optimizer", noted)
-    monkeypatch.setattr(evaluation, "classifier_loss", rate)
-    monkeypatch.setattr(evaluation, "pgd", lambda climb, x, *rest, **more: x)
-    row, net = TYPED[name], evaluation.Classifier(encoders.make("slim"), 3)
+    monkeypatch.setattr(finetune, "optimizer", noted)
+    monkeypatch.setattr(command, "classifier_loss", rate)
+    monkeypatch.setattr(command, "pgd", lambda climb, x, *rest, **more: x)
+    row, net = TYPED[name], finetune.Classifier(encoders.make("slim"), 3)
     falls = (1,) if row["milestones"] else ()
     warm = min(1, row["warmup"])
-    p = evaluation.PRESETS[name]._replace(epochs=2, milestones=falls, warmup=warm, batch_size=8, validation=0.0,
+    p = presets.PRESETS[name]._replace(epochs=2, milestones=falls, warmup=warm, batch_size=8, validation=0.0,
                                           dual=False, lr=1e-3)
-    evaluation.train(net, coloured(16), p, seed=0)
+    command.train(net, coloured(16), p, seed=0)
     half = 1e-6 + (1e-3 - 1e-6) * (1 + math.cos(math.pi / 2)) / 2
     three = [1e-6 + (1e-3 - 1e-6) * (1 + math.cos(math.pi * t / 4)) / 2 for t in range(4)]
     want = [1e-3, 1e-3, 1e-4, 1e-4] if falls else [0, 5e-4, 1e-3, half] if warm else three
@@ -858,10 +860,10 @@ def test_each_step_has_the_rate_of_its_epoch_and_the_optimizer_of_the_preset(nam
 @pytest.mark.parametrize("name, start", [
     ("zero", "amoc-slf"), ("default", "rocl-slf"), ("normal", "mae-slf")])
 def test_the_classifier_starts_as_the_preset_says(name, start):
-    net = evaluation.Classifier(Pixels(), 200)
-    p = evaluation.PRESETS[start]._replace(
+    net = finetune.Classifier(Pixels(), 200)
+    p = presets.PRESETS[start]._replace(
         epochs=1, milestones=(), warmup=0, batch_size=16, lr=1e-30, weight_decay=0)
-    evaluation.train(net, coloured(16), p, seed=0)
+    command.train(net, coloured(16), p, seed=0)
     weight, bias = net.head.weight, net.head.bias
     if name == "zero":
         assert weight.abs().max() < 1e-20 and bias.abs().max() < 1e-20
@@ -873,9 +875,9 @@ def test_the_classifier_starts_as_the_preset_says(name, start):
 
 @pytest.mark.parametrize("kind", ["reflect", "constant", "rrc", "none"])
 def test_augmentation_is_that_of_the_preset(kind):
-    p = evaluation.PRESETS["amoc-slf"]._replace(augment=kind)
+    p = presets.PRESETS["amoc-slf"]._replace(augment=kind)
     x, y = coloured(6).x, torch.arange(6)
-    got, labels = evaluation.augment(x, y, data.Rng((1, 2, 3), 6, slice(6)), p, lambda x, y: (x, y))
+    got, labels = finetune.augment(x, y, data.Rng((1, 2, 3), 6, slice(6)), p, lambda x, y: (x, y))
     rng, float_x = data.Rng((1, 2, 3), 6, slice(6)), x.float() / 255
     if kind == "none":
         want = float_x
@@ -892,18 +894,18 @@ def test_augmentation_is_that_of_the_preset(kind):
 
 @pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0), (0.0, 0.0)])
 def test_mixed_images_and_labels_reach_the_loss(monkeypatch, mixup, cutmix):
-    kinds = evaluation.mixer(evaluation.PRESETS["mae-tune"]._replace(mixup=mixup, cutmix=cutmix), 3)
+    kinds = finetune.mixer(presets.PRESETS["mae-tune"]._replace(mixup=mixup, cutmix=cutmix), 3)
     if mixup or cutmix:
         alphas = [(type(kind).__name__, kind.alpha, kind.num_classes) for kind in kinds.transforms]
         assert alphas == [row for row in (("MixUp", 0.8, 3), ("CutMix", 1.0, 3)) if row[1] in (mixup, cutmix)]
         assert kinds.p == [1 / len(alphas)] * len(alphas)
     seen = []
-    loss = evaluation.classifier_loss
-    monkeypatch.setattr(evaluation, "classifier_loss", lambda net, x, y, *rest: seen.append((x, y)) or loss(
+    loss = command.classifier_loss
+    monkeypatch.setattr(command, "classifier_loss", lambda net, x, y, *rest: seen.append((x, y)) or loss(
         net, x, y, *rest))
-    p = evaluation.PRESETS["mae-tune"]._replace(
+    p = presets.PRESETS["mae-tune"]._replace(
         epochs=4, warmup=0, batch_size=12, mixup=mixup, cutmix=cutmix, augment="none", optimizer="sgd")
-    evaluation.train(evaluation.Classifier(Pixels(), 3), coloured(12), p, seed=0)
+    command.train(finetune.Classifier(Pixels(), 3), coloured(12), p, seed=0)
     for x, y in seen:
         if mixup or cutmix:
             assert y.shape == (12, 3) and torch.allclose(y.sum(1), torch.ones(12))
@@ -916,8 +918,8 @@ def test_mixed_images_and_labels_reach_the_loss(monkeypatch, mixup, cutmix):
 @pytest.mark.parametrize("n, held", [(10, 1), (44, 4), (50, 5), (96, 10), (50_000, 5_000)])
 def test_a_tenth_is_held_out_and_only_where_the_preset_says_so(n, held):
     images = data.Images(torch.zeros(n, 3, 1, 1, dtype=torch.uint8), torch.zeros(n).long(), 2)
-    for name, p in evaluation.PRESETS.items():
-        assert evaluation.held_out(images, p) == (held if name == "acl-aff-25" else 0)
+    for name, p in presets.PRESETS.items():
+        assert finetune.held_out(images, p) == (held if name == "acl-aff-25" else 0)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -933,15 +935,15 @@ class Asked(Red):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("name", [name for name, row in evaluation.ATTACKS.items()
-                                  if isinstance(row, evaluation.Attack)])
+@pytest.mark.parametrize("name", [name for name, row in attacks.ATTACKS.items()
+                                  if isinstance(row, attacks.Attack)])
 def test_pgd_starts_at_random_in_the_ball_anew_for_each_batch_and_restart(name):
-    attack, net = evaluation.ATTACKS[name], Asked()
+    attack, net = attacks.ATTACKS[name], Asked()
     g = torch.Generator().manual_seed(0)
     image = torch.randint(100, 150, (1, 3, 16, 16), generator=g, dtype=torch.uint8)
     images = data.Images(image.repeat(6, 1, 1, 1), torch.zeros(6).long(), 2)  # all alike
     net.train()
-    evaluation.judge(net, images, attack, seed=5, restarts=2, batch_size=3)
+    attacks.judge(net, images, attack, seed=5, restarts=2, batch_size=3)
     assert not any(training for _, training, _ in net.queries) and net.training
     runs = [net.queries[i : i + attack.steps + 1] for i in range(0, len(net.queries), attack.steps + 1)]
     assert len(runs) == 4
@@ -954,10 +956,10 @@ def test_pgd_starts_at_random_in_the_ball_anew_for_each_batch_and_restart(name):
     starts = torch.cat(first).flatten(1)
     assert len({tuple(start.tolist()) for start in starts}) == 12  # within a batch, over batches and restarts
     again = Asked()
-    evaluation.judge(again, images, attack, seed=5, restarts=2, batch_size=3)
+    attacks.judge(again, images, attack, seed=5, restarts=2, batch_size=3)
     assert all(torch.equal(a[0], b[0]) for a, b in zip(net.queries, again.queries))
     other = Asked()
-    evaluation.judge(other, images, attack, seed=6, restarts=2, batch_size=3)
+    attacks.judge(other, images, attack, seed=6, restarts=2, batch_size=3)
     assert not any(torch.equal(a[0], b[0]) for a, b in zip(net.queries[:1], other.queries))
 
 
@@ -965,7 +967,7 @@ def test_the_attack_climbs_the_cross_entropy_of_the_source_in_eval_mode():
     """A source with dropout and a wrong label of its own: what it is asked, and for which gradient."""
     source, net = Asked().train(), Asked().train()
     images = data.Images(torch.full((2, 3, 8, 8), 128, dtype=torch.uint8), torch.tensor([0, 1]), 2)
-    evaluation.judge(net, images, evaluation.ATTACKS["pgd20"], source=source)
+    attacks.judge(net, images, attacks.ATTACKS["pgd20"], source=source)
     assert len(source.queries) == 20 and source.training
     assert not any(training for _, training, _ in source.queries)
     assert len(net.queries) == 1 and not net.queries[0][1] and net.training
@@ -984,8 +986,8 @@ def test_each_doubt_of_the_sanity_check_can_be_reached(monkeypatch, pgd20, pgd10
         far = attack.eps > 0.2
         return {"accuracy": at_8 if far else pgd100 if attack.steps == 100 else pgd20}
 
-    monkeypatch.setattr(evaluation, "judge", judge)
-    found = evaluation.sanity(None, None, evaluation.ATTACKS["aa"], 0, 5, 500)
+    monkeypatch.setattr(attacks, "judge", judge)
+    found = attacks.sanity(None, None, attacks.ATTACKS["aa"], 0, 5, 500)
     assert found == {"pgd20": pgd20, "pgd100": pgd100, "pgd20 at 8 eps": at_8, "doubts": doubts}
     eps = 8 / 255
     assert asked == [("linf", eps, eps / 4, 20), ("linf", eps, eps / 4, 100), ("linf", 8 * eps, 2 * eps, 20)]
@@ -1005,21 +1007,21 @@ def test_a_network_makes_pgd_of_100_steps_weaker_than_of_20():
             return torch.stack([z, -z], 1)
 
     images = data.Images(torch.full((4, 3, 8, 8), 122, dtype=torch.uint8), torch.zeros(4).long(), 2)
-    found = evaluation.sanity(Turns(), images, evaluation.ATTACKS["aa"], 0, 4, 500)
+    found = attacks.sanity(Turns(), images, attacks.ATTACKS["aa"], 0, 4, 500)
     assert (found["pgd20"], found["pgd100"]) == (0, 100)
     assert "PGD-100 is weaker than PGD-20" in found["doubts"]
 
 
 def test_tf32_is_off_while_it_evaluates(exported, monkeypatch):
     seen = []
-    judge = evaluation.judge
+    judge = attacks.judge
     backends = torch.backends
 
     def looked(*args):
         seen.append((backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32))
         return judge(*args)
 
-    monkeypatch.setattr(evaluation, "judge", looked)
+    monkeypatch.setattr(attacks, "judge", looked)
     before = backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32
     try:
         backends.cudnn.allow_tf32 = True
@@ -1042,20 +1044,20 @@ def test_votes_are_weighed_by_similarity_at_a_temperature_of_a_tenth():
     test = data.Images(level[:1] + 10, torch.tensor([0]), 3)
     near, far = math.cos(0.1), math.cos(0.35)
     assert math.exp(near / 0.1) < 2 * math.exp(far / 0.1) and math.exp(near / 0.05) > 2 * math.exp(far / 0.05)
-    assert evaluation.knn(Direction(), train, test) == 0
-    assert evaluation.knn(Direction(), train, test, temperature=0.05) == 100
-    assert evaluation.knn(Direction(), train, test, k=1) == 100
-    assert evaluation.knn(Direction(), train, test, k=2) == 100
+    assert knn.knn(Direction(), train, test) == 0
+    assert knn.knn(Direction(), train, test, temperature=0.05) == 100
+    assert knn.knn(Direction(), train, test, k=1) == 100
+    assert knn.knn(Direction(), train, test, k=2) == 100
 
 
 def test_the_standard_error_is_that_of_a_share():
     for accuracy, n, want in ((50, 1000, 1.58), (50, 10_000, 0.5), (90, 100, 3.0), (0, 10, 0), (100, 10, 0)):
-        assert evaluation.score(accuracy, n) == {"accuracy": accuracy, "stderr": want, "images": n}
+        assert attacks.score(accuracy, n) == {"accuracy": accuracy, "stderr": want, "images": n}
 
 
 def test_the_command_asks_for_200_neighbours_at_a_temperature_of_a_tenth(exported, monkeypatch):
     asked = []
-    monkeypatch.setattr(evaluation, "knn", lambda encoder, train, test, **how: asked.append(how) or 50)
+    monkeypatch.setattr(knn, "knn", lambda encoder, train, test, **how: asked.append(how) or 50)
     (line,) = run_main(exported, "--preset", "knn")
     assert asked == [line["recipe"]] == [{"k": 200, "temperature": 0.1}]
     assert line["results"]["clean"]["accuracy"] == 50

@@ -11,10 +11,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-import eval as evaluation
-from common import corruptions, data, encoders, files, resnet, table
+import eval as command
+from common import data, encoders, files, resnet
+from evaluation import attacks, corruptions, finetune, flags as flags_of, knn, presets, results, sets as sets_of, table
 from tests.scripts import tiny_npz
 
 PROBE = ["--device", "cpu", "--epochs", "1", "--milestones", "--batch-size", "16"]
@@ -55,7 +57,7 @@ def pixels(n, *shape, seed=0):
 
 def evaluate(folder, *more, encoder="encoder.pt", images="tiny.npz"):
     """The lines of eval.jsonl after `eval.py encoder more`."""
-    evaluation.main([str(folder / encoder), "--data", str(folder / images), *PROBE, *more])
+    command.main([str(folder / encoder), "--data", str(folder / images), *PROBE, *more])
     return table.lines(folder / "eval.jsonl")
 
 
@@ -63,7 +65,7 @@ def no_training(monkeypatch):
     def fail(*args):
         raise AssertionError("it trains a classifier")
 
-    monkeypatch.setattr(evaluation, "train", fail)
+    monkeypatch.setattr(command, "train", fail)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -87,7 +89,7 @@ def public(exported, monkeypatch):
 
 
 def corrupted(folder, *more):
-    evaluation.main([str(folder / "encoder.pt"), *PROBE, "--data-dir", str(folder), "--attacks", "c", *more])
+    command.main([str(folder / "encoder.pt"), *PROBE, "--data-dir", str(folder), "--attacks", "c", *more])
     return table.lines(folder / "eval.jsonl")
 
 
@@ -107,10 +109,10 @@ def test_public_corruptions_are_measured_again_when_any_byte_of_them_is_another(
 
 
 def test_public_corruptions_are_read_once_a_process(public, monkeypatch):
-    args = evaluation.parser().parse_args(["e.pt", "--data-dir", str(public)])
-    first = evaluation.public_contents(args)
+    args = command.parser().parse_args(["e.pt", "--data-dir", str(public)])
+    first = sets_of.public_contents(args)
     monkeypatch.setattr("builtins.open", None)
-    assert evaluation.public_contents(args) == first
+    assert sets_of.public_contents(args) == first
 
 
 ORDER = np.arange(20) % 4
@@ -197,20 +199,20 @@ def test_clean_logits_that_are_not_finite_are_refused(value, attack):
     net = Constant(value)
     net.path = "runs/x/classifier.pt"
     with pytest.raises(ValueError, match="runs/x/classifier.pt: its output for clean images is not finite"):
-        evaluation.judge(net, zeros(3), evaluation.ATTACKS.get(attack))
+        attacks.judge(net, zeros(3), attacks.ATTACKS.get(attack))
 
 
 def test_the_batch_that_is_not_finite_is_named():
     images = zeros(1200)
     images.x[1100] = 255
     with pytest.raises(ValueError, match="image 1100, batch 2"):
-        evaluation.judge(Constant(above=0.5), images)
+        attacks.judge(Constant(above=0.5), images)
 
 
 @pytest.mark.parametrize("attack", ["pgd20", "pgd20-l2", "deepfool"])
 def test_an_attacked_image_without_finite_logits_counts_as_fooled_and_is_told(attack, monkeypatch):
     """Its argmax is class 0, the right one."""
-    monkeypatch.setattr(evaluation, "attacked", lambda net, x, y, *rest: (x + 0.01, {}))
+    monkeypatch.setattr(attacks, "attacked", lambda net, x, y, *rest: (x + 0.01, {}))
     images = zeros(5)
     images.x[4] = 128
 
@@ -218,10 +220,10 @@ def test_an_attacked_image_without_finite_logits_counts_as_fooled_and_is_told(at
         def forward(self, x):
             return super().forward(x).flip(1)
 
-    found = evaluation.judge(Right(above=0.505), images, evaluation.ATTACKS[attack])
+    found = attacks.judge(Right(above=0.505), images, attacks.ATTACKS[attack])
     assert found["accuracy"] == 80
     assert found["warnings"] == ["1 attacked images have logits that are not finite, and count as fooled"]
-    healthy = evaluation.judge(Right(above=2), images, evaluation.ATTACKS[attack])
+    healthy = attacks.judge(Right(above=2), images, attacks.ATTACKS[attack])
     assert healthy["accuracy"] == 100 and "warnings" not in healthy
 
 
@@ -233,7 +235,7 @@ def test_an_attack_without_finite_gradients_is_told_too(monkeypatch):
             return torch.stack([z, 0 * z], 1)
 
     images = zeros(2, level=1)
-    found = evaluation.judge(Root(), images, evaluation.ATTACKS["pgd20"])
+    found = attacks.judge(Root(), images, attacks.ATTACKS["pgd20"])
     assert found["accuracy"] == 0 and "2 attacked images" in found["warnings"][0]
 
 
@@ -242,10 +244,10 @@ def test_features_that_are_not_finite_are_refused_in_knn():
     bad = data.Images(good.x.clone(), good.y, 2)
     bad.x[550] = 255
     net = Constant(above=0.5)
-    assert evaluation.knn(net, good, good, k=600) == 50  # all alike
+    assert knn.knn(net, good, good, k=600) == 50  # all alike
     for sets, name in (((bad, good), "training"), ((good, bad), "test")):
         with pytest.raises(ValueError, match=f"{name} images is not finite, first of image 550, batch 1"):
-            evaluation.knn(net, *sets)
+            knn.knn(net, *sets)
 
 
 @pytest.mark.parametrize("public_files", [False, True])
@@ -254,7 +256,7 @@ def test_corrupted_images_without_finite_logits_are_refused(tmp_path, public_fil
     np.save(tmp_path / "labels.npy", np.zeros(20, int))
     images = zeros(4, 32, 200)
     with pytest.raises(ValueError, match="images under contrast, severity 1, is not finite"):
-        evaluation.corrupted(Constant(above=0.5), images, ("contrast",), tmp_path if public_files else None)
+        attacks.corrupted(Constant(above=0.5), images, ("contrast",), tmp_path if public_files else None)
 
 
 def test_no_epoch_is_chosen_by_logits_that_are_not_finite():
@@ -266,10 +268,10 @@ def test_no_epoch_is_chosen_by_logits_that_are_not_finite():
             h = x.mean((2, 3))
             return h if self.training else h * float("nan")
 
-    net = evaluation.Classifier(Hidden(), 2)
-    p = evaluation.PRESETS["acl-aff-25"]._replace(epochs=2, milestones=(), batch_size=16, loss="clean")
+    net = finetune.Classifier(Hidden(), 2)
+    p = presets.PRESETS["acl-aff-25"]._replace(epochs=2, milestones=(), batch_size=16, loss="clean")
     with pytest.raises(ValueError, match="not finite"):
-        evaluation.train(net, zeros(40), p, seed=0)
+        command.train(net, zeros(40), p, seed=0)
 
 
 def test_a_classifier_that_breaks_in_its_last_step_is_refused():
@@ -278,15 +280,15 @@ def test_a_classifier_that_breaks_in_its_last_step_is_refused():
         def forward(self, x):
             return 1000 * super().forward(x)
 
-    net = evaluation.Classifier(Loud(above=2), 2)
-    p = evaluation.PRESETS["amoc-slf"]._replace(epochs=1, milestones=(), batch_size=16, lr=1e38)
+    net = finetune.Classifier(Loud(above=2), 2)
+    p = presets.PRESETS["amoc-slf"]._replace(epochs=1, milestones=(), batch_size=16, lr=1e38)
     with pytest.raises(ValueError, match="the classifier's head.* is not finite after training; try a lower --lr"):
-        evaluation.train(net, zeros(16), p, seed=0)
+        command.train(net, zeros(16), p, seed=0)
 
 
 def test_the_sanity_check_doubts_what_is_not_finite(monkeypatch):
-    monkeypatch.setattr(evaluation, "attacked", lambda net, x, *rest, batch_size=500: (x + 1, {}))
-    found = evaluation.sanity(Constant(above=0.5), zeros(2), evaluation.ATTACKS["aa"], 0, 2, 500)
+    monkeypatch.setattr(attacks, "attacked", lambda net, x, *rest, batch_size=500: (x + 1, {}))
+    found = attacks.sanity(Constant(above=0.5), zeros(2), attacks.ATTACKS["aa"], 0, 2, 500)
     assert len(found["doubts"]) == 3 and all("not finite" in text for text in found["doubts"])
 
 
@@ -308,7 +310,7 @@ def test_a_classifier_with_a_weight_that_is_not_finite_is_refused(exported):
     saved["state"]["head.bias"][1] = float("nan")
     files.save(saved, path)
     with pytest.raises(ValueError, match="classifier-amoc-slf-adv.pt: .*head.bias is not finite"):
-        evaluation.load_classifier(path)
+        command.load_classifier(path)
     with pytest.raises(ValueError, match="head.bias is not finite"):
         evaluate(exported, "--attacks", "pgd20", "--source", str(path))
 
@@ -327,12 +329,12 @@ def test_each_encoder_is_judged_at_its_own_side_and_the_data_loaded_once_for_eac
     monkeypatch.setattr(data, "load", lambda name, root, split, *rest: loaded.append(split) or load(
         name, root, split, *rest))
     seen = []
-    judge = evaluation.judge
-    monkeypatch.setattr(evaluation, "judge", lambda net, images, *rest, **more: seen.append(
+    judge = attacks.judge
+    monkeypatch.setattr(attacks, "judge", lambda net, images, *rest, **more: seen.append(
         (images.x.shape[2], net.encoder.dim)) or judge(net, images, *rest, **more))
     paths = [str(tmp_path / name / "encoder.pt") for name in "abcd"]
     flags = ["--data", str(tmp_path / "big.npz"), *PROBE, "--attacks", "clean"]
-    evaluation.main([*paths, *flags])
+    command.main([*paths, *flags])
     said = capsys.readouterr().out
     assert [side for side, _ in seen] == [32, 64, 32, 64]
     assert sorted(loaded) == 3 * ["labelled"] + 3 * ["test"]
@@ -344,9 +346,9 @@ def test_each_encoder_is_judged_at_its_own_side_and_the_data_loaded_once_for_eac
         assert (f"{tmp_path / name / 'encoder.pt'} {line}" in said) == told
     assert "44 training and 20 test images of side 64, 4 classes" in said
     files_of = [tmp_path / name / "classifier-amoc-slf-adv.pt" for name in "abcd"]
-    assert [evaluation.load_classifier(file).image_size for file in files_of] == [32, 64, 32, 64]
+    assert [command.load_classifier(file).image_size for file in files_of] == [32, 64, 32, 64]
 
-    evaluation.main([paths[0], *flags, "--image-size", "48"])
+    command.main([paths[0], *flags, "--image-size", "48"])
     assert table.lines(tmp_path / "a" / "eval.jsonl")[-1]["image_size"] == 48
     assert "was pretrained at 32; it is judged on images of side 48" in capsys.readouterr().out
 
@@ -363,7 +365,7 @@ def test_images_that_are_not_square_or_of_two_sizes_are_refused_at_the_start(
     train, test = shapes
     npz(exported / "x.npz", pixels(44, *train), np.arange(44) % 4, pixels(20, *test))
     no_training(monkeypatch)
-    monkeypatch.setattr(evaluation, "knn", None)
+    monkeypatch.setattr(knn, "knn", None)
     with pytest.raises(ValueError, match="--image-size"):
         evaluate(exported, *flags, images="x.npz")
 
@@ -383,7 +385,7 @@ def test_images_that_are_not_square_can_be_brought_to_a_side(exported):
 def test_images_that_are_too_small_are_refused_at_the_start(exported, monkeypatch, flags, side, words):
     npz(exported / "x.npz", pixels(44, side, side), np.arange(44) % 4)
     no_training(monkeypatch)
-    monkeypatch.setattr(evaluation, "knn", None)
+    monkeypatch.setattr(knn, "knn", None)
     with pytest.raises(ValueError, match=words):
         evaluate(exported, *flags, images="x.npz")
 
@@ -400,7 +402,7 @@ def test_what_the_encoder_cannot_take_is_refused_before_anything_is_measured(exp
     npz(exported / "x.npz", pixels(44, 30, 30), np.arange(44) % 4)
     no_training(monkeypatch)
     with pytest.raises(ValueError, match="patch size 4"):
-        evaluation.main([str(exported / "encoder.pt"), str(exported / "vit" / "encoder.pt"), *PROBE,
+        command.main([str(exported / "encoder.pt"), str(exported / "vit" / "encoder.pt"), *PROBE,
                          "--data", str(exported / "x.npz")])
 
 
@@ -440,10 +442,10 @@ def test_a_source_of_other_data_is_refused(exported, other, monkeypatch):
     (None, "does not say on which data"), ("not JSON", "does not say on which data"),
     ("[1]", "does not say on which data"), ("same name", "other images of")])
 def test_a_source_of_unknown_data_is_a_warning_in_the_result(exported, other, made, words, capsys):
-    net = evaluation.load_classifier(other)
+    net = command.load_classifier(other)
     if made == "same name":
         made = json.dumps({**json.loads(net.made), "data": str(exported / "tiny.npz")})
-    evaluation.save_classifier(net, other, made)
+    results.save_classifier(net, other, made)
     (line,) = evaluate(exported, "--attacks", "pgd20", "--source", str(other))
     assert len(line["results"]["pgd20"]["warnings"]) == 1 and words in line["results"]["pgd20"]["warnings"][0]
     assert words in capsys.readouterr().out
@@ -458,12 +460,12 @@ def test_a_source_of_the_same_data_under_another_name_or_limit_is_taken(exported
     shutil.copy(exported / "tiny.npz", exported / "copy.npz")
     lines = evaluate(exported, "--attacks", "pgd20", "--source", str(exported / "s.pt"), images="copy.npz")
     assert "warnings" not in lines[-1]["results"]["pgd20"]
-    args = evaluation.parser().parse_args(["e.pt", "--data", "shapes", "--source", "s.pt"])
-    sets = evaluation.Sets(zeros(4), zeros(4), "now", "test", None, (8, 8))
-    net = evaluation.load_classifier(exported / "s.pt")
+    args = command.parser().parse_args(["e.pt", "--data", "shapes", "--source", "s.pt"])
+    sets = sets_of.Sets(zeros(4), zeros(4), "now", "test", None, (8, 8))
+    net = command.load_classifier(exported / "s.pt")
     net.head, net.image_size = nn.Linear(2, 2), None
-    source = evaluation.Source(net, "d", {"data": "shapes", "train": "then"})
-    assert evaluation.doubts_of(source, args, sets) == []
+    source = sets_of.Source(net, "d", {"data": "shapes", "train": "then"})
+    assert sets_of.doubts_of(source, args, sets) == []
 
 
 def test_a_source_for_another_side_is_refused(exported):
@@ -482,8 +484,8 @@ def test_warnings_of_every_restart_are_kept_once(monkeypatch):
     def attacked(net, x, y, *rest):
         return x, {"warnings": next(texts), "stages": {}}
 
-    monkeypatch.setattr(evaluation, "attacked", attacked)
-    found = evaluation.judge(Constant(above=2), zeros(3), evaluation.ATTACKS["apgd"], restarts=3)
+    monkeypatch.setattr(attacks, "attacked", attacked)
+    found = attacks.judge(Constant(above=2), zeros(3), attacks.ATTACKS["apgd"], restarts=3)
     assert found["warnings"] == ["a", "b", "c"]
 
 
@@ -500,9 +502,9 @@ def test_dual_batchnorm_shows_each_branch_its_own_images_whatever_the_loss(expor
     """Against two networks of plain BatchNorm: attacked images go through "adv", clean ones through "clean"."""
     from common.pgd import pgd
     F = nn.functional
-    nets = [evaluation.Classifier(encoders.load_encoder(exported / "encoder.pt", bn), 3).train()
+    nets = [finetune.Classifier(encoders.load_encoder(exported / "encoder.pt", bn), 3).train()
             for bn in ("clean", "adv")]
-    net = evaluation.Classifier(encoders.load_encoder(exported / "encoder.pt", all_branches=True), 3).train()
+    net = finetune.Classifier(encoders.load_encoder(exported / "encoder.pt", all_branches=True), 3).train()
     for part in nets:
         part.head.load_state_dict(net.head.state_dict())
     clean, adv = nets
@@ -512,19 +514,19 @@ def test_dual_batchnorm_shows_each_branch_its_own_images_whatever_the_loss(expor
         for norm in (m for m in net.modules() if isinstance(m, resnet.BranchNorm)):
             norm.branches["adv"].weight.mul_(0.5)
             norm.branch = "clean" if loss == "pgd" else "adv"  # not the one that is to be asked
-    p = evaluation.PRESETS["robustssl-aff"]._replace(loss=loss, uniform=True)
+    p = presets.PRESETS["robustssl-aff"]._replace(loss=loss, uniform=True)
     x, y, noise = torch.rand(6, 3, 32, 32), torch.arange(6) % 3, torch.rand(6, 3, 32, 32)
     clean.eval(), adv.eval()
     target = clean(x).detach()
 
     def climb(v):
-        return F.cross_entropy(adv(v), y) if loss == "pgd" else evaluation.kl(target, adv(v))
+        return F.cross_entropy(adv(v), y) if loss == "pgd" else command.kl(target, adv(v))
 
     x_adv = pgd(climb, x, 8 / 255, 2 / 255, 10, start=(x + (2 * noise - 1) * 8 / 255).clamp(0, 1))
     clean.train(), adv.train()
     want = {"pgd": lambda: F.cross_entropy(adv(x_adv), y), "clean": lambda: F.cross_entropy(clean(x), y),
-            "trades": lambda: evaluation.trades(clean(x), adv(x_adv), y)}[loss]()
-    torch.testing.assert_close(evaluation.classifier_loss(net, x, y, p, noise), want)
+            "trades": lambda: command.trades(clean(x), adv(x_adv), y)}[loss]()
+    torch.testing.assert_close(command.classifier_loss(net, x, y, p, noise), want)
 
 
 def test_a_damaged_classifier_is_seen_and_trained_again(exported, monkeypatch, capsys):
@@ -535,14 +537,14 @@ def test_a_damaged_classifier_is_seen_and_trained_again(exported, monkeypatch, c
     whole[at] ^= 64
     path.write_bytes(whole)
     with pytest.raises(ValueError, match="classifier-amoc-slf-adv.pt: is damaged"):
-        evaluation.load_classifier(path)
+        command.load_classifier(path)
     with pytest.raises(ValueError, match="classifier-amoc-slf-adv.pt: is damaged"):
         evaluate(exported, "--attacks", "pgd20-1", "--source", str(path))
     evaluate(exported, "--attacks", "pgd20-1")
     assert "is damaged" in capsys.readouterr().out
-    net = evaluation.load_classifier(path)
+    net = command.load_classifier(path)
     images = data.load(str(exported / "tiny.npz"), split="test")
-    assert evaluation.judge(net, images)["accuracy"] == first[0]["results"]["clean"]["accuracy"]
+    assert attacks.judge(net, images)["accuracy"] == first[0]["results"]["clean"]["accuracy"]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -569,7 +571,7 @@ def test_foreign_lines_of_a_result_file_are_named_and_left_out(exported, where, 
     assert said.out.splitlines()[-1] == row
     numbers = {"before": range(1, 11), "after": range(2, 12), "torn": [2]}[where]
     assert f"eval.jsonl: line {', '.join(map(str, numbers))} holds no result, and is left out" in said.err
-    evaluation.main([str(exported), "--kept", "--attacks", "clean"])
+    command.main([str(exported), "--kept", "--attacks", "clean"])
     assert capsys.readouterr().out.splitlines()[-1] == row
     lines = evaluate(exported, "--attacks", "pgd20-1")
     good = [line for line in lines if table.results(line)]
@@ -598,24 +600,24 @@ def test_encoders_in_one_folder_are_told_apart(exported, capsys, monkeypatch):
     torch.manual_seed(1)
     encoders.export(encoders.make("slim"), folder / "b.pt")
     flags = ["--data", str(exported / "tiny.npz"), *PROBE, "--attacks", "clean", "--preset", "knn", "amoc-slf"]
-    evaluation.main([*map(str, sorted(folder.glob("*.pt"))), *flags])
+    command.main([*map(str, sorted(folder.glob("*.pt"))), *flags])
     rows = capsys.readouterr().out.splitlines()[-2:]
     assert [row.split(" | ")[0] for row in rows] == [f"| [{n}]({folder / n}.pt)" for n in "ab"]
     names = {path.name for path in folder.glob("classifier-*")}
     assert names == {"classifier-a-amoc-slf-adv.pt", "classifier-b-amoc-slf.pt"}
 
     for paths in (sorted(folder.glob("*.pt")), [folder]):  # now there are classifiers among them
-        evaluation.main([*map(str, paths), *flags, "--kept"])
+        command.main([*map(str, paths), *flags, "--kept"])
         assert capsys.readouterr().out.splitlines()[-2:] == rows
-    evaluation.main([str(folder / "b.pt"), *flags, "--kept"])
+    command.main([str(folder / "b.pt"), *flags, "--kept"])
     assert capsys.readouterr().out.splitlines()[-1] == rows[1]
     with monkeypatch.context() as m:
         no_training(m)
-        m.setattr(evaluation, "knn", None)
-        evaluation.main([*map(str, sorted(folder.glob("*.pt"))), *flags])
+        m.setattr(knn, "knn", None)
+        command.main([*map(str, sorted(folder.glob("*.pt"))), *flags])
         assert capsys.readouterr().out.splitlines()[-2:] == rows
     shutil.copy(folder / "a.pt", folder / "c.pt")  # its twin has results of its own
-    evaluation.main([str(folder / "c.pt"), *flags])
+    command.main([str(folder / "c.pt"), *flags])
     names = [table.file_of(line) for line in table.lines(folder / "eval.jsonl")]
     assert names == 2 * ["a.pt"] + 2 * ["b.pt"] + 2 * ["c.pt"]
 
@@ -644,10 +646,10 @@ def test_an_encoder_given_twice_and_a_copied_run_are_named_before_measuring(expo
     paths = [str(exported / "encoder.pt"), str(other / "encoder.pt")]
     flags = ["--data", str(exported / "tiny.npz"), *PROBE, "--attacks", "clean", "pgd20", *kept]
     with pytest.raises(ValueError, match="are one run: the same flags, the same seed"):
-        evaluation.main([*paths, *flags])
+        command.main([*paths, *flags])
     for twice in (paths[0], str(other / ".." / "encoder.pt")):
         with pytest.raises(ValueError, match="are one encoder, given twice"):
-            evaluation.main([paths[0], twice, *flags])
+            command.main([paths[0], twice, *flags])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -656,7 +658,7 @@ def test_an_encoder_given_twice_and_a_copied_run_are_named_before_measuring(expo
 def kept(folder, capsys, *flags):
     """The cells of the row that --kept prints."""
     capsys.readouterr()
-    evaluation.main([str(folder), "--kept", *flags])
+    command.main([str(folder), "--kept", *flags])
     return [cell.split()[0] for cell in capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")[3:]]
 
 
@@ -716,7 +718,7 @@ def test_kept_chooses_one_branch_and_a_source(exported, capsys):
     cell = f"{lines[1]['results']['clean']['accuracy']:.2f}"
     assert kept(exported, capsys, *flags, "--bn", "adv") == [cell]
     source = exported / "classifier-robustssl-aff-adv.pt"
-    for accuracy, digest in ((7, evaluation.digest(source.read_bytes())), (8, None)):
+    for accuracy, digest in ((7, results.digest(source.read_bytes())), (8, None)):
         found = {"accuracy": accuracy, "stderr": 1, "source": digest}
         files.append_json_line(exported / "eval.jsonl", {"preset": "amoc-slf", "results": {"pgd20": found}})
     assert kept(exported, capsys, "--attacks", "pgd20", "--source", str(source)) == ["7.00"]
@@ -728,17 +730,17 @@ def test_kept_says_when_there_is_nothing_and_needs_no_data(exported, capsys):
     for flags in (["--preset", "amoc-slf"], ["--preset", "knn", "--data", "stl10"],
                   ["--preset", "knn", "--seed", "3"]):
         with pytest.raises(ValueError, match="nothing was measured"):
-            evaluation.main([str(exported), "--kept", *flags])
+            command.main([str(exported), "--kept", *flags])
     with pytest.raises(ValueError, match="there is knn clean"):
-        evaluation.main([str(exported), "--kept", "--preset", "amoc-slf"])
+        command.main([str(exported), "--kept", "--preset", "amoc-slf"])
     assert kept(exported, capsys, "--preset", "knn", "amoc-slf", "--attacks", "c", "aa")
     assert not (exported / "CIFAR-10-C").exists()
 
 
 def test_the_command_line_tells_what_was_given():
-    assert evaluation.given(["a", "b"]) == {"paths": ["a", "b"]}
+    assert flags_of.named_flags(command.parser, ["a", "b"]) == {"paths": ["a", "b"]}
     words = ["a", "--data", "cifar10", "--seed", "0", "--milestones", "--kept", "--restarts", "1"]
-    assert evaluation.given(words) == {
+    assert flags_of.named_flags(command.parser, words) == {
         "paths": ["a"], "data": "cifar10", "seed": 0, "milestones": [], "kept": True, "restarts": 1}
 
 
@@ -768,13 +770,13 @@ SHARES = ("--layer-decay", "--drop-path", "--smoothing")
     ("--data-dir", " "), ("--source", ""), ("--presets", "knn")])
 def test_flags_outside_their_range_are_one_line(flag, value):
     with pytest.raises(ValueError) as raised:
-        evaluation.main(["encoder.pt", flag, value])
+        command.main(["encoder.pt", flag, value])
     said = str(raised.value)
     assert "\n" not in said and flag in said and "eval.py --help" in said
 
 
 def test_the_help_can_be_printed(capsys):
-    for text in (evaluation.parser().format_help(),):
+    for text in (command.parser().format_help(),):
         assert "--milestones" in text and "amoc-slf" in text
 
 
@@ -806,15 +808,15 @@ def test_a_folder_that_cannot_be_written_is_named_at_the_start(exported, monkeyp
 
 
 def test_a_picture_is_whole_or_not_there(exported, monkeypatch):
-    def half(rows, path, **how):
+    def half(picture, path, **how):
         pathlib.Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation, "save_image", half)
-    net = evaluation.Classifier(encoders.load_encoder(exported / "encoder.pt"), 4).eval()
+    monkeypatch.setattr(Image.Image, "save", half)
+    net = finetune.Classifier(encoders.load_encoder(exported / "encoder.pt"), 4).eval()
     with pytest.raises(KeyboardInterrupt):
-        evaluation.pictures(exported / "a.png", net, data.load(str(exported / "tiny.npz")),
-                            evaluation.ATTACKS["pgd20-1"], 0)
+        attacks.pictures(exported / "a.png", net, data.load(str(exported / "tiny.npz")),
+                         attacks.ATTACKS["pgd20-1"], 0)
     assert not list(exported.glob("*.png*"))
 
 
@@ -856,7 +858,7 @@ def handlers():
 @pytest.mark.parametrize("stop, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_it_in_one_line_and_the_same_command_goes_on(
         exported, monkeypatch, capsys, handlers, stop, status):
-    judge = evaluation.judge
+    judge = attacks.judge
 
     def interrupted(net, images, attack, *rest, **more):
         if attack is not None:
@@ -864,7 +866,7 @@ def test_a_signal_ends_it_in_one_line_and_the_same_command_goes_on(
         return judge(net, images, attack, *rest, **more)
 
     with monkeypatch.context() as m:
-        m.setattr(evaluation, "judge", interrupted)
+        m.setattr(attacks, "judge", interrupted)
         with pytest.raises(SystemExit) as raised:
             evaluate(exported, "--attacks", "clean", "pgd20-1")
     assert raised.value.code == status

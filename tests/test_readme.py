@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from common import encoders, resnet
+from evaluation import finetune, results
 from tests.scripts import ROOT, SCRIPTS, read_flags
 
 README = (ROOT / "README.md").read_text()
@@ -102,9 +103,8 @@ def make_files(code, folder):
             encoder(torch.rand(4, 3, 32, 32))  # statistics
         encoders.export(encoder, folder / "made.pt", "adv", image_size=32)
         if "classifier" in path.name:
-            evaluation = importlib.import_module("eval")
             encoder = encoders.load_encoder(folder / "made.pt")
-            evaluation.save_classifier(evaluation.Classifier(encoder, 4), path)
+            results.save_classifier(finetune.Classifier(encoder, 4), path)
         else:
             (folder / "made.pt").rename(path)
 

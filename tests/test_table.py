@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from common import files, table
+from common import files
+from evaluation import table
 
 GROUPS = {"not pretrained": [(None, {"epochs": 0})], "nothing": [("amoc", {"variant": "CCC"})],
           "pixels": [("rocl", {}), ("amoc", {})]}
@@ -75,10 +76,10 @@ def test_what_was_measured_in_two_ways_is_refused_and_a_wish_chooses(tmp_path):
     for text in (line("clean", "adv"), line("pgd", "adv"), line("pgd", "adv", source="other"), line("pgd", "clean")):
         files.append_json_line(tmp_path / "eval.jsonl", text)
     with pytest.raises(ValueError, match="slf pgd was measured twice, with another bn"):
-        table.measured(tmp_path, source=None)
-    assert table.measured(tmp_path, source=None, bn="adv").keys() == {("slf", "clean"), ("slf", "pgd")}
+        table.read_folder(tmp_path, source=None)
+    assert table.read_folder(tmp_path, source=None, bn="adv").keys() == {("slf", "clean"), ("slf", "pgd")}
     with pytest.raises(FileNotFoundError, match="nothing was measured there"):
-        table.measured(tmp_path / "elsewhere")
+        table.read_folder(tmp_path / "elsewhere")
 
 
 def test_a_result_is_kept_under_its_own_conditions_and_a_cut_line_is_none(tmp_path):
@@ -88,11 +89,11 @@ def test_a_result_is_kept_under_its_own_conditions_and_a_cut_line_is_none(tmp_pa
     path.write_text("\n".join(map(json.dumps, results)) + "\n" + '{"preset": "a", "se')
 
     def kept(seed, images, restarts=None):
-        line = table.kept(path, {"preset": "a", "seed": seed}, "pgd", {"images": images, "restarts": restarts})
+        line = table.find(path, {"preset": "a", "seed": seed}, "pgd", {"images": images, "restarts": restarts})
         return line and line["accuracy"]
 
     assert [kept(0, 9), kept(0, 5), kept(1, 9), kept(0, 9, 2), kept(1, 5), kept(1, 9, 2)] == [1, 2, 3, 4, None, None]
-    assert table.kept(tmp_path / "none.jsonl", {}, "pgd", {}) is None
+    assert table.find(tmp_path / "none.jsonl", {}, "pgd", {}) is None
 
 
 def test_an_encoder_that_is_a_file_of_its_own_is_a_row_of_its_own(tmp_path):
@@ -116,20 +117,20 @@ def test_results_of_two_files_of_a_folder_are_told_apart(tmp_path):
         line = {"preset": "slf", "encoder": str(i), "results": {f"pgd{i}": {"accuracy": i}}}
         files.append_json_line(tmp_path / "eval.jsonl", line | ({"path": path} if path else {}))
     assert table.evaluated(tmp_path) == ["encoder.pt", "b.pt"]
-    assert table.measured(tmp_path).keys() == {("slf", "pgd0"), ("slf", "pgd2")}
-    assert table.measured(tmp_path, "b.pt").keys() == {("slf", "pgd1"), ("slf", "pgd3")}
-    assert table.kept(tmp_path / "eval.jsonl", {"preset": "slf"}, "pgd1", {}) is None
-    assert table.kept(tmp_path / "eval.jsonl", {"preset": "slf"}, "pgd1", {}, "b.pt") == {"accuracy": 1}
+    assert table.read_folder(tmp_path).keys() == {("slf", "pgd0"), ("slf", "pgd2")}
+    assert table.read_folder(tmp_path, "b.pt").keys() == {("slf", "pgd1"), ("slf", "pgd3")}
+    assert table.find(tmp_path / "eval.jsonl", {"preset": "slf"}, "pgd1", {}) is None
+    assert table.find(tmp_path / "eval.jsonl", {"preset": "slf"}, "pgd1", {}, "b.pt") == {"accuracy": 1}
 
 
 def test_measured_again_in_the_same_way_the_last_counts_and_accept_chooses(tmp_path):
     for accuracy in (1, 2):
         line = {"preset": "slf", "results": {"pgd": {"accuracy": accuracy}}}
         files.append_json_line(tmp_path / "eval.jsonl", line)
-    assert table.measured(tmp_path) == {("slf", "pgd"): {"accuracy": 2}}
-    assert table.measured(tmp_path, accept=lambda line, attack, result: result["accuracy"] == 1) == {
+    assert table.read_folder(tmp_path) == {("slf", "pgd"): {"accuracy": 2}}
+    assert table.read_folder(tmp_path, accept=lambda line, attack, result: result["accuracy"] == 1) == {
         ("slf", "pgd"): {"accuracy": 1}}
-    assert table.measured(tmp_path, preset="knn") == {}
+    assert table.read_folder(tmp_path, preset="knn") == {}
 
 
 @pytest.mark.parametrize("differ", ["encoder", "bn", "data", "image_size", "seed", "recipe", "train"])
@@ -138,7 +139,7 @@ def test_lines_that_differ_in_what_decides_are_not_mixed(tmp_path, differ):
         files.append_json_line(tmp_path / "eval.jsonl", {
             "preset": "slf", differ: value, "results": {"pgd": {"accuracy": 1}}})
     with pytest.raises(ValueError, match=f"measured twice, with another {differ}; choose by a flag"):
-        table.measured(tmp_path)
+        table.read_folder(tmp_path)
 
 
 @pytest.mark.parametrize("differ", ["test", "images", "settings", "restarts", "source", "files", "batch_size"])
@@ -147,7 +148,7 @@ def test_results_that_differ_in_what_decides_are_not_mixed(tmp_path, differ):
         files.append_json_line(tmp_path / "eval.jsonl", {
             "preset": "slf", "results": {"pgd": {"accuracy": 1, differ: value}}})
     with pytest.raises(ValueError, match=f"measured twice, with another {differ}"):
-        table.measured(tmp_path)
+        table.read_folder(tmp_path)
 
 
 def test_cells():

@@ -1,10 +1,10 @@
 """Common corruptions of 32 x 32 images (Hendrycks & Dietterich 2019, arXiv 1903.12261).
 
 `read` gives the public CIFAR-10-C or CIFAR-100-C (Zenodo 2535967, 3555552) where the user has them.
-`corrupt` makes 13 of the 19 kinds anew, on whole batches on the device, with the constants of the public
-files: call the result "-C-like", as those files are one unseeded run, and glass and motion blur, elastic
-transform, frost, snow and spatter are missing. On images that are JPEG already, noise and JPEG are not
-comparable either.
+`corrupt` makes 13 of the 19 kinds anew, on whole batches on the device, with the constants of the
+public files: call the result "-C-like", as those files are one unseeded run, and glass and motion blur,
+elastic transform, frost, snow and spatter are missing. On images that are JPEG already, noise and JPEG
+are not comparable either.
 
 The standard score is the mean accuracy over the 15 kinds of MAIN and the five severities.
 """
@@ -24,7 +24,8 @@ EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 
 
 def read(folder, name, severity):
-    """Corruption `name` of the public files in `folder`: x (10000, 3, 32, 32) uint8 and y (10000,) int64.
+    """Corruption `name` of the public files in `folder`: x (10000, 3, 32, 32) uint8 and y (10000,)
+    int64.
 
     Raises ValueError for an unknown name or severity, or a file that is not one of them, and
     FileNotFoundError, with what would work.
@@ -56,9 +57,9 @@ def corrupt(x, name, severity, generator=None):
 
     generator  on the device of x, for the noises and fog; None: the global one.
 
-    Returns the like of x on 8-bit levels: cut down, not rounded, as in the public files. Raises ValueError
-    for an unknown name or severity, or images that are no floats or do not lie in [0, 1]; for the latter it
-    waits for the device.
+    Returns the like of x on 8-bit levels: cut down, not rounded, as in the public files. Raises
+    ValueError for an unknown name or severity, or images that are no floats or do not lie in [0, 1];
+    for the latter it waits for the device.
     """
     _check(name, severity, LIKE)
     _check_units(x)
@@ -167,8 +168,8 @@ def fog(x, c, generator):
 
 
 def plasma(x, decay, generator):
-    """(B, 1, H, W): diamond-square fractals in [0, 1] on a torus; the noise falls by decay^2 a scale (the
-    official code multiplies its wibble by a number uniform within +- wibble)."""
+    """(B, 1, H, W): diamond-square fractals in [0, 1] on a torus; the noise falls by decay^2 a scale
+    (the official code multiplies its wibble by a number uniform within +- wibble)."""
     size = 2 ** math.ceil(math.log2(x.shape[2]))
     a, step, wibble = x.new_zeros(len(x), size, size), size, 1.0
 

@@ -1,15 +1,15 @@
 """AutoAttack (Croce & Hein 2020, arXiv 2003.01690), the standard version, for linf and l2.
 
-Four attacks in turn, each on the points that still stand: APGD on the cross-entropy; APGD-T on the targeted
-DLR loss, nine targets; FAB-T (Croce & Hein 2020, arXiv 1907.02044), nine targets; Square (Andriushchenko et
-al. 2020, arXiv 1912.00049), 5000 queries. No number is to be tuned.
+Four attacks in turn, each on the points that still stand: APGD on the cross-entropy; APGD-T on the
+targeted DLR loss, nine targets; FAB-T (Croce & Hein 2020, arXiv 1907.02044), nine targets; Square
+(Andriushchenko et al. 2020, arXiv 1912.00049), 5000 queries. No number is to be tuned.
 
-It makes the decisions of the official code under the same seed and batches, faster. A point stops at its
-first success and leaves the batch; no gradient of a weight is made; the search asks a copy of the network
-without BatchNorms (`folded`); where few points stand, several targets (FAB) or queries (Square) of each fill
-the batch. Points do not influence each other in eval mode, so all this changes rounding only; `stop=False` in
-`apgd` and `fab` runs every point to the end as the official code does. A point that stands to the end costs
-10,000 passes, a backward one counted as one, of the official 10,700.
+It makes the decisions of the official code under the same seed and batches, faster. A point stops at
+its first success and leaves the batch; no gradient of a weight is made; the search asks a copy of the
+network without BatchNorms (`folded`); where few points stand, several targets (FAB) or queries (Square)
+of each fill the batch. Points do not influence each other in eval mode, so all this changes rounding
+only; `stop=False` in `apgd` and `fab` runs every point to the end as the official code does. A point
+that stands to the end costs 10,000 passes, a backward one counted as one, of the official 10,700.
 
 Logits of an attacked image that are not all finite speak for no class: they count as misclassified.
 """
@@ -30,7 +30,8 @@ TARGETS = 9
 
 
 def autoattack(net, x, y, eps, norm="linf", version="standard", seed=0, batch_size=250, fast=False, log=None):
-    """Attack the logits `net(x)` (N, C), C >= 2, of the images x (N, 3, H, H) in [0, 1] with labels y (N,).
+    """Attack the logits `net(x)` (N, C), C >= 2, of the images x (N, 3, H, H) in [0, 1] with labels y
+    (N,).
 
     net         a module or a function; it gives the logits alone, finite ones for x.
     x           float32 or float64; what lies outside of [0, 1] by rounding (1e-6) is clipped.
@@ -44,13 +45,13 @@ def autoattack(net, x, y, eps, norm="linf", version="standard", seed=0, batch_si
     log         called with a line of text after each stage.
 
     Returns x_adv (N, 3, H, H) and a report. x_adv is misclassified, and within eps and [0, 1], wherever
-    anything was found, and x elsewhere: each find is checked again, apart from the attack. Finds lie just
-    beyond the boundary of `net`, and say little about another network. The report holds plain types:
-    accuracies in per cent (`clean`, `robust`, and `robust` after each of `stages`), images sent forward and
-    backward, seconds, and `warnings`, which are also raised as Python warnings.
+    anything was found, and x elsewhere: each find is checked again, apart from the attack. Finds lie
+    just beyond the boundary of `net`, and say little about another network. The report holds plain
+    types: accuracies in per cent (`clean`, `robust`, and `robust` after each of `stages`), images sent
+    forward and backward, seconds, and `warnings`, which are also raised as Python warnings.
 
-    Eval mode is forced inside; modes, gradients and the global random state are left as they were. The memory
-    format of x is kept. Raises ValueError for an input that it cannot judge.
+    Eval mode is forced inside; modes, gradients and the global random state are left as they were. The
+    memory format of x is kept. Raises ValueError for an input that it cannot judge.
     """
     if isinstance(version, str):
         stages = VERSIONS.get(version, ())
@@ -134,8 +135,8 @@ def check_radius(eps, norm):
 
 
 def images_and_labels(x, y):
-    """Images x (N, ...) as a float tensor in [0, 1], and labels y as an int64 tensor (N,) beside it; both may
-    come as tensors, arrays or lists. Raises ValueError that names what would work."""
+    """Images x (N, ...) as a float tensor in [0, 1], and labels y as an int64 tensor (N,) beside it;
+    both may come as tensors, arrays or lists. Raises ValueError that names what would work."""
     x = as_tensor(x, "images")
     if x.dtype not in (torch.float32, torch.float64):
         hint = "x.float()" if x.is_floating_point() else "they must be float in [0, 1]: x.float() / 255"
@@ -175,8 +176,8 @@ def as_tensor(v, name):
 
 
 def check_clean(logits, y, batch_size):
-    """Raises ValueError where the clean `logits` (N, C), made in batches, are not finite or lack a class
-    of y."""
+    """Raises ValueError where the clean `logits` (N, C), made in batches, are not finite or lack a
+    class of y."""
     bad = (~finite(logits)).nonzero()
     if len(bad):
         image = int(bad[0])
@@ -189,8 +190,8 @@ def check_clean(logits, y, batch_size):
 
 
 def checked(logits, images):
-    """What a network returned for so many images, if it is logits (images, C), C >= 2. Raises ValueError that
-    says what to return instead."""
+    """What a network returned for so many images, if it is logits (images, C), C >= 2. Raises
+    ValueError that says what to return instead."""
     if not isinstance(logits, torch.Tensor):
         hint = ""
         if isinstance(logits, dict) and logits:
@@ -215,16 +216,16 @@ def finite(logits):
 
 
 def mistaken(logits, y):
-    """(n,) whether the logits (n, C) do not speak for the class y: another is highest, or one is not finite
-    (argmax would read NaN as the class that it stands at, 0 where it stands at all)."""
+    """(n,) whether the logits (n, C) do not speak for the class y: another is highest, or one is not
+    finite (argmax would read NaN as the class that it stands at, 0 where it stands at all)."""
     return (logits.argmax(1) != y) | ~finite(logits)
 
 
 def folded(net, x, eps):
-    """A faster copy of `net`, a module in eval mode: BatchNorms are folded into the convolutions before them,
-    and on a CPU weights are channels last. `net` itself where it is compiled, where torch.fx cannot trace it,
-    or where logits and gradients near the images x (uniform noise of radius eps) do not stay the same: within
-    1 %, for most images, as rounding may switch a ReLU of some."""
+    """A faster copy of `net`, a module in eval mode: BatchNorms are folded into the convolutions before
+    them, and on a CPU weights are channels last. `net` itself where it is compiled, where torch.fx
+    cannot trace it, or where logits and gradients near the images x (uniform noise of radius eps) do
+    not stay the same: within 1 %, for most images, as rounding may switch a ReLU of some."""
     if not isinstance(net, torch.nn.Module) or net._compiled_call_impl:
         return net
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
@@ -268,7 +269,8 @@ def misuse(net, x, y, logits):
 class Queries:
     """`net` as an attack asks it: logits in float32 or finer, and passes of images counted.
 
-    sizes  batches are filled up with zeros to the next of them (ascending). On an accelerator each new shape
+    sizes  batches are filled up with zeros to the next of them (ascending). On an accelerator each new
+    shape
            starts cuDNN's and a compiler's tuning again, and every point that falls makes a new shape.
     fast   under bf16 autocast.
     fill   attacks that have fewer points fill a batch up to so many images: a small one costs more an image.
@@ -287,8 +289,8 @@ class Queries:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def gradient(self, x, loss):
-        """Logits, loss(logits) (n,), and its gradient with respect to x, 0 where it is not finite: one such
-        pixel would make NaN of its length, and so of the next image."""
+        """Logits, loss(logits) (n,), and its gradient with respect to x, 0 where it is not finite: one
+        such pixel would make NaN of its length, and so of the next image."""
         self.backwards += len(x)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
@@ -331,14 +333,16 @@ def cross_entropy(z, y, t=None):
 
 
 def dlr_targeted(z, y, t):
-    """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2), sorted descending: logits z (n, C) -> (n,). Eq. 7."""
+    """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2), sorted descending: logits z (n, C) -> (n,). Eq.
+    7."""
     top = z.topk(4, dim=1).values
     gap = z.gather(1, y[:, None]) - z.gather(1, t[:, None])
     return -gap.squeeze(1) / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12)
 
 
 def margin(z, y):
-    """z_y less the largest other logit, (n,); not above 0 where misclassified: -inf where not finite."""
+    """z_y less the largest other logit, (n,); not above 0 where misclassified: -inf where not
+    finite."""
     z_y = z.gather(1, y[:, None])
     gap = (z_y - z.scatter(1, y[:, None], -torch.inf).amax(1, keepdim=True)).squeeze(1)
     return gap.masked_fill(~finite(z), -torch.inf)
@@ -350,8 +354,8 @@ def due(i, every):
 
 
 def targeted(run, net, x, y, fill=0):
-    """`run(x, y, t) -> (x_adv, fooled)` with t the 2nd, 3rd, ... clean class, on what stands. As many targets
-    go into one run as fit into `fill` images, and at least one."""
+    """`run(x, y, t) -> (x_adv, fooled)` with t the 2nd, 3rd, ... clean class, on what stands. As many
+    targets go into one run as fit into `fill` images, and at least one."""
     x_adv, rows, rank = x.clone(), torch.arange(len(x), device=x.device), 2
     with torch.no_grad():
         order = net(x).argsort(1)
@@ -443,11 +447,11 @@ def apgd_t(net, x, y, eps, norm, generator, stop=True):
 # FAB
 # ----------------------------------------------------------------------------------------------------------
 def to_plane(x, w, b, norm):
-    """The least move d, in `norm`, with x + d in [0, 1]^D and on the plane <w, x + d> = b; where no such d
-    exists, the one that comes nearest. x, w (n, D), b (n, 1) -> d (n, D).
+    """The least move d, in `norm`, with x + d in [0, 1]^D and on the plane <w, x + d> = b; where no
+    such d exists, the one that comes nearest. x, w (n, D), b (n, 1) -> d (n, D).
 
-    Coordinate i moves min(s u_i, room_i) towards the plane, u_i = 1 (linf) or |w_i| (l2). The gain
-    sum |w_i| min(s u_i, room_i) is concave in s, so Newton's method from s = 0 rises to the root without
+    Coordinate i moves min(s u_i, room_i) towards the plane, u_i = 1 (linf) or |w_i| (l2). The gain sum
+    |w_i| min(s u_i, room_i) is concave in s, so Newton's method from s = 0 rises to the root without
     passing it, and is there once no further coordinate reaches its room.
     """
     off = (w * x).sum(1, keepdim=True) - b
@@ -472,7 +476,8 @@ def to_plane(x, w, b, norm):
 def fab(net, x, y, t, eps, norm, steps=100, stop=True):
     """Walk to the linearised boundary between the classes y and t, staying near x (Alg. 1, targeted).
 
-    Returns (x_adv, fooled): x_adv the first misclassified iterate within eps, or the closest if not `stop`.
+    Returns (x_adv, fooled): x_adv the first misclassified iterate within eps, or the closest if not
+    `stop`.
     """
     out, fooled = x.clone(), torch.zeros_like(y, dtype=torch.bool)
     rows, z, adv = torch.arange(len(x), device=x.device), x, x
@@ -516,8 +521,8 @@ def share(i):
 
 @torch.no_grad()
 def square(net, x, y, eps, norm, generator, queries=5000):
-    """Random search by squares (Alg. 1 with Alg. 2 or 3): keep what lowers the margin. Stops at the first
-    success. Position and size are those of the whole batch."""
+    """Random search by squares (Alg. 1 with Alg. 2 or 3): keep what lowers the margin. Stops at the
+    first success. Position and size are those of the whole batch."""
     search = square_linf if norm == "linf" else square_l2
     return search(net, x, y, eps, generator, queries)
 
@@ -531,10 +536,12 @@ def position(side, s, generator):
 
 
 def square_linf(net, x, y, eps, generator, queries):
-    """Start with vertical stripes, one pixel wide; a query gives each channel of a square one sign (Alg. 2).
+    """Start with vertical stripes, one pixel wide; a query gives each channel of a square one sign
+    (Alg. 2).
 
-    Few queries are kept. So each point asks several at once, all from where it stands, takes the first that
-    is better, and goes on behind that one: the same walk, in larger batches, which cost less an image.
+    Few queries are kept. So each point asks several at once, all from where it stands, takes the first
+    that is better, and goes on behind that one: the same walk, in larger batches, which cost less an
+    image.
     """
     (n, c, side, _), out, rows = x.shape, x.clone(), torch.arange(len(x), device=x.device)
     z = (x + eps * signs((n, c, 1, side), generator).to(x)).clamp(0, 1)
@@ -568,8 +575,8 @@ def square_linf(net, x, y, eps, generator, queries):
 
 
 def square_l2(net, x, y, eps, generator, queries):
-    """Start with 5 x 5 tiles of `eta`, rescaled to length eps; a query moves the mass of one window into
-    another, in a new pattern (Alg. 3)."""
+    """Start with 5 x 5 tiles of `eta`, rescaled to length eps; a query moves the mass of one window
+    into another, in a new pattern (Alg. 3)."""
     (n, c, side, _), out, rows = x.shape, x.clone(), torch.arange(len(x), device=x.device)
     d, s = torch.zeros_like(x), side // 5
     begin = (side - 5 * s) // 2

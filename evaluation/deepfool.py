@@ -7,7 +7,7 @@ import numbers
 
 import torch
 
-from common.autoattack import check_clean, check_radius, checked, images_and_labels, mistaken
+from evaluation.autoattack import check_clean, check_radius, checked, images_and_labels, mistaken
 
 
 def deepfool(net, x, y, eps=None, steps=50, overshoot=0.02, candidates=10):
@@ -19,14 +19,15 @@ def deepfool(net, x, y, eps=None, steps=50, overshoot=0.02, candidates=10):
     eps         radius of the linf ball that the result is cut to, in units of x, 0 to 1; None: not cut.
     candidates  classes considered: the highest of the clean logits, among them the first, i0.
 
-    Each step takes, over the classes k, the nearest of the boundaries at |f_k - f_i0| / |g_k|_1, f the logits
-    and g_k the gradient of f_k - f_i0, and adds that distance (+ 1e-4) along sign(g_k) to a total; the image
-    is x + (1 + overshoot) total, clipped to [0, 1]. A step is 1 forward and `candidates` - 1 backward passes.
+    Each step takes, over the classes k, the nearest of the boundaries at |f_k - f_i0| / |g_k|_1, f the
+    logits and g_k the gradient of f_k - f_i0, and adds that distance (+ 1e-4) along sign(g_k) to a
+    total; the image is x + (1 + overshoot) total, clipped to [0, 1]. A step is 1 forward and
+    `candidates` - 1 backward passes.
 
     Logits that are not finite count as misclassified: the walk ends there.
 
-    Returns x_adv (B, ...), detached; with eps, it must be classified again: the cut may undo the success.
-    Raises ValueError for an input that it cannot attack.
+    Returns x_adv (B, ...), detached; with eps, it must be classified again: the cut may undo the
+    success. Raises ValueError for an input that it cannot attack.
     """
     if eps is not None:
         if not isinstance(eps, numbers.Real) or not 0 <= eps < math.inf:

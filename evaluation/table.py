@@ -14,7 +14,8 @@ from common import files
 
 
 def lines(path):
-    """The objects of a .jsonl file, if it is there; what is none, as a last line cut off, is left out."""
+    """The objects of a .jsonl file, if it is there; what is none, as a last line cut off, is left
+    out."""
     return [line for _, line in files.json_lines(path) if line is not None]
 
 
@@ -41,10 +42,10 @@ def file_of(line):
     return pathlib.PurePath(path).name if isinstance(path, str) and path else "encoder.pt"
 
 
-def kept(path, key, attack, conditions, file="encoder.pt"):
-    """The result for `attack` that eval.jsonl at `path` holds of the evaluation `key`, a dict that is part of
-    its line, of the encoder in `file` beside it, under just these conditions: {name: value or None}. None if
-    there is none."""
+def find(path, key, attack, conditions, file="encoder.pt"):
+    """The result for `attack` that eval.jsonl at `path` holds of the evaluation `key`, a dict that is
+    part of its line, of the encoder in `file` beside it, under just these conditions: {name: value or
+    None}. None if there is none."""
     for line in lines(path):
         found = results(line).get(attack)
         if not found or file_of(line) != file or not key.items() <= line.items():
@@ -61,22 +62,23 @@ def evaluated(folder):
 
 
 def measurements(folder):
-    """The lines of eval.jsonl in `folder` that hold a result. Raises FileNotFoundError where there is no
-    such file."""
+    """The lines of eval.jsonl in `folder` that hold a result. Raises FileNotFoundError where there is
+    no such file."""
     path = folder / "eval.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; nothing was measured there")
     return [line for line in lines(path) if results(line)]
 
 
-def measured(folder, file="encoder.pt", accept=None, **wanted):
-    """{(preset, attack): result} that eval.jsonl in `folder` holds of the encoder in `file` there: of lines
-    and results that agree with `wanted` and for which accept(line, attack, result), if given, is true.
+def read_folder(folder, file="encoder.pt", accept=None, **wanted):
+    """{(preset, attack): result} that eval.jsonl in `folder` holds of the encoder in `file` there: of
+    lines and results that agree with `wanted` and for which accept(line, attack, result), if given, is
+    true.
 
-    Raises FileNotFoundError where there is no eval.jsonl, and ValueError where something was measured twice
-    in different ways."""
-    found = {}
-    hows = {}
+    Raises FileNotFoundError where there is no eval.jsonl, and ValueError where something was measured
+    twice in different ways."""
+    chosen = {}
+    conditions = {}
     for line in measurements(folder):
         if file_of(line) != file:
             continue
@@ -86,17 +88,18 @@ def measured(folder, file="encoder.pt", accept=None, **wanted):
                 continue
             if accept and not accept(line, attack, result):
                 continue
-            how = {name: both.get(name) for name in (
+            condition = {name: both.get(name) for name in (
                 "encoder", "bn", "data", "image_size", "seed", "recipe", "train", "test", "images",
                 "settings", "restarts", "source", "files", "batch_size")}
             name = line["preset"], attack
-            differ = [k for k, v in how.items() if v != hows.setdefault(name, how)[k]]
+            first = conditions.setdefault(name, condition)
+            differ = [key for key in condition if condition[key] != first[key]]
             if differ:
                 raise ValueError(f"{folder}: {' '.join(name)} was measured twice, with another "
                                  f"{', '.join(differ)}; choose by a flag, or take lines out of its "
                                  "eval.jsonl")
-            found[name] = result
-    return found
+            chosen[name] = result
+    return chosen
 
 
 def is_folder(path):
@@ -137,8 +140,8 @@ def read_run(path, free):
 
 
 def rows(paths, free):
-    """The runs at `paths`, those that differ only in their seed or in flags of the set `free` together: lists
-    of `Run`. Raises ValueError where two of one row have the same seed: one was copied."""
+    """The runs at `paths`, those that differ only in their seed or in flags of the set `free` together:
+    lists of `Run`. Raises ValueError where two of one row have the same seed: one was copied."""
     found = {}
     for path in paths:
         run = read_run(path, free)
@@ -151,18 +154,21 @@ def rows(paths, free):
 
 
 def markdown(runs, columns, groups, published, free):
-    """The table of `runs`, pairs of a path (see `Run`) and its results {column: {"accuracy", "stderr"}}.
+    """The table of `runs`, pairs of a path (see `Run`) and its results {column: {"accuracy",
+    "stderr"}}.
 
-    Each run's script, flags and time are in the folder's log.jsonl. Runs that differ in their seed, or in
-    flags of the set `free`, are one row: mean ± standard deviation. One alone has its standard error in
-    brackets.
+    Each run's script, flags and time are in the folder's log.jsonl. Runs that differ in their seed, or
+    in flags of the set `free`, are one row: mean ± standard deviation. One alone has its standard error
+    in brackets.
 
-    A dagger marks a result that has doubts or warnings of its own; [n], one of fewer seeds than the row.
+    A dagger marks a result that has doubts or warnings of its own; [n], one of fewer seeds than the
+    row.
 
     columns    {column: title}; those that some run has
     groups     {title: (script, flags) pairs}: rows stand together under the first title of which a pair fits
                the row's script and flags
-    published  (script, flags, text): the text of the first that fits, unless there was no epoch. In both, a
+    published  (script, flags, text): the text of the first that fits, unless there was no epoch. In
+    both, a
                flag's value may be a function that says whether it fits
     Raises ValueError where two runs of one row have the same seed.
     """
@@ -194,8 +200,8 @@ def markdown(runs, columns, groups, published, free):
 
 
 def name_of(row):
-    """What the names of a row's folders have in common; for encoders that are files of their own, the file's,
-    after that of the folder if it is a run's."""
+    """What the names of a row's folders have in common; for encoders that are files of their own, the
+    file's, after that of the folder if it is a run's."""
     if "folder" in row[0].flags and row[0].script == "?":
         return row[0].path.name if is_folder(row[0].path) else row[0].path.stem
     file = row[0].flags.get("file")

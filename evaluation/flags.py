@@ -1,0 +1,135 @@
+"""What the flags of eval.py ask for."""
+import argparse
+
+from common import run
+from evaluation.attacks import ATTACKS, CURVE, AutoAttack
+from evaluation.presets import PRESETS, PROTOCOLS
+
+
+def parser(doc):
+    """The parser of eval.py, whose docstring is `doc`."""
+    p = run.Parser("eval.py", doc)
+    whole = run.integer(1)
+    p.add_argument("paths", nargs="+", type=run.path, metavar="PATH",
+                   help="exported encoders; with --kept the folders of runs, too")
+    p.add_argument("--preset", nargs="+", choices=["knn", *PRESETS], metavar="NAME",
+                   help="knn " + " ".join(PRESETS) + "; default: amoc-slf")
+    p.add_argument("--protocol", nargs="+", default=[], choices=PROTOCOLS, metavar="NAME",
+                   help="slf alf aff: the benchmark's, robustssl-...")
+    p.add_argument("--attacks", nargs="+", default=["clean", "pgd20"], choices=["clean", "curve", *ATTACKS],
+                   metavar="NAME", help="curve (pgd20 at 0 to 16/255) clean " + " ".join(ATTACKS))
+    p.add_argument("--bn", help="BN branch, and no other; default: the one the encoder was exported with")
+    p.add_argument("--data", default="cifar10", type=run.path,
+                   help="cifar10, cifar100, stl10, shapes, an .npz, a folder")
+    p.add_argument("--data-dir", default="data", type=run.path,
+                   help="where torchvision's files are, or go, and CIFAR-10-C")
+    p.add_argument("--limit", type=whole, help="train on the first so many images of a fixed shuffle")
+    p.add_argument("--test-limit", type=whole, help="test on the first so many images of a fixed shuffle")
+    p.add_argument("--aa-limit", type=whole, help="AutoAttack on the first so many of these")
+    p.add_argument("--test-batch-size", type=whole, default=500,
+                   help="of attacks; AutoAttack's is 250 at most")
+    p.add_argument("--restarts", type=whole, default=1,
+                   help="of each attack; the worst counts, image by image")
+    p.add_argument("--source", type=run.path,
+                   help="a classifier-*.pt: attacks are made on it, and transferred")
+    p.add_argument("--image-size", type=run.integer(1, 10_000),
+                   help="side to which images are brought; default: the encoder's own; where its file names "
+                   "none, as they are, 32 for a folder")
+    p.add_argument("--pictures", action="store_true", help="of PGD and DeepFool: attacked-*.png")
+    p.add_argument("--kept", action="store_true", help="measure nothing: the table of what was measured")
+    p.add_argument("--seed", type=run.integer(0, 2**32 - 1), default=0)
+    p.add_argument("--device", help="default: cuda if there is one, else cpu")
+    p.add_argument("--workers", type=run.integer(0, 1000), default=4,
+                   help="decoding processes, for an ImageFolder")
+    g = p.add_argument_group("instead of the preset's")
+    g.add_argument("--epochs", type=whole)
+    g.add_argument("--milestones", type=whole, nargs="*", help="epochs where the rate falls; none: cosine")
+    g.add_argument("--lr", type=run.number(above=0))
+    g.add_argument("--weight-decay", type=run.number(0))
+    g.add_argument("--batch-size", type=whole)
+    g.add_argument("--warmup", type=run.integer(0), help="epochs")
+    g.add_argument("--layer-decay", type=run.number(0, 1))
+    g.add_argument("--drop-path", type=run.number(0, 1))
+    g.add_argument("--smoothing", type=run.number(0, 0.99))
+    g.add_argument("--mixup", type=run.number(0))
+    g.add_argument("--cutmix", type=run.number(0))
+    return p
+
+
+# What a flag may change of a preset.
+OVER = ("epochs", "milestones", "lr", "weight_decay", "batch_size",
+        "warmup", "layer_decay", "drop_path", "smoothing", "mixup", "cutmix")
+
+
+def named_flags(parser, argv):
+    """The flags that stand on the command line, {name: value}; those that are left out are not in it.
+    `parser` is a function that makes the parser."""
+    absent = object()
+    namespace = argparse.Namespace(**dict.fromkeys(vars(parser().parse_args(argv)), absent))
+    parser().parse_args(argv, namespace)  # a default does not replace what is there
+    return {name: value for name, value in vars(namespace).items() if value is not absent}
+
+
+def asked(args):
+    """The names of the presets, and of the attacks, that the flags ask for."""
+    presets = [f"robustssl-{name}" for name in args.protocol] + (args.preset or [])
+    attacks = [a for name in args.attacks for a in (CURVE if name == "curve" else [name])]
+    return list(dict.fromkeys(presets or ["amoc-slf"])), list(dict.fromkeys(attacks))
+
+
+def preset_of(args, name):
+    """Preset `name` with what the flags change."""
+    changes = {flag: getattr(args, flag) for flag in OVER if getattr(args, flag) is not None}
+    if "milestones" in changes:
+        changes["milestones"] = tuple(changes["milestones"])
+    if args.bn:
+        changes["dual"] = False
+    return PRESETS[name]._replace(**changes)
+
+
+def check(args):
+    """ValueError for flags that do not go together."""
+    presets, attacks = asked(args)
+    if args.kept:
+        return
+    if "c" in attacks and args.data not in ("cifar10", "cifar100"):
+        raise ValueError(f"--attacks c: there is a CIFAR-10-C and a CIFAR-100-C, but none of {args.data}; "
+                         "c-like works for all of side 32")
+    for name in attacks:
+        if args.source and isinstance(ATTACKS.get(name), AutoAttack):
+            raise ValueError(f"--source, --attacks {name}: AutoAttack stops just beyond the boundary of the "
+                             "source, and so transfers badly; take pgd20")
+    for name in presets:
+        if name == "knn":
+            continue
+        p = preset_of(args, name)
+        if max(p.milestones, default=0) >= p.epochs:
+            raise ValueError(f"--epochs {p.epochs}: preset {name} lowers its rate in epoch "
+                             f"{max(p.milestones)}; give other --milestones, or none: a cosine")
+        if args.milestones and PRESETS[name].warmup:
+            raise ValueError(f"--milestones: preset {name} warms up and follows a cosine")
+        if p.warmup >= p.epochs:
+            raise ValueError(f"--epochs {p.epochs}: preset {name} warms up for {p.warmup}; lower --warmup")
+        has_place = dict(
+            warmup=not p.milestones,
+            layer_decay=p.optimizer == "adamw",
+            drop_path=p.trains == "all",
+            smoothing=p.loss == "clean",
+            mixup=p.loss == "clean",
+            cutmix=p.loss == "clean",
+        )
+        for flag in has_place:
+            if getattr(args, flag) is not None and not has_place[flag]:
+                raise ValueError(f"--{flag.replace('_', '-')}: preset {name} has no place for it")
+
+
+def titles(args):
+    """{(preset, attack): title} of the columns that the flags ask for."""
+    presets, attacks = asked(args)
+    columns = {}
+    for preset in presets:
+        if preset == "knn":
+            columns[preset, "clean"] = "k-NN"
+        else:
+            columns |= {(preset, attack): f"{preset} {attack}" for attack in attacks}
+    return columns

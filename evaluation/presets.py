@@ -1,0 +1,76 @@
+"""How classifiers are trained on frozen or whole encoders: the recipes of the papers and of the
+RobustSSL benchmark (github.com/RobustSSL)."""
+from typing import NamedTuple
+
+
+class Preset(NamedTuple):
+    """How a classifier is trained: rate x0.1 at `milestones`; or linear over `warmup`, then a
+    cosine."""
+
+    trains: str  # "linear" (encoder frozen) or "all"
+    loss: str  # "clean", "pgd" or "trades"
+    epochs: int
+    milestones: tuple  # empty: cosine to 1e-6
+    lr: float
+    weight_decay: float
+    batch_size: int
+    zero: bool  # the classifier starts at zero, else at PyTorch's default
+    augment: str  # "reflect" or "constant" (pad 4, crop, flip), "rrc" (resized crop, flip), or "none"
+    step_size: float = 2 / 255  # of the training attack: linf 8/255, 10 steps
+    nesterov: bool = False
+    uniform: bool = True  # start of the training attack: uniform in the ball, else TRADES' Gaussian of 0.001
+    optimizer: str = "sgd"  # momentum 0.9; "lars", which leaves biases alone; "adamw", betas 0.9 and 0.999
+    warmup: int = 0  # epochs
+    layer_decay: float = 1.0  # adamw: rate of a block over that of the next
+    drop_path: float = 0.0  # of the last block (encoders.drop_path)
+    smoothing: float = 0.0  # of the labels; this and the next two with loss "clean"
+    mixup: float = 0.0  # parameter of its Beta distribution; 0: off. With both, each batch takes one
+    cutmix: float = 0.0
+    head_std: float = 0.0  # after `zero`, of the weights
+    renew_norm: bool = False  # encoders.renew_norm
+    batch_norm: bool = False  # a BatchNorm without affine before the classifier
+    validation: float = 0.0  # share of the training images, on which the best epoch under PGD-20 is chosen
+    dual: bool = False  # clean images go through BN branch "clean", attacked ones through "adv", if there are
+
+
+PRESETS = {
+    # Xu & Yang 2020 (2012.13154) and its code
+    "amoc-slf": Preset("linear", "clean", 25, (15, 20), 0.1, 2e-4, 128, True, "reflect"),
+    "amoc-alf": Preset("linear", "pgd", 25, (15, 20), 0.1, 5e-4, 128, True, "reflect"),
+    "amoc-alf-trades": Preset("linear", "trades", 25, (15, 20), 0.1, 5e-4, 128, True, "reflect"),
+    "amoc-full": Preset("all", "clean", 40, (30, 35), 0.1, 2e-4, 128, True, "reflect"),
+    "amoc-aff": Preset("all", "pgd", 40, (30, 35), 0.1, 5e-4, 128, True, "reflect"),
+    "amoc-aff-trades": Preset("all", "trades", 100, (40, 60), 0.1, 5e-4, 128, True, "reflect"),
+    # Kim et al. 2020 (2006.07589); that the adversarial probe is un-augmented too is inferred
+    "rocl-slf": Preset("linear", "clean", 150, (30, 50, 100), 0.1, 5e-4, 1024, False, "none"),
+    "rocl-alf": Preset("linear", "pgd", 150, (30, 50, 100), 0.1, 5e-4, 1024, False, "none", step_size=0.007),
+    # Jiang et al. 2020 (2010.13337); the probe reads BN clean: --bn clean. That the best epoch is best
+    # under attack is inferred
+    "acl-probe": Preset("linear", "clean", 100, (), 0.1, 0.0, 512, False, "none", nesterov=True),
+    "acl-aff-25": Preset("all", "trades", 25, (15, 20), 0.1, 2e-4, 128, True, "constant", uniform=False,
+                         validation=0.1),
+    "acl-aff-100": Preset("all", "trades", 100, (40, 60), 0.1, 2e-4, 128, True, "constant", uniform=False),
+    # Fan et al. 2021 (2111.01124)
+    "advcl-slf": Preset("linear", "clean", 25, (15, 20), 0.01, 2e-4, 512, False, "constant"),
+    # The RobustSSL benchmark, CIFAR-10. To be given by hand: for ACL and DynACL its milestones are (10,
+    # 20), for ACL's AFF 100 epochs (40, 60), for AdvCL's one branch (--bn adv), for other data sets
+    # other rates
+    "robustssl-slf": Preset("linear", "clean", 25, (15, 20), 0.01, 2e-4, 512, True, "constant"),
+    "robustssl-alf": Preset("linear", "pgd", 25, (15, 20), 0.01, 2e-4, 512, True, "constant"),
+    "robustssl-aff": Preset("all", "trades", 25, (15, 20), 0.1, 2e-4, 128, True, "constant", uniform=False,
+                            dual=True),
+    # He et al. 2021 (2111.06377) and its code, ViT-B; the probe reads our features, not the cls token
+    "mae-tune": Preset("all", "clean", 100, (), 2e-3, 0.05, 1024, True, "rrc", optimizer="adamw", warmup=5,
+                       layer_decay=0.65, drop_path=0.1, smoothing=0.1, mixup=0.8, cutmix=1.0,
+                       head_std=2e-5, renew_norm=True),
+    "mae-slf": Preset("linear", "clean", 90, (), 6.4, 0.0, 16384, True, "rrc", optimizer="lars", warmup=10,
+                      head_std=0.01, batch_norm=True),
+    # Ours, for CIFAR-10; not tuned
+    "mae-tune-cifar": Preset("all", "clean", 100, (), 1e-3, 0.05, 256, True, "constant", optimizer="adamw",
+                             warmup=5, layer_decay=0.75, drop_path=0.1, smoothing=0.1,
+                             head_std=2e-5, renew_norm=True),
+    "mae-slf-cifar": Preset("linear", "clean", 25, (15, 20), 0.1, 0.0, 128, True, "constant",
+                            batch_norm=True),
+}
+
+PROTOCOLS = ("slf", "alf", "aff")  # of the RobustSSL benchmark: presets robustssl-slf, ...

@@ -1,0 +1,178 @@
+"""Results and classifiers on disk: by what they are known again, and what is kept of them.
+
+A result is a line of eval.jsonl beside the encoder. Its key is the encoder's contents, the preset with
+all its numbers, the BatchNorm branch, the seed, and the contents of the data; `conditions` of the
+attack are in the result itself. Where key and conditions are the same, nothing is measured again.
+"""
+import hashlib
+import json
+import pathlib
+import sys
+
+from torch import nn
+
+from common import encoders, files, run
+from evaluation import table
+from evaluation.attacks import ATTACKS, Attack, AutoAttack, DeepFool
+from evaluation.finetune import Classifier
+from evaluation.flags import OVER, titles
+from evaluation.published import GROUPS, PUBLISHED
+
+
+def digest(*parts):
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def digest_of(path):
+    """The digest of a file. OSError that names it and the reason where it cannot be read."""
+    try:
+        return digest(pathlib.Path(path).read_bytes())
+    except OSError as e:
+        raise OSError(f"{path} cannot be read: {e.strerror}") from None
+
+
+def contents(images):
+    """A digest of images and labels."""
+    return digest(images.checksum().encode(), images.y.cpu().numpy().tobytes())
+
+
+# Classifiers
+FORMAT = "evaluated classifier, version 1"
+
+
+def save_classifier(net, path, made=None, image_size=None):
+    """Write the classifier: how to build it, its weights, the side of the images that it was trained
+    on, and of what it was `made`."""
+    files.save({"format": FORMAT, **net.encoder.recipe, "branch": net.encoder.branch, "made": made,
+                "image_size": image_size, "classes": net.head.out_features,
+                "batch_norm": isinstance(net.norm, nn.BatchNorm1d),
+                "state": encoders.one_branch(net.state_dict(), net.encoder.branch)}, path)
+
+
+def load_classifier(path):
+    """The classifier that an evaluation wrote to `path`: a plain nn.Module in eval mode, images in [0,
+    1] -> logits, which any attack library can call. Its attribute `image_size` is the side of the
+    images that it was trained on (None where the file does not say). Raises FileNotFoundError, or
+    ValueError that names what is wrong."""
+    saved = encoders.read(path, FORMAT, "eval.py writes classifier-<preset>-<BN>.pt")
+    encoder = encoders.rebuild(saved)
+    net = Classifier(encoder, saved["classes"], saved.get("batch_norm", False))
+    encoders.load_strict(net, saved["state"], path)
+    bad = files.not_finite(saved["state"])
+    if bad:
+        raise ValueError(f"{path}: {bad} is not finite")
+    net.encoder.branch = saved["branch"]
+    net.made = saved.get("made")
+    net.image_size = saved.get("image_size")
+    net.path = path
+    return net.eval()
+
+
+def key_of(path, encoder, name, preset, args, shown):
+    """What tells the evaluation of the encoder at `path` by preset `name` from others, but for the
+    attack; plain types. `preset` is None for k-NN; `shown` are the images (sets.Sets)."""
+    recipe = preset._asdict() if preset else {"k": 200, "temperature": 0.1}
+    return {"encoder": digest_of(path), "preset": name, "bn": encoder.branch, "seed": args.seed,
+            "data": args.data, "image_size": shown.size, "train": shown.train_digest,
+            "recipe": json.loads(json.dumps(recipe))}
+
+
+def classifier_stem(path, encoder, name, preset):
+    """What the names of the classifier's file and pictures say: [encoder's file-]preset[-BN]."""
+    bn = "dual" if encoder.branch and preset and preset.dual else encoder.branch
+    file = "" if path.name == "encoder.pt" else path.stem
+    return "-".join(filter(None, (file, name, bn)))
+
+
+def encoder_paths(args):
+    """The paths of the flags, without the classifiers that an earlier evaluation left among `*.pt`.
+    ValueError where one is there twice."""
+    paths = [pathlib.Path(path) for path in args.paths]
+    others = [path for path in paths if not path.name.startswith("classifier-")]
+    if others and len(others) < len(paths):
+        print(f"{len(paths) - len(others)} classifier-*.pt are no encoders, and left out", file=sys.stderr)
+        paths = others
+    seen = {}
+    for path in paths:
+        place = path.resolve() / "encoder.pt" if table.is_folder(path) else path.resolve()
+        if place in seen:
+            raise ValueError(f"{seen[place]} and {path} are one encoder, given twice")
+        seen[place] = path
+    return paths
+
+
+def row_path(path):
+    """What stands for the encoder at `path` in the table: its folder, or, where the file has a name of
+    its own, the file."""
+    return path.parent if path.name == "encoder.pt" else path
+
+
+def name_foreign_lines(folders):
+    """One line on stderr for each eval.jsonl that has lines which hold no result."""
+    for folder in dict.fromkeys(folders):
+        numbers = table.foreign(folder / "eval.jsonl")
+        if numbers:
+            which = ", ".join(map(str, numbers))
+            print(f"{folder / 'eval.jsonl'}: line {which} holds no result, and is left out", file=sys.stderr)
+
+
+def kept_table(args, named):
+    """The table of what was measured and is what the flags `named` (see `given`) say. ValueError where
+    that is nothing."""
+    wanted = {name: named[name] for name in ("bn", "image_size") if name in named}
+    source = digest_of(args.source) if args.source else None  # digest of the classifier
+    columns = titles(args)
+
+    def accept(line, attack, result):
+        return (line["preset"], attack) in columns and is_named(line, attack, result, named, source)
+
+    runs = []
+    paths = encoder_paths(args)
+    folders = [path if table.is_folder(path) else path.parent for path in paths]
+    name_foreign_lines(folders)
+    for path, folder in zip(paths, folders):
+        for file in table.evaluated(folder) if path == folder else [path.name]:
+            runs.append((row_path(folder / file), table.read_folder(folder, file, accept, **wanted)))
+    if not any(results for _, results in runs):
+        lines = [line for folder in folders for line in table.measurements(folder)]
+        measured = dict.fromkeys(
+            f"{line['preset']} {attack}" for line in lines for attack in table.results(line))
+        raise ValueError("nothing was measured of what these flags name; there is "
+                         f"{', '.join(measured) or 'nothing'}")
+    return table.markdown(runs, columns, GROUPS, PUBLISHED, run.FREE)
+
+
+def is_named(line, attack, result, named, source):
+    """Whether the `result` for `attack`, of `line`, is what the flags `named` say. `source`: the digest
+    of that flag's file."""
+    row = ATTACKS.get(attack)
+    flags = line.get("flags") if isinstance(line.get("flags"), dict) else {}  # old lines say more there
+    recipe = line.get("recipe") if isinstance(line.get("recipe"), dict) else {}
+    random = isinstance(row, (Attack, AutoAttack))
+    moves = isinstance(row, (Attack, DeepFool))
+    restarts = named.get("restarts", 1)
+    if result.get("restarts") != (restarts if random and restarts > 1 else None):
+        return False
+    if result.get("source") != (source if moves else None):
+        return False
+    for name in ("data", "seed"):
+        if name in named and line.get(name, flags.get(name)) != named[name]:
+            return False
+    if "limit" in named and line.get("train_images") != named["limit"]:
+        return False
+    images = result.get("images", line.get("test_images"))
+    limits = [named[name] for name in ("test_limit", "aa_limit") if name in named]
+    if not isinstance(row, AutoAttack):
+        if "test_limit" in named and images != named["test_limit"]:
+            return False
+    elif "aa_limit" in named:
+        if images != min(limits):
+            return False
+    elif limits and not (table.is_number(images) and images <= limits[0]):
+        return False
+    size = named.get("test_batch_size")
+    if size and random and (result.get("batch_size") or 500) != size:
+        return False
+    if "bn" in named and recipe.get("dual"):
+        return False
+    return all(recipe[name] == named[name] for name in OVER if name in named and name in recipe)

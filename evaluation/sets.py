@@ -1,0 +1,213 @@
+"""The images that encoders are shown, the source of transferred attacks, and all that must fit: what
+would fail late is refused before anything is measured."""
+import contextlib
+import functools
+import hashlib
+import json
+import pathlib
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from common import data, encoders
+from evaluation import corruptions
+from evaluation.attacks import ATTACKS, Attack, AutoAttack, DeepFool, check_finite, resized
+from evaluation.finetune import held_out
+from evaluation.flags import asked, preset_of
+from evaluation.results import contents, digest, digest_of, load_classifier
+
+
+class Sets(NamedTuple):
+    """The images that an encoder is shown."""
+
+    train: object
+    test: object
+    train_digest: str
+    test_digest: str
+    size: object  # the side that they were brought to; None: they are as they were
+    before: object  # (height, width) before that, None for a folder
+
+
+def load_sets(args, device, size):
+    """Training and test images at side `size`."""
+    found = []
+    for split, limit in (("labelled", args.limit), ("test", args.test_limit)):
+        # test images shuffled, so that the first n are a fair sample
+        shuffle = split == "test"
+        images = data.load(args.data, args.data_dir, split, device, limit, size or 32, args.workers, shuffle)
+        before = tuple(images.x.shape[2:]) if hasattr(images, "x") else None
+        found.append(resized(images, size))
+    train, test = found
+    return Sets(train, test, contents(train), contents(test), size, before)
+
+
+def describe(args, sets):
+    """One line about the images."""
+    return (f"{args.data}: {len(sets.train)} training and {len(sets.test)} test images of side "
+            f"{side_of(sets.test)}, {sets.train.classes} classes")
+
+
+def side_of(images):
+    """The side of square images; None where they are not square."""
+    if not hasattr(images, "x"):
+        return images.size
+    height, width = images.x.shape[2:]
+    return height if height == width else None
+
+
+def check_sets(args, sets):
+    """ValueError where the images do not suit the flags: what would fail late fails now."""
+    presets, attacks = asked(args)
+    side = side_of(sets.test)
+    for images in (sets.train, sets.test):
+        if (images.y < 0).any():
+            raise ValueError(f"{args.data}: some images have no label; an evaluation needs them all")
+        if side is None or side_of(images) != side:
+            shapes = " and ".join("{} x {}".format(*some.x.shape[2:]) for some in (sets.train, sets.test))
+            raise ValueError(f"{args.data}: training and test images are of {shapes} pixels, and must be "
+                             "square and of one size; give an --image-size to bring them to, as 32")
+    if len(sets.train.y.unique()) < 2:
+        raise ValueError(f"{args.data}: the training images are all of one class; an evaluation needs two")
+    if "c-like" in attacks and side != 32:
+        raise ValueError(f"--attacks c-like: its constants are for side 32, not {side}; --image-size 32")
+    if "c" in attacks:
+        check_public(public_corruptions(args), sets.test)
+    for name in attacks:
+        if isinstance(ATTACKS.get(name), AutoAttack) and side < 5:
+            raise ValueError(f"--attacks {name}: AutoAttack needs images of side 5, these have {side}; "
+                             "--image-size 32")
+    for name in presets:
+        if name == "knn":
+            continue
+        p = preset_of(args, name)
+        held = held_out(sets.train, p)
+        if p.validation and not held:
+            raise ValueError(f"--preset {name}: holds out a {p.validation:g} of the training images, of "
+                             f"{len(sets.train)} that is none")
+        data.steps_per_epoch(len(sets.train) - held, p.batch_size)
+        if p.augment == "reflect" and side <= 4:
+            raise ValueError(f"--preset {name}: reflects 4 pixels at the edges, for which images of side "
+                             f"{side} are too small; --image-size 32")
+
+
+def try_encoder(path, args, env, sets):
+    """Say on images of which side the encoder at `path` is judged, if that may surprise, and show it
+    one: what it cannot take, or makes no finite feature of, is a ValueError now."""
+    encoder = encoders.load_encoder(path, args.bn)
+    side = side_of(sets.test)
+    if encoder.image_size:
+        past = f"was pretrained at {encoder.image_size}"
+    else:
+        past = "does not say at which side it was pretrained"
+    if encoder.image_size not in (None, side):
+        print(f"{path} {past}; it is judged on images of side {side}")
+    elif sets.before not in (None, (side, side)):
+        height, width = sets.before
+        size = f"side {height}" if height == width else f"{height} x {width}"
+        print(f"{path} {past}; the images, of {size}, are brought to {side}")
+    encoder = encoder.to(env.device, memory_format=torch.channels_last)
+    encoder.path = path
+    with torch.no_grad():
+        grey = torch.full((1, 3, side, side), 0.5, device=env.device)
+        check_finite(encoder(grey), encoder, "a grey image")
+
+
+@functools.lru_cache(maxsize=None)
+def _hash(path, *stamp):
+    found = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**20):
+            found.update(block)
+    return found.digest()
+
+
+def public_corruptions(args):
+    return pathlib.Path(args.data_dir) / ("CIFAR-10-C" if args.data == "cifar10" else "CIFAR-100-C")
+
+
+def public_contents(args):
+    """A digest of the public corruptions that count. Each file is read whole, once as long as its size
+    and its times stay."""
+    parts = []
+    for name in (*corruptions.MAIN, "labels"):
+        path = public_corruptions(args) / f"{name}.npy"
+        about = path.stat()
+        times = about.st_mtime_ns, about.st_ctime_ns
+        parts.append(name.encode() + _hash(path.resolve(), about.st_size, *times))
+    return digest(*parts)
+
+
+def check_public(folder, images):
+    """ValueError where the public corruptions in `folder` cannot be those of the test images `images`:
+    their labels are not, in the same order."""
+    for kind in corruptions.MAIN:  # every file is there, and as long as the labels
+        corruptions.read(folder, kind, 1)
+    for severity in range(1, 6):
+        _, y = corruptions.read(folder, corruptions.MAIN[0], severity)
+        if len(images) > len(y):
+            raise ValueError(f"{folder}: {len(y)} images a severity, for {len(images)} to be judged")
+        rows = data.fixed_order(len(y))[: len(images)]
+        if not torch.equal(y[rows], images.y.cpu()):
+            raise ValueError(f"{folder / 'labels.npy'}: the labels of severity {severity} are not those of "
+                             "the test images in their order; the files are of other data, or damaged")
+
+
+class Source(NamedTuple):
+    """The classifier that a transferred attack is made on."""
+
+    net: nn.Module
+    digest: str
+    made: dict  # of what: the key of its evaluation, empty where the file does not say
+
+
+def load_source(args, device):
+    """The `Source` that the flags name, or None."""
+    if not args.source:
+        return None
+    net = load_classifier(args.source).to(device)
+    made = {}
+    with contextlib.suppress(TypeError, ValueError):
+        made = json.loads(net.made)
+    return Source(net, digest_of(args.source), made if isinstance(made, dict) else {})
+
+
+def doubts_of(source, args, sets):
+    """What is not known of the source of transferred attacks: a list of sentences. ValueError where it
+    was trained for other data."""
+    if not source:
+        return []
+    classes = source.net.head.out_features
+    if classes != sets.train.classes:
+        raise ValueError(f"--source {args.source}: {classes} classes, {args.data} has {sets.train.classes}")
+    side = side_of(sets.test)
+    if source.net.image_size not in (None, side):
+        own = source.net.image_size
+        raise ValueError(f"--source {args.source}: was trained on images of side {own}, the attacked are of "
+                         f"{side}; --image-size {own}")
+    if source.made.get("train") == sets.train_digest:
+        return []
+    name = source.made.get("data")
+    if name is None:
+        return ["the source of the attack does not say on which data it was trained"]
+    if name != args.data:
+        raise ValueError(f"--source {args.source}: was trained on {name}, not on {args.data}")
+    if name in data.NAMES:  # another --limit
+        return []
+    return [f"the source of the attack was trained on other images of {name}"]
+
+
+def conditions(attack, args, sets, source):
+    """What, besides the classifier, decides the result for `attack`: plain types, None where it does
+    not."""
+    row = ATTACKS.get(attack)
+    n = len(sets.test)
+    random = isinstance(row, (Attack, AutoAttack))
+    moves = isinstance(row, (Attack, DeepFool))
+    return {"images": min(n, args.aa_limit or n) if isinstance(row, AutoAttack) else n,
+            "test": sets.test_digest,
+            "settings": row and json.loads(json.dumps(row._asdict())),
+            "restarts": args.restarts if random and args.restarts > 1 else None,
+            "batch_size": args.test_batch_size if random and args.test_batch_size != 500 else None,
+            "source": source.digest if source and moves else None,
+            "files": public_contents(args) if attack == "c" else None}
