@@ -52,7 +52,8 @@ def resized_crop(x, top, left, height, width, size, flip=None, filter="bilinear"
 
 def _cubic(t):
     """Keys' cubic with a = -1/2 (1981) of distances t >= 0, as in PIL."""
-    near, far = ((1.5 * t - 2.5) * t * t).add_(1), (((2.5 - 0.5 * t) * t - 4) * t).add_(2)
+    near = ((1.5 * t - 2.5) * t * t).add_(1)
+    far = (((2.5 - 0.5 * t) * t - 4) * t).add_(2)
     return torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
 
 
@@ -68,7 +69,8 @@ def _resize_matrix(filter, start, length, n_in, n_out, device, flip=None):
         out = torch.where(flip[:, None], n_out - 1 - out, out)
     center = (start + (out[:, :, None] + 0.5) * scale).to(device, non_blocking=True)
     support = scale.clamp_min(1).to(device, non_blocking=True)
-    start, end = start.to(device, non_blocking=True), (start + length).to(device, non_blocking=True)
+    end = (start + length).to(device, non_blocking=True)
+    start = start.to(device, non_blocking=True)
     tap = torch.arange(n_in, device=device) + 0.5
     w = filter((tap - center).abs_().div_(support))
     w *= (tap > start) & (tap < end)
@@ -80,7 +82,8 @@ def resize(x, size):
     side already, their pixels do not change. Raises ValueError for other dtypes."""
     if x.shape[2:] == (size, size):
         return to_float(x)
-    zero, one = torch.zeros(len(x)), torch.ones(len(x))
+    zero = torch.zeros(len(x))
+    one = torch.ones(len(x))
     return resized_crop(x, zero, zero, one * x.shape[2], one * x.shape[3], size)
 
 
@@ -101,15 +104,20 @@ def _crop_boxes(u, H, W, scale, ratio):
     """top, left, height, width (B,) from u (B, 4, 10): the first of ten that fits, else the central one."""
     area = H * W * (scale[0] + (scale[1] - scale[0]) * u[:, 0])
     aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * u[:, 1])
-    width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    width = (area * aspect).sqrt().round()
+    height = (area / aspect).sqrt().round()
     fits = (width > 0) & (width <= W) & (height > 0) & (height <= H)
     first = fits.int().argmax(1, keepdim=True)
     width, height, u_top, u_left = [v.gather(1, first)[:, 0] for v in (width, height, u[:, 2], u[:, 3])]
-    whole_w, whole_h = min(W, round(H * ratio[1])), min(H, round(W / ratio[0]))
+    whole_w = min(W, round(H * ratio[1]))
+    whole_h = min(H, round(W / ratio[0]))
     none = ~fits.any(1)
-    width, height = width.masked_fill(none, whole_w), height.masked_fill(none, whole_h)
-    top, left = (u_top * (H - height + 1)).floor(), (u_left * (W - width + 1)).floor()
-    top, left = top.masked_fill(none, (H - whole_h) // 2), left.masked_fill(none, (W - whole_w) // 2)
+    width = width.masked_fill(none, whole_w)
+    height = height.masked_fill(none, whole_h)
+    top = (u_top * (H - height + 1)).floor()
+    left = (u_left * (W - width + 1)).floor()
+    top = top.masked_fill(none, (H - whole_h) // 2)
+    left = left.masked_fill(none, (W - whole_w) // 2)
     return top, left, height, width
 
 
@@ -163,7 +171,8 @@ def random_color_jitter(x, rng, brightness, contrast, saturation, hue, p=1.0):
     from -hue to hue, in turns. Raises ValueError for integers.
     """
     _refuse_integers(x, "random_color_jitter")
-    u, order = rng.uniform(5), rng.uniform(4).argsort(1)
+    u = rng.uniform(5)
+    order = rng.uniform(4).argsort(1)
     rows = (u[:, 4] < p).nonzero()[:, 0]
     u, order = 2 * u[rows] - 1, order[rows]
     factors = [1 + strength * u[:, i] for i, strength in enumerate((brightness, contrast, saturation))]

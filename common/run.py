@@ -191,10 +191,12 @@ def setup(args):
 
     `args`: of `parser`, with or without a script's own flags. The folder is locked until the process ends.
     """
-    epochs, warmup = getattr(args, "epochs", 0), getattr(args, "warmup", 0)
+    epochs = getattr(args, "epochs", 0)
+    warmup = getattr(args, "warmup", 0)
     if 0 < epochs <= warmup:
         raise ValueError(f"--warmup {warmup}: must be less than --epochs {epochs}")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     env = Env(device(args), rank, world)
     if args.sync_bn and env.device.type != "cuda":
         raise ValueError(f"--sync-bn: PyTorch's SyncBatchNorm needs CUDA, and this is {env.device.type}")

@@ -89,7 +89,9 @@ def autoattack(net, x, y, eps, norm="linf", version="standard", seed=0, batch_si
         standing = ~mistaken(logits, y)
         not_finite = torch.zeros_like(standing)  # points fooled by an image whose logits are not
         found += misuse(judge, x[:batch_size], y[:batch_size], logits[:batch_size])
-        x_adv, x, percent = x.clone(), x.contiguous(), 100 / len(x)
+        x_adv = x.clone()
+        x = x.contiguous()
+        percent = 100 / len(x)
         report.update(clean=percent * int(standing.sum()), stages={})
 
         def run(stage, query, points):
@@ -107,10 +109,13 @@ def autoattack(net, x, y, eps, norm="linf", version="standard", seed=0, batch_si
             return torch.cat(denied)
 
         for name in stages:
-            began, before, exact = time.time(), int(standing.sum()), Queries(net, sizes, fill=batch_size)
+            began = time.time()
+            before = int(standing.sum())
+            exact = Queries(net, sizes, fill=batch_size)
             search.forwards = search.backwards = 0
             run(STAGES[name], exact, run(STAGES[name], search, standing.nonzero().squeeze(1)))
-            after, seconds = int(standing.sum()), round(time.time() - began, 2)
+            after = int(standing.sum())
+            seconds = round(time.time() - began, 2)
             report["stages"][name] = {
                 "points": before, "robust": percent * after, "forwards": search.forwards + exact.forwards,
                 "backwards": search.backwards + exact.backwards, "seconds": seconds}
@@ -309,6 +314,11 @@ def length(d, norm):
     return column(flat.abs().amax(1) if norm == "linf" else flat.square().sum(1).sqrt(), d)
 
 
+def keep(mask, *tensors):
+    """Of each tensor (N, ...) the entries where `mask` (N,) is true."""
+    return [tensor[mask] for tensor in tensors]
+
+
 def column(v, like):
     """(n,) -> (n, 1, ...), to broadcast against `like`."""
     return v.view(-1, *[1] * (like.dim() - 1))
@@ -356,12 +366,15 @@ def due(i, every):
 def targeted(run, net, x, y, fill=0):
     """`run(x, y, t) -> (x_adv, fooled)` with t the 2nd, 3rd, ... clean class, on what stands. As many
     targets go into one run as fit into `fill` images, and at least one."""
-    x_adv, rows, rank = x.clone(), torch.arange(len(x), device=x.device), 2
+    x_adv = x.clone()
+    rows = torch.arange(len(x), device=x.device)
+    rank = 2
     with torch.no_grad():
         order = net(x).argsort(1)
     last = min(TARGETS + 1, order.shape[1])
     while rank <= last and len(rows):
-        n, k = len(rows), min(max(1, fill // len(rows)), last - rank + 1)
+        n = len(rows)
+        k = min(max(1, fill // len(rows)), last - rank + 1)
         t = torch.cat([order[rows, -r] for r in range(rank, rank + k)])
         adv, fooled = run(x[rows].repeat(k, 1, 1, 1), y[rows].repeat(k), t)
         found, first = fooled.view(k, n).max(0)
@@ -396,10 +409,14 @@ def apgd(net, x, y, eps, norm, loss, generator, t=None, steps=100, stop=True):
     z = (x + eps * (noise / (length(noise, norm) + 1e-12))).clamp(0, 1)
     logits, value, g = net.gradient(z, lambda z: loss(z, y, t))
     wrong = mistaken(logits, y)
-    out, fooled, rows = x.clone(), torch.zeros_like(wrong), torch.arange(len(x), device=x.device)
+    out = x.clone()
+    fooled = torch.zeros_like(wrong)
+    rows = torch.arange(len(x), device=x.device)
     t, adv, z_prev, gaps = y if t is None else t, z, z, checkpoints(steps)
     best, best_z, best_g, checked, halved = value, z, g, value, torch.ones_like(wrong)
-    step, rises, last = torch.full_like(value, 2 * eps), torch.zeros_like(value), torch.zeros_like(value)
+    step = torch.full_like(value, 2 * eps)
+    rises = torch.zeros_like(value)
+    last = torch.zeros_like(value)
     # `last` starts at 0 as in the official code: a positive first loss counts as a rise.
     for i in range(steps):
         if stop and due(i, 5):
@@ -407,10 +424,10 @@ def apgd(net, x, y, eps, norm, loss, generator, t=None, steps=100, stop=True):
             if wrong.all():
                 break
             if wrong.any():
-                (rows, x, y, t, z, z_prev, g, adv, best, best_z, best_g,
-                 checked, halved, step, rises, last, wrong) = (v[~wrong] for v in (
-                     rows, x, y, t, z, z_prev, g, adv, best, best_z, best_g,
-                     checked, halved, step, rises, last, wrong))
+                rows, x, y, t, z, z_prev, g, adv = keep(~wrong, rows, x, y, t, z, z_prev, g, adv)
+                best, best_z, best_g = keep(~wrong, best, best_z, best_g)
+                checked, halved, step, rises, last = keep(~wrong, checked, halved, step, rises, last)
+                wrong = wrong[~wrong]
         a = 0.75 if i else 1.0
         ascent = g.sign() if norm == "linf" else g / (length(g, norm) + 1e-12)
         w = project(z + column(step, z) * ascent, x, eps, norm)
@@ -421,12 +438,14 @@ def apgd(net, x, y, eps, norm, loss, generator, t=None, steps=100, stop=True):
         wrong = wrong | new
         rises, last = rises + (value > last), value
         better = value > best
-        best, best_z = torch.where(better, value, best), torch.where(column(better, z), z, best_z)
+        best = torch.where(better, value, best)
+        best_z = torch.where(column(better, z), z, best_z)
         best_g = torch.where(column(better, z), g, best_g)
         if i + 1 in gaps:
             halve = (rises <= 0.75 * gaps[i + 1]) | (~halved & (checked >= best))
             step = torch.where(halve, step / 2, step)
-            z, g = torch.where(column(halve, z), best_z, z), torch.where(column(halve, z), best_g, g)
+            g = torch.where(column(halve, z), best_g, g)
+            z = torch.where(column(halve, z), best_z, z)
             rises, checked, halved = torch.zeros_like(rises), best, halve
     out[rows[wrong]], fooled[rows[wrong]] = adv[wrong], True
     return out, fooled
@@ -457,7 +476,8 @@ def to_plane(x, w, b, norm):
     off = (w * x).sum(1, keepdim=True) - b
     to = -off.sign() * w.sign()
     room = to * ((1 + to) / 2 - x)  # to the face on that side
-    a, off = w.abs(), off.abs()
+    a = w.abs()
+    off = off.abs()
     u = torch.ones_like(off) if norm == "linf" else a
     gain, slope, s = a * room, a * u, torch.zeros_like(off)
     while True:
@@ -479,7 +499,8 @@ def fab(net, x, y, t, eps, norm, steps=100, stop=True):
     Returns (x_adv, fooled): x_adv the first misclassified iterate within eps, or the closest if not
     `stop`.
     """
-    out, fooled = x.clone(), torch.zeros_like(y, dtype=torch.bool)
+    out = x.clone()
+    fooled = torch.zeros_like(y, dtype=torch.bool)
     rows, z, adv = torch.arange(len(x), device=x.device), x, x
     best = torch.full_like(x[:, 0, 0, 0], torch.inf)
     for i in range(steps):
@@ -489,18 +510,22 @@ def fab(net, x, y, t, eps, norm, steps=100, stop=True):
             if near.all():
                 break
             if near.any():
-                rows, x, y, t, z, adv, best, near = (v[~near] for v in (rows, x, y, t, z, adv, best, near))
+                rows, x, y, t, z, adv, best, near = keep(~near, rows, x, y, t, z, adv, best, near)
         _, f, g = net.gradient(z, lambda q: (q.gather(1, t[:, None]) - q.gather(1, y[:, None])).squeeze(1))
         f = f.nan_to_num(0, 0, 0)  # of logits that are not finite; with the gradient 0, a step towards x
         w = g.flatten(1)
         b = (w * z.flatten(1)).sum(1, keepdim=True) - f[:, None]
-        d1, d2 = (to_plane(v.flatten(1), w, b, norm).view_as(v) for v in (z, x))
-        l1, l2 = (length(d, norm).clamp_min(1e-8) for d in (d1, d2))
+        d1 = to_plane(z.flatten(1), w, b, norm).view_as(z)
+        d2 = to_plane(x.flatten(1), w, b, norm).view_as(x)
+        l1 = length(d1, norm).clamp_min(1e-8)
+        l2 = length(d2, norm).clamp_min(1e-8)
         alpha = (l1 / (l1 + l2)).clamp_max(0.1)
         z = ((1 - alpha) * (z + 1.05 * d1) + alpha * (x + 1.05 * d2)).clamp(0, 1)
-        wrong, far = mistaken(net(z), y), length(z - x, norm).flatten()
+        wrong = mistaken(net(z), y)
+        far = length(z - x, norm).flatten()
         closer = wrong & (far < best) & ~(near & stop)
-        adv, best = torch.where(column(closer, z), z, adv), torch.where(closer, far, best)
+        adv = torch.where(column(closer, z), z, adv)
+        best = torch.where(closer, far, best)
         z = torch.where(column(wrong, z), x + 0.9 * (z - x), z)
     near = best <= eps
     out[rows[near]], fooled[rows[near]] = adv[near], True
@@ -543,14 +568,22 @@ def square_linf(net, x, y, eps, generator, queries):
     that is better, and goes on behind that one: the same walk, in larger batches, which cost less an
     image.
     """
-    (n, c, side, _), out, rows = x.shape, x.clone(), torch.arange(len(x), device=x.device)
+    n, c, side, _ = x.shape
+    out = x.clone()
+    rows = torch.arange(len(x), device=x.device)
     z = (x + eps * signs((n, c, 1, side), generator).to(x)).clamp(0, 1)
     sizes = [max(round(math.sqrt(share(i)) * side), 1) for i in range(queries)]
     draws = [(*position(side, s, generator), signs((c, 1, 1), generator)) for s in sizes]
     corner, step = torch.tensor([d[:2] for d in draws]), 2 * eps * torch.stack([d[2] for d in draws])
-    corner, step, size = corner.to(x.device), step.to(x), torch.tensor(sizes, device=x.device)
-    low, high, pixel = (x - eps).clamp_min(0), (x + eps).clamp_max(1), torch.arange(side, device=x.device)
-    best, i, turn = margin(net(z), y), torch.zeros_like(y), 0  # i: each point's next query
+    corner = corner.to(x.device)
+    step = step.to(x)
+    size = torch.tensor(sizes, device=x.device)
+    low = (x - eps).clamp_min(0)
+    high = (x + eps).clamp_max(1)
+    pixel = torch.arange(side, device=x.device)
+    best = margin(net(z), y)
+    i = torch.zeros_like(y)  # each point's next query
+    turn = 0
     while True:
         if due(turn, 10):
             down, stay = best <= 0, (best > 0) & (i < queries)
@@ -558,7 +591,7 @@ def square_linf(net, x, y, eps, generator, queries):
             if not stay.any():
                 return out
             if not stay.all():
-                rows, low, high, y, z, best, i = (v[stay] for v in (rows, low, high, y, z, best, i))
+                rows, low, high, y, z, best, i = keep(stay, rows, low, high, y, z, best, i)
         ahead = max(1, min(8, net.fill // len(y), turn // 50))  # at first many are kept
         ask = (i[:, None] + torch.arange(ahead, device=x.device)).clamp_max(queries - 1)  # (n, ahead)
         across = (pixel >= corner[ask, :, None]) & (pixel < corner[ask, :, None] + size[ask, None, None])
@@ -570,14 +603,17 @@ def square_linf(net, x, y, eps, generator, queries):
         found, first = better.max(1)
         at = torch.arange(len(y), device=x.device), first
         i = i + torch.where(found, first + 1, ahead)
-        z, best = torch.where(column(found, z), moved[at], z), torch.where(found, new[at], best)
+        z = torch.where(column(found, z), moved[at], z)
+        best = torch.where(found, new[at], best)
         turn += 1
 
 
 def square_l2(net, x, y, eps, generator, queries):
     """Start with 5 x 5 tiles of `eta`, rescaled to length eps; a query moves the mass of one window
     into another, in a new pattern (Alg. 3)."""
-    (n, c, side, _), out, rows = x.shape, x.clone(), torch.arange(len(x), device=x.device)
+    n, c, side, _ = x.shape
+    out = x.clone()
+    rows = torch.arange(len(x), device=x.device)
     d, s = torch.zeros_like(x), side // 5
     begin = (side - 5 * s) // 2
     for top in range(begin, begin + 5 * s, s):
@@ -592,7 +628,7 @@ def square_l2(net, x, y, eps, generator, queries):
         if down.all():
             break
         if down.any():  # at once: a query draws as many numbers as points stand
-            rows, x, y, z, best = (v[~down] for v in (rows, x, y, z, best))
+            rows, x, y, z, best = keep(~down, rows, x, y, z, best)
         d, s = z - x, max(round(math.sqrt(share(i)) * side), 3) | 1
         to, source = ((..., slice(a, a + s), slice(b, b + s))
                       for a, b in (position(side, s, generator), position(side, s, generator)))
@@ -607,7 +643,8 @@ def square_l2(net, x, y, eps, generator, queries):
         moved = (x + eps * d / (length(d, "l2") + 1e-12)).clamp(0, 1)
         new = margin(net(moved), y)
         better = (new < best) | (new <= 0)
-        z, best = torch.where(column(better, z), moved, z), torch.where(better, new, best)
+        z = torch.where(column(better, z), moved, z)
+        best = torch.where(better, new, best)
     down = best <= 0
     out[rows[down]] = z[down]
     return out

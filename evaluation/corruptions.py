@@ -47,7 +47,8 @@ def read(folder, name, severity):
         raise ValueError(f"{folder}: {name}.npy is {x.dtype} {x.shape}, labels.npy {y.shape}; they must be "
                          "uint8 (5 N, H, W, 3), one severity after the other, and (5 N,)")
     rows = slice((severity - 1) * (len(x) // 5), severity * (len(x) // 5))
-    x, y = np.array(x[rows]), np.array(y[rows]).astype(np.int64)
+    x = np.array(x[rows])
+    y = np.array(y[rows]).astype(np.int64)
     return torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(y)
 
 

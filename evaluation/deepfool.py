@@ -40,7 +40,8 @@ def deepfool(net, x, y, eps=None, steps=50, overshoot=0.02, candidates=10):
             raise ValueError(f"{name} must be an integer, at least {least}, got {number!r}")
     x, y = images_and_labels(x, y)
     rows, order = torch.arange(len(x), device=x.device), None
-    x_adv, total = x.clone(), torch.zeros_like(x)
+    x_adv = x.clone()
+    total = torch.zeros_like(x)
     for step in range(steps + 1):
         with torch.enable_grad():
             z = x_adv[rows].requires_grad_()
