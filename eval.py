@@ -31,6 +31,9 @@ MAE's recipe also has RandAugment and random erasing, which are not here.
     python eval.py runs/amoc/encoder.pt --attacks curve c-like --pictures
     python eval.py runs/amoc/encoder.pt --attacks pgd20 --source runs/rocl/classifier-amoc-slf.pt    transfer
     python eval.py results/cifar10-jpeg/* --kept --preset amoc-slf       the table of what was measured
+    python eval.py weights.pth --encoder torchvision:resnet18 --prefix module.backbone.    another program's
+
+With --encoder (see evaluation/foreign.py and docs/evaluation.md) the weights may come from any program.
 
 An encoder is shown images of the side that it was pretrained at, which its file holds, unless
 --image-size says otherwise.
@@ -52,11 +55,11 @@ import time
 import torch
 import torch.nn.functional as F
 
-from common import data, encoders, files, run
+from common import data, files, run
 from common.log import header
 from common.pgd import eval_mode, pgd
 from common.resnet import branch
-from evaluation import attacks, finetune, flags, knn, results, screen, sets, table
+from evaluation import attacks, finetune, flags, foreign, knn, results, screen, sets, table
 from evaluation.published import GROUPS, PUBLISHED
 from evaluation.results import load_classifier
 
@@ -185,7 +188,7 @@ def evaluate(path, name, args, env, shown, source=None):
     goes there at once.
     """
     preset = None if name == "knn" else flags.preset_of(args, name)
-    encoder = encoders.load_encoder(path, args.bn, all_branches=preset is not None and preset.dual)
+    encoder = foreign.load(path, args, all_branches=preset is not None and preset.dual)
     encoder = encoder.to(env.device, memory_format=torch.channels_last)
     encoder.path = path
     key = results.key_of(path, encoder, name, preset, args, shown)
@@ -253,12 +256,14 @@ def measured_table(args, named):
         if path.is_dir():
             raise ValueError(f"{path}: a folder; give the encoder.pt in it, or --kept")
     table.rows([results.row_path(path) for path in paths], run.FREE)
-    sizes = {path: args.image_size or encoders.load_encoder(path, args.bn).image_size for path in paths}
+    sizes = {path: args.image_size or foreign.load(path, args).image_size for path in paths}
     for path in paths:
         if not os.access(path.parent, os.W_OK):
             raise OSError(f"{path.parent} cannot be written")
         files.lock(path.parent)
     results.name_foreign_lines(path.parent for path in paths)
+    if args.encoder:
+        print(foreign.describe(args))
     source = sets.load_source(args, env.device)
     of_size = {}
     for path, size in sizes.items():

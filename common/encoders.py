@@ -85,12 +85,12 @@ def from_file(source):
 
 
 @torch.no_grad()
-def feature_length(net, source):
-    """The D of net's features (B, D), found on two grey images of side 32; no running statistic changes.
+def feature_length(net, source, side=32):
+    """The D of net's features (B, D), found on two black images of that `side`; no running statistic changes.
     Raises ValueError where they are no such features."""
     with eval_mode(net):
         device = next((w.device for w in net.parameters()), torch.device("cpu"))
-        features = net(torch.zeros(2, 3, 32, 32, device=device))
+        features = net(torch.zeros(2, 3, side, side, device=device))
     if not isinstance(features, torch.Tensor) or features.dim() != 2 or len(features) != 2:
         what = tuple(features.shape) if isinstance(features, torch.Tensor) else f"a {type(features).__name__}"
         raise ValueError(f"arch {source}: must map images (B, 3, H, W) to features (B, D); of two images it made {what}")

@@ -19,6 +19,13 @@ def parser(doc):
     p.add_argument("--attacks", nargs="+", default=["clean", "pgd20"], choices=["clean", "curve", *ATTACKS],
                    metavar="NAME", help="curve (pgd20 at 0 to 16/255) clean " + " ".join(ATTACKS))
     p.add_argument("--bn", help="BN branch, and no other; default: the one the encoder was exported with")
+    p.add_argument("--encoder", metavar="SPEC",
+                   help="the network of weights from elsewhere: torchvision:resnet18, timm:vit_tiny_patch16_224, "
+                   "my_file.py:function")
+    p.add_argument("--prefix", default="", help="with --encoder: of the keys of its weights, as module.backbone.")
+    p.add_argument("--mean", type=run.number(-1e3, 1e3), nargs=3, metavar=("R", "G", "B"),
+                   help="with --encoder: of its normalisation, for images in [0, 1]; default: none")
+    p.add_argument("--std", type=run.number(above=0), nargs=3, metavar=("R", "G", "B"))
     p.add_argument("--data", default="cifar10", type=run.path,
                    help="cifar10, cifar100, stl10, shapes, an .npz, a folder")
     p.add_argument("--data-dir", default="data", type=run.path,
@@ -95,6 +102,12 @@ def check(args):
     if "c" in attacks and args.data not in ("cifar10", "cifar100"):
         raise ValueError(f"--attacks c: there is a CIFAR-10-C and a CIFAR-100-C, but none of {args.data}; "
                          "c-like works for all of side 32")
+    if not args.encoder and (args.prefix or args.mean or args.std):
+        raise ValueError("--prefix, --mean and --std go with --encoder")
+    if (args.mean is None) != (args.std is None):
+        raise ValueError("--mean and --std: give both, or neither")
+    if args.encoder and args.bn:
+        raise ValueError("--bn: a network of --encoder has no BN branches")
     for name in attacks:
         if args.source and isinstance(ATTACKS.get(name), AutoAttack):
             raise ValueError(f"--source, --attacks {name}: AutoAttack stops just beyond the boundary of the "

@@ -12,7 +12,7 @@ import sys
 from torch import nn
 
 from common import encoders, files, run
-from evaluation import table
+from evaluation import foreign, table
 from evaluation.attacks import ATTACKS, Attack, AutoAttack, DeepFool
 from evaluation.finetune import Classifier
 from evaluation.flags import OVER, titles
@@ -55,7 +55,7 @@ def load_classifier(path):
     images that it was trained on (None where the file does not say). Raises FileNotFoundError, or
     ValueError that names what is wrong."""
     saved = encoders.read(path, FORMAT, "eval.py writes classifier-<preset>-<BN>.pt")
-    encoder = encoders.rebuild(saved)
+    encoder = foreign.rebuild(saved) if foreign.is_foreign(saved["arch"]) else encoders.rebuild(saved)
     net = Classifier(encoder, saved["classes"], saved.get("batch_norm", False))
     encoders.load_strict(net, saved["state"], path)
     bad = files.not_finite(saved["state"])
@@ -72,7 +72,10 @@ def key_of(path, encoder, name, preset, args, shown):
     """What tells the evaluation of the encoder at `path` by preset `name` from others, but for the
     attack; plain types. `preset` is None for k-NN; `shown` are the images (sets.Sets)."""
     recipe = preset._asdict() if preset else {"k": 200, "temperature": 0.1}
-    return {"encoder": digest_of(path), "preset": name, "bn": encoder.branch, "seed": args.seed,
+    origin = {}
+    if args.encoder:
+        origin = {"network": [args.encoder, args.prefix, args.mean, args.std]}
+    return {"encoder": digest_of(path), **origin, "preset": name, "bn": encoder.branch, "seed": args.seed,
             "data": args.data, "image_size": shown.size, "train": shown.train_digest,
             "recipe": json.loads(json.dumps(recipe))}
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from common import data, encoders
-from evaluation import corruptions
+from common import data
+from evaluation import corruptions, foreign
 from evaluation.attacks import ATTACKS, Attack, AutoAttack, DeepFool, check_finite, resized
 from evaluation.finetune import held_out
 from evaluation.flags import asked, preset_of
@@ -94,7 +94,7 @@ def check_sets(args, sets):
 def try_encoder(path, args, env, sets):
     """Say on images of which side the encoder at `path` is judged, if that may surprise, and show it
     one: what it cannot take, or makes no finite feature of, is a ValueError now."""
-    encoder = encoders.load_encoder(path, args.bn)
+    encoder = foreign.load(path, args)
     side = side_of(sets.test)
     if encoder.image_size:
         past = f"was pretrained at {encoder.image_size}"

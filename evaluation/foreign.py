@@ -1,0 +1,161 @@
+"""Encoders from elsewhere: weights of another program, in a network of torchvision, of timm, or of a file of yours.
+
+    torchvision:resnet18            with the stem for CIFAR where the weights have it
+    timm:vit_tiny_patch16_224       needs timm (pip install timm)
+    my_file.py:make                 what this function returns, images (B, 3, H, W) -> features (B, D)
+
+Loading is strict: every weight of the network must be there, and nothing else, except a classifier or projector at
+the end (fc, head, ...), which is left out.
+"""
+import pathlib
+
+import torch
+import torchvision
+from torch import nn
+
+from common import encoders, files
+
+HEADS = ("fc", "linear", "classifier", "head", "heads")  # modules and keys that make logits of features
+CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "encoder", "teacher")  # where programs put weights
+
+
+def is_foreign(arch):
+    return arch.startswith(("torchvision:", "timm:"))
+
+
+class Foreign(nn.Module):
+    """Images in [0, 1] (B, 3, H, W) -> features (B, dim) of a network of torchvision or timm, its classifier taken
+    away. `arch` is torchvision:name or timm:name; `cifar_stem`: its first convolution is 3x3 of stride 1, without
+    max-pool."""
+
+    def __init__(self, arch, mean, std, cifar_stem=False):
+        super().__init__()
+        self.recipe = {"arch": arch, "mean": list(mean), "std": list(std), "cifar_stem": cifar_stem}
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        library, name = arch.split(":", 1)
+        self.net = _of_timm(name) if library == "timm" else _of_torchvision(name)
+        if cifar_stem:
+            self.net.conv1 = nn.Conv2d(3, self.net.conv1.out_channels, 3, padding=1, bias=False)
+            self.net.maxpool = nn.Identity()
+        self.dim = encoders.feature_length(self.net, arch, _side(self.net))
+
+    def forward(self, x):
+        return self.net((x - self.mean) / self.std)
+
+
+def _of_torchvision(name):
+    try:
+        net = torchvision.models.get_model(name, weights=None)
+    except ValueError:
+        raise ValueError(f"--encoder torchvision:{name}: torchvision has no such model; "
+                         "torchvision.models.list_models() names them") from None
+    for head in HEADS:
+        if hasattr(net, head):
+            setattr(net, head, nn.Identity())
+    return net
+
+
+def _of_timm(name):
+    try:
+        import timm
+    except ImportError:
+        raise ValueError(f"--encoder timm:{name}: needs timm: pip install timm") from None
+    if not timm.is_model(name):
+        raise ValueError(f"--encoder timm:{name}: timm has no such model; timm.list_models() names them")
+    return timm.create_model(name, num_classes=0)
+
+
+def _side(net):
+    """The side of the images that the network is for, as far as it says."""
+    if isinstance(getattr(net, "image_size", None), int):  # torchvision's ViTs
+        return net.image_size
+    config = getattr(net, "default_cfg", None)  # timm's
+    return config["input_size"][-1] if config else 32
+
+
+def rebuild(saved):
+    """The encoder that the dict `saved` describes, with random weights."""
+    return Foreign(saved["arch"], saved["mean"], saved["std"], saved["cifar_stem"])
+
+
+def weights_in(path, prefix):
+    """The weights in the file `path`, {key: tensor}: those whose key begins with `prefix`, without it. Raises
+    ValueError, or FileNotFoundError, that names the file and what is in it."""
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise ValueError(f"{path}: cannot be read as weights ({' '.join(str(e).split())[:150]}); save a plain "
+                         "state_dict to a file of its own") from None
+    for container in CONTAINERS:
+        if isinstance(saved, dict) and isinstance(saved.get(container), dict):
+            saved = saved[container]
+            break
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path}: holds a {type(saved).__name__}, not a state_dict")
+    state = {key: value for key, value in saved.items() if isinstance(value, torch.Tensor)}
+    if not state:
+        keys = ", ".join(map(str, list(saved)[:5]))
+        raise ValueError(f"{path}: holds no tensors, but {keys or 'nothing'}")
+    if not prefix and all(key.startswith("module.") for key in state):
+        prefix = "module."  # of DataParallel
+    chosen = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if not chosen:
+        raise ValueError(f"{path}: --prefix {prefix}: no key begins so; the first are {', '.join(list(state)[:3])}")
+    return chosen
+
+
+def load_into(net, state, path):
+    """Load `state` into `net`. Keys of a head that `net` lacks are left out, and said. Raises ValueError that names
+    the missing, the extra and the misshaped keys."""
+    wanted = net.state_dict()
+    if not any(".shortcut." in key for key in wanted):
+        state = {key.replace(".shortcut.", ".downsample."): value for key, value in state.items()}
+    heads = [key for key in state if key not in wanted and key.split(".")[0] in HEADS]
+    if heads:
+        print(f"{path}: {', '.join(heads)} left out: features are judged, not logits")
+        state = {key: value for key, value in state.items() if key not in heads}
+    faults = []
+    for what, keys in (("missing", wanted.keys() - state.keys()), ("extra", state.keys() - wanted.keys())):
+        if keys:
+            first = ", ".join(sorted(keys)[:5])
+            faults.append(f"{len(keys)} {what} ({first}{', ...' if len(keys) > 5 else ''})")
+    for key in wanted.keys() & state.keys():
+        if state[key].shape != wanted[key].shape:
+            faults.append(f"{key} is {tuple(state[key].shape)}, expected {tuple(wanted[key].shape)}")
+    if faults:
+        raise ValueError(f"{path}: its weights do not fit the network: {'; '.join(faults)}; is --prefix right?")
+    bad = files.not_finite(state)
+    if bad:
+        raise ValueError(f"{path}: {bad} is not finite")
+    net.load_state_dict(state)
+
+
+def load(path, args, all_branches=False):
+    """The encoder at `path`, in eval mode: one that pretraining here exported, or, with --encoder, one from
+    elsewhere."""
+    if not args.encoder:
+        return encoders.load_encoder(path, args.bn, all_branches=all_branches)
+    mean = args.mean or [0.0, 0.0, 0.0]
+    std = args.std or [1.0, 1.0, 1.0]
+    state = weights_in(path, args.prefix)
+    if is_foreign(args.encoder):
+        conv1 = state.get("conv1.weight")
+        cifar_stem = args.encoder.startswith("torchvision:resnet") and conv1 is not None and conv1.shape[-1] == 3
+        encoder = Foreign(args.encoder, mean, std, cifar_stem)
+    elif ".py:" in args.encoder:
+        encoder = encoders.make(args.encoder, mean=mean, std=std)
+    else:
+        raise ValueError(f"--encoder {args.encoder}: torchvision:name, timm:name or my_file.py:function")
+    load_into(encoder.net, state, path)
+    encoder.branch = None
+    encoder.image_size = None
+    return encoder.eval()
+
+
+def describe(args):
+    """One line about how --encoder is used."""
+    normalised = f"mean {args.mean}, std {args.std}" if args.mean else "not normalised (--mean, --std)"
+    return f"encoder {args.encoder}; images in [0, 1] are {normalised}"

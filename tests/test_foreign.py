@@ -1,0 +1,137 @@
+"""Encoders from elsewhere, by files made here: strict, named faults, the features of the network itself."""
+import json
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import eval as command
+from common import data
+from evaluation import finetune, foreign, results
+from evaluation.flags import check
+from tests.scripts import tiny_npz
+
+PROBE = ["--device", "cpu", "--epochs", "1", "--milestones", "--batch-size", "16", "--preset", "amoc-slf"]
+
+
+def flags(*words):
+    return command.parser().parse_args(["weights.pth", *words])
+
+
+def resnet(cifar=False):
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18(num_classes=10)
+    if cifar:
+        net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        net.maxpool = nn.Identity()
+    with torch.no_grad():
+        net(torch.rand(8, 3, 32, 32))  # running statistics
+    return net.eval()
+
+
+@pytest.mark.parametrize("cifar", [False, True])
+@pytest.mark.parametrize("wrapped, prefix", [
+    (lambda state: state, ""),
+    (lambda state: {f"module.{key}": value for key, value in state.items()}, ""),
+    (lambda state: {"state_dict": {**{f"module.encoder_q.{key}": value for key, value in state.items()},
+                                   "module.queue": torch.zeros(3)}, "epoch": 3}, "module.encoder_q."),
+    (lambda state: {"model": {key.replace(".downsample.", ".shortcut.").replace("fc.", "linear."): value
+                              for key, value in state.items()}}, "")],
+    ids=["plain", "DataParallel", "MoCo", "shortcut"])
+def test_features_are_those_of_the_network_itself(cifar, wrapped, prefix, tmp_path, capsys):
+    net = resnet(cifar)
+    torch.save(wrapped(net.state_dict()), tmp_path / "weights.pth")
+    words = ["--encoder", "torchvision:resnet18", "--mean", "0.1", "0.2", "0.3", "--std", "0.5", "0.6", "0.7"]
+    encoder = foreign.load(tmp_path / "weights.pth", flags(*words, "--prefix", prefix))
+    assert ".weight, " in capsys.readouterr().out  # the classifier, which is left out, is named
+    net.fc = nn.Identity()
+    x = torch.rand(4, 3, 32, 32)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.5, 0.6, 0.7]).view(3, 1, 1)
+    torch.testing.assert_close(encoder(x), net((x - mean) / std))
+    assert encoder.dim == 512 and not encoder.training and encoder.branch is None
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda state: state.pop("layer1.0.conv1.weight"), r"1 missing \(layer1.0.conv1.weight\)"),
+    (lambda state: state.update({"layer9.conv1.weight": torch.zeros(2)}), r"1 extra \(layer9.conv1.weight\)"),
+    (lambda state: state.update({"bn1.weight": torch.zeros(3)}), r"bn1.weight is \(3,\), expected \(64,\)"),
+    (lambda state: [state.pop(key) for key in list(state) if "layer4" in key], "missing .*, \\.\\.\\.")])
+def test_every_key_that_does_not_fit_is_named(change, words, tmp_path):
+    state = resnet().state_dict()
+    change(state)
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=words):
+        foreign.load(tmp_path / "weights.pth", flags("--encoder", "torchvision:resnet18"))
+
+
+@pytest.mark.parametrize("words, text", [
+    (["--encoder", "torchvision:resnet18", "--prefix", "backbone."], "no key begins so; the first are conv1.weight"),
+    (["--encoder", "torchvision:resnet19"], "torchvision has no such model"),
+    (["--encoder", "resnet18"], "torchvision:name, timm:name or my_file.py:function")])
+def test_a_wrong_prefix_or_network_is_named(words, text, tmp_path):
+    torch.save(resnet().state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=text):
+        foreign.load(tmp_path / "weights.pth", flags(*words))
+
+
+@pytest.mark.parametrize("content", ["text", 7, {"epoch": 3}])
+def test_a_file_without_weights_is_named(content, tmp_path):
+    if content == "text":
+        (tmp_path / "weights.pth").write_text("no weights")
+    else:
+        torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="weights.pth: (cannot be read|holds)"):
+        foreign.load(tmp_path / "weights.pth", flags("--encoder", "torchvision:resnet18"))
+
+
+@pytest.mark.parametrize("words, text", [
+    (["--prefix", "a."], "go with --encoder"), (["--encoder", "a.py:b", "--mean", "0", "0", "0"], "give both"),
+    (["--encoder", "a.py:b", "--bn", "adv"], "no BN branches")])
+def test_flags_that_do_not_go_together_are_named(words, text):
+    with pytest.raises(ValueError, match=text):
+        check(flags(*words))
+
+
+def test_timm_is_asked_for_where_it_is_not_there(monkeypatch, tmp_path):
+    import sys
+    monkeypatch.setitem(sys.modules, "timm", None)
+    torch.save(resnet().state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="needs timm: pip install timm"):
+        foreign.load(tmp_path / "weights.pth", flags("--encoder", "timm:vit_tiny_patch16_224"))
+
+
+@pytest.mark.outside
+def test_timms_networks_load_strictly(tmp_path):
+    timm = pytest.importorskip("timm")
+    net = timm.create_model("vit_tiny_patch16_224", num_classes=10).eval()
+    torch.save(net.state_dict(), tmp_path / "weights.pth")
+    encoder = foreign.load(tmp_path / "weights.pth", flags("--encoder", "timm:vit_tiny_patch16_224"))
+    net.reset_classifier(0)
+    x = torch.rand(2, 3, 224, 224)
+    torch.testing.assert_close(encoder(x), net(x))
+
+
+@pytest.mark.parametrize("spec", ["torchvision:resnet18", "own"])
+def test_the_command_judges_it_and_its_classifier_loads(spec, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    images = tiny_npz(tmp_path / "tiny.npz")
+    if spec == "own":
+        (tmp_path / "mine.py").write_text(
+            "from torch import nn\n\ndef make():\n"
+            "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n")
+        spec = "mine.py:make"
+        torch.save({"0.weight": torch.rand(4, 3, 3, 3), "0.bias": torch.zeros(4)}, "weights.pth")
+    else:
+        torch.save(resnet(cifar=True).state_dict(), "weights.pth")
+    command.main(["weights.pth", "--encoder", spec, "--data", images, "--attacks", "clean", "pgd20-1", *PROBE])
+    shown = capsys.readouterr().out
+    assert f"encoder {spec}; images in [0, 1] are not normalised" in shown
+    lines = [json.loads(line) for line in open("eval.jsonl")]
+    assert len(lines) == 2 and lines[0]["network"] == [spec, "", None, None]
+    net = results.load_classifier("classifier-weights-amoc-slf.pt")
+    kept = results.load_classifier("classifier-weights-amoc-slf.pt")
+    x = data.load(images, split="test").x[:4] / 255
+    assert isinstance(net, finetune.Classifier) and torch.equal(net(x), kept(x))
+    command.main(["weights.pth", "--encoder", spec, "--data", images, "--attacks", "clean", "pgd20-1", *PROBE])
+    assert len(open("eval.jsonl").readlines()) == 2  # nothing is measured again
