@@ -18,7 +18,8 @@ def parser(doc):
                    help="slf alf aff: the benchmark's, robustssl-...")
     p.add_argument("--attacks", nargs="+", default=["clean", "pgd20"], choices=["clean", "curve", *ATTACKS],
                    metavar="NAME", help="curve (pgd20 at 0 to 16/255) clean " + " ".join(ATTACKS))
-    p.add_argument("--bn", help="BN branch, and no other; default: the one the encoder was exported with")
+    p.add_argument("--bn", help="BN branch, and no other; default: the one the encoder was exported with; of "
+                   "the checkpoints of ACL and AdvCL, its number")
     p.add_argument("--encoder", metavar="SPEC",
                    help="the network of weights from elsewhere: torchvision:resnet18, timm:vit_tiny_patch16_224, "
                    "my_file.py:function")
@@ -106,8 +107,8 @@ def check(args):
         raise ValueError("--prefix, --mean and --std go with --encoder")
     if (args.mean is None) != (args.std is None):
         raise ValueError("--mean and --std: give both, or neither")
-    if args.encoder and args.bn:
-        raise ValueError("--bn: a network of --encoder has no BN branches")
+    if args.encoder and args.bn and not args.encoder.startswith("torchvision:resnet"):
+        raise ValueError(f"--bn: {args.encoder} has no BN branches")
     for name in attacks:
         if args.source and isinstance(ATTACKS.get(name), AutoAttack):
             raise ValueError(f"--source, --attacks {name}: AutoAttack stops just beyond the boundary of the "

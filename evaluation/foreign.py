@@ -15,7 +15,8 @@ from torch import nn
 
 from common import encoders, files
 
-HEADS = ("fc", "linear", "classifier", "head", "heads")  # modules and keys that make logits of features
+HEADS = ("fc", "linear", "classifier", "head", "heads")  # modules that make logits of features
+LEFT_OUT = ("fc", "linear", "classifier", "head", "normalize")  # keys that begin so are not of the features
 CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "encoder", "teacher")  # where programs put weights
 
 
@@ -107,15 +108,37 @@ def weights_in(path, prefix):
     return chosen
 
 
+def torchvisions_names(state, bn, path):
+    """The weights `state` under torchvision's names, where they are a ResNet's under those of two other families:
+    pytorch-cifar's, as RoCL's, which say shortcut for downsample; and those of ACL and AdvCL, whose BatchNorms are
+    lists of branches, of which `bn` gives the number. Raises ValueError where that is not given."""
+    branches = sorted({key.split(".bn_list.")[1].split(".")[0] for key in state if ".bn_list." in key})
+    numbers = [branch for branch in branches if branch.isdigit()]
+    if numbers and bn not in numbers:
+        raise ValueError(f"{path}: its BatchNorms have the branches {', '.join(numbers)}; choose one by --bn")
+    if bn and not numbers:
+        raise ValueError(f"{path}: --bn {bn}: its BatchNorms have no branches")
+    renamed = {}
+    for key, value in state.items():
+        if ".bn_list." in key:
+            before, after = key.split(".bn_list.")
+            branch, _, leaf = after.rpartition(".")
+            if branch not in ("", bn):
+                continue
+            key = f"{before}.{leaf}"
+        key = key.replace(".downsample.conv.", ".downsample.0.").replace(".downsample.bn.", ".downsample.1.")
+        renamed[key.replace(".shortcut.", ".downsample.")] = value
+    return renamed
+
+
 def load_into(net, state, path):
     """Load `state` into `net`. Keys of a head that `net` lacks are left out, and said. Raises ValueError that names
     the missing, the extra and the misshaped keys."""
     wanted = net.state_dict()
-    if not any(".shortcut." in key for key in wanted):
-        state = {key.replace(".shortcut.", ".downsample."): value for key, value in state.items()}
-    heads = [key for key in state if key not in wanted and key.split(".")[0] in HEADS]
+    heads = [key for key in state if key not in wanted and key.startswith(LEFT_OUT)]
     if heads:
-        print(f"{path}: {', '.join(heads)} left out: features are judged, not logits")
+        first = f"{', '.join(heads[:5])}{', ...' if len(heads) > 5 else ''}"
+        print(f"{path}: {first} left out: features are judged, not logits")
         state = {key: value for key, value in state.items() if key not in heads}
     faults = []
     for what, keys in (("missing", wanted.keys() - state.keys()), ("extra", state.keys() - wanted.keys())):
@@ -142,6 +165,8 @@ def load(path, args, all_branches=False):
     std = args.std or [1.0, 1.0, 1.0]
     state = weights_in(path, args.prefix)
     if is_foreign(args.encoder):
+        if args.encoder.startswith("torchvision:resnet"):
+            state = torchvisions_names(state, args.bn, path)
         conv1 = state.get("conv1.weight")
         cifar_stem = args.encoder.startswith("torchvision:resnet") and conv1 is not None and conv1.shape[-1] == 3
         encoder = Foreign(args.encoder, mean, std, cifar_stem)

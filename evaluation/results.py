@@ -74,7 +74,7 @@ def key_of(path, encoder, name, preset, args, shown):
     recipe = preset._asdict() if preset else {"k": 200, "temperature": 0.1}
     origin = {}
     if args.encoder:
-        origin = {"network": [args.encoder, args.prefix, args.mean, args.std]}
+        origin = {"network": [args.encoder, args.prefix, args.bn, args.mean, args.std]}
     return {"encoder": digest_of(path), **origin, "preset": name, "bn": encoder.branch, "seed": args.seed,
             "data": args.data, "image_size": shown.size, "train": shown.train_digest,
             "recipe": json.loads(json.dumps(recipe))}

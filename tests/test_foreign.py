@@ -52,6 +52,39 @@ def test_features_are_those_of_the_network_itself(cifar, wrapped, prefix, tmp_pa
     assert encoder.dim == 512 and not encoder.training and encoder.branch is None
 
 
+def of_lists(state, branches):
+    """A ResNet's weights as ACL's and AdvCL's programs write them: every BatchNorm a list, here of copies that grow."""
+    written = {"normalize.mean": torch.zeros(3), "head_proj.0.weight": torch.zeros(2, 2)}
+    for key, value in state.items():
+        if key.startswith("fc."):
+            written[key.replace("fc.", "fc_010.")] = value
+            continue
+        module, leaf = key.rsplit(".", 1)
+        norm = f"{module}.running_mean" in state
+        module = module.replace(".downsample.0", ".downsample.conv").replace(".downsample.1", ".downsample.bn")
+        for branch in range(branches if norm else 1):
+            grown = value if leaf == "num_batches_tracked" else value * (1 + branch)
+            written[f"{module}.bn_list.{branch}.{leaf}" if norm else f"{module}.{leaf}"] = grown
+    return written
+
+
+def test_a_branch_of_acls_and_advcls_checkpoints_is_chosen_by_its_number(tmp_path):
+    net = resnet(cifar=True)
+    torch.save({"state_dict": of_lists(net.state_dict(), 2)}, tmp_path / "weights.pth")
+    words = ["--encoder", "torchvision:resnet18", "--bn"]
+    first, second = (foreign.load(tmp_path / "weights.pth", flags(*words, bn)) for bn in "01")
+    net.fc = nn.Identity()
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(first(x), net(x))
+    torch.testing.assert_close(second.net.bn1.weight, 2 * net.bn1.weight)
+    for bad in (words[:-1], [*words, "2"]):
+        with pytest.raises(ValueError, match="its BatchNorms have the branches 0, 1; choose one by --bn"):
+            foreign.load(tmp_path / "weights.pth", flags(*bad))
+    torch.save(resnet().state_dict(), tmp_path / "plain.pth")
+    with pytest.raises(ValueError, match="--bn 0: its BatchNorms have no branches"):
+        foreign.load(tmp_path / "plain.pth", flags(*words, "0"))
+
+
 @pytest.mark.parametrize("change, words", [
     (lambda state: state.pop("layer1.0.conv1.weight"), r"1 missing \(layer1.0.conv1.weight\)"),
     (lambda state: state.update({"layer9.conv1.weight": torch.zeros(2)}), r"1 extra \(layer9.conv1.weight\)"),
@@ -128,7 +161,7 @@ def test_the_command_judges_it_and_its_classifier_loads(spec, tmp_path, monkeypa
     shown = capsys.readouterr().out
     assert f"encoder {spec}; images in [0, 1] are not normalised" in shown
     lines = [json.loads(line) for line in open("eval.jsonl")]
-    assert len(lines) == 2 and lines[0]["network"] == [spec, "", None, None]
+    assert len(lines) == 2 and lines[0]["network"] == [spec, "", None, None, None]
     net = results.load_classifier("classifier-weights-amoc-slf.pt")
     kept = results.load_classifier("classifier-weights-amoc-slf.pt")
     x = data.load(images, split="test").x[:4] / 255
