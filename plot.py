@@ -2,6 +2,7 @@
 
     python plot.py loss results/shapes/*                 the loss of each run over its epochs
     python plot.py curve runs/*                          accuracy over eps, after eval.py --attacks curve
+    python plot.py tradeoff results/cifar10-jpeg/*       clean accuracy over that under PGD-20, a point per run
     python plot.py features runs/amoc --data shapes      test images in the first two principal components
 """
 import pathlib
@@ -37,6 +38,17 @@ def curves(folder):
             if len(points) > 1}
 
 
+def tradeoff(folder, preset):
+    """(accuracy on clean images, under pgd20) of the encoder in `folder` by `preset`; None where either was not
+    measured."""
+    results = table.read_folder(folder, source=None, restarts=None)
+    clean = results.get((preset, "clean"))
+    robust = results.get((preset, "pgd20"))
+    if not clean or not robust:
+        return None
+    return clean["accuracy"], robust["accuracy"]
+
+
 def principal(h):
     """Rows h (N, D) in their first two principal components: (N, 2)."""
     h = h - h.mean(0)
@@ -45,9 +57,11 @@ def principal(h):
 
 def parser():
     p = run.Parser("plot.py", __doc__)
-    p.add_argument("what", choices=("loss", "curve", "features"), help="loss, curve or features")
+    p.add_argument("what", choices=("loss", "curve", "tradeoff", "features"),
+                   help="what is drawn; see above")
     p.add_argument("folders", nargs="+", type=run.path, metavar="FOLDER",
                    help="of runs; for features an encoder, too")
+    p.add_argument("--preset", default="amoc-slf", help="for tradeoff: the preset whose results count")
     p.add_argument("--out", type=run.path, help="the picture, .png, .pdf or .svg; default: <what>.png")
     p.add_argument("--data", default="cifar10", type=run.path,
                    help="for features: as in eval.py; so are the next three")
@@ -91,6 +105,32 @@ def draw_features(axes, folder, args):
     axes.set(title=folder.stem if folder.suffix == ".pt" else folder.name, xticks=[], yticks=[])
 
 
+def draw_lines(axes, folders, what):
+    for folder in folders:
+        lines = losses(folder) if what == "loss" else curves(folder)
+        if not lines:
+            raise ValueError(f"{folder}: no {what} was measured there")
+        for name, (x, y) in lines.items():
+            axes.plot(x, y, marker=".", label=f"{folder.name} {name}")
+    if what == "loss":
+        axes.set(xlabel="epoch", ylabel="loss")
+    else:
+        axes.set(xlabel="eps of PGD-20, 1/255", ylabel="accuracy, %")
+    axes.legend()
+
+
+def draw_tradeoff(axes, folders, preset):
+    points = {folder.name: tradeoff(folder, preset) for folder in folders}
+    points = {name: point for name, point in points.items() if point}
+    if not points:
+        raise ValueError(f"no clean accuracy and pgd20 were measured by preset {preset}")
+    for name, (clean, robust) in points.items():
+        axes.scatter(robust, clean, s=14, color="tab:blue")
+        axes.annotate(name, (robust, clean), fontsize=6, xytext=(3, 2), textcoords="offset points")
+    axes.set(xlabel="accuracy under PGD-20 at 8/255, %", ylabel="accuracy on clean images, %", title=preset)
+    axes.margins(x=0.12)  # room for the names
+
+
 def main(argv=None):
     args = parser().parse_args(argv)
     check(args)
@@ -105,17 +145,10 @@ def main(argv=None):
     if args.what == "features":
         for ax, folder in zip(axes, folders):
             draw_features(ax, folder, args)
+    elif args.what == "tradeoff":
+        draw_tradeoff(axes[0], folders, args.preset)
     else:
-        lines = losses if args.what == "loss" else curves
-        for folder in folders:
-            found = lines(folder)
-            if not found:
-                raise ValueError(f"{folder}: no {args.what} was measured there")
-            for name, (x, y) in found.items():
-                axes[0].plot(x, y, marker=".", label=f"{folder.name} {name}")
-        axes[0].set(xlabel="epoch" if args.what == "loss" else "eps of PGD-20, 1/255",
-                    ylabel="loss" if args.what == "loss" else "accuracy, %")
-        axes[0].legend()
+        draw_lines(axes[0], folders, args.what)
     out = pathlib.Path(args.out or f"{args.what}.png")
     with files.replacing(out) as temporary:
         figure.savefig(temporary, dpi=150, format=out.suffix[1:])

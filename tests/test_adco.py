@@ -15,7 +15,7 @@ from common import dist, encoders
 from common.pgd import eval_mode, pgd
 from tests.processes import in_two_processes
 from tests.recipes import X, Z, unit
-from tests.test_readme import commands
+from tests.test_docs import commands
 from tests.scripts import named_by, read_flags
 
 

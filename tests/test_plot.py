@@ -32,7 +32,7 @@ def test_principal_components_hold_the_largest_variances():
     assert z.mean(0).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("flags, words", [(["losses", "x"], "losses: choose one of loss, curve, features")])
+@pytest.mark.parametrize("flags, words", [(["losses", "x"], "losses: choose one of loss, curve, tradeoff, features")])
 def test_unknown_pictures_are_named(flags, words):
     with pytest.raises(ValueError, match=words):
         plot.main(flags)
@@ -165,3 +165,18 @@ def test_a_picture_is_written_whole_or_the_reason_told(tmp_path, monkeypatch, wh
     if what != "features":
         with pytest.raises((ValueError, OSError), match="was measured there"):
             plot.main([what, str(tmp_path / "absent"), "--out", str(tmp_path / "b.png")])
+
+
+def test_the_tradeoff_is_of_clean_images_and_pgd20_of_one_preset(tmp_path):
+    def line(preset, attack, accuracy):
+        return json.dumps({"preset": preset, "results": {attack: {"accuracy": accuracy}}}) + "\n"
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "eval.jsonl").write_text(
+        line("amoc-slf", "clean", 50.0) + line("amoc-slf", "pgd20-4", 30.0) + line("amoc-alf", "pgd20", 20.0))
+    assert plot.tradeoff(run, "amoc-slf") is None
+    with open(run / "eval.jsonl", "a") as file:
+        file.write(line("amoc-slf", "pgd20", 10.0))
+    assert plot.tradeoff(run, "amoc-slf") == (50.0, 10.0)
+    assert plot.tradeoff(run, "amoc-alf") is None

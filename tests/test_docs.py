@@ -1,4 +1,5 @@
-"""Every command line of the README and of a docstring is one that the program accepts."""
+"""What the .md files and docstrings say: commands that the programs accept, tables that they print, figures that logs
+hold, code that runs."""
 
 import contextlib
 import glob
@@ -14,15 +15,29 @@ import torch
 
 from common import encoders, resnet
 from evaluation import finetune, results
+from tests import tables
 from tests.scripts import ROOT, SCRIPTS, read_flags
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)).replace("\\\n", " ")
+PAGES = {name: (ROOT / name).read_text() for name in (
+    "README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))), "results/README.md")}
+
+
+def shell(text):
+    """What the shell runs of a page: its blocks, with variables put in; and commands within lines, as in tables."""
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.S)).replace("\\\n", " ")
+    for name, value in re.findall(r'^(\w+)="(.*?)"$', blocks, re.M):
+        blocks = blocks.replace(f"${name}", value)
+    inline = re.findall(r"`(python \w+\.py [^`]*)`", text)
+    return "\n".join([blocks, *inline])
+
+
+BLOCKS = "\n".join(shell(text) for text in PAGES.values())
 
 
 def commands(text):
     """(script, flags) of every `... script.py flags` in `text`; what follows two spaces is a comment."""
-    for line in re.split(r"\n|&&|;", text):
+    for line in re.split(r"\n|&&|;|&$", text, flags=re.M):
         found = re.search(r"(?:python|torchrun)\b[^|]*?\b(\w+)\.py\b(.*)", line)
         if found and found[1] in (*SCRIPTS, "eval", "plot"):
             yield found[1], shlex.split(re.split(r"\s#|\s{3,}", found[2])[0])
@@ -50,26 +65,80 @@ def test_ci_runs_the_readmes_test_commands():
     assert len(commands) == 2 and all(command in README for command in commands)
 
 
-def test_every_log_that_the_readme_names_is_there():
-    named = re.findall(r"\((results/[\w./-]+)\)", README)
-    assert named and all((ROOT / name).exists() for name in named)
+@pytest.mark.parametrize("name", PAGES)
+def test_whatever_a_page_links_to_is_there(name):
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[name]) if not link.startswith("http")]
+    for link in links:
+        file, _, section = link.partition("#")
+        page = (ROOT / name).parent / file if file else ROOT / name
+        assert page.exists(), link
+        if section:
+            titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+            assert section in [re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles], link
 
 
-TABLES = re.findall(r"```sh\n(python eval\.py [^`]*--kept[^`]*?)\n```\n\n((?:\|.*\n)+)", README)
+def test_the_readme_is_one_screen_or_a_few():
+    assert len(README.splitlines()) <= 150
 
 
-@pytest.mark.parametrize("command, printed", TABLES)
-def test_each_table_of_results_is_what_its_command_prints(command, printed, monkeypatch, capsys):
+TABLES = [(name, *table) for name, text in PAGES.items() for table in re.findall(
+    r"```sh\n(python eval\.py [^`]*--kept[^`]*?)\n```\n\n((?:\|.*\n)+)", text)]
+
+
+@pytest.mark.parametrize("page, command, printed", TABLES)
+def test_each_table_of_results_is_what_its_command_prints(page, command, printed, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     words = shlex.split(command.replace("\\\n", " "))[2:]
     words = [path for word in words for path in (sorted(glob.glob(word)) if "results/" in word else [word])]
     importlib.import_module("eval").main(words)
-    assert capsys.readouterr().out == printed
+    assert capsys.readouterr().out == re.sub(r"\]\((\.\./)?(results/)?", "](results/", printed)
 
 
-def test_every_result_in_the_readme_is_in_such_a_table():
-    rows = re.findall(r"^\| \[.*\]\(results/.*$", README, re.M)
-    assert rows and all(any(row in printed for _, printed in TABLES) for row in rows)
+def test_every_result_on_a_page_is_in_such_a_table():
+    for name, text in PAGES.items():
+        rows = re.findall(r"^\| \[[\w-]+\]\((?:\.\./)?(?:results/)?(?:shapes|cifar10).*$", text, re.M)
+        assert all(any(row in printed for page, _, printed in TABLES if page == name) for row in rows)
+    assert len(TABLES) >= 5
+
+
+def test_the_figures_beside_the_methods_are_those_of_the_tables():
+    """Rounded to a digit: linear probe, clean / PGD-20 / AutoAttack."""
+    figures = re.findall(r"\[([\d./ ]+)\]\((results/[\w/-]+)\)", README)
+    assert len(figures) == 10
+    for text, folder in figures:
+        (page,) = [printed for page, _, printed in TABLES
+                   if page == "results/README.md" and f"({folder.removeprefix('results/')})" in printed]
+        head, *rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in page.splitlines()]
+        (row,) = [row for row in rows if f"({folder.removeprefix('results/')})" in row[0]]
+        of = dict(zip(head, row))
+        columns = ["mae-slf-cifar clean"] if "vit" in folder else ["amoc-slf clean", "amoc-slf pgd20", "amoc-slf aa"]
+        for figure, column in zip(text.split(" / "), columns, strict=True):
+            assert abs(float(figure) - float(re.match(r"[\d.]+", of[column])[0])) <= 0.051, (folder, column)
+
+
+def test_every_published_figure_beside_a_method_is_on_the_page_of_all():
+    published = re.findall(r"\| (\d\d\.\d / [\d.–]+ / [\d.–]+) \|", README)
+    whole = re.findall(r"\d\d\.\d\d / (?:[\d.]+|–) / (?:[\d.]+|–)", PAGES["docs/reproducing.md"])
+    rounded = {" / ".join(v if v == "–" else f"{float(v):.1f}" for v in row.split(" / ")) for row in whole}
+    assert len(published) == 4 and set(published) <= rounded
+
+
+def test_the_tables_of_presets_and_attacks_are_the_codes():
+    assert tables.presets() in PAGES["docs/evaluation.md"]
+    assert tables.attacks() in PAGES["docs/evaluation.md"]
+
+
+def test_the_bench_logs_hold_what_performance_says():
+    """Every block of the page is in a log, and every ratio of its table of steps, rounded to a digit."""
+    logs = "\n".join(log.read_text() for log in (ROOT / "results").glob("bench-*.txt"))
+    blocks = re.findall(r"```text\n(.*?)```", PAGES["docs/performance.md"], re.S)
+    assert blocks and all(block in logs for block in blocks)
+    steps = (ROOT / "results" / "bench-step-cpu.txt").read_text()
+    measured = [float(line.split()[-1]) for line in steps.splitlines() if re.search(r"\d$", line)]
+    table = PAGES["docs/performance.md"].split("| | time | base |")[1].split("\n\n")[0]
+    ratios = [float(value) for value in re.findall(r"\d\.\d", table)]
+    assert len(ratios) == 11
+    assert all(any(abs(ratio - value) <= 0.051 for value in measured) for ratio in ratios)
 
 
 # Python blocks ----------------------------------------------------------------------------------------------
@@ -130,15 +199,16 @@ def test_python_blocks_run(name, tmp_path, monkeypatch):
     run_blocks(ROOT / name)
 
 
-def test_the_readme_has_python_blocks_and_all_are_found():
-    assert "README.md" in with_blocks()
-    assert len(list(python_blocks(README))) == len(re.findall(r"^ *```(?:python|py)\b", README, re.M)) >= 2
+def test_python_blocks_are_all_found():
+    assert "docs/evaluation.md" in with_blocks()
+    for text in PAGES.values():
+        assert len(list(python_blocks(text))) == len(re.findall(r"^ *```(?:python|py)\b", text, re.M))
 
 
 def test_an_encoder_loads_without_this_repository(tmp_path, monkeypatch):
-    """The README's lines, run: features as `load_encoder` has them, of any batch."""
+    """The lines of docs/evaluation.md, run: features as `load_encoder` has them, of any batch."""
     monkeypatch.chdir(tmp_path)
-    here = run_blocks(ROOT / "README.md")
+    here = run_blocks(ROOT / "docs" / "evaluation.md")
     net, mean, std, x = here["net"], here["mean"], here["std"], torch.rand(5, 3, 32, 32)
     encoder = encoders.load_encoder("runs/amoc/encoder.pt")
     with torch.no_grad():
@@ -151,7 +221,7 @@ def test_an_encoder_loads_without_this_repository(tmp_path, monkeypatch):
     (lambda state: state.pop("layer4.1.bn2.running_var"), "Missing key")], ids=["ResNet-34", "incomplete"])
 def test_the_readmes_lines_refuse_another_architecture(change, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (code,) = [code for _, code in python_blocks(README) if "torchvision" in code]
+    (code,) = [code for _, code in python_blocks(PAGES["docs/evaluation.md"]) if "torchvision" in code]
     make_files(code, tmp_path)
     (path,) = tmp_path.glob("**/*.pt")
     saved = torch.load(path, weights_only=True)
