@@ -219,7 +219,8 @@ def train_step(net, target, opt, bank, x_q, x_k, order, noise, *, ema, temperatu
     (loss + loss_bank).backward()
     dist.average_grads([*net.parameters(), w])
     opt.step()
-    bank.rows, bank.velocity = bank_step(w.detach(), bank.velocity, w.grad, bank_lr, bank_momentum, bank_decay)
+    bank.rows, bank.velocity = bank_step(
+        w.detach(), bank.velocity, w.grad, bank_lr, bank_momentum, bank_decay)
     dist.average_buffers(net, target)  # else the running statistics of the processes drift apart
     return {"loss": loss, **alarms(constants, loss_bank, w, bank.rows, bank_temperature, symmetric)}
 
@@ -255,7 +256,8 @@ def parser():
     p.add_argument("--stem", help="cifar, imagenet, small; default: the architecture's own")
     p.add_argument("--symmetric", help="both views are queries and keys (authors' code)", **switch)
     p.add_argument("--multi-crop", help="five crops of falling size are queries (authors' code)", **switch)
-    p.add_argument("--batch-negatives", help="the keys of the batch are negatives too (authors' code)", **switch)
+    p.add_argument("--batch-negatives", **switch,
+                   help="the keys of the batch are negatives too (authors' code)")
     p.add_argument("--epochs", type=run.integer(0), default=200,
                    help="0 exports the random encoder (authors' code)")
     p.add_argument("--batch-size", type=run.integer(1), default=256,

@@ -72,7 +72,8 @@ from common.vit import VITS, patchify, unpatchify
 MEAN = (0.4914, 0.4822, 0.4465)  # of CIFAR-10
 STD = (0.2470, 0.2435, 0.2616)
 
-MASKED = {"simclr": (1,), "byol": (1,), "simsiam": (0, 1), "mae": (0,)}  # which views are masked: 0 is x1, 1 x2
+# Which views are masked: 0 is x1, 1 is x2.
+MASKED = {"simclr": (1,), "byol": (1,), "simsiam": (0, 1), "mae": (0,)}
 HEADS = {  # sizes of the layers of projector and predictor
     "simclr": [(2048, 128)],
     "byol": [(4096, 256), (8192, 256)],
@@ -268,7 +269,8 @@ def parser():
     p.add_argument("--weight-decay", type=run.number(0, 1e6), default=1e-4,
                    help="of both networks; theirs is 1e-5 with byol and simsiam (authors' code)")
     p.add_argument("--temperature", type=run.number(above=0), default=0.2, help="of simclr (authors' code)")
-    p.add_argument("--ema", type=run.number(0, 1), default=0.99, help="tau of byol, at the start (authors' code)")
+    p.add_argument("--ema", type=run.number(0, 1), default=0.99,
+                   help="tau of byol, at the start (authors' code)")
     p.add_argument("--image-size", type=run.integer(1, 10000),
                    help="side of a view in pixels; default: that of the images, and 32 for a folder")
     return p

@@ -238,8 +238,8 @@ def lr_at(step, steps_per_epoch, epochs, lr, warmup):
 def parser():
     p = run.parser(__doc__, name="advcl", arch="resnet18")
     p.add_argument("--views", choices=VIEWS, nargs="+", default=["x+d", "x1", "x2", "xh"],
-                   help="strong crops x1 x2, the weak crop x, its low and high frequencies xl xh; +d is attacked "
-                        "(paper)")
+                   help="strong crops x1 x2, the weak crop x, its low and high frequencies xl xh; +d is "
+                        "attacked (paper)")
     p.add_argument("--teacher", help="exported encoder, for the pseudo-labels; default: none (ours)")
     p.add_argument("--clusters", type=run.integer(2), nargs="+", default=[2, 10, 50, 100, 500],
                    help="K of each k-means (paper)")
@@ -302,7 +302,8 @@ def pseudo_labels(args, env, images, size):
     weights = hashlib.sha256(pathlib.Path(args.teacher).read_bytes()).hexdigest()
     made_with = {"data": images.checksum(), "image_size": size, "teacher": weights,
                  "clusters": args.clusters, "seed": args.seed}
-    if env.rank == 0 and not (path.exists() and encoders.read(path, format_name, advice)["made_with"] == made_with):
+    kept = path.exists() and encoders.read(path, format_name, advice)["made_with"] == made_with
+    if env.rank == 0 and not kept:
         with torch.no_grad():
             batches = images.stream(torch.arange(len(images)).split(500))
             h = torch.cat([teacher(resize(x, size)) for x, _ in batches])
@@ -374,8 +375,9 @@ def main(argv=None):
     about_labels = f"pseudo-labels, K = {clusters}" if clusters else "no --teacher, so no pseudo-labels"
     log.start(step, f"chance loss_con ln(VB - 1) T / 0.07 = {chance:.3f}; {about_labels}")
 
-    settings = dict(views=args.views, cutoff=args.cutoff, clusters=clusters, cluster_weight=args.cluster_weight,
-                    temperature=args.temperature, **attack_settings(args))
+    settings = dict(views=args.views, cutoff=args.cutoff, clusters=clusters,
+                    cluster_weight=args.cluster_weight, temperature=args.temperature,
+                    **attack_settings(args))
     for epoch in range(step // steps_per_epoch, args.epochs):
         first = step % steps_per_epoch  # not 0 where a run was stopped within an epoch
         for x, y, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, first):

@@ -367,7 +367,8 @@ def main(argv=None):
     if args.epochs and not (out / "last.pt").exists():
         fill(net, target, opt, bank, images, size, args, env)
 
-    settings = dict(positives_are=args.positives, temperature=args.temperature, bank_momentum=args.bank_momentum)
+    settings = dict(positives_are=args.positives, temperature=args.temperature,
+                    bank_momentum=args.bank_momentum)
     for epoch in range(step // steps_per_epoch, args.epochs):
         lr = lr_at(epoch, args.epochs, args.lr, args.warmup, args.lr_final)
         optim.set_lr(opt, lr)

@@ -2,7 +2,7 @@
 
     python plot.py loss results/shapes/*                 the loss of each run over its epochs
     python plot.py curve runs/*                          accuracy over eps, after eval.py --attacks curve
-    python plot.py tradeoff results/cifar10-jpeg/*       clean accuracy over that under PGD-20, a point per run
+    python plot.py tradeoff results/cifar10-jpeg/*       clean accuracy over that under PGD-20
     python plot.py features runs/amoc --data shapes      test images in the first two principal components
 """
 import pathlib
@@ -39,8 +39,8 @@ def curves(folder):
 
 
 def tradeoff(folder, preset):
-    """(accuracy on clean images, under pgd20) of the encoder in `folder` by `preset`; None where either was not
-    measured."""
+    """(accuracy on clean images, under pgd20) of the encoder in `folder` by `preset`; None where either was
+    not measured."""
     results = table.read_folder(folder, source=None, restarts=None)
     clean = results.get((preset, "clean"))
     robust = results.get((preset, "pgd20"))

@@ -4,9 +4,9 @@ Images are x (B, 3, H, W). Each augmentation comes as a pair: the function of it
 torchvision counterpart, and `random_...`, which draws them as torchvision does from `rng`: an object whose
 `uniform(*shape)` gives (B, *shape) numbers in [0, 1), as `common.data.Rng`.
 
-Parameters live on the CPU until they are used: a thousand numbers per step cost nothing there, and which image gets
-what is known without waiting for the device. Images are floats in [0, 1]; only crops, `resize` and `to_float` take
-uint8 as well, being where a view begins. The file stands alone.
+Parameters live on the CPU until they are used: a thousand numbers per step cost nothing there, and which
+image gets what is known without waiting for the device. Images are floats in [0, 1]; only crops, `resize`
+and `to_float` take uint8 as well, being where a view begins. The file stands alone.
 """
 import math
 
@@ -36,8 +36,8 @@ def resized_crop(x, top, left, height, width, size, flip=None, filter="bilinear"
 
     x (B, 3, H, W) floats in [0, 1] or uint8 -> float in [0, 1]; top, left, height, width (B,) and size in
     pixels; flip (B,) bool mirrors the result; filter "bilinear" or "bicubic" (which overshoots, and is
-    clipped). Resizing is linear and separable, so it is two batched matrix products; a crop and a mirror are
-    only other rows in those matrices. Raises ValueError for other dtypes, and where size is below 1.
+    clipped). Resizing is linear and separable, so it is two batched matrix products; a crop and a mirror
+    are only other rows in those matrices. Raises ValueError for other dtypes, and where size is below 1.
     """
     if size < 1:
         raise ValueError(f"size {size}: a crop has at least one pixel; give a larger --image-size")
@@ -149,8 +149,9 @@ def adjust_hue(x, turn):
     """Rotate the hue of x (B, 3, H, W), floats in [0, 1], by `turn` (B,) in turns (1 is the whole circle):
     torchvision's `adjust_hue`. Raises ValueError for integers.
 
-    HSV's own definition, read backwards: with V the maximum, C the range and d the distance, in turns around
-    the colour circle, to the hue that lacks this channel (3/6 for red, 5/6 for green, 7/6 for blue), it is V
+    HSV's own definition, read backwards: with V the maximum, C the range and d the distance, in turns
+    around the colour circle, to the hue that lacks this channel (3/6 for red, 5/6 for green, 7/6 for blue),
+    it is V
     - C clamp(2 - 6d, 0, 1). V and C do not change.
     """
     _refuse_integers(x, "adjust_hue")
@@ -167,8 +168,8 @@ def adjust_hue(x, turn):
 def random_color_jitter(x, rng, brightness, contrast, saturation, hue, p=1.0):
     """torchvision's `RandomApply([ColorJitter(...)], p)`; the order of the four is random too, as there.
 
-    x (B, 3, H, W) floats in [0, 1]. The factors go from 1 - brightness to 1 + brightness, and so on; the hue
-    from -hue to hue, in turns. Raises ValueError for integers.
+    x (B, 3, H, W) floats in [0, 1]. The factors go from 1 - brightness to 1 + brightness, and so on; the
+    hue from -hue to hue, in turns. Raises ValueError for integers.
     """
     _refuse_integers(x, "random_color_jitter")
     u = rng.uniform(5)
@@ -195,8 +196,8 @@ def random_grayscale(x, rng, p):
 
 
 def gaussian_blur(x, sigma, kernel_size):
-    """torchvision's `gaussian_blur` (reflected edges) of x (B, 3, H, W), floats in [0, 1], with a sigma (B,)
-    in pixels for each image; 0 leaves an image as it is. kernel_size is in pixels too.
+    """torchvision's `gaussian_blur` (reflected edges) of x (B, 3, H, W), floats in [0, 1], with a sigma
+    (B,) in pixels for each image; 0 leaves an image as it is. kernel_size is in pixels too.
 
     Like resizing, two batched matrix products: row i of the matrix holds the kernel around i, folded at the
     edges. Raises ValueError for integers, for a kernel size that is not odd, and where half of it, rounded
@@ -247,8 +248,8 @@ def solarize(x, where, threshold=0.5):
 
 
 def random_solarize(x, rng, p, threshold=0.5):
-    """torchvision's `RandomSolarize(threshold, p)` of x (B, 3, H, W), floats in [0, 1], as is the threshold;
-    raises ValueError for integers."""
+    """torchvision's `RandomSolarize(threshold, p)` of x (B, 3, H, W), floats in [0, 1], as is the
+    threshold; raises ValueError for integers."""
     return solarize(x, rng.uniform(1)[:, 0] < p, threshold)
 
 
@@ -266,7 +267,8 @@ def pad_crop(x, top, left, padding, mode="constant"):
     """Pad all sides as torchvision's `pad` does (constant 0, or reflect), cut (H, W) at top, left (B,).
 
     x (B, 3, H, W) floats in [0, 1] or uint8 -> float in [0, 1]; padding, top and left in pixels. Raises
-    ValueError for other dtypes, and where there is not enough to reflect: both sides must be above `padding`.
+    ValueError for other dtypes, and where there is not enough to reflect: both sides must be above
+    `padding`.
     """
     B, C, H, W = x.shape
     if mode == "reflect" and padding >= min(H, W):

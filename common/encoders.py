@@ -1,7 +1,8 @@
 """Image encoders by name, written to files and read back.
 
-An encoder is `encoder(x) -> (B, dim)` for images x (B, 3, H, W) in [0, 1]; normalisation is its first layer.
-`export` writes torchvision's (ResNet) or timm's (ViT) key names, so that no later program needs this one.
+An encoder is `encoder(x) -> (B, dim)` for images x (B, 3, H, W) in [0, 1]; normalisation is its first
+layer. `export` writes torchvision's (ResNet) or timm's (ViT) key names, so that no later program needs
+this one.
 """
 import copy
 import importlib.util
@@ -49,9 +50,10 @@ def make(arch, branches=(), stem=None, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.
 class OwnEncoder(nn.Module):
     """A network of your own: what the function named by `source`, "my_file.py:function", returns.
 
-    The function takes no arguments and returns a module, images (B, 3, H, W) -> features (B, dim), which gets
-    normalised images. With `branches`, every BatchNorm in it is replaced by a BranchNorm. An exported encoder
-    holds its weights and `source`, not the code: the file must be there when it is loaded.
+    The function takes no arguments and returns a module, images (B, 3, H, W) -> features (B, dim), which
+    gets normalised images. With `branches`, every BatchNorm in it is replaced by a BranchNorm. An
+    exported encoder holds its weights and `source`, not the code: the file must be there when it is
+    loaded.
     """
 
     def __init__(self, source, branches, mean, std):
@@ -69,7 +71,8 @@ class OwnEncoder(nn.Module):
 
 
 def from_file(source):
-    """The module that the function named by `source`, "my_file.py:function", returns. Raises ValueError."""
+    """The module that the function named by `source`, "my_file.py:function", returns. Raises
+    ValueError."""
     file, _, name = source.rpartition(":")
     if not pathlib.Path(file).is_file():
         raise ValueError(f"arch {source}: there is no file {file}")
@@ -86,25 +89,28 @@ def from_file(source):
 
 @torch.no_grad()
 def feature_length(net, source, side=32):
-    """The D of net's features (B, D), found on two black images of that `side`; no running statistic changes.
-    Raises ValueError where they are no such features."""
+    """The D of net's features (B, D), found on two black images of that `side`; no running statistic
+    changes. Raises ValueError where they are no such features."""
     with eval_mode(net):
         device = next((w.device for w in net.parameters()), torch.device("cpu"))
         features = net(torch.zeros(2, 3, side, side, device=device))
     if not isinstance(features, torch.Tensor) or features.dim() != 2 or len(features) != 2:
         what = tuple(features.shape) if isinstance(features, torch.Tensor) else f"a {type(features).__name__}"
-        raise ValueError(f"arch {source}: must map images (B, 3, H, W) to features (B, D); of two images it made {what}")
+        raise ValueError(f"arch {source}: must map images (B, 3, H, W) to features (B, D); of two images it "
+                         f"made {what}")
     return features.shape[1]
 
 
 def branch_norms(net, branches):
-    """Replace every BatchNorm in `net` by a BranchNorm with these `branches`, all of them starting as it was.
+    """Replace every BatchNorm in `net` by a BranchNorm with these `branches`, all of them starting as it
+    was.
 
     Raises ValueError where there is none.
     """
     norms = [(name, m) for name, m in net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not norms:
-        raise ValueError(f"this network has no BatchNorm, so that it cannot have the branches {', '.join(branches)}")
+        raise ValueError("this network has no BatchNorm, so that it cannot have the branches "
+                         f"{', '.join(branches)}")
     for name, norm in norms:
         parent, _, leaf = name.rpartition(".")
         branched = BranchNorm(norm.num_features, branches, lambda _: copy.deepcopy(norm))
@@ -123,23 +129,27 @@ def resnet50(**options):
     return make("resnet50", **options)
 
 
+BLOCKS = (Block, PreActBlock, TransformerBlock)
+
+
 def stages(encoder):
-    """Names of the encoder's parts by depth: what precedes the blocks, then each block; lists of names."""
-    blocks = [name for name, m in encoder.named_modules() if isinstance(m, (Block, PreActBlock, TransformerBlock))]
+    """Names of the encoder's parts by depth: what precedes the blocks, then each block; lists of
+    names."""
+    blocks = [name for name, m in encoder.named_modules() if isinstance(m, BLOCKS)]
     return [["conv1", "bn1", "cls_token", "pos_embed", "patch_embed"], *([name] for name in blocks)]
 
 
 def drop_path(encoder, rate):
-    """In train mode, skip the residual branches of single images (stochastic depth, Huang et al. 2016, arXiv
-    1603.09382): never in the first block, with probability `rate` in the last, linear between."""
-    blocks = [m for m in encoder.modules() if isinstance(m, (Block, PreActBlock, TransformerBlock))]
+    """In train mode, skip the residual branches of single images (stochastic depth, Huang et al. 2016,
+    arXiv 1603.09382): never in the first block, with probability `rate` in the last, linear between."""
+    blocks = [m for m in encoder.modules() if isinstance(m, BLOCKS)]
     for i, block in enumerate(blocks):
         block.drop = rate * i / max(1, len(blocks) - 1)
 
 
 def renew_norm(encoder):
-    """Drop a ViT's last LayerNorm, and put a new one after the mean of its tokens, as MAE's fine-tuning does.
-    Other encoders have none, and stay."""
+    """Drop a ViT's last LayerNorm, and put a new one after the mean of its tokens, as MAE's fine-tuning
+    does. Other encoders have none, and stay."""
     if isinstance(encoder, ViT):
         encoder.norm = nn.Identity()
         encoder.fc_norm = nn.LayerNorm(encoder.dim, eps=1e-6).to(encoder.mean)
@@ -168,8 +178,8 @@ def export(encoder, path, branch=None, image_size=None):
                             `VisionTransformer(..., num_classes=0, global_pool="avg", fc_norm=False)`
     others                  {branch: its BatchNorm tensors}, the branches not chosen
 
-    Raises ValueError, and writes nothing, for a network that `make` did not build, a branch that it lacks, or
-    a parameter or buffer that is not finite.
+    Raises ValueError, and writes nothing, for a network that `make` did not build, a branch that it
+    lacks, or a parameter or buffer that is not finite.
     """
     if not isinstance(getattr(encoder, "recipe", None), dict):
         raise ValueError(f"{path}: not written, as {type(encoder).__name__} is not an encoder of `make`")
@@ -202,28 +212,28 @@ def load_encoder(path, branch=None, all_branches=False):
     """The exported encoder at `path`, in eval mode, with plain BatchNorm; `branch` None is the exported
     choice. `all_branches`: with all of them instead, that one in use.
 
-    Its attribute `branch` names the one loaded, `image_size` the side of the images it was pretrained on, in
-    pixels (None where the file does not say). Raises FileNotFoundError, or ValueError that names what is
-    wrong: not such a file, an unknown branch, or the first missing, unexpected or misshaped tensor, or one
-    that is not finite.
+    Its attribute `branch` names the one loaded, `image_size` the side of the images it was pretrained on,
+    in pixels (None where the file does not say). Raises FileNotFoundError, or ValueError that names what
+    is wrong: not such a file, an unknown branch, or the first missing, unexpected or misshaped tensor, or
+    one that is not finite.
     """
-    hint = "pretraining writes encoder.pt when it ends"
-    saved = read(path, FORMAT, hint)
+    advice = "pretraining writes encoder.pt when it ends"
+    saved = read(path, FORMAT, advice)
     for key in ("arch", "branch", "state", "others"):
         if key not in saved:
-            raise ValueError(f"{path}: {key!r} is missing; {hint}")
+            raise ValueError(f"{path}: {key!r} is missing; {advice}")
     parts = {saved["branch"]: saved["state"], **saved["others"]}
     branch = branch or saved["branch"]
     if branch not in parts:
         raise ValueError(f"{path}: no BN branch {branch!r}; it has {', '.join(map(str, parts))}")
     state = {**saved["state"], **parts[branch]}
-    keep = all_branches and len(parts) > 1
-    for key in next(iter(saved["others"].values())) if keep else ():  # each tensor of a BatchNorm
+    branched = all_branches and len(parts) > 1
+    for key in next(iter(saved["others"].values())) if branched else ():  # each tensor of a BatchNorm
         before, leaf = key.rsplit(".", 1)
         del state[key]
         state |= {f"{before}.branches.{name}.{leaf}": part[key] for name, part in parts.items()}
     try:
-        encoder = rebuild(saved, branches=sorted(parts, key=lambda name: name != branch) if keep else ())
+        encoder = rebuild(saved, branches=sorted(parts, key=lambda name: name != branch) if branched else ())
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
     load_strict(encoder, state, path)
@@ -233,7 +243,8 @@ def load_encoder(path, branch=None, all_branches=False):
 
 
 def one_branch(state, branch):
-    """The state dict of a network with branches -> that of the like with plain BatchNorm, `branch` chosen."""
+    """The state dict of a network with branches -> that of the like with plain BatchNorm, `branch`
+    chosen."""
     return {k.replace(f".branches.{branch}.", "."): v for k, v in state.items()
             if ".branches." not in k or f".branches.{branch}." in k}
 
@@ -246,22 +257,22 @@ def rebuild(saved, branches=()):
     return make(branches=branches, **{k: saved[k] for k in RECIPE if k in saved})
 
 
-def read(path, kind, hint):
-    """The dict saved at `path` of format `kind`. Raises FileNotFoundError, or ValueError that names the file,
-    what it is instead or which of its tensors is not finite, and gives `hint`."""
+def read(path, format_name, advice):
+    """The dict saved at `path` of format `format_name`. Raises FileNotFoundError, or ValueError that
+    names the file, what it is instead or which of its tensors is not finite, and gives `advice`."""
     if pathlib.Path(path).is_dir():
-        raise ValueError(f"{path}: is a folder; {hint}")
+        raise ValueError(f"{path}: is a folder; {advice}")
     try:
         saved = files.load(path)
     except FileNotFoundError as e:
-        raise FileNotFoundError(f"{e}; {hint}") from None
+        raise FileNotFoundError(f"{e}; {advice}") from None
     except ValueError as e:
-        raise ValueError(f"{e}; {hint}") from None
-    if not isinstance(saved, dict) or saved.get("format") != kind:
-        raise ValueError(f"{path}: not an {kind} but {_what(saved)}; {hint}")
+        raise ValueError(f"{e}; {advice}") from None
+    if not isinstance(saved, dict) or saved.get("format") != format_name:
+        raise ValueError(f"{path}: not an {format_name} but {_what(saved)}; {advice}")
     bad = files.not_finite(saved)
     if bad:
-        raise ValueError(f"{path}: {bad} is not finite; {hint}")
+        raise ValueError(f"{path}: {bad} is not finite; {advice}")
     return saved
 
 
@@ -281,8 +292,8 @@ def _what(saved):
 
 
 def load_strict(net, state, path):
-    """`net.load_state_dict(state)`; a missing, unexpected or misshaped tensor, or one that is not finite, is
-    a ValueError naming it and the file, `path`. Nothing is loaded then."""
+    """`net.load_state_dict(state)`; a missing, unexpected or misshaped tensor, or one that is not finite,
+    is a ValueError naming it and the file, `path`. Nothing is loaded then."""
     want = net.state_dict()
     for key in dict.fromkeys([*want, *state]):
         if key not in state:

@@ -1,4 +1,5 @@
-"""Files that survive: written whole or not at all, read back only if intact, and one process to a folder."""
+"""Files that survive: written whole or not at all, read back only if intact, and one process to a
+folder."""
 import contextlib
 import json
 import os
@@ -16,7 +17,8 @@ except ImportError:  # Windows
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary path beside `path`; when the block ends well, what was written there becomes `path`.
+    """Yield a temporary path beside `path`; when the block ends well, what was written there becomes
+    `path`.
 
     The file is forced to disk before it is renamed, so that a crash leaves the old file or the new one.
     Raises OSError that names `path` and the reason where it cannot be written; the old file then stays.
@@ -78,8 +80,8 @@ def load(path):
 
 
 def not_finite(value, name=""):
-    """The name of the first tensor within `value` (dicts, lists, tensors) that has a NaN or an infinity; None
-    if there is none. Names are the keys, joined by dots."""
+    """The name of the first tensor within `value` (dicts, lists, tensors) that has a NaN or an infinity;
+    None if there is none. Names are the keys, joined by dots."""
     if isinstance(value, torch.Tensor):
         bad = value.is_floating_point() and not value.isfinite().all()
         return name if bad else None
@@ -97,8 +99,8 @@ def not_finite(value, name=""):
 
 
 def json_lines(path):
-    """The lines of a .jsonl file as (line number from 1, object or None); None: not a JSON object. An absent
-    file has no lines. A last line that was cut off, as by a crash, is such a None."""
+    """The lines of a .jsonl file as (line number from 1, object or None); None: not a JSON object. An
+    absent file has no lines. A last line that was cut off, as by a crash, is such a None."""
     path = pathlib.Path(path)
     if not path.exists():
         return []
@@ -134,8 +136,9 @@ _locks = {}  # folder -> open file; closing it would release the lock
 def lock(folder):
     """Keep other processes out of `folder` until this one ends, however it ends. It may ask again.
 
-    Raises ValueError where another process is at work there, OSError where the folder cannot be written. The
-    lock is POSIX's: processes that this one forks (workers) do not hold it. Without fcntl (Windows), nothing.
+    Raises ValueError where another process is at work there, OSError where the folder cannot be written.
+    The lock is POSIX's: processes that this one forks (workers) do not hold it. Without fcntl (Windows),
+    nothing.
     """
     folder = pathlib.Path(folder).resolve()
     if fcntl is None or folder in _locks:
@@ -148,7 +151,8 @@ def lock(folder):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise ValueError(f"{folder}: another process is at work there; wait for it, or use another folder") from None
+        raise ValueError(f"{folder}: another process is at work there; wait for it, or use another "
+                         "folder") from None
     except OSError:  # a file system without locks
         file.close()
         return

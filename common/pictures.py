@@ -20,7 +20,8 @@ def difference(x_adv, x, full_scale):
 def save_rows(path, rows, key=None, enlarge=4):
     """Write `rows`, a list of (name, images), to the PNG file `path`, whole or not at all.
 
-    images   (N, 3, H, W) floats in [0, 1], on any device; every row may have another N. What lies outside is cut.
+    images   (N, 3, H, W) floats in [0, 1], on any device; every row may have another N. What
+             lies outside is cut.
     key      (text at black, text at white) below the rows: what the colours of a `difference` mean.
     enlarge  every pixel becomes so many squared.
     """

@@ -1,9 +1,9 @@
 """ResNets (He et al. 2016, arXiv 1512.03385) whose BatchNorms may come in several named branches, and the
 pre-activation and wide ones that the literature on robustness uses.
 
-Clean and attacked images have different statistics, so each kind gets a BatchNorm of its own (Xie et al. 2020,
-arXiv 1911.09665); `with branch(net, "adv"):` chooses. Module names of `ResNet` are torchvision's. The file
-stands alone.
+Clean and attacked images have different statistics, so each kind gets a BatchNorm of its own (Xie et al.
+2020, arXiv 1911.09665); `with branch(net, "adv"):` chooses. Module names of `ResNet` are torchvision's. The
+file stands alone.
 """
 import contextlib
 
@@ -27,11 +27,11 @@ class BranchNorm(nn.Module):
 
 @contextlib.contextmanager
 def branch(net, name):
-    """Every BranchNorm of `net` uses branch `name` inside the block. A network without any BatchNorm is left
-    alone.
+    """Every BranchNorm of `net` uses branch `name` inside the block. A network without any BatchNorm is
+    left alone.
 
-    Raises ValueError where a BranchNorm has no such branch, or where all BatchNorms of `net` are plain ones:
-    clean and attacked images would share their statistics, and nothing would show it.
+    Raises ValueError where a BranchNorm has no such branch, or where all BatchNorms of `net` are plain
+    ones: clean and attacked images would share their statistics, and nothing would show it.
     """
     modules = list(net.modules())  # one walk: every embedding comes by here
     norms = [m for m in modules if isinstance(m, BranchNorm)]
@@ -157,7 +157,8 @@ class PreActResNet(nn.Module):
     """Pre-activation ResNet without its classifier, for images of about 32 pixels: a 3x3 convolution to
     `stem_width` channels, a stage of `depths[i]` blocks for each of `widths`, BatchNorm, ReLU and the mean.
 
-    Wide ResNets (Zagoruyko & Komodakis 2016, arXiv 1605.07146) are of this kind. dim: length of the features.
+    Wide ResNets (Zagoruyko & Komodakis 2016, arXiv 1605.07146) are of this kind. dim: length of the
+    features.
     """
 
     def __init__(self, arch, stem_width, depths, widths, branches, mean, std):

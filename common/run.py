@@ -27,7 +27,8 @@ from common.log import last_good
 # Flags and errors
 # ----------------------------------------------------------------------------------------------------------
 def parser(doc, name, arch):
-    """A parser with the housekeeping flags, the same in every script; a paper's numbers are the script's."""
+    """A parser with the housekeeping flags, the same in every script; a paper's numbers are the
+    script's."""
     p = Parser(f"{name}.py", doc)
     g = p.add_argument_group("housekeeping")
     g.add_argument("--data", type=path, default="cifar10",
@@ -35,8 +36,8 @@ def parser(doc, name, arch):
     g.add_argument("--data-dir", type=path, default="data", help="where torchvision's files are, or go")
     g.add_argument("--limit", type=integer(1), help="use the first so many images of a fixed shuffle")
     g.add_argument("--arch", default=arch,
-                   help="slim (for CPUs), resnet18, resnet34, resnet50, preact_resnet18, wrn34_10; vit_slim (for "
-                        "CPUs), vit_tiny, ...; or my_file.py:function, which returns a network")
+                   help="slim (for CPUs), resnet18, resnet34, resnet50, preact_resnet18, wrn34_10; vit_slim "
+                        "(for CPUs), vit_tiny, ...; or my_file.py:function, which returns a network")
     g.add_argument("--out", type=path, default=f"runs/{name}", help="the run's folder")
     g.add_argument("--seed", type=integer(0, 2**32 - 1), default=0)
     g.add_argument("--device", help="default: cuda if there is one, else cpu")
@@ -52,8 +53,8 @@ def parser(doc, name, arch):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are a ValueError of one line: "--steps -1: must be ...", so that they read
-    the same from `main(argv)` as from the shell. Flags cannot be abbreviated."""
+    """An ArgumentParser whose errors are a ValueError of one line: "--steps -1: must be ...", so that they
+    read the same from `main(argv)` as from the shell. Flags cannot be abbreviated."""
 
     def __init__(self, prog, description):
         super().__init__(prog=prog, description=description, allow_abbrev=False,
@@ -64,8 +65,8 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"{value}: choose one of {', '.join(action.choices)}")
 
     def parse_args(self, args=None, namespace=None):
-        """As argparse has it. A default --warmup that a short run has no room for becomes a tenth of --epochs,
-        which is said; one given by hand stays, and is refused by `setup`."""
+        """As argparse has it. A default --warmup that a short run has no room for becomes a tenth of
+        --epochs, which is said; one given by hand stays, and is refused by `setup`."""
         words = sys.argv[1:] if args is None else list(args)
         flags = super().parse_args(words, namespace)
         by_hand = any(word.split("=")[0] == "--warmup" for word in words)
@@ -116,7 +117,8 @@ def path(text):
 
 
 def image_size(args, images):
-    """The side of the square images that a run works on: --image-size, or else that of the data `images`."""
+    """The side of the square images that a run works on: --image-size, or else that of the data
+    `images`."""
     if args.image_size:
         return args.image_size
     if images.size is None:
@@ -129,8 +131,8 @@ FREE = {"data_dir", "out", "device", "workers", "compile", "save_every"}
 
 
 def cli(main):
-    """Run `main()`. An error raised on purpose (by a `raise` statement of this project), and too little memory,
-    are one line and exit status 1; anything else keeps its traceback."""
+    """Run `main()`. An error raised on purpose (by a `raise` statement of this project), and too little
+    memory, are one line and exit status 1; anything else keeps its traceback."""
     try:
         main()
     except (ValueError, OSError) as e:
@@ -187,7 +189,8 @@ def device(args):
 
 
 def setup(args):
-    """Folder, device, signals, process group (torchrun's RANK, WORLD_SIZE, LOCAL_RANK), seed; returns an `Env`.
+    """Folder, device, signals, process group (torchrun's RANK, WORLD_SIZE, LOCAL_RANK), seed; returns an
+    `Env`.
 
     `args`: of `parser`, with or without a script's own flags. The folder is locked until the process ends.
     """
@@ -254,8 +257,8 @@ def save(args, env, state, step):
 def resume(args, env, state):
     """Put what last.pt holds back into `state`; returns the number of steps done, 0 in a fresh folder.
 
-    Raises ValueError where the folder belongs to a run with other flags or on other data (it says which), or
-    to another program, or where the file cannot be used.
+    Raises ValueError where the folder belongs to a run with other flags or on other data (it says which),
+    or to another program, or where the file cannot be used.
     """
     path = pathlib.Path(args.out) / "last.pt"
     data = state["log"].data if "log" in state else None
@@ -305,8 +308,8 @@ def _refuse_other(args, flags, data_there, data_here):
 
 
 def stop_if_signalled(args, env, state, step):
-    """Once SIGTERM or SIGINT has reached any rank: save `state` (None: there is nothing to save yet), and exit
-    with 128 + the signal's number. Call it before each step.
+    """Once SIGTERM or SIGINT has reached any rank: save `state` (None: there is nothing to save yet), and
+    exit with 128 + the signal's number. Call it before each step.
 
     The ranks agree through the host (gloo): the device is not waited for.
     """

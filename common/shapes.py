@@ -34,8 +34,8 @@ def shapes(n, seed):
     of a pixel.
 
     The label is the shape (`SHAPES`, evenly, in random order). Position, size, rotation (by at most 43
-    degrees), the two colours, the texture of figure and ground (gradients, stripes, blobs), and noise are drawn
-    independently of it.
+    degrees), the two colours, the texture of figure and ground (gradients, stripes, blobs), and noise are
+    drawn independently of it.
     """
     g = torch.Generator().manual_seed(_seed(seed, n))
     y = (torch.arange(n) % len(SHAPES))[torch.randperm(n, generator=g)]
@@ -70,8 +70,8 @@ def _draw_shapes(y, g):
         blobs = F.interpolate(rand(3, 5, 5, lo=-1), size=32, mode="bicubic", align_corners=False)
         return 0.03 * rand(3, 1, 1, lo=-1) * wave + 0.05 * rand(1, 1, 1) * blobs
 
-    # Colours that differ too much would tell images apart by themselves: nothing would be left to learn from
-    # the figure.
+    # Colours that differ too much would tell images apart by themselves: nothing would be left to learn
+    # from the figure.
     colour = rand(1, 1, 1, lo=0.3, hi=0.7) + rand(3, 1, 1, lo=-0.06, hi=0.06)
     side = torch.where(rand(1, 1, 1) < 0.5, -1.0, 1.0)  # the figure is darker or lighter than its ground
     figure = colour + side * (rand(1, 1, 1, lo=0.4, hi=0.65) + rand(3, 1, 1, lo=-0.045, hi=0.045)) + texture()

@@ -103,7 +103,8 @@ def attacked(net, x, y, attack, seed, batch_size=500):
         def loss_of_images(x_adv):
             return F.cross_entropy(net(x_adv), y)
 
-        x = pgd(loss_of_images, x, attack.eps, attack.step_size, attack.steps, attack.norm, generator=generator)
+        x = pgd(loss_of_images, x, attack.eps, attack.step_size, attack.steps, attack.norm,
+                generator=generator)
     return x, {}
 
 

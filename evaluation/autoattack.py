@@ -314,6 +314,12 @@ def length(d, norm):
     return column(flat.abs().amax(1) if norm == "linf" else flat.square().sum(1).sqrt(), d)
 
 
+def window(corner, side):
+    """The index of a square window of images (..., H, W) whose upper left pixel is `corner`."""
+    top, left = corner
+    return ..., slice(top, top + side), slice(left, left + side)
+
+
 def keep(mask, *tensors):
     """Of each tensor (N, ...) the entries where `mask` (N,) is true."""
     return [tensor[mask] for tensor in tensors]
@@ -431,12 +437,15 @@ def apgd(net, x, y, eps, norm, loss, generator, t=None, steps=100, stop=True):
         a = 0.75 if i else 1.0
         ascent = g.sign() if norm == "linf" else g / (length(g, norm) + 1e-12)
         w = project(z + column(step, z) * ascent, x, eps, norm)
-        z, z_prev = project(z + (w - z) * a + (z - z_prev) * (1 - a), x, eps, norm), z
+        moved = project(z + (w - z) * a + (z - z_prev) * (1 - a), x, eps, norm)
+        z_prev = z
+        z = moved
         logits, value, g = net.gradient(z, lambda z: loss(z, y, t))
         new = mistaken(logits, y)
         adv = torch.where(column(new & ~wrong if stop else new, z), z, adv)
         wrong = wrong | new
-        rises, last = rises + (value > last), value
+        rises = rises + (value > last)
+        last = value
         better = value > best
         best = torch.where(better, value, best)
         best_z = torch.where(column(better, z), z, best_z)
@@ -574,9 +583,8 @@ def square_linf(net, x, y, eps, generator, queries):
     z = (x + eps * signs((n, c, 1, side), generator).to(x)).clamp(0, 1)
     sizes = [max(round(math.sqrt(share(i)) * side), 1) for i in range(queries)]
     draws = [(*position(side, s, generator), signs((c, 1, 1), generator)) for s in sizes]
-    corner, step = torch.tensor([d[:2] for d in draws]), 2 * eps * torch.stack([d[2] for d in draws])
-    corner = corner.to(x.device)
-    step = step.to(x)
+    corner = torch.tensor([d[:2] for d in draws]).to(x.device)
+    step = (2 * eps * torch.stack([d[2] for d in draws])).to(x)
     size = torch.tensor(sizes, device=x.device)
     low = (x - eps).clamp_min(0)
     high = (x + eps).clamp_max(1)
@@ -614,10 +622,11 @@ def square_l2(net, x, y, eps, generator, queries):
     n, c, side, _ = x.shape
     out = x.clone()
     rows = torch.arange(len(x), device=x.device)
-    d, s = torch.zeros_like(x), side // 5
-    begin = (side - 5 * s) // 2
-    for top in range(begin, begin + 5 * s, s):
-        for left in range(begin, begin + 5 * s, s):
+    d = torch.zeros_like(x)
+    s = side // 5
+    edge = (side - 5 * s) // 2
+    for top in range(edge, edge + 5 * s, s):
+        for left in range(edge, edge + 5 * s, s):
             tile = eta(s, generator) * signs((n, c, 1, 1), generator)
             d[:, :, top : top + s, left : left + s] = tile.to(x)
     z = (x + eps * d / (length(d, "l2") + 1e-12)).clamp(0, 1)
@@ -629,9 +638,10 @@ def square_l2(net, x, y, eps, generator, queries):
             break
         if down.any():  # at once: a query draws as many numbers as points stand
             rows, x, y, z, best = keep(~down, rows, x, y, z, best)
-        d, s = z - x, max(round(math.sqrt(share(i)) * side), 3) | 1
-        to, source = ((..., slice(a, a + s), slice(b, b + s))
-                      for a, b in (position(side, s, generator), position(side, s, generator)))
+        d = z - x
+        s = max(round(math.sqrt(share(i)) * side), 3) | 1
+        to = window(position(side, s, generator), s)
+        source = window(position(side, s, generator), s)
         moved = torch.zeros_like(d)
         moved[to], moved[source] = d[to], d[source]
         available = moved.square().sum((2, 3), keepdim=True)

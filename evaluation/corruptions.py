@@ -225,11 +225,17 @@ def _box(n_in, n_out):
 
 def pixelate(x, c):
     """Down to that part of the side and up again, on 8-bit levels after each pass."""
-    side, small = x.shape[2], int(x.shape[2] * c)
+    side = x.shape[2]
+    small = int(side * c)
     for m in (_box(side, small).to(x), _box(small, side).to(x)):
-        for pass_ in (lambda v: v @ m.T, lambda v: m @ v):
-            x = (pass_(x) * 255 + 0.501).floor() / 255  # halves go up
+        x = _levels(x @ m.T)
+        x = _levels(m @ x)
     return x
+
+
+def _levels(x):
+    """x in [0, 1] on 8-bit levels; halves go up."""
+    return (x * 255 + 0.501).floor() / 255
 
 
 def jpeg_compression(x, c):

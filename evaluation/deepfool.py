@@ -39,7 +39,8 @@ def deepfool(net, x, y, eps=None, steps=50, overshoot=0.02, candidates=10):
         if not isinstance(number, numbers.Integral) or number < least:
             raise ValueError(f"{name} must be an integer, at least {least}, got {number!r}")
     x, y = images_and_labels(x, y)
-    rows, order = torch.arange(len(x), device=x.device), None
+    rows = torch.arange(len(x), device=x.device)
+    order = None
     x_adv = x.clone()
     total = torch.zeros_like(x)
     for step in range(steps + 1):

@@ -21,9 +21,10 @@ def parser(doc):
     p.add_argument("--bn", help="BN branch, and no other; default: the one the encoder was exported with; of "
                    "the checkpoints of ACL and AdvCL, its number")
     p.add_argument("--encoder", metavar="SPEC",
-                   help="the network of weights from elsewhere: torchvision:resnet18, timm:vit_tiny_patch16_224, "
-                   "my_file.py:function")
-    p.add_argument("--prefix", default="", help="with --encoder: of the keys of its weights, as module.backbone.")
+                   help="the network of weights from elsewhere: torchvision:resnet18, "
+                   "timm:vit_tiny_patch16_224, my_file.py:function")
+    p.add_argument("--prefix", default="",
+                   help="with --encoder: of the keys of its weights, as module.backbone.")
     p.add_argument("--mean", type=run.number(-1e3, 1e3), nargs=3, metavar=("R", "G", "B"),
                    help="with --encoder: of its normalisation, for images in [0, 1]; default: none")
     p.add_argument("--std", type=run.number(above=0), nargs=3, metavar=("R", "G", "B"))

@@ -1,13 +1,15 @@
-"""Encoders from elsewhere: weights of another program, in a network of torchvision, of timm, or of a file of yours.
+"""Encoders from elsewhere: weights of another program, in a network of torchvision, of timm, or of a file
+of yours.
 
     torchvision:resnet18            with the stem for CIFAR where the weights have it
     timm:vit_tiny_patch16_224       needs timm (pip install timm)
     my_file.py:make                 what this function returns, images (B, 3, H, W) -> features (B, D)
 
-Loading is strict: every weight of the network must be there, and nothing else, except a classifier or projector at
-the end (fc, head, ...), which is left out.
+Loading is strict: every weight of the network must be there, and nothing else, except a classifier or
+projector at the end (fc, head, ...), which is left out.
 """
 import pathlib
+import re
 
 import torch
 import torchvision
@@ -16,8 +18,10 @@ from torch import nn
 from common import encoders, files
 
 HEADS = ("fc", "linear", "classifier", "head", "heads")  # modules that make logits of features
-LEFT_OUT = ("fc", "linear", "classifier", "head", "normalize")  # keys that begin so are not of the features
-CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "encoder", "teacher")  # where programs put weights
+# Keys that begin so are not of the features.
+LEFT_OUT = r"(fc(_?\d+)?|linear|classifier|heads?(_\w+)?|normalize)\."
+# Under these names programs put weights.
+CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "encoder", "teacher")
 
 
 def is_foreign(arch):
@@ -25,9 +29,9 @@ def is_foreign(arch):
 
 
 class Foreign(nn.Module):
-    """Images in [0, 1] (B, 3, H, W) -> features (B, dim) of a network of torchvision or timm, its classifier taken
-    away. `arch` is torchvision:name or timm:name; `cifar_stem`: its first convolution is 3x3 of stride 1, without
-    max-pool."""
+    """Images in [0, 1] (B, 3, H, W) -> features (B, dim) of a network of torchvision or timm, its
+    classifier taken away. `arch` is torchvision:name or timm:name; `cifar_stem`: its first convolution is
+    3x3 of stride 1, without max-pool."""
 
     def __init__(self, arch, mean, std, cifar_stem=False):
         super().__init__()
@@ -81,8 +85,8 @@ def rebuild(saved):
 
 
 def weights_in(path, prefix):
-    """The weights in the file `path`, {key: tensor}: those whose key begins with `prefix`, without it. Raises
-    ValueError, or FileNotFoundError, that names the file and what is in it."""
+    """The weights in the file `path`, {key: tensor}: those whose key begins with `prefix`, without it.
+    Raises ValueError, or FileNotFoundError, that names the file and what is in it."""
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -104,14 +108,16 @@ def weights_in(path, prefix):
         prefix = "module."  # of DataParallel
     chosen = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if not chosen:
-        raise ValueError(f"{path}: --prefix {prefix}: no key begins so; the first are {', '.join(list(state)[:3])}")
+        raise ValueError(f"{path}: --prefix {prefix}: no key begins so; the first are "
+                         f"{', '.join(list(state)[:3])}")
     return chosen
 
 
 def torchvisions_names(state, bn, path):
-    """The weights `state` under torchvision's names, where they are a ResNet's under those of two other families:
-    pytorch-cifar's, as RoCL's, which say shortcut for downsample; and those of ACL and AdvCL, whose BatchNorms are
-    lists of branches, of which `bn` gives the number. Raises ValueError where that is not given."""
+    """The weights `state` under torchvision's names, where they are a ResNet's under those of two other
+    families: pytorch-cifar's, as RoCL's, which say shortcut for downsample; and those of ACL and AdvCL,
+    whose BatchNorms are lists of branches, of which `bn` gives the number. Raises ValueError where that is
+    not given."""
     branches = sorted({key.split(".bn_list.")[1].split(".")[0] for key in state if ".bn_list." in key})
     numbers = [branch for branch in branches if branch.isdigit()]
     if numbers and bn not in numbers:
@@ -132,10 +138,10 @@ def torchvisions_names(state, bn, path):
 
 
 def load_into(net, state, path):
-    """Load `state` into `net`. Keys of a head that `net` lacks are left out, and said. Raises ValueError that names
-    the missing, the extra and the misshaped keys."""
+    """Load `state` into `net`. Keys of a head that `net` lacks are left out, and said. Raises ValueError
+    that names the missing, the extra and the misshaped keys."""
     wanted = net.state_dict()
-    heads = [key for key in state if key not in wanted and key.startswith(LEFT_OUT)]
+    heads = [key for key in state if key not in wanted and re.match(LEFT_OUT, key)]
     if heads:
         first = f"{', '.join(heads[:5])}{', ...' if len(heads) > 5 else ''}"
         print(f"{path}: {first} left out: features are judged, not logits")
@@ -149,7 +155,8 @@ def load_into(net, state, path):
         if state[key].shape != wanted[key].shape:
             faults.append(f"{key} is {tuple(state[key].shape)}, expected {tuple(wanted[key].shape)}")
     if faults:
-        raise ValueError(f"{path}: its weights do not fit the network: {'; '.join(faults)}; is --prefix right?")
+        raise ValueError(f"{path}: its weights do not fit the network: {'; '.join(faults)}; is --prefix "
+                         "right?")
     bad = files.not_finite(state)
     if bad:
         raise ValueError(f"{path}: {bad} is not finite")
@@ -168,7 +175,10 @@ def load(path, args, all_branches=False):
         if args.encoder.startswith("torchvision:resnet"):
             state = torchvisions_names(state, args.bn, path)
         conv1 = state.get("conv1.weight")
-        cifar_stem = args.encoder.startswith("torchvision:resnet") and conv1 is not None and conv1.shape[-1] == 3
+        is_resnet = args.encoder.startswith("torchvision:resnet")
+        cifar_stem = is_resnet and conv1 is not None and conv1.shape[-1] == 3
+        if cifar_stem:
+            print(f"{path}: its first convolution is 3x3: the stem for CIFAR, of stride 1 and without max-pool")
         encoder = Foreign(args.encoder, mean, std, cifar_stem)
     elif ".py:" in args.encoder:
         encoder = encoders.make(args.encoder, mean=mean, std=std)

@@ -74,7 +74,8 @@ def key_of(path, encoder, name, preset, args, shown):
     recipe = preset._asdict() if preset else {"k": 200, "temperature": 0.1}
     origin = {}
     if args.encoder:
-        origin = {"network": [args.encoder, args.prefix, args.bn, args.mean, args.std]}
+        code = digest_of(args.encoder.rpartition(":")[0]) if ".py:" in args.encoder else None
+        origin = {"network": [args.encoder, code, args.prefix, args.bn, args.mean, args.std]}
     return {"encoder": digest_of(path), **origin, "preset": name, "bn": encoder.branch, "seed": args.seed,
             "data": args.data, "image_size": shown.size, "train": shown.train_digest,
             "recipe": json.loads(json.dumps(recipe))}
@@ -120,8 +121,8 @@ def name_foreign_lines(folders):
 
 
 def kept_table(args, named):
-    """The table of what was measured and is what the flags `named` (see `given`) say. ValueError where
-    that is nothing."""
+    """The table of what was measured and is what the flags `named` (see `named_flags`) say. ValueError
+    where that is nothing."""
     wanted = {name: named[name] for name in ("bn", "image_size") if name in named}
     source = digest_of(args.source) if args.source else None  # digest of the classifier
     columns = titles(args)

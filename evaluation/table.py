@@ -89,7 +89,7 @@ def read_folder(folder, file="encoder.pt", accept=None, **wanted):
             if accept and not accept(line, attack, result):
                 continue
             condition = {name: both.get(name) for name in (
-                "encoder", "bn", "data", "image_size", "seed", "recipe", "train", "test", "images",
+                "encoder", "network", "bn", "data", "image_size", "seed", "recipe", "train", "test", "images",
                 "settings", "restarts", "source", "files", "batch_size")}
             name = line["preset"], attack
             first = conditions.setdefault(name, condition)

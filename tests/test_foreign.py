@@ -161,10 +161,16 @@ def test_the_command_judges_it_and_its_classifier_loads(spec, tmp_path, monkeypa
     shown = capsys.readouterr().out
     assert f"encoder {spec}; images in [0, 1] are not normalised" in shown
     lines = [json.loads(line) for line in open("eval.jsonl")]
-    assert len(lines) == 2 and lines[0]["network"] == [spec, "", None, None, None]
+    code = results.digest_of("mine.py") if spec == "mine.py:make" else None
+    assert len(lines) == 2 and lines[0]["network"] == [spec, code, "", None, None, None]
     net = results.load_classifier("classifier-weights-amoc-slf.pt")
     kept = results.load_classifier("classifier-weights-amoc-slf.pt")
     x = data.load(images, split="test").x[:4] / 255
     assert isinstance(net, finetune.Classifier) and torch.equal(net(x), kept(x))
     command.main(["weights.pth", "--encoder", spec, "--data", images, "--attacks", "clean", "pgd20-1", *PROBE])
     assert len(open("eval.jsonl").readlines()) == 2  # nothing is measured again
+    other = ["--mean", "0.1", "0.1", "0.1", "--std", "1", "1", "1"]
+    command.main(["weights.pth", "--encoder", spec, "--data", images, "--attacks", "clean", *other, *PROBE])
+    assert len(open("eval.jsonl").readlines()) == 3  # with another normalisation it is
+    with pytest.raises(ValueError, match="measured twice, with another network"):
+        command.main(["weights.pth", "--kept", "--attacks", "clean", "--preset", "amoc-slf"])

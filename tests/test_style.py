@@ -1,0 +1,82 @@
+"""What makes a script readable and pasteable, as far as a machine sees it."""
+import ast
+import builtins
+import dis
+import importlib
+import inspect
+import re
+import types
+
+import pytest
+
+from tests.scripts import ROOT, SCRIPTS
+
+SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "common").glob("*.py"), *(ROOT / "evaluation").glob("*.py")])
+SAYS_WHOSE = r"\((paper|authors' code|ours|BYOL's|MAE's|paper has both|paper; [^()]*)\)$"
+HOUSEKEEPING = {"data", "data_dir", "limit", "arch", "out", "seed", "device", "workers", "compile", "sync_bn",
+                "save_every", "help"}
+
+
+def calls(node):
+    return sum(isinstance(value, ast.Call) for value in node.elts)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_one_statement_stands_on_a_line(path):
+    """No pairs as statements, no generators unpacked, no two calls in one assignment."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        where = f"{path.name}:{getattr(node, 'lineno', 0)}"
+        assert not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Tuple)), where
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
+            assert not isinstance(node.value, ast.GeneratorExp), where
+            assert not (isinstance(node.value, ast.Tuple) and calls(node.value) > 1), where
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_have_no_lambdas_and_one_order(script):
+    source = (ROOT / f"{script}.py").read_text()
+    assert not [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Lambda)]
+    order = ["def augment(", "def embed(", "def attack(", "def train_step(", "def lr_at(", "# The run\n",
+             "def parser(", "def network(", "def attack_settings(", "def pictures(", "def main("]
+    places = [source.index(part) for part in order if part in source]
+    assert places == sorted(places) and len(places) >= 7
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_default_says_whose_it_is(script):
+    parser = importlib.import_module(script).parser()
+    for action in parser._actions:
+        if action.dest in HOUSEKEEPING | {"image_size", "stem", "teacher", "random_start"}:
+            continue
+        assert action.help and re.search(SAYS_WHOSE, action.help), f"--{action.dest}: {action.help}"
+
+
+def method_of(script):
+    """The names that a script's method defines: all up to the banner of the run, executed alone."""
+    source = (ROOT / f"{script}.py").read_text()
+    banner = source.index("# " + "-" * 106 + "\n# The run\n")
+    space = {"__name__": "pasted"}
+    exec(compile(source[:banner], f"{script}.py", "exec"), space)
+    return space
+
+
+def names_of(code):
+    """Global names that a function's code, and that of functions in it, reads."""
+    names = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= names_of(constant)
+    return names
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_method_runs_cut_out_of_its_script_and_takes_what_it_uses_by_name(script):
+    """From the first import to the last schedule it needs nothing that stands below, and no args object."""
+    space = method_of(script)
+    functions = [value for value in space.values()
+                 if inspect.isfunction(value) and value.__code__.co_filename == f"{script}.py"]
+    assert {"train_step", "lr_at"} <= {function.__name__ for function in functions}
+    for function in functions:
+        missing = names_of(function.__code__) - space.keys() - set(dir(builtins))
+        assert not missing, f"{function.__name__} needs {missing}"
+        assert "args" not in inspect.signature(function).parameters, function.__name__
