@@ -215,18 +215,19 @@ def pictures(net, target, images, size, args):
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
     x1 = augment(x, rng, size, SOLARIZE[0])
     x2 = augment(x, rng, size, SOLARIZE[1])
-    noise = start_noise(x1, args.norm, rng)
-    if not args.random_start:
-        noise = torch.zeros_like(noise)
+    noise1 = None
+    noise2 = None
+    if args.random_start:
+        noise1, noise2 = start_noise(x1, args.norm, rng).unbind(1)
     with frozen_stats(target), torch.no_grad():
         z1 = embed(target, x1)
         z2 = embed(target, x2)
-    x1_adv = attack(net, x1, z2, noise[:, 0], **attack_settings(args))
-    x2_adv = attack(net, x2, z1, noise[:, 1], **attack_settings(args))
+    x1_adv = attack(net, x1, z2, noise1, **attack_settings(args))
+    x2_adv = attack(net, x2, z1, noise2, **attack_settings(args))
     rows = [("x1", x1), ("x2", x2)]
-    for name, x, x_adv in (("x1", x1, x1_adv), ("x2", x2, x2_adv)):
-        largest = (x_adv - x).abs().max()
-        rows += [(f"{name}_adv", x_adv), (f"{name}_adv - {name}", difference(x_adv, x, largest))]
+    for name, view, view_adv in (("x1", x1, x1_adv), ("x2", x2, x2_adv)):
+        largest = (view_adv - view).abs().max()
+        rows += [(f"{name}_adv", view_adv), (f"{name}_adv - {name}", difference(view_adv, view, largest))]
     return rows
 
 
