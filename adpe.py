@@ -165,7 +165,7 @@ class MAEPlus(nn.Module):
         self.blocks = [*self.encoder.blocks, *self.decoder.blocks]
         self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.dim))
         nn.init.normal_(self.mask_token, std=0.02)
-        self.register_buffer("at", coordinates(*encoder.grid).float(), persistent=False)  # (L, 2)
+        self.register_buffer("places", coordinates(*encoder.grid).float(), persistent=False)  # (L, 2)
         widths = [block.attn.d for block in self.blocks]
         self.delta = nn.Parameter(torch.zeros(delta_shape(position, mode, encoder.dim, widths)))
         in_use = torch.ones(self.delta.shape)
@@ -193,7 +193,7 @@ class MAEPlus(nn.Module):
         7)."""
         relative = block.attn.relative
         if self.mode == "coordinate":
-            offsets = self.at[:, None] - self.at + delta  # (L, L, 2)
+            offsets = self.places[:, None] - self.places + delta  # (L, L, 2)
             inner = lookup(relative.table, relative_index(offsets))
             return relative.with_cls(inner.permute(1, 2, 0))
         weights = self.encoder.pair_weights(*self.encoder.grid)
@@ -204,7 +204,7 @@ class MAEPlus(nn.Module):
         positions = self.encoder.pos_embed[:, 1:]
         if self.position == "absolute" and delta is not None:
             if self.mode == "coordinate":
-                positions = sincos_at(self.at + delta, positions.shape[2])
+                positions = sincos_at(self.places + delta, positions.shape[2])
             else:
                 positions = positions + delta
         return self.mask_token + positions
@@ -364,7 +364,7 @@ def network(args, size):
 def random_numbers(rng, net, args, device):
     """Uniform u (crops B, L), which draws masks; and noise of delta's shape, uniform in the unit
     ball for each of its rows, or None where nothing starts at random."""
-    u = rng.uniform(args.crops, len(net.at), device=device).transpose(0, 1).flatten(0, 1)
+    u = rng.uniform(args.crops, len(net.places), device=device).transpose(0, 1).flatten(0, 1)
     if args.adversary != "pgd" or not args.random_start:
         return u, None
     seed = int(2**24 * rng.uniform(1)[0, 0])  # one for all images, and all processes
@@ -399,7 +399,7 @@ def pictures(net, images, size, args):
         values = F.interpolate(values / values.max().clamp_min(1e-8), scale_factor=8)
         return [(name, panel[None].expand(1, 3, -1, -1)) for name, panel in zip(names, values)]
     x, _, rng = next(data.batches(images, min(2, len(images)), args.seed, 0))
-    masked = random_mask(rng.uniform(len(net.at), device=x.device), args.mask_ratio)[0]
+    masked = random_mask(rng.uniform(len(net.places), device=x.device), args.mask_ratio)[0]
     patches = patchify(augment(x, rng, size, args.min_scale, 1)[:1], net.encoder.patch)
     patches[:, masked] *= 0.3
     zoom = max(1, 256 // size)
@@ -407,7 +407,7 @@ def pictures(net, images, size, args):
     rows = []
     for name, delta in zip(names, net.delta):
         marked = panel.clone()
-        for positions, colour in ((net.at, (1.0, 1.0, 1.0)), (net.at + delta, (1.0, 0.2, 0.2))):
+        for positions, colour in ((net.places, (1.0, 1.0, 1.0)), (net.places + delta, (1.0, 0.2, 0.2))):
             centres = ((positions[masked] + 0.5) * zoom * net.encoder.patch).round().long()
             for i, j in centres.clamp(3, marked.shape[2] - 3).tolist():
                 dot = torch.tensor(colour, device=marked.device).view(3, 1, 1)
