@@ -1,9 +1,13 @@
 """ADIOS: adversarial masking for self-supervised learning (Shi et al. 2022, arXiv 2201.13100).
 
 A small U-Net, the masker, draws N soft masks over an image. The encoder must recognise the image
-with each of them cut out, and the masker learns to make that as hard as possible. What is missed
-most is an object, and so the masks come to follow objects. A penalty forbids masks that hide
-everything or nothing.
+with each of them cut out, and the masker learns to make that as hard as possible:
+
+    encoder   min  sum_n loss_n               loss_n between the whole views and those without mask n
+    masker    min  lambda penalty - sum_n loss_n
+
+What is missed most is an object, and so the masks come to follow objects. The penalty keeps masks
+from hiding everything or nothing.
 
     paper                       this file
     encoder                     net: encoder, projector and, for byol and simsiam, predictor
@@ -17,18 +21,18 @@ by Qi & Shah 2022, 2210.13463, Eq. 11: the error in pixels, by a ViT; that an ML
 rebuilds them is ours). As in the authors' code, x1 is whole and x2 is masked (the survey writes the
 same x for both); simsiam masks both views, and mae has x1 alone.
 
-There are two controls. --masker random has hard masks with smooth outlines, of equal mean area.
---masker none has no masks: its loss is one term instead of N, so that its steps at equal --lr are
-smaller.
+There are two controls. --masker random has hard masks with smooth outlines, each of which removes
+1/N of the pixels on average. --masker none has no masks: its loss is one term instead of N.
 
 Beyond the abstract we know the authors' code; our numbers for CIFAR-10 are no paper's. We depart
 from the code:
-    - The sine of the penalty is floored at 1e-4, and flat below. Their code adds 1e-10 to it, and
-      float32 then rewards a mask that hides everything.
+    - The sine of the penalty is floored at 1e-4, and flat below. Their code adds 1e-10 to it; but
+      in float32 the sine of pi is slightly negative, so that a mask that hides everything is
+      rewarded.
     - There is no entropy term of the areas, which is seldom on in their code, and no blur; and the
       U-Net always has GroupNorm.
-    - Running statistics move in the encoder's step only, and simsiam's predictor follows the
-      schedule too.
+    - Running statistics move in the encoder's step only; theirs move in the masker's too. The rate
+      of simsiam's predictor follows the schedule; in SimSiam it is constant.
     - The learning rates reach their peaks with epoch --warmup, counted from 0; in their code one
       epoch before.
     - The masks, the whole views and BYOL's target of them are computed once for all N masks. The
@@ -44,9 +48,13 @@ from the code:
 On several processes simclr has the negatives of all of them. Each BatchNorm sees the images of its
 own process, or with --sync-bn (on GPUs) those of all.
 
-In the log, loss falls below chance (printed at the start) while the masker holds it up; penalty is
-at least N / sin(pi / N), reached by masks of equal area. std and rank say how far the projections
-are spread, and a run whose projections are all alike ends.
+What is exported is the encoder, without heads and masker: at test time images are whole.
+
+In the log, loss falls below chance (printed at the start) while the masker holds it up. loss_mask
+is the masker's view of it, for byol about half. penalty is at least N / sin(pi / N), twice that for
+simsiam, which masks both views; masks of equal area reach it, such that follow objects and such
+that do not: look at masks.png. std and rank say how far the projections are spread (for mae, the
+features), and a run in which they are all alike ends.
 
 Measured on one CPU thread (Intel Xeon) with --data shapes --single, in 3.6 minutes: the best
 mask covers the drawn figure with an intersection over union of 0.78, random masks with
@@ -74,7 +82,7 @@ STD = (0.2470, 0.2435, 0.2616)
 
 # Which views are masked: 0 is x1, 1 is x2.
 MASKED = {"simclr": (1,), "byol": (1,), "simsiam": (0, 1), "mae": (0,)}
-HEADS = {  # sizes of the layers of projector and predictor
+HEADS = {  # sizes of the layers of projector and predictor, as in the authors' code
     "simclr": [(2048, 128)],
     "byol": [(4096, 256), (8192, 256)],
     "simsiam": [(2048, 2048, 2048), (512, 2048)],
@@ -161,6 +169,8 @@ def simsiam_objective(net, x1, x2, occluded):
         z2_masked = embed(f, x2_masked)
         p1_masked = embed(q, z1_masked)
         p2_masked = embed(q, z2_masked)
+        # z is a constant: half of the pairs have no gradient to the masks, and add to the masker's
+        # value alone.
         pairs = [
             (p1_masked, z2), (p2_masked, z1), (p2, z1_masked), (p1, z2_masked),
             (p1, z2), (p2, z1), (p1_masked, z2_masked), (p2_masked, z1_masked),
@@ -221,7 +231,9 @@ def train_step(net, target, masker, opt, opt_mask, x1, x2, control_masks, pick, 
     dist.average_buffers(*nets)  # else the running statistics of the processes drift apart
     losses = {"loss": loss}
 
-    # The masker ascends against the encoder as it now is, whose running statistics stay.
+    # The masker ascends against the encoder as it now is, which is a constant for it: only the
+    # masker's weights get a gradient. Batches are normalised by their own statistics, and the
+    # running ones stay. The target moves last, so that z1_target serves both steps.
     if control_masks is None:
         with frozen_stats(net):
             loss_mask = loss_of(masks, pick[:, 1], for_masker=True)

@@ -3,8 +3,8 @@ autoencoder.
 
 A masked patch is easily copied from its neighbours. AdPE tells masked tokens wrong positions,
 shifted so that rebuilding them gets hard: local correlation no longer helps, the network must look
-at the whole image. The adversary is a handful of numbers, delta, shared by all images. The aim is
-better features, not robustness.
+at the whole image. The adversary is delta, a few numbers (by default two in each block) that all
+images share. The aim is better features, not robustness.
 
     paper                       this file
     MAE+                        MAEPlus: mask tokens enter before the encoder, which sees all positions
@@ -22,22 +22,24 @@ encoder: it is added to the embedding, or to the position from which the embeddi
 q_i . r_ij to its logits, with r_ij = p[g(pos_i - pos_j)]. The tables start at zero, where a shift
 has no gradient yet.
 
-We had the abstract, a survey by the same group (Qi & Shah 2022, arXiv 2210.13463), and the code. In
-the code delta persists: each update moves it one step of Adam uphill, with the gradient of the
-weights' own backward pass, and projects it. The survey's Table 1 has such a projected step on a
-delta that is kept. Its text says that PGD and the updates of the weights alternate; --adversary pgd
-takes that for an attack on each batch. We depart from the code:
-    - The l2 projection is finite at delta = 0. In absolute embedding, delta starts at 0 and is
-      added to the mask token; in their code it is random and replaces it.
-    - An index of the table that is a whole number reads that entry alone; those of the offsets -1,
-      0 and 1 are whole. Farther offsets have indices that grow as a logarithm (iRPE's), and from 7
-      patches on read the last entry. In their code indices are shifted, far offsets fade out, and
-      rows and columns are exchanged.
+By "paper" we mean its abstract and a survey by the same group (Qi & Shah 2022, arXiv 2210.13463);
+its body was not at hand, the code was. In the code delta persists: each update moves it one step of
+Adam uphill, with the gradient of the weights' own backward pass, and projects it. The survey's
+Table 1 has such a projected step on a delta that is kept. Its text says that PGD and the updates of
+the weights alternate, which we read as an attack on each batch: --adversary pgd. We depart from the
+code:
+    - The l2 projection is finite at delta = 0; theirs divides 0 by 0. In absolute embedding, delta
+      starts at 0 and is added to the mask token; theirs starts at random and replaces it.
+    - An index that is a whole number reads one entry of the table, as the rounded index of iRPE
+      does; those of the offsets -1, 0 and 1 are whole. Farther offsets have indices that grow as a
+      logarithm (iRPE's), and from 7 patches on read the last entry, where a shift has no gradient.
+      In their code whole indices fall between two entries, far offsets read zeros beside the table,
+      and the table is transposed.
     - In relative embedding there is a delta for each entry of a table. Their code has one for all
-      entries, which the softmax cancels.
+      entries, which shifts all logits of a query alike, so that the softmax cancels it.
 
-The first command is the code's ImageNet recipe, on images decoded at 112 pixels; the defaults are
-ours.
+The first command is the code's ImageNet recipe, on images decoded at 112 pixels. The others are
+ours, for CIFAR-10; the help of each flag says whose its default is.
 
     torchrun --standalone --nproc-per-node 8 adpe.py --data path/to/imagenet --arch vit_base \
 --image-size 112 --crops 4 --min-scale 0.08 --decoder 512 8 16 --batch-size 4096 --lr 2.4e-3 --adv-lr 2.4e-3
@@ -45,13 +47,20 @@ ours.
     python adpe.py --radius 0 --out runs/mae-plus             MAE+, the clean base
     python eval.py runs/adpe/encoder.pt --preset mae-tune-cifar mae-slf-cifar knn
 
-A step costs about as much as MAE+'s (persistent) or (2 K + 3) / 3 times as much (pgd with K steps).
-All processes have one delta; with pgd it is that of the first process, moved by the sum of all
-gradients. There is no BatchNorm. The encoder is exported without delta and decoder: at test time
-all tokens are told where they are. A relative one cannot become a timm ViT, which has no tables.
+Counting a backward pass to delta as one forward pass and a whole one as two, MAE+ costs three
+passes through encoder and decoder. The persistent adversary adds none (but with relative positions,
+each block computes its logits of positions twice); pgd with K steps costs 2 K + 3. What does not
+depend on delta is computed once.
+
+All processes have one delta. With pgd it is that of the first process, moved by the sum of all
+gradients. There is no BatchNorm. The encoder is exported without delta and decoder: at test time no
+token is masked, and all are told where they are. An encoder with relative positions cannot become a
+timm ViT, which has no tables.
 
 In the log, a loss of 1 - 1/D is what predicting each patch's mean gives (D values per patch); it
-falls below that within the first epochs. With --radius 0 or --steps 0 nothing ascends.
+falls below that within the first epochs, and a loss that is not finite ends the run. Where delta
+is, positions.png shows: with relative positions it can move only once the tables have left zero.
+With --radius 0 nothing is moved; --steps concerns pgd alone, whose delta is random with --steps 0.
 
 Measured on one CPU thread with vit_slim and 10,000 images of CIFAR-10 (JPEG), in 10 minutes (mean
 of 2 seeds): a linear probe reaches 42.4 %, fine-tuning 48.2. MAE+ reaches 42.2 and 48.8; a random
@@ -80,7 +89,7 @@ STD = (0.229, 0.224, 0.225)
 # ----------------------------------------------------------------------------------------------------------
 # The method: positions
 # ----------------------------------------------------------------------------------------------------------
-def relative_index(offsets, alpha=1.9, beta=3.8, gamma=15.2):
+def relative_index(offsets, alpha=1.9, beta=3.8, gamma=15.2):  # iRPE's numbers, as in the authors' code
     """g: the real index of an offset in patches, per coordinate. It is the offset itself up to
     `alpha`; then it grows as a logarithm that reaches `beta` at `gamma`, and stays. Rounded it is
     iRPE's piecewise index."""
@@ -261,7 +270,7 @@ def attack(net, tokens, rows, masked, target, noise, *, norm, radius, step_size,
     rows = [row.detach() for row in rows]
 
     def loss_of_delta(delta):
-        shared = dist.gather(delta)[:len(delta)]
+        shared = dist.gather(delta)[:len(delta)]  # `gather` passes gradients on
         return mae_loss(net(tokens, rows, masked, shared), target, masked)
 
     zero = torch.zeros_like(net.delta)
@@ -294,8 +303,9 @@ def train_step(net, opt, opt_delta, x, u, noise, *, mask_ratio, adversary, norm,
         net.delta.data.copy_(delta)  # for the picture
     loss = mae_loss(net(tokens, rows, masked, delta), target, masked)
 
-    # One backward pass for both players, at one point: the weights descend, and the persistent
-    # delta ascends.
+    # One backward pass for both players: the weights descend, and the persistent delta ascends.
+    # Both gradients are taken at the same point, so that the order of the two updates does not
+    # matter.
     opt.zero_grad()
     opt_delta.zero_grad()
     loss.backward()
