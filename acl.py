@@ -37,13 +37,16 @@ negatives that stand still.)
     python eval.py runs/acl/encoder.pt --preset robustssl-slf robustssl-alf acl-aff-100
     python eval.py runs/acl/encoder.pt --preset acl-probe --bn clean
 
-On several processes the losses have the negatives of all of them, the attack those of its own
-process. Each BatchNorm sees the images of its own process, or with --sync-bn (on GPUs) those of
-all.
+The encoder is exported without the projector, with the BatchNorm branch of the attacked images if
+there are any: at test time it sees clean images too.
+
+On several processes order, augmentation and noise are those of one process. The losses have the
+negatives of all of them, the attack those of its own process. Each BatchNorm sees the images of its
+own process, or with --sync-bn (on GPUs) those of all.
 
 In the log, chance is ln(2B - 1) for every term, with B images per step. All terms fall below it,
 and loss_adv stays above loss_clean. With --eps 0 the "attacked" images are the clean ones, seen
-through branch adv; with --steps 0 they are moved at random.
+through branch adv; with --steps 0 they are moved by the random start alone.
 
 Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
 CIFAR-10 (JPEG), in 5.0 minutes (10 epochs, 2 attack steps; mean of 2 seeds): a linear probe reaches
@@ -198,7 +201,7 @@ def parser():
     p.add_argument("--variant", choices=VARIANTS, default="ds",
                    help="the terms of the loss: s is a standard view, a an attacked one; ds has both (paper)")
     p.add_argument("--epochs", type=run.integer(0), default=1000,
-                   help="0 exports the random encoder (paper)")
+                   help="0 exports the random encoder; default (paper)")
     p.add_argument("--batch-size", type=run.integer(1), default=512,
                    help="images per step, over all processes (paper)")
     p.add_argument("--lr", type=run.number(), default=5.0, help="of LARS, at its peak (authors' code)")
@@ -242,7 +245,8 @@ def start_noise(x1, rng):
 
 
 def attack_settings(args):
-    """The named arguments of `attack` as the flags have them, lengths in pixels."""
+    """The named arguments of `attack` as the flags have them; eps and step_size as pixel values in
+    [0, 1]."""
     return dict(
         temperature=args.temperature,
         eps=args.eps / 255,
@@ -306,7 +310,8 @@ def main(argv=None):
             step += 1
         log.epoch(epoch, step, lr=lr)
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            # Pictures come before the checkpoint, so that none is missing when the run goes on.
+            # Pictures come before the checkpoint: a run that is stopped between the two draws them
+            # again.
             rows = pictures(net, images, size, args)
             if env.rank == 0:
                 save_rows(out / "views.png", rows, key=(f"-{args.eps:g}/255", f"+{args.eps:g}/255"))

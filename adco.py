@@ -39,6 +39,8 @@ A step costs 4 forward passes, as MoCo's does (a whole backward pass counts two)
 --lr-final 6e-4 --weight-decay 1e-4 --ema 0.999 --bank-size 65536 --bank-temperature 0.02 --bank-lr 3
     python eval.py runs/adco/encoder.pt --preset knn amoc-slf
 
+The encoder is exported without projector and bank.
+
 On several processes the bank is equal on all of them, and each group of BatchNorm has images of one
 process alone.
 
@@ -259,7 +261,7 @@ def parser():
     p.add_argument("--batch-negatives", **switch,
                    help="the keys of the batch are negatives too (authors' code)")
     p.add_argument("--epochs", type=run.integer(0), default=200,
-                   help="0 exports the random encoder (authors' code)")
+                   help="0 exports the random encoder; default (authors' code)")
     p.add_argument("--batch-size", type=run.integer(1), default=256,
                    help="images per step, over all processes (authors' code)")
     p.add_argument("--lr", type=run.number(), default=0.06, help="of SGD, at its peak (ours)")
@@ -335,7 +337,7 @@ def fill(net, target, opt, bank, images, size, args, env):
 
 
 def endless_batches(images, args, env):
-    """Batches of the epochs that the run does not reach."""
+    """Batches of the epochs after the last one, so that the run itself repeats none of them."""
     for epoch in itertools.count(args.epochs):
         yield from data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world)
 
@@ -351,7 +353,8 @@ def view_settings(args):
 
 
 def attack_settings(args):
-    """The named arguments of `attack` as the flags have them, lengths in pixels."""
+    """The named arguments of `attack` as the flags have them; eps and step_size as pixel values in
+    [0, 1]."""
     return dict(
         temperature=args.temperature,
         eps=args.eps / 255,
@@ -426,7 +429,8 @@ def main(argv=None):
         if env.rank == 0 and mass < 0.05:  # it is 0.2 to 0.99 where the bank lives
             print(f"the bank is dead: mass {mass:.3f}; try more --fill-steps, a higher --bank-temperature")
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            # Pictures come before the checkpoint, so that none is missing when the run goes on.
+            # Pictures come before the checkpoint: a run that is stopped between the two draws them
+            # again.
             rows = pictures(net, target, bank, images, size, args)
             if env.rank == 0:
                 key = (f"-{args.eps:g}/255", f"+{args.eps:g}/255") if args.eps else None

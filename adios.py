@@ -273,7 +273,8 @@ def parser():
     p.add_argument("--mask-width", type=run.integer(1), default=16, help="channels of the masker (ours)")
     p.add_argument("--mask-lr", type=run.number(), default=0.03,
                    help="of the masker's LARS, at its peak (ours)")
-    p.add_argument("--epochs", type=run.integer(0), default=200, help="0 exports the random encoder (ours)")
+    p.add_argument("--epochs", type=run.integer(0), default=200,
+                   help="0 exports the random encoder; default (ours)")
     p.add_argument("--batch-size", type=run.integer(1), default=256,
                    help="images per step, over all processes (ours)")
     p.add_argument("--lr", type=run.number(), default=0.2, help="of the encoder's LARS, at its peak (ours)")
@@ -407,7 +408,7 @@ def main(argv=None):
             z = net[: 1 if args.objective == "mae" else 2](resize(sample, size))
         log.epoch(epoch, step, lr=lr, mask_lr=mask_lr, **check_spread(z, args))
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            # Pictures come before the checkpoint, so that none is missing when the run goes on.
+            # Pictures come before the checkpoint: a run that is stopped between the two draws them again.
             rows = pictures(masker, images, size, args)
             if env.rank == 0:
                 save_rows(out / "masks.png", rows)

@@ -349,7 +349,7 @@ def parser():
     p.add_argument("--mask-ratio", type=run.number(0, 1), default=0.75,
                    help="the share of the patches that is masked (MAE's)")
     p.add_argument("--epochs", type=run.integer(0), default=400,
-                   help="0 exports the random encoder (authors' code)")
+                   help="0 exports the random encoder; default (authors' code)")
     p.add_argument("--batch-size", type=run.integer(1), default=512,
                    help="images per step, over all processes (ours)")
     p.add_argument("--lr", type=run.number(), default=1e-3, help="of AdamW, at its peak (ours)")
@@ -466,7 +466,7 @@ def main(argv=None):
             step += 1
         log.epoch(epoch, step, lr=lr, adv_lr=adv_lr)
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            # Pictures come before the checkpoint, so that none is missing when the run goes on.
+            # Pictures come before the checkpoint: a run that is stopped between the two draws them again.
             rows = pictures(net, images, size, args)
             if env.rank == 0:
                 save_rows(out / "positions.png", rows, enlarge=1)

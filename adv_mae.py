@@ -35,13 +35,15 @@ are ours:
     python adv_mae.py --steps 1 --out runs/fgsm               FGSM: one step of eps, from v itself
     python eval.py runs/adv_mae/encoder.pt --preset mae-tune-cifar mae-slf-cifar knn
 
-A step costs (2 K + 3) / 3 times as much as MAE's: 2.3 times with K = 2. On several processes the
-loss is a mean over the images of each, and then over processes; there is no BatchNorm, so nothing
-else changes.
+A step costs (2 K + 3) / 3 times as much as MAE's: 2.3 times with K = 2. The encoder is exported
+without the decoder: at test time it sees all patches, where in training it saw a quarter.
+
+On several processes the loss is a mean over the images of each, and then over processes; there is
+no BatchNorm, so nothing else changes.
 
 In the log, a loss of 1 - 1/D is what predicting each patch's mean gives (D values per patch, with
 --norm-pix); it falls below that within the first epochs. With --steps 0 the visible patches are
-moved at random.
+moved by the random start alone.
 
 Measured on one CPU thread, with a 0.46 M-parameter ViT (vit_slim, --decoder 64 1 4) and 10,000
 images of CIFAR-10 (JPEG), in 9 minutes: a linear probe reaches 46.5 %, fine-tuning 52.3 (16
@@ -182,7 +184,8 @@ def parser():
                    help="the share of the patches that is removed (paper)")
     p.add_argument("--norm-pix", action=argparse.BooleanOptionalAction, default=True,
                    help="standardise the patches of the target (paper)")
-    p.add_argument("--epochs", type=run.integer(0), default=400, help="0 exports the random encoder (ours)")
+    p.add_argument("--epochs", type=run.integer(0), default=400,
+                   help="0 exports the random encoder; default (ours)")
     p.add_argument("--batch-size", type=run.integer(1), default=512,
                    help="images per step, over all processes (ours)")
     p.add_argument("--lr", type=run.number(), default=1e-3, help="of AdamW, at its peak (ours)")
@@ -221,7 +224,8 @@ def random_numbers(rng, encoder, args, device):
 
 
 def attack_settings(args):
-    """The named arguments of `attack` as the flags have them, lengths in pixels."""
+    """The named arguments of `attack` as the flags have them; eps and step_size as pixel values in
+    [0, 1]."""
     eps = args.eps / 255
     if args.step_size is not None:
         step_size = args.step_size / 255
@@ -299,7 +303,8 @@ def main(argv=None):
             step += 1
         log.epoch(epoch, step, lr=lr)
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            # Pictures come before the checkpoint, so that none is missing when the run goes on.
+            # Pictures come before the checkpoint: a run that is stopped between the two draws them
+            # again.
             rows = pictures(net, images, size, args)
             if env.rank == 0:
                 save_rows(out / "recon.png", rows, key=("largest decrease", "largest increase"))

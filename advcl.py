@@ -37,13 +37,17 @@ learning rate were chosen for the code's scale. We depart from that code in thre
     python advcl.py --views x1+d x2+d x1 x2 --out runs/four   another row of Table 4
     python eval.py runs/advcl/encoder.pt --preset advcl-slf robustssl-alf
 
-On several processes the contrastive loss has the negatives of all of them, the attack those of its
-own process. Each BatchNorm sees the images of its own process, or with --sync-bn (on GPUs) those of
-all.
+The encoder is exported without its heads, with BatchNorm branch adv: at test time it sees clean
+images too.
+
+On several processes order, augmentation and noise are those of one process. The contrastive loss
+has the negatives of all of them, the attack those of its own process. Each BatchNorm sees the
+images of its own process, or with --sync-bn (on GPUs) those of all.
 
 In the log, chance for loss_con is ln(V B - 1) T / 0.07, with V views and B images per step. It
 falls below that, and loss_ce below the mean of ln K over --clusters. With --eps 0 the "attacked"
-views are the clean ones, seen through branch adv; with --steps 0 they are moved at random.
+views are the clean ones, seen through branch adv; with --steps 0 they are moved by the random start
+alone.
 
 Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
 CIFAR-10 (JPEG), in 4.6 minutes (11 epochs, 2 attack steps, no pseudo-labels): a linear probe
@@ -247,7 +251,7 @@ def parser():
     p.add_argument("--cutoff", type=run.number(), default=8.0,
                    help="the lowest frequency in xh, in periods per image (paper)")
     p.add_argument("--epochs", type=run.integer(0), default=1000,
-                   help="0 exports the random encoder (authors' code)")
+                   help="0 exports the random encoder; default (authors' code)")
     p.add_argument("--batch-size", type=run.integer(1), default=512,
                    help="images per step, over all processes (authors' code)")
     p.add_argument("--lr", type=run.number(), default=0.5, help="of SGD, at its peak (authors' code)")
@@ -323,7 +327,8 @@ def start_noise(x, views, rng):
 
 
 def attack_settings(args):
-    """The named arguments of `attack` as the flags have them, lengths in pixels."""
+    """The named arguments of `attack` as the flags have them; eps and step_size as pixel values in
+    [0, 1]."""
     return dict(eps=args.eps / 255, step_size=args.step_size / 255, steps=args.steps)
 
 
@@ -391,8 +396,8 @@ def main(argv=None):
             step += 1
         log.epoch(epoch, step, lr=lr)
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            # Pictures come before the checkpoint, so that none is missing when the run goes on. All
-            # processes draw them: a SyncBatchNorm in train mode asks them all.
+            # Pictures come before the checkpoint: a run that is stopped between the two draws them
+            # again. All processes draw them, since a SyncBatchNorm in train mode asks them all.
             rows = pictures(net, images, size, args)
             if env.rank == 0:
                 save_rows(out / "views.png", rows, key=(f"-{args.eps:g}/255", f"+{args.eps:g}/255"))

@@ -32,28 +32,32 @@ We depart from the authors' code in three places:
     - What does not depend on the perturbation is computed once per attack, and the attack makes no
       gradient of the weights. In eval mode the result is the same up to rounding. Counting a
       backward pass to the pixels as one forward pass and a whole one as two, an ACC step costs 18
-      forward passes instead of 29; MoCo's costs 4.
+      forward passes instead of 29, CAC 16 instead of 22, AAC 28 instead of 35; MoCo's costs 4.
 
     python amoc.py                                       the paper's ACC: CIFAR-10, ResNet-18, 200 epochs
     torchrun --standalone --nproc-per-node 8 amoc.py     the same on 8 GPUs, 32 of the 256 images on each
     python amoc.py --variant CCC --out runs/moco         MoCo, the clean base
     python eval.py runs/amoc/encoder.pt --preset amoc-slf
 
-On several processes the banks are equal on all of them, and each BatchNorm sees the images of its
-own process, or with --sync-bn (on GPUs) those of all. On 8 GPUs without --sync-bn, a query and its
-key are normalised among the same 32 images. A network can use that to tell the key from the bank's
-rows; it is the leak for which MoCo shuffles keys between its GPUs. With --sync-bn they are 256
-images, as in the authors' code, which runs on one GPU.
+The encoder is exported without the projector, with the BatchNorm branch through which L_* sees its
+query (adv in ACC): at test time this branch, with its running statistics, sees clean images too.
 
-In the log, chance is ln(K + 1), and both losses fall below it; loss_adv stays above loss_clean. If
-they come to rest at chance, the bank's keys are too old for the network: try a smaller --bank-size
-or a smaller --ema. With --eps 0 the "attacked" images are the clean ones, seen through branch adv;
-with --steps 0 they are moved at random.
+On several processes order, augmentation, noise and banks are those of one process. Each BatchNorm
+sees the images of its own process, or with --sync-bn (on GPUs) those of all. On 8 GPUs without
+--sync-bn, a query and its key are normalised among the same 32 images. A network can use that to
+tell the key from the bank's rows; it is the leak for which MoCo shuffles keys between its GPUs.
+With --sync-bn they are 256 images, as in the authors' code, which runs on one GPU.
+
+In the log, chance is ln(K + 1). Both losses lie below it and fall over the epochs; loss_adv stays
+above loss_clean. If they come to rest at chance, the bank's keys are too old for the network: try a
+smaller --bank-size or a smaller --ema. With --eps 0 the "attacked" images are the clean ones, seen
+through branch adv; with --steps 0 they are moved by the random start alone.
 
 Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
 CIFAR-10 (JPEG), in 3.9 minutes (11 epochs, 2 attack steps; mean of 2 seeds): a linear probe reaches
-35.8 %, and 14.5 % under PGD-20 at 8/255. CCC reaches 43.0 and 2.6 in 4.6 minutes; a random encoder,
-27.4 and 0. This has not been run on a GPU yet. The paper reports 78.74 and 36.87 (ACC, 200 epochs).
+35.8 %, and 14.5 % under PGD-20 at 8/255. CCC reaches 43.0 and 2.6 in 4.6 minutes (32 epochs); a
+random encoder, 27.4 and 0. This has not been run on a GPU yet. The paper reports 78.74 and 36.87
+(ACC, 200 epochs).
 """
 import argparse
 import math
@@ -139,9 +143,10 @@ def attack(net, target, x1, x2, noise, bank, *, variant, temperature, eps, step_
     """Eq. 3.3: move the views that `variant` attacks within eps so as to maximise L_*; returns
     (x1_adv, x2_adv).
 
-    x1, x2 (B, 3, S, S) in [0, 1]; eps and step_size in the same units. The search starts at x + eps
-    `noise`, noise (B, 2, 3, S, S) in [-1, 1], or, where noise is None, at x. `bank` (K, D) is the
-    one that L_* reads. L_CCC does not depend on the perturbation, so L_* alone is maximised.
+    x1, x2 (B, 3, S, S) are in [0, 1], and eps and step_size in the units of these pixels. The
+    search starts at x + eps `noise`, noise (B, 2, 3, S, S) in [-1, 1], or, where noise is None, at
+    x. `bank` (K, D) is the one that L_* reads. L_CCC does not depend on the perturbation, so L_*
+    alone is maximised.
     """
     start1 = x1
     start2 = x2
@@ -192,8 +197,8 @@ def train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, *,
             variant=variant, temperature=temperature, eps=eps, step_size=step_size, steps=steps)
 
     # From here on all BatchNorms are in train mode: they normalise by the batch and move the
-    # running statistics of the branch they run in. Keys get no gradient; `target` follows `net` by
-    # its moving average alone.
+    # running statistics of the branch they run in. Keys get no gradient: the parameters of `target`
+    # follow those of `net` by a moving average, and its running statistics are its own.
     q = embed(net, x1, "clean")
     with torch.no_grad():
         k = embed(target, x2, "clean")
@@ -241,7 +246,8 @@ def parser():
     p = run.parser(__doc__, name="amoc", arch="resnet18")
     p.add_argument("--variant", choices=VARIANTS, default="ACC",
                    help="who is attacked: query, key, and whose bank is read; CCC is MoCo (paper)")
-    p.add_argument("--epochs", type=run.integer(0), default=200, help="0 exports the random encoder (paper)")
+    p.add_argument("--epochs", type=run.integer(0), default=200,
+                   help="0 exports the random encoder; default (paper)")
     p.add_argument("--batch-size", type=run.integer(1), default=256,
                    help="images per step, over all processes (authors' code)")
     p.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd",
@@ -280,7 +286,8 @@ def start_noise(x1, rng):
 
 
 def attack_settings(args):
-    """The named arguments of `attack` as the flags have them, lengths in pixels."""
+    """The named arguments of `attack` as the flags have them; eps and step_size as pixel values in
+    [0, 1]."""
     return dict(
         variant=VARIANTS[args.variant],
         temperature=args.temperature,
@@ -352,7 +359,8 @@ def main(argv=None):
             step += 1
         log.epoch(epoch, step, lr=lr)
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            # Pictures come before the checkpoint, so that none is missing when the run goes on.
+            # Pictures come before the checkpoint: a run that is stopped between the two draws them
+            # again.
             bank = bank_adv if variant.adv_bank else bank_clean
             rows = pictures(net, target, bank, images, size, args)
             if env.rank == 0:

@@ -39,13 +39,16 @@ pixels as one forward pass and a whole one as two, a step costs 28 forward passe
     python byorl.py --steps 2 --out runs/byorl-2         the attack of Rebuffi et al. 2023, App. C
     python eval.py runs/byorl/encoder.pt --preset amoc-slf amoc-alf
 
+The online encoder is exported, without projector and predictor: at test time, running statistics of
+attacked images normalise whatever it sees.
+
 On several processes each BatchNorm sees the images of its own process, or with --sync-bn (on GPUs)
 those of all. Nothing else depends on their number: there are no negatives.
 
 In the log, the loss is 4 at random and 0 at best. constant_loss is that of the best prediction
 which knows nothing of the image; a loss below it shows that the network learns. std and rank say
 how far the projections are spread, and a run whose projections are all alike ends. With --steps 0
-the online views are moved at random.
+the online views are moved by the random start alone.
 
 Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
 CIFAR-10 (JPEG), in 7.6 minutes (16 epochs, 2 attack steps): a linear probe reaches 29.2 %, and 18.5
@@ -166,7 +169,8 @@ def parser():
     p = run.parser(__doc__, name="byorl", arch="resnet18")
     p.add_argument("--hidden", type=run.integer(1), default=4096,
                    help="width within projector and predictor (paper)")
-    p.add_argument("--epochs", type=run.integer(0), default=200, help="0 exports the random encoder (ours)")
+    p.add_argument("--epochs", type=run.integer(0), default=200,
+                   help="0 exports the random encoder; default (ours)")
     p.add_argument("--batch-size", type=run.integer(1), default=512,
                    help="images per step, over all processes (paper)")
     p.add_argument("--lr", type=run.number(), default=2.0, help="of LARS, at its peak (paper)")
@@ -203,7 +207,8 @@ def start_noise(x1, norm, rng):
 
 
 def attack_settings(args):
-    """The named arguments of `attack` as the flags have them, lengths in pixels."""
+    """The named arguments of `attack` as the flags have them; eps and step_size as pixel values in
+    [0, 1]."""
     eps = args.eps / 255
     step_size = 1.25 * eps / max(1, args.steps) if args.step_size is None else args.step_size / 255
     return dict(norm=args.norm, eps=eps, step_size=step_size, steps=args.steps)
@@ -275,8 +280,8 @@ def main(argv=None):
             z = net[:2](resize(sample, size))
         log.epoch(epoch, step, lr=lr, ema=tau, **check_spread(z, args))
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            # Pictures come before the checkpoint, so that none is missing when the run goes on. All
-            # processes draw them: a SyncBatchNorm in train mode asks them all.
+            # Pictures come before the checkpoint: a run that is stopped between the two draws them
+            # again. All processes draw them, since a SyncBatchNorm in train mode asks them all.
             rows = pictures(net, target, images, size, args)
             if env.rank == 0:
                 save_rows(out / "views.png", rows, key=("largest decrease", "largest increase"))

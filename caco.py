@@ -20,14 +20,15 @@ were positives, but after 14 epochs the encoder was as good.
     Eq. 13 positives, Eq. 7 negatives   that of contrastive_loss
 
 The body of the paper was not at hand. The equations are the survey's, the numbers for ImageNet the
-authors' code's, those for CIFAR-10 (the defaults) ours. Also from the code are the choice by
-largest cosine, the derivative through it (Eqs. 7 and 12 are those of free vectors), the loss as the
-*sum* of both views, and the bank's rate, momentum and warm-up. We depart from that code:
+authors' code's, those for CIFAR-10 (the defaults) ours. Also from the code are the choice of the
+positive by largest cosine, the derivative through the cosine (Eqs. 7, 12 and 13 are those of free
+vectors), the loss as the *sum* of both views, and the bank's rate, momentum and warm-up. We depart
+from that code:
     - There is one temperature, as in the paper, so that one backward pass gives the gradients of
       both players. Their code has two flags for it, which are equal in every recipe.
-    - After 256 steps of MoCo with the key network's momentum, the bank is filled with keys of the
-      network they leave. Their code makes bank size / batch size steps with momentum 0.999, and
-      keeps MoCo's queue, which may be out of reach.
+    - After 256 steps of MoCo (--fill-steps) at the peak learning rate, with --ema, the bank is
+      filled with keys of the network they leave. Their code makes bank size / batch size steps with
+      momentum 0.999, and keeps MoCo's queue, whose older keys may be far from all queries.
     - A batch is that of all processes, and all have one bank. In their code it is that of each
       host, and banks differ where the fill leaves Gaussian rows.
     - LARS, in the ImageNet recipe, has the learning rate inside its momentum buffer and the ratio
@@ -44,14 +45,17 @@ image is attacked.
 --bank-size 65536 --bank-lr 3 --fill-steps 64
     python eval.py runs/caco/encoder.pt --preset knn amoc-slf
 
+The encoder is exported without projector and bank.
+
 On several processes the bank is equal on all of them. Each BatchNorm sees the images of its own
 process, or with --sync-bn (on GPUs) those of all, as in the authors' code.
 
-The log tells how the bank lives: bank_change is what its step adds to a view's loss (below 0: it
-cooperates); rotation is how far its rows turn, in radians per step; norm is their length; unique is
-how many rows are positives of a view; p is the mean probability of a positive; cosine is the mean
-largest cosine of a query with any row (near 0 the bank is out of reach). Chance for the loss is 2
-ln K.
+The log tells how the bank lives: bank_change is what its step adds to a view's loss (below 0 where
+the positives weigh more than the negatives); rotation is how far its rows turn, in radians per
+step; norm is their length; unique is how many rows are positives of a view, on one process; p is
+the mean probability of a positive; cosine is the mean largest cosine of a query with any row. Below
+0.2, or with fewer positives than a fifth of the batch, the bank is called dead on the screen.
+Chance for the loss is 2 ln K.
 
 Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
 CIFAR-10 (JPEG), in 4.1 minutes (14 epochs): a linear probe reaches 43.3 %, with 232 of 256
@@ -135,7 +139,8 @@ def contrastive_loss(q, positive, bank, temperature):
     """-mean_i log( e^(q_i.n_y/T) / sum_j e^(q_i.n_j/T) ), y = positive_i, n_j = bank_j / |bank_j|.
 
     q (N, D) has unit rows, positive (N,) is of `positives`, bank (K, D) has any rows. Chance is ln
-    K. Its gradient in `bank` is Eq. 7 for negatives and Eq. 13 for positives.
+    K. Its gradient in n_j is p_j q_i / T for a negative (Eq. 7), and in n_y -(1 - p_i) q_i / T (Eq.
+    13); in `bank` it passes through the normalisation.
     """
     return surprise(q, positive, F.normalize(bank, dim=1), temperature).mean()
 
@@ -176,8 +181,8 @@ def train_step(net, target, opt, bank, x, *, positives_are, temperature, ema, ba
     """One iteration on the views x, a list: two that have keys, and any number of small ones; the
     losses to be logged. `bank` is one of make_bank; `positives_are` names one of LOSSES."""
     loss_of = LOSSES[positives_are]
-    # Both networks are in train mode. The key network moves between the passes; its keys get no
-    # gradient, as no parameter of it asks for one.
+    # Both networks are in train mode. The key network moves between the passes; its
+    # keys get no gradient, as no parameter of it asks for one.
     q = [embed(net, view) for view in x]
     optim.ema(target, net, ema)
     k1 = embed(target, x[0])
@@ -249,7 +254,8 @@ def parser():
     p.add_argument("--positives", choices=LOSSES, default="cooperative",
                    help="whether positives come nearer to their queries or flee from them (paper)")
     p.add_argument("--multi-crop", help="six small views besides the two (authors' code)", **switch)
-    p.add_argument("--epochs", type=run.integer(0), default=200, help="0 exports the random encoder (paper)")
+    p.add_argument("--epochs", type=run.integer(0), default=200,
+                   help="0 exports the random encoder; default (paper)")
     p.add_argument("--batch-size", type=run.integer(1), default=256,
                    help="images per step, over all processes (ours)")
     p.add_argument("--optimizer", choices=("sgd", "lars"), default="sgd",
@@ -324,7 +330,7 @@ def fill(net, target, opt, bank, images, size, args, env):
 
 
 def endless_batches(images, args, env):
-    """Batches of the epochs that the run does not reach."""
+    """Batches of the epochs after the last one, so that the run itself repeats none of them."""
     for epoch in itertools.count(args.epochs):
         yield from data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world)
 
@@ -387,7 +393,8 @@ def main(argv=None):
         if env.rank == 0 and (cosine < 0.2 or unique < 0.2 * args.batch_size / env.world):
             print(f"the bank is dead: cosine {cosine:.3f}, {unique:.1f} positives; try more --fill-steps")
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            # Pictures come before the checkpoint, so that none is missing when the run goes on.
+            # Pictures come before the checkpoint: a run that is stopped between the two draws them
+            # again.
             rows = pictures(images, size, args)
             if env.rank == 0:
                 save_rows(out / "views.png", rows)

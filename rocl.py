@@ -42,13 +42,17 @@ still.)
     python rocl.py --reg-weight 0 --out runs/rocl-0      without the regulariser
     python eval.py runs/rocl/encoder.pt --preset rocl-slf rocl-alf
 
-On several processes the losses have the negatives of all of them. The attack has those of its own
-process alone, as in the authors' run (256 images on each of 2 GPUs). Each BatchNorm sees the images
-of its own process, or with --sync-bn (on GPUs) those of all, as in the authors' code.
+The encoder is exported without the projector; its running statistics are of clean and attacked
+images together.
+
+On several processes order, augmentation and noise are those of one process. The losses have the
+negatives of all of them. The attack has those of its own process alone, as in the authors' run (256
+images on each of 2 GPUs). Each BatchNorm sees the images of its own process, or with --sync-bn (on
+GPUs) those of all, as in the authors' code.
 
 In the log, chance is 2 ln(3B - 1) for loss_rocl and ln(2B - 1) for loss_reg, with B images per
-step; both fall below it. With --eps 0 the third view is x1 itself; with --steps 0 it is x1 plus
-noise.
+step; both fall below it. With --eps 0 the third view is x1 itself; with --steps 0 it is x1 plus the
+random start.
 
 Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
 CIFAR-10 (JPEG), in 4.7 minutes (10 epochs, 2 attack steps; mean of 2 seeds): a linear probe reaches
@@ -177,7 +181,7 @@ def lr_at(epoch, epochs, lr, warmup):
 def parser():
     p = run.parser(__doc__, name="rocl", arch="resnet18")
     p.add_argument("--epochs", type=run.integer(0), default=1000,
-                   help="0 exports the random encoder (authors' code)")
+                   help="0 exports the random encoder; default (authors' code)")
     p.add_argument("--batch-size", type=run.integer(1), default=512,
                    help="images per step, over all processes (authors' code)")
     p.add_argument("--lr", type=run.number(), default=1.5, help="of LARS, at its peak (authors' code)")
@@ -221,7 +225,8 @@ def start_noise(x1, rng):
 
 
 def attack_settings(args):
-    """The named arguments of `attack` as the flags have them, lengths in pixels."""
+    """The named arguments of `attack` as the flags have them; eps and step_size as pixel values in
+    [0, 1]."""
     return dict(
         attack_to=args.attack_to,
         temperature=args.temperature,
@@ -281,7 +286,8 @@ def main(argv=None):
             step += 1
         log.epoch(epoch, step, lr=lr)
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            # Pictures come before the checkpoint, so that none is missing when the run goes on.
+            # Pictures come before the checkpoint: a run that is stopped between the two draws them
+            # again.
             rows = pictures(net, images, size, args)
             if env.rank == 0:
                 save_rows(out / "views.png", rows, key=(f"-{args.eps:g}/255", f"+{args.eps:g}/255"))
