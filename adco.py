@@ -311,7 +311,8 @@ def network(arch, stem=None):
 def fill(net, target, opt, bank, images, size, args, env):
     """Before epoch 0: --fill-steps steps of MoCo; then the bank is filled with keys of the network
     they leave."""
-    batches = endless_batches(images, args, env)
+    # Batches of the epochs after the last one, so that the run itself repeats none of them.
+    batches = data.endless_batches(images, args.batch_size, args.seed, args.epochs, env.rank, env.world)
     for x, _, rng in itertools.islice(batches, args.fill_steps):
         run.stop_if_signalled(args, env, None, 0)
         x_q, x_k = views(x, rng, size, **view_settings(args))
@@ -334,12 +335,6 @@ def fill(net, target, opt, bank, images, size, args, env):
         (k,) = embed_keys(target, x_k[:1], random_order(x, rng))
         bank.push(k)
         new_rows += len(x) * env.world
-
-
-def endless_batches(images, args, env):
-    """Batches of the epochs after the last one, so that the run itself repeats none of them."""
-    for epoch in itertools.count(args.epochs):
-        yield from data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world)
 
 
 def random_order(x, rng):

@@ -615,3 +615,10 @@ def batches(images, batch_size, seed, epoch, rank=0, world=1, start=0):
     for step, (x, y) in enumerate(images.stream(indices), start):
         cut, total = rows(step)
         yield x, y, Rng((seed, epoch, step), total, cut)
+
+
+def endless_batches(images, batch_size, seed, epoch, rank=0, world=1):
+    """`batches` of `epoch`, of the next one, and so on without end."""
+    while True:
+        yield from batches(images, batch_size, seed, epoch, rank, world)
+        epoch += 1

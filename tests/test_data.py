@@ -483,3 +483,12 @@ def test_a_corrupt_image_is_one_line_even_from_a_worker(tmp_path):
 def test_seeds_of_different_keys_differ():
     keys = [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 1, 0), (0, 0, 1), (1, 0, 0)]
     assert len({data._seed(*key) for key in keys}) == len(keys)
+
+
+def test_endless_batches_are_those_of_one_epoch_after_the_other():
+    images = data.Images(torch.arange(5 * 3 * 4, dtype=torch.uint8).view(5, 3, 2, 2), torch.zeros(5).long(), 1)
+    stream = data.endless_batches(images, 2, 0, 7)
+    for epoch in (7, 8):
+        for x, _, rng in data.batches(images, 2, 0, epoch):
+            x_next, _, rng_next = next(stream)
+            assert torch.equal(x, x_next) and torch.equal(rng.uniform(3), rng_next.uniform(3))
