@@ -18,18 +18,21 @@ and the classification attack pass through a BatchNorm branch each.
     lambda                      --cluster-weight
     rows of Table 4             --views
 
-The supplement was not at hand. Hyper-parameters, the strong crop, the three branches and the
-projector's single BatchNorm are those of the authors' code. So is the scale of the contrastive
-loss: a mean over anchors and positives times T / 0.07, where the paper has a sum; lambda and the
-learning rate were chosen for the code's scale. We depart from that code in three places:
-    - Pseudo-labels come from our k-means on the features of a teacher, not of an ImageNet encoder.
-      Without a teacher the classification term is left out, and the log says so.
+The supplement was not at hand. Where the help of a flag says so, its default is the authors'
+code's; so are the strong crop, the three branches and the projector's single BatchNorm, which sees
+all views. So is the scale of the contrastive loss: a mean over anchors and positives times T /
+0.07, where the paper has a sum; lambda and the learning rate were chosen for the code's scale. We
+depart from that code in three places:
+    - Pseudo-labels come from our k-means on the features of a teacher trained on the same images;
+      theirs are of an encoder trained on ImageNet. Without a teacher the classification term is
+      left out, and the log says so.
     - The attack leaves no trace: it normalises by batch statistics, as theirs does, but does not
       update the running ones. In their code most of what branch adv averages comes from unfinished
       attacks.
-    - The attack starts inside [0, 1], and what it does not change is embedded once. The result is
-      the same up to rounding. Counting a backward pass to the pixels as one forward pass and a
-      whole one as two, a step costs 35 forward passes instead of 50; SimCLR's costs 6.
+    - The attack starts inside [0, 1]; theirs takes its first gradient outside. What it does not
+      change is embedded once, which gives the same result up to rounding. Counting a backward pass
+      to the pixels as one forward pass and a whole one as two, a step costs 35 forward passes
+      instead of 50, without pseudo-labels 22; SimCLR's costs 6.
 
     python acl.py --variant s2s --out runs/s2s                a teacher
     python advcl.py --teacher runs/s2s/encoder.pt             CIFAR-10, ResNet-18, 1000 epochs
@@ -44,16 +47,16 @@ On several processes order, augmentation and noise are those of one process. The
 has the negatives of all of them, the attack those of its own process. Each BatchNorm sees the
 images of its own process, or with --sync-bn (on GPUs) those of all.
 
-In the log, chance for loss_con is ln(V B - 1) T / 0.07, with V views and B images per step. It
-falls below that, and loss_ce below the mean of ln K over --clusters. With --eps 0 the "attacked"
-views are the clean ones, seen through branch adv; with --steps 0 they are moved by the random start
-alone.
+In the log, chance for loss_con is ln(V B - 1) T / 0.07, with V views and B images per step. A
+healthy loss_con falls below that, and loss_ce below the mean of ln K over --clusters. With --eps 0
+the "attacked" views are the clean ones, seen through branch adv; with --steps 0 they are moved by
+the random start alone.
 
 Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
 CIFAR-10 (JPEG), in 4.6 minutes (11 epochs, 2 attack steps, no pseudo-labels): a linear probe
 reaches 44.8 %, and 13.3 % under PGD-20 at 8/255; with another seed 40.8 and 13.5. SimCLR reaches
-47.0 and 0.1. This has not been run on a GPU yet. The paper reports 77.73 and 48.89 (1000 epochs;
-with pseudo-labels 50.45 under PGD-20).
+47.0 and 0.1. This has not been run on a GPU yet. The paper reports 77.73 and 48.89 under PGD-20
+without pseudo-labels, and 50.45 under PGD-20 with them (1000 epochs).
 """
 import argparse
 import hashlib
@@ -200,7 +203,7 @@ def train_step(net, opt, x1, x2, x, labels, noise, *,
     view_noise = None if noise is None else noise[1:]
     x_adv = attack(net, loss_of_views, to_attack, view_noise, eps=eps, step_size=step_size, steps=steps)
     z_adv = [embed(net, view, "adv") for view in x_adv]
-    embeddings = [dist.gather(z) for z in [*z_clean, *z_adv]]  # negatives of all processes
+    embeddings = [dist.gather(z) for z in [*z_clean, *z_adv]]  # of all processes, with gradient
     loss_con = multiview_loss(embeddings, temperature)
     loss = loss_con
     losses = {"loss_con": loss_con}
@@ -224,9 +227,9 @@ def train_step(net, opt, x1, x2, x, labels, noise, *,
 
 
 def lr_at(step, steps_per_epoch, epochs, lr, warmup):
-    """The learning rate of `step`: linear over `warmup` epochs, from a fiftieth of `lr` up to the
-    cosine below; then that cosine at the end of the epoch. It runs from `lr` to a thousandth of it
-    over all epochs."""
+    """The learning rate of `step`: over all epochs a cosine from `lr` to a thousandth of it, taken
+    at the end of each epoch; but over the first `warmup` epochs linear, from a fiftieth of `lr` up
+    to that cosine."""
 
     def cosine_at(epoch):
         return optim.cosine(epoch / epochs, lr, lr / 1000)

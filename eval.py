@@ -1,4 +1,5 @@
-"""Evaluation of exported encoders: k-NN, linear probes, fine-tuning, accuracy under attack; one table.
+"""Evaluation of exported encoders: k-NN, linear probes, fine-tuning, accuracy under attack; one
+table.
 
 This program knows nothing of how an encoder was pretrained. The field has three names for what it
 trains:
@@ -7,17 +8,23 @@ trains:
     ALF  adversarial linear fine-tuning   the encoder is frozen; cross-entropy on PGD-10 images
     AFF  adversarial full fine-tuning     everything is trained, on PGD-10 images, or with TRADES
 
-A preset is the recipe of a paper or of the RobustSSL benchmark (evaluation/presets.py); --protocol slf
-is short for --preset robustssl-slf, and so on. A flag given by hand wins over the preset. The epoch
-that counts is the last one (with acl-aff-25 the best on training images that it holds out); none is
-ever chosen on the test set. Test images are never augmented.
+A preset is the recipe of a paper or of the RobustSSL benchmark (evaluation/presets.py): what is
+trained, on which loss, with which optimizer, rates, batch size, epochs and augmentation. --protocol
+slf is short for --preset robustssl-slf, and so on. A flag given by hand wins over the preset. The
+training attack is linf 8/255, 10 steps. Training images are cropped and mirrored, as the preset
+says. The epoch that counts is the last one (with acl-aff-25 the best under PGD-20 on training
+images that it holds out); none is ever chosen on the test set. Test images are never augmented.
 
-Modes: a frozen encoder is in eval mode throughout. In full fine-tuning the attack sees eval mode, the
-update train mode. Judging is in eval mode. Everything is float32, without TF32.
+Modes: a frozen encoder is in eval mode throughout. In full fine-tuning the attack sees eval mode,
+the update train mode. Preset robustssl-aff lets clean images through BatchNorm branch "clean" and
+attacked ones through "adv", where there are both. Judging is in eval mode. Everything is float32,
+without TF32.
 
-Attacks (evaluation/attacks.py) have names: pgd20 is 20 steps at linf 8/255, aa is AutoAttack, and so
-on. PGD alone flatters: on the papers' frozen encoders it reads 4 to 11 points above AutoAttack. With
-each AutoAttack comes a check that its figure means something (`sanity`).
+Attacks (evaluation/attacks.py) have names: pgd20 is 20 steps at linf 8/255, pgd20-4 at 4/255,
+pgd50-l2-amoc is 50 steps in l2 as in AMOC's paper, aa is AutoAttack, curve is pgd20 at eight radii,
+and c and c-like are corruptions, no attack. PGD alone flatters: on the papers' frozen encoders it
+reads 4 to 11 points above AutoAttack. With each AutoAttack comes a check that its figure means
+something (`sanity`).
 
 Masked-image models are judged by fine-tuning on clean images (mae-tune; it works for ResNets too):
 AdamW, a lower rate for earlier blocks, and for a ViT a new LayerNorm after the mean of its tokens.
@@ -33,19 +40,24 @@ MAE's recipe also has RandAugment and random erasing, which are not here.
     python eval.py results/cifar10-jpeg/* --kept --preset amoc-slf       the table of what was measured
     python eval.py weights.pth --encoder torchvision:resnet18 --prefix module.backbone.    another program's
 
-With --encoder (see evaluation/foreign.py and docs/evaluation.md) the weights may come from any program.
+With --encoder (see evaluation/foreign.py and docs/evaluation.md) the weights may come from any
+program.
 
-An encoder is shown images of the side that it was pretrained at, which its file holds, unless
---image-size says otherwise.
+The table has a row per method, mean ± standard deviation over seeds, and beside it what was
+published, with its setting. Compare figures within a column: columns differ in preset or attack.
+Published figures are of other networks and epochs than small runs, and are there for orientation.
 
-As soon as a result is there it becomes a line of eval.jsonl beside the encoder. It is not measured a
-second time while the encoder, the data, the recipe and the attack are the same. The last classifier of
-each preset is kept there too, as classifier-<preset>-<BN>.pt (BN "dual" where both branches were
-trained; for another file than encoder.pt, its name comes before the preset's). One process at a time
-works in a folder.
+The file of an encoder holds the image size of its pretraining, and images are brought to that size,
+unless --image-size names another.
 
---kept measures nothing: it prints, of what was measured, that which the flags name. A flag that is left
-out chooses nothing, except --preset and --attacks.
+As soon as a result is there it becomes a line of eval.jsonl beside the encoder. It is not measured
+a second time while the encoder, the data, the recipe, the seed, and the attack with its settings
+(images, restarts, source) are the same. The last classifier of each preset is kept there too, as
+classifier-<preset>-<BN>.pt (BN is "dual" where both branches were trained). The classifier of an
+encoder in weights.pt is classifier-weights-<preset>.pt. One process at a time works in a folder.
+
+--kept measures nothing: it prints the results that are kept and agree with the flags given. A flag
+that is left out excludes nothing, except --preset and --attacks, whose defaults count.
 """
 import contextlib
 import json
@@ -184,8 +196,8 @@ def evaluate(path, name, args, env, shown, source=None):
     """Every attack that is asked for on the encoder at `path` by preset `name`: {(name, attack):
     result}.
 
-    `shown` are the images (sets.Sets). What eval.jsonl holds is not measured again; what is measured
-    goes there at once.
+    `shown` are the images (sets.Sets). What eval.jsonl holds is not measured again; what is
+    measured goes there at once.
     """
     preset = None if name == "knn" else flags.preset_of(args, name)
     encoder = foreign.load(path, args, all_branches=preset is not None and preset.dual)
@@ -206,7 +218,7 @@ def evaluate(path, name, args, env, shown, source=None):
             net = kept_or_trained(encoder, file, key, preset, shown.train)
         if not result:
             if preset:
-                result = measure(net, shown.test, attack, args, conditions, source)
+                result = sets.measure(net, shown.test, attack, args, conditions, source)
             else:
                 accuracy = knn.knn(encoder, shown.train, shown.test, **key["recipe"])
                 result = attacks.score(accuracy, len(shown.test))
@@ -227,22 +239,6 @@ def evaluate(path, name, args, env, shown, source=None):
             picture_path = path.parent / f"attacked-{stem}-{attack}.png"
             attacks.pictures(picture_path, net, shown.test, row, args.seed, source and source.net)
     return measured
-
-
-def measure(net, test_images, attack, args, conditions, source):
-    """The result for `attack`."""
-    row = attacks.ATTACKS.get(attack)
-    if isinstance(row, attacks.Corruptions):
-        folder = sets.public_corruptions(args) if row.public else None
-        return attacks.corrupted(net, test_images, row.kinds, folder, args.seed)
-    source = source.net if conditions["source"] else None
-    n = conditions["images"]
-    size = args.test_batch_size
-    result = attacks.judge(net, test_images, row, args.seed, n, conditions["restarts"] or 1, source, size)
-    if isinstance(row, attacks.AutoAttack):
-        result["sanity"] = attacks.sanity(net, test_images, row, args.seed, n, size)
-        print("  sanity:", ", ".join(f"{name} {value}" for name, value in result["sanity"].items()))
-    return result
 
 
 def measured_table(args, named):

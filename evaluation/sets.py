@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from common import data
-from evaluation import corruptions, foreign
+from evaluation import attacks, corruptions, foreign
 from evaluation.attacks import ATTACKS, Attack, AutoAttack, DeepFool, check_finite, resized
 from evaluation.finetune import held_out
 from evaluation.flags import asked, preset_of
@@ -58,7 +58,7 @@ def side_of(images):
 
 def check_sets(args, sets):
     """ValueError where the images do not suit the flags: what would fail late fails now."""
-    presets, attacks = asked(args)
+    presets, names = asked(args)
     side = side_of(sets.test)
     for images in (sets.train, sets.test):
         if (images.y < 0).any():
@@ -69,11 +69,11 @@ def check_sets(args, sets):
                              "square and of one size; give an --image-size to bring them to, as 32")
     if len(sets.train.y.unique()) < 2:
         raise ValueError(f"{args.data}: the training images are all of one class; an evaluation needs two")
-    if "c-like" in attacks and side != 32:
+    if "c-like" in names and side != 32:
         raise ValueError(f"--attacks c-like: its constants are for side 32, not {side}; --image-size 32")
-    if "c" in attacks:
+    if "c" in names:
         check_public(public_corruptions(args), sets.test)
-    for name in attacks:
+    for name in names:
         if isinstance(ATTACKS.get(name), AutoAttack) and side < 5:
             raise ValueError(f"--attacks {name}: AutoAttack needs images of side 5, these have {side}; "
                              "--image-size 32")
@@ -211,3 +211,19 @@ def conditions(attack, args, sets, source):
             "batch_size": args.test_batch_size if random and args.test_batch_size != 500 else None,
             "source": source.digest if source and moves else None,
             "files": public_contents(args) if attack == "c" else None}
+
+
+def measure(net, test_images, attack, args, conditions, source):
+    """Judge the classifier `net` under `attack`, a name: the result for eval.jsonl."""
+    row = attacks.ATTACKS.get(attack)
+    if isinstance(row, attacks.Corruptions):
+        folder = public_corruptions(args) if row.public else None
+        return attacks.corrupted(net, test_images, row.kinds, folder, args.seed)
+    source = source.net if conditions["source"] else None
+    n = conditions["images"]
+    size = args.test_batch_size
+    result = attacks.judge(net, test_images, row, args.seed, n, conditions["restarts"] or 1, source, size)
+    if isinstance(row, attacks.AutoAttack):
+        result["sanity"] = attacks.sanity(net, test_images, row, args.seed, n, size)
+        print("  sanity:", ", ".join(f"{name} {value}" for name, value in result["sanity"].items()))
+    return result
