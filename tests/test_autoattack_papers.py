@@ -165,7 +165,7 @@ def apgd_case(norm, loss, eps):
     return x, y, t, by_hand
 
 
-@pytest.mark.parametrize("norm, size", itertools.product(NORMS, (0, 1)))
+@pytest.mark.parametrize("norm, size", list(itertools.product(NORMS, (0, 1))))
 @pytest.mark.parametrize("loss", LOSSES)
 def test_all_100_iterates_of_apgd_are_those_of_algorithm_1(norm, size, loss):
     """Step, momentum, halving of the step, restart from the best point: each moves all the later iterates."""

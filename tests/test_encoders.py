@@ -706,7 +706,7 @@ def some_tensors():
     yield "vit_slim", "blocks.1.attn.qkv.bias", -math.inf
 
 
-@pytest.mark.parametrize("arch, name, value", some_tensors())
+@pytest.mark.parametrize("arch, name, value", list(some_tensors()))
 def test_a_tensor_that_is_not_finite_is_not_exported_nor_is_the_old_file_touched(tmp_path, arch, name, value):
     net, path = make(arch, () if arch == "vit_slim" else BRANCHES), tmp_path / "encoder.pt"
     chosen = None if arch == "vit_slim" else "adv"
