@@ -198,7 +198,8 @@ def train_step(net, target, opt, bank, x_q, x_k, order, noise, *, ema, temperatu
     `bank` is one of make_bank, `order` as in embed_keys. `noise`, a list like x_q, starts the
     attacks, of which there are none where eps is 0; None: they start at the images.
     """
-    # The key network moves first, then both networks see each of their images once, in train mode.
+    # The key network moves first (its parameters; its running statistics are its own). Then both networks
+    # see each of their images once, in train mode.
     optim.ema(target, net, ema)
     k = embed_keys(target, x_k, order)
     pairs = [(key, batch_keys(key, batch_negatives)) for key in k]

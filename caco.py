@@ -22,8 +22,9 @@ were positives, but after 14 epochs the encoder was as good.
 The body of the paper was not at hand. The equations are the survey's, the numbers for ImageNet the
 authors' code's, those for CIFAR-10 (the defaults) ours. Also from the code are the choice of the
 positive by largest cosine, the derivative through the cosine (Eqs. 7, 12 and 13 are those of free
-vectors), the loss as the *sum* of both views, and the bank's rate, momentum and warm-up. We depart
-from that code:
+vectors), the loss as the *sum* of both views, the bank's rate, momentum and warm-up, the
+augmentations, the projector, and the cosine of the key network's momentum. We depart from that
+code:
     - There is one temperature, as in the paper, so that one backward pass gives the gradients of
       both players. Their code has two flags for it, which are equal in every recipe.
     - After 256 steps of MoCo (--fill-steps) at the peak learning rate, with --ema, the bank is
@@ -35,8 +36,8 @@ from that code:
       trust |w| / (|g| + decay |w|). Theirs, MoCo v3's, has the rate outside and trust |w| / |g +
       decay w|.
 
-A step costs 8 forward passes, as MoCo's does on two views (a whole backward pass counts two). No
-image is attacked.
+A step costs 8 forward passes, as MoCo's does on two views (a whole backward pass counts two), and
+with multi-crop 11.3, a small view counted by its area. No image is attacked.
 
     python caco.py                                       CIFAR-10, ResNet-18, 200 epochs
     python caco.py --positives adversarial --out runs/eq13    Eq. 13
@@ -181,8 +182,8 @@ def train_step(net, target, opt, bank, x, *, positives_are, temperature, ema, ba
     """One iteration on the views x, a list: two that have keys, and any number of small ones; the
     losses to be logged. `bank` is one of make_bank; `positives_are` names one of LOSSES."""
     loss_of = LOSSES[positives_are]
-    # Both networks are in train mode. The key network moves between the passes; its
-    # keys get no gradient, as no parameter of it asks for one.
+    # Both networks are in train mode. The key network moves between the passes (its
+    # parameters; its running statistics are its own), and its keys get no gradient.
     q = [embed(net, view) for view in x]
     optim.ema(target, net, ema)
     k1 = embed(target, x[0])
