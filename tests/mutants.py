@@ -44,6 +44,7 @@ def tests_of(path):
 
 
 MORE = {
+    "adpe.py": ("test_encoders.py",),
     "common/augment.py": ("test_data.py", "test_data_faults.py"),
     "common/bank.py": ("test_step_amoc.py", "test_step_adco.py"),
     "common/data.py": ("test_augment.py", "test_faults.py"),
