@@ -140,7 +140,7 @@ def train_step(net, opt, x1, x2, noise, *,
     `attack`."""
 
     def loss_of(*views):
-        embeddings = [dist.gather(z) for z in embed(net, *views)]  # negatives of all processes
+        embeddings = [dist.gather(z) for z in embed(net, *views)]  # of all processes, with gradient
         return nt_xent(embeddings, temperature)
 
     # The attack comes first: it uses the running statistics that the step before has left.
