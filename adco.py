@@ -30,7 +30,7 @@ that code:
       all processes have one bank (in their code they do not where the fill leaves Gaussian rows).
 
 A step costs 4 forward passes, as MoCo's does (a whole backward pass counts two); the hybrid's costs
-15 with 5 attack steps, counting a backward pass to the pixels as one forward pass.
+14 with 5 attack steps, counting a backward pass to the pixels as one forward pass.
 
     python adco.py                                       CIFAR-10, ResNet-18, 200 epochs
     python adco.py --eps 8 --bank-temperature 0.12 --out runs/hybrid    the hybrid
