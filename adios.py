@@ -52,13 +52,13 @@ What is exported is the encoder, without heads and masker: at test time images a
 
 In the log, loss falls below chance (printed at the start) while the masker holds it up. loss_mask
 is the masker's view of it, for byol about half. penalty is at least N / sin(pi / N), twice that for
-simsiam, which masks both views; masks of equal area reach it whether
-they follow objects or not, so look at masks.png. std and rank say how far the projections are spread (for mae, the
-features), and a run in which they are all alike ends.
+simsiam, which masks both views; masks of equal area reach it whether they follow objects or not, so
+look at masks.png. std and rank say how far the projections are spread (for mae, the features), and
+a run in which they are all alike ends.
 
-Measured on one CPU thread (Intel Xeon) with --data shapes --single, in 3.6 minutes: the best
-mask covers the drawn figure with an intersection over union of 0.78, random masks with
-0.26. More is in results/README.md. This has not been run on a GPU yet.
+Measured on one CPU thread (Intel Xeon) with --data shapes --single, in 3.6 minutes: the best mask
+covers the drawn figure with an intersection over union of 0.78, random masks with 0.26. More is in
+results/README.md. This has not been run on a GPU yet.
 """
 import argparse
 import copy
