@@ -66,7 +66,7 @@ from torch import nn
 from common import data, dist, encoders, optim, run
 from common.augment import (
     random_color_jitter, random_gaussian_blur, random_grayscale, random_resized_crop)
-from common.bank import Bank, bank_argmax, bank_logsumexp
+from common.bank import Bank, bank_logsumexp, bank_summary, through_unit_rows, unit_rows
 from common.log import Log
 from common.pgd import eval_mode, pgd
 from common.pictures import difference, save_rows
@@ -84,11 +84,14 @@ CROPS = {224: (0.2, 1.0), 192: (0.172, 0.86), 160: (0.143, 0.715), 128: (0.114, 
 class GroupedNorm(nn.BatchNorm2d):
     """BatchNorm that sees groups of 2 to 32 images, at least two groups where it can."""
 
+    folds = True  # in eval mode it is a plain BatchNorm: see conv_norm of common/resnet.py
+
     def forward(self, x):
         if not self.training:
             return super().forward(x)
         count = min(max(2, math.ceil(len(x) / 32)), len(x) // 2)
-        groups = x.tensor_split(count)
+        sizes = [len(part) for part in torch.arange(len(x)).tensor_split(count)]
+        groups = x.split(sizes)  # whose backward pass is one cat; that of tensor_split adds up whole batches
         outputs = []
         for group in groups:  # together they move the running statistics about as far as one batch does
             outputs.append(F.batch_norm(group, self.running_mean, self.running_var, self.weight, self.bias,
@@ -125,17 +128,22 @@ def embed(net, x):
     return F.normalize(z.to(x.dtype), dim=1)
 
 
-def contrastive_loss(q, k, bank, temperature, keys=None):
-    """Eq. 3: -mean_i log( e^(q_i.k_i/T) / (e^(q_i.k_i/T) + sum_j e^(q_i.n_j/T)) ), n_j = bank_j /
-    |bank_j|.
+def contrastive_loss(q, k, n, temperature, keys=None):
+    """Eq. 3: -mean_i log( e^(q_i.k_i/T) / (e^(q_i.k_i/T) + sum_j e^(q_i.n_j/T)) ).
 
-    q, k (N, D) have unit rows, bank (K, D) any rows. With `keys` (M, D), all of the batch and so
-    among them the own ones, sum_m e^(q_i.keys_m/T) replaces the first term of the denominator.
-    Chance is ln(K + 1).
+    q, k (N, D) and n (K, D) have unit rows. With `keys` (M, D), all of the batch and so among them
+    the own ones, sum_m e^(q_i.keys_m/T) replaces the first term of the denominator. Chance is
+    ln(K + 1).
     """
-    positive = (q * k).sum(1) / temperature  # (N,)
-    own = positive if keys is None else bank_logsumexp(q, keys, temperature)
-    return (torch.logaddexp(own, bank_logsumexp(q, F.normalize(bank, dim=1), temperature)) - positive).mean()
+    positive, own = of_the_batch(q, k, temperature, keys)
+    return (torch.logaddexp(own, bank_logsumexp(q, n, temperature)) - positive).mean()
+
+
+def of_the_batch(q, k, temperature, keys):
+    """Of each query (N,): q.k/T, and the logarithm of what the batch has in the denominator of
+    Eq. 3."""
+    positive = (q * k).sum(1) / temperature
+    return positive, positive if keys is None else bank_logsumexp(q, keys, temperature)
 
 
 def make_bank(size, dim):
@@ -145,29 +153,29 @@ def make_bank(size, dim):
     return bank
 
 
-def bank_step(bank, velocity, grad, lr, momentum, weight_decay):
-    """A step of SGD up `grad`, while the decay still shrinks the rows; all (K, D). Returns bank and
-    velocity."""
-    velocity = momentum * velocity - grad + weight_decay * bank
-    return bank - lr * velocity, velocity
+@torch.no_grad()
+def bank_step(rows, velocity, grad, lr, momentum, weight_decay):
+    """A step of SGD up `grad`, while the decay still shrinks the rows. It changes rows and velocity;
+    all are (K, D)."""
+    velocity.mul_(momentum).sub_(grad).add_(rows, alpha=weight_decay)
+    rows.sub_(velocity, alpha=lr)
 
 
-def objective(triples, bank, temperature, symmetric):
+def objective(triples, n, temperature, symmetric):
     """Eq. 3 of all (q, k, keys) in `triples`: the mean of a symmetric loss's two, the sum of
     multi-crop's."""
-    losses = [contrastive_loss(q, k, bank, temperature, keys) for q, k, keys in triples]
+    losses = [contrastive_loss(q, k, n, temperature, keys) for q, k, keys in triples]
     return sum(losses) / (len(losses) if symmetric else 1)
 
 
-def attack(net, x, k, keys, bank, noise, *, temperature, eps, step_size, steps):
+def attack(net, x, k, keys, n, noise, *, temperature, eps, step_size, steps):
     """Eq. 6: the query's images x (B, 3, S, S) in [0, 1] moved within eps so as to maximise Eq. 3.
 
     eps and step_size are in the units of x. The search starts at x + eps `noise`, noise of x's
-    shape in [-1, 1], or, where noise is None, at x. k, keys and bank are constants, as in
+    shape in [-1, 1], or, where noise is None, at x. k, keys and n are constants, as in
     `contrastive_loss`.
     """
     start = x if noise is None else (x + eps * noise).clamp(0, 1)
-    n = F.normalize(bank, dim=1)
 
     def loss_of_query(x_adv):
         return contrastive_loss(embed(net, x_adv), k, n, temperature, keys)
@@ -204,44 +212,51 @@ def train_step(net, target, opt, bank, x_q, x_k, order, noise, *, ema, temperatu
     k = embed_keys(target, x_k, order)
     pairs = [(key, batch_keys(key, batch_negatives)) for key in k]
     pairs *= len(x_q) // len(x_k)  # in multi-crop all queries have one key
+    n, length = unit_rows(bank.rows)
     if eps:
         starts = [None] * len(x_q) if noise is None else noise
-        x_q = [attack(net, x, key, keys, bank.rows, start, temperature=temperature,
+        x_q = [attack(net, x, key, keys, n, start, temperature=temperature,
                       eps=eps, step_size=step_size, steps=steps)
                for x, (key, keys), start in zip(x_q, pairs, starts)]
     q = [embed(net, x) for x in x_q]
 
     # Two players, one point: the network descends `loss`, for which the bank is a constant; the
     # bank climbs `loss_bank`, for which the embeddings are constants, at a temperature of its own.
-    loss = objective([(query, *pair) for query, pair in zip(q, pairs)], bank.rows, temperature, symmetric)
-    w = bank.rows.detach().requires_grad_()
+    loss = objective([(query, *pair) for query, pair in zip(q, pairs)], n, temperature, symmetric)
+    free = n.detach().requires_grad_()
     constants = [(query.detach(), *pair) for query, pair in zip(q, pairs)]
-    loss_bank = objective(constants, w, bank_temperature, symmetric)
+    loss_bank = objective(constants, free, bank_temperature, symmetric)
 
     opt.zero_grad()
     (loss + loss_bank).backward()
-    dist.average_grads([*net.parameters(), w])
+    dist.average_grads([*net.parameters(), free])
     opt.step()
-    bank.rows, bank.velocity = bank_step(
-        w.detach(), bank.velocity, w.grad, bank_lr, bank_momentum, bank_decay)
+    grad = through_unit_rows(free.grad, n, length)
+    bank_step(bank.rows, bank.velocity, grad, bank_lr, bank_momentum, bank_decay)
     dist.average_buffers(net, target)  # else the running statistics of the processes drift apart
-    return {"loss": loss, **alarms(constants, loss_bank, w, bank.rows, bank_temperature, symmetric)}
+    return {"loss": loss, **alarms(constants, loss_bank, n, bank.rows, bank_temperature, symmetric)}
 
 
 @torch.no_grad()
-def alarms(triples, loss_bank, before, bank, temperature, symmetric):
-    """How alive the `bank` is after its step, which began at `before` with `loss_bank`."""
-    n = F.normalize(bank, dim=1)
-    q, k, keys = triples[0]
-    positive = (q * k).sum(1)
-    nearest = (q * n[bank_argmax(q, n)]).sum(1)
-    own = positive / temperature if keys is None else bank_logsumexp(q, keys, temperature)
+def alarms(triples, loss_bank, before, rows, temperature, symmetric):
+    """How alive the bank's `rows` are after their step, which began with `loss_bank` at the unit rows
+    `before`."""
+    n, length = unit_rows(rows)
+    losses = []
+    for q, k, keys in triples:
+        positive, own = of_the_batch(q, k, temperature, keys)
+        negative, nearest = bank_summary(q, n, temperature)
+        losses.append((torch.logaddexp(own, negative) - positive).mean())
+        if len(losses) == 1:
+            mass = (negative - own).sigmoid().mean()
+            accuracy = (positive > nearest).float().mean()
+    loss_after = sum(losses) / (len(losses) if symmetric else 1)
     return {
-        "mass": (bank_logsumexp(q, n, temperature) - own).sigmoid().mean(),
-        "bank_gain": objective(triples, bank, temperature, symmetric) - loss_bank,
-        "rotation": (n - F.normalize(before, dim=1)).norm(dim=1).mean(),
-        "norm": bank.norm(dim=1).mean(),
-        "accuracy": (positive > nearest).float().mean(),
+        "mass": mass,
+        "bank_gain": loss_after - loss_bank,
+        "rotation": (n - before).norm(dim=1).mean(),
+        "norm": length.mean(),
+        "accuracy": accuracy,
     }
 
 
@@ -320,7 +335,8 @@ def fill(net, target, opt, bank, images, size, args, env):
         optim.ema(target, net, args.ema)
         (k,) = embed_keys(target, x_k[:1], random_order(x, rng))
         q = embed(net, x_q[0])
-        loss = contrastive_loss(q, k, bank.rows, args.temperature, batch_keys(k, args.batch_negatives))
+        keys = batch_keys(k, args.batch_negatives)
+        loss = contrastive_loss(q, k, bank.rows, args.temperature, keys)  # until now, rows have length 1
         opt.zero_grad()
         loss.backward()
         dist.average_grads(net.parameters())
@@ -371,7 +387,8 @@ def pictures(net, target, bank, images, size, args):
         with eval_mode(target):
             k = embed(target, x2).detach()
         keys = k if args.batch_negatives else None
-        x_adv = attack(net, x1, k, keys, bank.rows, None, **attack_settings(args))
+        n, _ = unit_rows(bank.rows)
+        x_adv = attack(net, x1, k, keys, n, None, **attack_settings(args))
         rows += [("x1_adv", x_adv), ("x1_adv - x1", difference(x_adv, x1, args.eps / 255))]
     return rows
 

@@ -76,7 +76,7 @@ from torch import nn
 from common import data, dist, encoders, optim, run
 from common.augment import (
     random_color_jitter, random_gaussian_blur, random_grayscale, random_resized_crop, random_solarize)
-from common.bank import Bank, bank_argmax, bank_logsumexp
+from common.bank import Bank, bank_argmax, bank_logsumexp, bank_summary, through_unit_rows, unit_rows
 from common.log import Log
 from common.pictures import save_rows
 
@@ -124,10 +124,10 @@ def embed(net, x):
     return F.normalize(z.to(x.dtype), dim=1)
 
 
-def positives(k, bank):
-    """For each key of k (N, D) the row of bank (K, D) with the largest cosine, the first of
+def positives(k, n):
+    """For each key of k (N, D) the unit row of n (K, D) with the largest cosine, the first of
     several: (N,)."""
-    return bank_argmax(k, F.normalize(bank, dim=1))
+    return bank_argmax(k, n)
 
 
 def surprise(q, positive, n, temperature):
@@ -136,25 +136,23 @@ def surprise(q, positive, n, temperature):
     return bank_logsumexp(q, n, temperature) - (q * n[positive]).sum(1) / temperature
 
 
-def contrastive_loss(q, positive, bank, temperature):
-    """-mean_i log( e^(q_i.n_y/T) / sum_j e^(q_i.n_j/T) ), y = positive_i, n_j = bank_j / |bank_j|.
+def contrastive_loss(q, positive, n, temperature):
+    """-mean_i log( e^(q_i.n_y/T) / sum_j e^(q_i.n_j/T) ), y = positive_i.
 
-    q (N, D) has unit rows, positive (N,) is of `positives`, bank (K, D) has any rows. Chance is ln
-    K. Its gradient in n_j is p_j q_i / T for a negative (Eq. 7), and in n_y -(1 - p_i) q_i / T (Eq.
-    13); in `bank` it passes through the normalisation.
+    q (N, D) and n (K, D) have unit rows, positive (N,) is of `positives`. Chance is ln K. Its
+    gradient in n_j is p_j q_i / T for a negative (Eq. 7), and in n_y -(1 - p_i) q_i / T (Eq. 13).
     """
-    return surprise(q, positive, F.normalize(bank, dim=1), temperature).mean()
+    return surprise(q, positive, n, temperature).mean()
 
 
-def cooperative_loss(q, positive, bank, temperature):
-    """The value of `contrastive_loss` and its gradient in q; but in `bank` the gradient of the
-    positives is reversed, which is Eq. 12. A bank that climbs this gradient brings all its rows
-    nearer to the queries.
+def cooperative_loss(q, positive, n, temperature):
+    """The value of `contrastive_loss` and its gradient in q; but in n the gradient of the positives
+    is reversed, which is Eq. 12. A bank that climbs this gradient brings all its rows nearer to the
+    queries.
 
     d contrastive_loss / d n_y is -(1 - p_i) q_i / T, so that adding 2 (1 - p_i) q_i / T reverses
     it. The added term is 0 in value, and a constant for q.
     """
-    n = F.normalize(bank, dim=1)
     losses = surprise(q, positive, n, temperature)
     weight = -2 * torch.expm1(-losses.detach()) / temperature  # 2 (1 - p_i) / T, as p_i = e^-loss
     cosine = (q.detach() * n[positive]).sum(1)
@@ -172,10 +170,11 @@ def make_bank(size, dim):
     return bank
 
 
-def bank_step(bank, velocity, grad, lr, momentum):
-    """A step of SGD up `grad`, all (K, D). Returns bank and velocity."""
-    velocity = momentum * velocity - grad
-    return bank - lr * velocity, velocity
+@torch.no_grad()
+def bank_step(rows, velocity, grad, lr, momentum):
+    """A step of SGD up `grad`. It changes rows and velocity; all are (K, D)."""
+    velocity.mul_(momentum).sub_(grad)
+    rows.sub_(velocity, alpha=lr)
 
 
 def train_step(net, target, opt, bank, x, *, positives_are, temperature, ema, bank_lr, bank_momentum):
@@ -190,45 +189,49 @@ def train_step(net, target, opt, bank, x, *, positives_are, temperature, ema, ba
     k2 = embed(target, x[1])
 
     # The positive of a view is found by the key of the other one.
-    w = bank.rows.detach().requires_grad_()
-    positives1 = positives(k2, w)
-    positives2 = positives(k1, w)
+    n, length = unit_rows(bank.rows)
+    positives1 = positives(k2, n)
+    positives2 = positives(k1, n)
 
     # The sum of both views' losses is twice the mean over both.
     queries = torch.cat(q[:2])
     chosen = torch.cat([positives1, positives2])
-    loss_view = loss_of(queries, chosen, w, temperature)
+    free = n.detach().requires_grad_()
+    loss_view = loss_of(queries, chosen, free, temperature)
     loss = 2 * loss_view
     small = q[2:]
     if small:  # multi-crop: each small view meets both positives
         pairs = [positives1] * len(small) + [positives2] * len(small)
-        loss = loss_view + loss_of(torch.cat([*small, *small]), torch.cat(pairs), w, temperature)
+        loss = loss_view + loss_of(torch.cat([*small, *small]), torch.cat(pairs), free, temperature)
 
     # Two players, one backward pass: both gradients are taken at one point. The network descends
     # the loss, and the bank climbs it; of its positives, cooperative_loss has reversed the
     # gradient.
     opt.zero_grad()
     loss.backward()
-    dist.average_grads([*net.parameters(), w])
+    dist.average_grads([*net.parameters(), free])
     opt.step()
-    bank.rows, bank.velocity = bank_step(w.detach(), bank.velocity, w.grad, bank_lr, bank_momentum)
+    grad = through_unit_rows(free.grad, n, length)
+    bank_step(bank.rows, bank.velocity, grad, bank_lr, bank_momentum)
     dist.average_buffers(net, target)  # else the running statistics of the processes drift apart
-    return {"loss": loss, **alarms(queries, chosen, loss_view, w, bank.rows, temperature)}
+    return {"loss": loss, **alarms(queries, chosen, loss_view, n, bank.rows, temperature)}
 
 
 @torch.no_grad()
-def alarms(q, positive, loss, before, bank, temperature):
-    """How alive the `bank` is after its step, which began at `before` with `loss`."""
-    n = F.normalize(bank, dim=1)
-    losses = surprise(q, positive, n, temperature)
+def alarms(q, positive, loss, before, rows, temperature):
+    """How alive the bank's `rows` are after their step, which began with `loss` at the unit rows
+    `before`."""
+    n, length = unit_rows(rows)
+    y, nearest = bank_summary(q, n, temperature)
+    losses = y - (q * n[positive]).sum(1) / temperature
     of_one_view = positive[: len(positive) // 2].sort().values
     return {
         "bank_change": losses.mean() - loss,
         "p": losses.neg().exp().mean(),
         "unique": 1.0 + (of_one_view.diff() != 0).sum(),
-        "cosine": (q * n[bank_argmax(q, n)]).sum(1).mean(),
-        "rotation": (n - F.normalize(before, dim=1)).norm(dim=1).mean(),
-        "norm": bank.norm(dim=1).mean(),
+        "cosine": nearest.mean() * temperature,
+        "rotation": (n - before).norm(dim=1).mean(),
+        "norm": length.mean(),
     }
 
 

@@ -84,12 +84,16 @@ def bank_logsumexp(q, bank, temperature):
     rows of different lengths, fp16 (where small probabilities vanish), or a BANK_OP that is unknown or
     impossible.
     """
+    _check(q, bank, temperature)
+    return _BankLogSumExp.apply(q, bank, float(temperature))
+
+
+def _check(q, bank, temperature):
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature {temperature}: must be positive and finite")
     _check_rows(q, bank)
     if q.dtype == torch.float16:
         raise ValueError("q is float16: use bfloat16 or float32")
-    return _BankLogSumExp.apply(q, bank, float(temperature))
 
 
 def _check_rows(q, bank):
@@ -115,14 +119,38 @@ def bank_argmax(q, bank):
     return index
 
 
+@torch.no_grad()
+def bank_summary(q, bank, temperature):
+    """`bank_logsumexp`, and of each q_i the largest q_i . bank_j / temperature, found in one pass: (N,) both,
+    without gradient. Arguments and errors are those of `bank_logsumexp`."""
+    _check(q, bank, temperature)
+    return _op(q, bank).logsumexp(q, bank, float(temperature))
+
+
+@torch.no_grad()
+def unit_rows(w):
+    """n = w / |w| and the lengths |w| of the rows w (K, D): (K, D) and (K, 1)."""
+    length = torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min(1e-12)
+    return w / length, length
+
+
+@torch.no_grad()
+def through_unit_rows(grad, n, length):
+    """The gradient in the rows w of a function of n = w / |w|, from its gradient in n, `grad`; all (K, D), and
+    `length` (K, 1) of `unit_rows`: (g - (g . n) n) / |w|. It is at right angles to w, so that to first order
+    no step changes a length."""
+    along = (grad * n).sum(1, keepdim=True)
+    return torch.addcmul(grad, along, n, value=-1).div_(length)
+
+
 class _BankLogSumExp(torch.autograd.Function):
     """With P_ij = exp(q_i . b_j / T - y_i), whose rows sum to 1, and the incoming gradient g (N,): dq_i =
     (g_i / T) sum_j P_ij b_j and db_j = (1 / T) sum_i g_i P_ij q_i. P is made again, tile by tile."""
 
     @staticmethod
     def forward(ctx, q, bank, temperature):
-        ctx.op = _Kernels if _use_kernels(q, bank) else _Chunks
-        y = ctx.op.logsumexp(q, bank, temperature)
+        ctx.op = _op(q, bank)
+        y, _ = ctx.op.logsumexp(q, bank, temperature)
         ctx.save_for_backward(q, bank, y)
         ctx.temperature = temperature
         return y
@@ -136,11 +164,16 @@ class _BankLogSumExp(torch.autograd.Function):
         return None if dq is None else (dq * weight[:, None]).to(q.dtype), dbank, None
 
 
+def _op(q, bank):
+    return _Kernels if _use_kernels(q, bank) else _Chunks
+
+
 class _Chunks:
     """In PyTorch, over chunks of the bank."""
 
     @staticmethod
     def logsumexp(q, bank, T):
+        """y (N,), and the largest score q . b / T of each query (N,)."""
         top = torch.full((len(q),), -torch.inf, dtype=_wide(q), device=q.device)
         total = torch.zeros_like(top)
         for _, b in _chunks(q, bank):
@@ -148,7 +181,7 @@ class _Chunks:
             new = torch.maximum(top, s.amax(1))
             total = total * (top - new).exp() + s.sub_(new[:, None]).exp_().sum(1)
             top = new
-        return top + total.log()
+        return top + total.log(), top
 
     @staticmethod
     def gradients(q, bank, y, T, weight, of_q, of_bank):
@@ -156,13 +189,14 @@ class _Chunks:
         asked for."""
         rows_sum = torch.zeros(q.shape, dtype=y.dtype, device=q.device) if of_q else None
         dbank = torch.empty_like(bank) if of_bank else None
+        weighted = q.to(y.dtype) * weight[:, None]
         with torch.autocast(q.device.type, enabled=False):
             for rows, b in _chunks(q, bank):
                 p = _scores(q, b, T).sub_(y[:, None]).exp_()
                 if of_q:
                     rows_sum += p @ b
                 if of_bank:
-                    dbank[rows] = (p.mul_(weight[:, None]).T @ q.to(p.dtype)).to(bank.dtype)
+                    dbank[rows] = (p.T @ weighted).to(bank.dtype)
         return rows_sum, dbank
 
 
@@ -172,8 +206,8 @@ def _wide(q):
 
 def _chunks(q, bank):
     """`(slice, those rows)` of the bank, rounded to q's dtype but held in the wide one, in which products are
-    exact; N x chunk stays below 2^24 numbers."""
-    size = max(1, 2**24 // max(1, len(q)))
+    exact. N x chunk stays below 2^24 numbers on a GPU, and on a CPU below 2^18, which its cache holds."""
+    size = max(1, (2**18 if q.device.type == "cpu" else 2**24) // max(1, len(q)))
     for start in range(0, len(bank), size):
         rows = slice(start, start + size)
         yield rows, bank[rows].to(q.dtype).to(_wide(q))
@@ -226,7 +260,7 @@ class _Kernels:
         top, total = torch.empty(2, grid[1], len(q), device=q.device)
         with _on(q):
             _logsumexp_kernel[grid](q.contiguous(), bank.contiguous(), top, total, *numbers, **common)
-        return torch.logsumexp((top + total.log2()) * math.log(2), 0)
+        return torch.logsumexp((top + total.log2()) * math.log(2), 0), top.amax(0) * math.log(2)
 
     @staticmethod
     def gradients(q, bank, y, T, weight, of_q, of_bank):

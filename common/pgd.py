@@ -54,18 +54,31 @@ def pgd(loss_fn, x, eps, step_size, steps, norm="linf", random_start=True, start
     if start is None:
         start = (x + uniform(x, eps, norm, generator)).clamp(lo, hi) if random_start else x
     x_adv = start.detach().clone()
-    for _ in range(steps):
-        x_adv.requires_grad_()
-        with torch.enable_grad():
-            (g,) = torch.autograd.grad(loss_fn(x_adv), x_adv)
-        x_adv = x_adv.detach()
-        delta = x_adv + step_size * direction(g, x_adv, norm, lo, hi) - x
-        if norm == "l1":  # ball and box jointly: clipping afterwards would waste the budget that it frees
-            delta = project_l1_box(delta, eps, lo - x, hi - x)
-        else:
-            delta = project(delta, eps, norm)
-        x_adv = (x + delta).clamp(lo, hi)
+    if norm == "linf":  # ball and box are one box
+        least = (x - eps).clamp_min(lo)
+        most = (x + eps).clamp_max(hi)
+    with _casts_kept(x.device.type):
+        for _ in range(steps):
+            x_adv.requires_grad_()
+            with torch.enable_grad():
+                (g,) = torch.autograd.grad(loss_fn(x_adv), x_adv)
+            x_adv = x_adv.detach()
+            moved = x_adv.add(direction(g, x_adv, norm, lo, hi), alpha=step_size)
+            if norm == "linf":
+                x_adv = moved.clamp(least, most)
+            elif norm == "l1":  # ball and box jointly: clipping afterwards would waste the budget that it frees
+                x_adv = (x + project_l1_box(moved - x, eps, lo - x, hi - x)).clamp(lo, hi)
+            else:
+                x_adv = (x + project(moved - x, eps, norm)).clamp(lo, hi)
     return x_adv
+
+
+def _casts_kept(device):
+    """Autocast as it is, on or off. But where `loss_fn` turns it on, the weights that it casts are kept until
+    this block ends, rather than cast at every step."""
+    if not torch.amp.is_autocast_available(device):  # as for "meta"
+        return contextlib.nullcontext()
+    return torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
 
 NORMS = ("linf", "l2", "l1", "l1_dense")
@@ -188,16 +201,39 @@ def ball_point(u, norm):
 
 @contextlib.contextmanager
 def eval_mode(*nets):
-    """Eval mode for all modules of `nets` inside the block; each gets its own back, exception or not."""
+    """Eval mode for all modules of `nets` inside the block; each gets its own back, exception or not.
+
+    BatchNorms may keep what they derive from the weights until the block ends (`Kept`): one backward pass to
+    the weights can go through it, gradients of the images are not limited.
+    """
     modules = [m for net in nets for m in net.modules()]
     modes = [m.training for m in modules]
+    norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [m.__dict__.get("kept") for m in norms]
     try:
         for m in modules:
             m.training = False
+        for m in norms:
+            m.__dict__["kept"] = Kept()
         yield
     finally:
         for m, mode in zip(modules, modes):
             m.training = mode
+        for m, outer in zip(norms, kept):
+            if outer is None:
+                del m.__dict__["kept"]
+            else:
+                m.__dict__["kept"] = outer
+
+
+class Kept(dict):
+    """What a module keeps for the time of an `eval_mode`; a copy of the module begins with nothing."""
+
+    def __deepcopy__(self, memo):
+        return Kept()
+
+    def __reduce__(self):
+        return Kept, ()
 
 
 @contextlib.contextmanager

@@ -2,8 +2,8 @@
 pre-activation and wide ones that the literature on robustness uses.
 
 Clean and attacked images have different statistics, so each kind gets a BatchNorm of its own (Xie et al.
-2020, arXiv 1911.09665); `with branch(net, "adv"):` chooses. Module names of `ResNet` are torchvision's. The
-file stands alone.
+2020, arXiv 1911.09665); `with branch(net, "adv"):` chooses. Module names of `ResNet` are torchvision's. In
+eval mode convolution and BatchNorm are one convolution (`conv_norm`). The file stands alone.
 """
 import contextlib
 
@@ -33,7 +33,7 @@ def branch(net, name):
     Raises ValueError where a BranchNorm has no such branch, or where all BatchNorms of `net` are plain
     ones: clean and attacked images would share their statistics, and nothing would show it.
     """
-    modules = list(net.modules())  # one walk: every embedding comes by here
+    modules = _modules(net)
     norms = [m for m in modules if isinstance(m, BranchNorm)]
     if not norms and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
         other = "adv" if name == "clean" else name
@@ -47,11 +47,70 @@ def branch(net, name):
     before = [m.branch for m in norms]
     try:
         for m in norms:
-            m.branch = name
+            m.__dict__["branch"] = name  # nn.Module's own way to set it takes twenty times as long
         yield
     finally:
         for m, old in zip(norms, before):
-            m.branch = old
+            m.__dict__["branch"] = old
+
+
+def _modules(net):
+    """All modules of `net`, itself included. Every embedding comes by here, and net.modules(), which makes a
+    name for each and looks for repetitions, takes ten times as long."""
+    found = [net]
+    for m in found:  # grows meanwhile
+        found += [child for child in m._modules.values() if child is not None]
+    return found
+
+
+def conv_norm(conv, norm, x):
+    """norm(conv(x)) of x (B, C, H, W), `norm` any module.
+
+    A BatchNorm in eval mode multiplies each channel by s = gamma / sqrt(var + eps) and adds beta - mean s. So
+    it is done by a convolution with weights s w and with that bias, which saves a pass over the channels both
+    forward and backward. Values and gradients, those of all parameters included, are equal up to rounding.
+    Modules with hooks are called one after the other, since the hooks are to see what they make.
+    """
+    inner = norm.branches[norm.branch] if isinstance(norm, BranchNorm) else norm
+    folds = type(inner) in (nn.BatchNorm2d, nn.SyncBatchNorm) or getattr(inner, "folds", False)
+    if not folds or inner.training or inner.running_mean is None or any(map(_has_hooks, (conv, norm, inner))):
+        return norm(conv(x))
+    weight, bias = _folded(conv, inner)
+    return conv._conv_forward(x, weight, bias)
+
+
+def _has_hooks(m):
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+
+
+def _folded(conv, norm):
+    """Weights and bias of the one convolution. Within `eval_mode` (of common/pgd.py), which gives `norm` a
+    dict `kept` for that, they are made once for each state of the weights: an attack asks for them at every
+    step."""
+    device = conv.weight.device.type
+    dtype = conv.weight.dtype
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and dtype != torch.float64:  # which autocast leaves alone
+        dtype = torch.get_autocast_dtype(device)
+    kept = None if torch.compiler.is_compiling() else norm.__dict__.get("kept")
+    if kept is None:
+        return _fold(conv, norm, dtype)
+    sources = [conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var]
+    versions = [0 if t is None or t.is_inference() else t._version for t in sources]
+    key = (dtype, torch.is_grad_enabled(), *map(id, sources), *versions)
+    if key not in kept:
+        kept[key] = sources, _fold(conv, norm, dtype)  # `sources`: so that no other tensor gets their id
+    return kept[key][1]
+
+
+def _fold(conv, norm, dtype):
+    wide = torch.promote_types(norm.running_var.dtype, torch.float32)
+    scale = (norm.running_var.to(wide) + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
+    bias = -mean * scale if norm.bias is None else norm.bias - mean * scale
+    return (conv.weight * scale[:, None, None, None]).to(dtype), bias.to(dtype)
 
 
 def _conv(c_in, c_out, size, stride=1):
@@ -82,6 +141,17 @@ class Block(nn.Module):
         self.downsample = None if same else nn.Sequential(_conv(c_in, c_out, 1, stride), norm(c_out))
 
     def forward(self, x):
+        if torch.jit.is_scripting():  # TorchScript has no functions of modules
+            return self.unfolded(x)
+        y = conv_norm(self.conv1, self.bn1, x).relu_()
+        y = conv_norm(self.conv2, self.bn2, y)
+        if self.conv3 is not None:
+            y = conv_norm(self.conv3, self.bn3, y.relu_())
+        y = stochastic_depth(y, self.drop, "row", self.training)
+        return (y + (x if self.downsample is None else conv_norm(*self.downsample, x))).relu_()
+
+    def unfolded(self, x):
+        """`forward` without conv_norm."""
         y = self.bn1(self.conv1(x)).relu()
         y = self.bn2(self.conv2(y))
         if self.conv3 is not None:
@@ -126,7 +196,11 @@ class ResNet(nn.Module):
 
     def forward(self, x):
         x = (x - self.mean) / self.std
-        x = self.maxpool(self.bn1(self.conv1(x)).relu())
+        if torch.jit.is_scripting():
+            x = self.bn1(self.conv1(x))
+        else:
+            x = conv_norm(self.conv1, self.bn1, x)
+        x = self.maxpool(x.relu_())
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return x.mean((2, 3))
 
@@ -147,8 +221,8 @@ class PreActBlock(nn.Module):
 
     def forward(self, x):
         activated = self.bn1(x).relu()
-        y = self.conv1(activated)
-        y = self.conv2(self.bn2(y).relu())
+        y = conv_norm(self.conv1, self.bn2, activated)
+        y = self.conv2(y.relu_())
         y = stochastic_depth(y, self.drop, "row", self.training)
         return y + (x if self.downsample is None else self.downsample(activated))
 

@@ -29,6 +29,11 @@ q, k = unit(S(4, 6, 0)), unit(S(4, 6, 0.5))
 W = S(9, 6, 2) * (0.5 + 0.25 * torch.arange(9, dtype=torch.float64))[:, None]
 
 
+def loss_of_rows(q, k, bank, T, keys=None):
+    """The loss of rows of any length, as train_step reads them."""
+    return adco.contrastive_loss(q, k, unit(bank), T, keys)
+
+
 def slow_loss(q, k, bank, T, keys=None):
     """Eq. 3, one query and one negative at a time."""
     total = 0.0
@@ -49,7 +54,7 @@ def slow_loss(q, k, bank, T, keys=None):
      (0.7320357011723938, 0.12655932915739876, -0.002091625699788997))])
 def test_the_loss_equals_slow_loops_and_the_printed_value_and_gradients(T, keys, value, dq, dW):
     grads = []
-    for loss_of in (adco.contrastive_loss, slow_loss):
+    for loss_of in (loss_of_rows, slow_loss):
         a, w = q.clone().requires_grad_(), W.clone().requires_grad_()
         loss = loss_of(a, k, w, T, keys)
         assert loss.item() == pytest.approx(value, rel=1e-9)
@@ -63,7 +68,7 @@ def test_the_loss_equals_slow_loops_and_the_printed_value_and_gradients(T, keys,
 
 def bank_gradient(q, k, bank, T):
     w = bank.clone().requires_grad_()
-    return torch.autograd.grad(adco.contrastive_loss(q, k, w, T), w)[0]
+    return torch.autograd.grad(loss_of_rows(q, k, w, T), w)[0]
 
 
 def test_survey_eq_7_is_the_banks_gradient_before_the_cosines_jacobian():
@@ -84,24 +89,24 @@ def test_survey_eq_7_is_the_banks_gradient_before_the_cosines_jacobian():
 
 
 def test_the_banks_gradient_equals_finite_differences():
-    assert torch.autograd.gradcheck(lambda w: adco.contrastive_loss(q, k, w, 0.2), W.clone().requires_grad_())
+    assert torch.autograd.gradcheck(lambda w: loss_of_rows(q, k, w, 0.2), W.clone().requires_grad_())
 
 
 def test_closed_forms():
     same = unit(torch.ones(4, 8, dtype=torch.float64))
     bank = 3 * same[:1].expand(16, 8)
-    assert adco.contrastive_loss(same, same, bank, 0.12).item() == pytest.approx(math.log(17))
-    assert adco.contrastive_loss(same, same, bank, 0.12, same).item() == pytest.approx(math.log(20))
+    assert loss_of_rows(same, same, bank, 0.12).item() == pytest.approx(math.log(17))
+    assert loss_of_rows(same, same, bank, 0.12, same).item() == pytest.approx(math.log(20))
     e = torch.eye(17, dtype=torch.float64)
-    value = adco.contrastive_loss(e[:1], e[:1], 5 * e[1:], 0.12).item()
+    value = loss_of_rows(e[:1], e[:1], 5 * e[1:], 0.12).item()
     assert value == pytest.approx(math.log(1 + 16 * math.exp(-1 / 0.12)), rel=1e-12)
 
 
 def test_the_loss_is_the_same_under_autocast_and_finite_at_any_temperature():
     a, b, w = q.float().requires_grad_(), k.float(), W.float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        cast, low = adco.contrastive_loss(a, b, w, 0.02, b), adco.contrastive_loss(a, -a.detach(), w, 0.001)
-    assert cast == adco.contrastive_loss(a, b, w, 0.02, b)
+        cast, low = loss_of_rows(a, b, w, 0.02, b), loss_of_rows(a, -a.detach(), w, 0.001)
+    assert cast == loss_of_rows(a, b, w, 0.02, b)
     low.backward()
     assert low.isfinite() and a.grad.isfinite().all() and w.grad.isfinite().all()
 
@@ -119,12 +124,12 @@ def test_bank_steps_equal_printed_values_and_sgd_that_maximises(steps, direction
     for _ in range(steps):
         pairs = [(q, k), (k, q)][:directions]
         rows.grad = sum(bank_gradient(*pair, w, T) for pair in pairs) / directions
-        w, v = adco.bank_step(w, v, rows.grad, **STEP)
+        adco.bank_step(w, v, rows.grad, **STEP)
         opt.step()
         torch.testing.assert_close(w, rows.data, rtol=1e-12, atol=1e-12)
-    found = [w.norm().item(), w[0, 0].item(), w[8, 5].item(), adco.contrastive_loss(q, k, w, T).item()]
+    found = [w.norm().item(), w[0, 0].item(), w[8, 5].item(), loss_of_rows(q, k, w, T).item()]
     assert found[: len(values)] == pytest.approx(list(values), rel=1e-9)
-    assert found[3] > adco.contrastive_loss(q, k, W, T).item() == pytest.approx(0.6367563904844573, rel=1e-9)
+    assert found[3] > loss_of_rows(q, k, W, T).item() == pytest.approx(0.6367563904844573, rel=1e-9)
 
 
 class Linear(nn.Module):
@@ -149,7 +154,7 @@ def arguments(**flags):
 
 
 def attack(net, x, k, keys, bank, noise, args):
-    return adco.attack(net, x, k, keys, bank, noise, **adco.attack_settings(args))
+    return adco.attack(net, x, k, keys, unit(bank), noise, **adco.attack_settings(args))
 
 
 def train_step(net, target, opt, bank, x_q, x_k, order, noise, args):
@@ -247,8 +252,8 @@ def test_a_step_gathers_each_key_once_and_never_within_an_attack(flags, queries,
 def test_a_symmetric_step_is_one_pass_over_stacked_rows():
     q1, q2, k1, k2 = (unit(S(4, 6, p)) for p in (0, 0.4, 0.1, 0.5))
     w = W.clone().requires_grad_()
-    both = adco.objective([(q1, k2, None), (q2, k1, None)], w, 0.05, True)
-    stacked = adco.contrastive_loss(torch.cat([q1, q2]), torch.cat([k2, k1]), w, 0.05)
+    both = adco.objective([(q1, k2, None), (q2, k1, None)], unit(w), 0.05, True)
+    stacked = loss_of_rows(torch.cat([q1, q2]), torch.cat([k2, k1]), w, 0.05)
     assert both.item() == pytest.approx(stacked.item(), rel=1e-12)
     torch.testing.assert_close(*(torch.autograd.grad(f, w)[0] for f in (both, stacked)), rtol=1e-12, atol=1e-12)
 
@@ -329,7 +334,7 @@ def test_the_attack_climbs_and_leaves_no_trace_and_its_constants_change_no_bit()
 
     with eval_mode(net):
         assert loss(x_adv) > loss(x1) + 1e-3
-        again = pgd(lambda x: adco.contrastive_loss(adco.embed(net, x), k, F.normalize(bank.rows), 0.12),
+        again = pgd(lambda x: loss_of_rows(adco.embed(net, x), k, bank.rows, 0.12),
                     x1, eps, 2 / 255, 5, start=(x1 + eps * noise).clamp(0, 1))
     assert torch.equal(x_adv, again)
 

@@ -37,6 +37,14 @@ def slow_ascent(q, positive, bank, T):
     return g_w - g_v
 
 
+def of_rows(loss_of):
+    """`loss_of` for rows of any length, as train_step reads them."""
+    return lambda q, positive, bank, T: loss_of(q, positive, unit(bank), T)
+
+
+contrastive_loss, cooperative_loss = of_rows(caco.contrastive_loss), of_rows(caco.cooperative_loss)
+
+
 def gradients(loss_of, q, positive, T):
     a, w = q.clone().requires_grad_(), W.clone().requires_grad_()
     loss = loss_of(a, positive, w, T)
@@ -44,9 +52,9 @@ def gradients(loss_of, q, positive, T):
 
 
 def test_positives_are_the_nearest_rows_by_cosine():
-    assert caco.positives(k1, W).tolist() == caco.positives(k2, W).tolist() == [2, 0, 1, 2]
+    assert caco.positives(k1, unit(W)).tolist() == caco.positives(k2, unit(W)).tolist() == [2, 0, 1, 2]
     assert (k2 @ W.T).argmax(1).tolist() == [2, 3, 4, 2]  # without normalising
-    assert caco.positives(k1, torch.cat([W, W])).tolist() == [2, 0, 1, 2]  # the first of equals
+    assert caco.positives(k1, unit(torch.cat([W, W]))).tolist() == [2, 0, 1, 2]  # the first of equals
 
 
 @pytest.mark.parametrize("y, T, value, dq, dW, H", [
@@ -57,8 +65,8 @@ def test_positives_are_the_nearest_rows_by_cosine():
      (1.9438110396960004, 0.6018526357953549, -0.04962222908649049),
      (1.3717591931186883, -0.3370302448747137, -0.04962222908649049))])
 def test_both_losses_equal_slow_loops_and_the_printed_values_and_gradients(y, T, value, dq, dW, H):
-    loss, a, w = gradients(caco.contrastive_loss, q1, y, T)
-    same_loss, same_a, h = gradients(caco.cooperative_loss, q1, y, T)
+    loss, a, w = gradients(contrastive_loss, q1, y, T)
+    same_loss, same_a, h = gradients(cooperative_loss, q1, y, T)
     slow, slow_a, slow_w = gradients(slow_loss, q1, y, T)
     assert (loss, same_loss, slow) == pytest.approx((value,) * 3, rel=1e-9)
     for got, want in ((a, slow_a), (same_a, slow_a), (w, slow_w), (h, slow_ascent(q1, y, W, T))):
@@ -81,8 +89,8 @@ def closed(y, T, sign):
 
 @pytest.mark.parametrize("y, T", [(POSITIVE, 0.5), (SHARED, 0.2), (SHARED, 0.08)])
 def test_survey_eq_12_and_eq_13_are_the_banks_gradients_through_the_cosine(y, T):
-    torch.testing.assert_close(gradients(caco.cooperative_loss, q1, y, T)[2], closed(y, T, 1), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(gradients(caco.contrastive_loss, q1, y, T)[2], closed(y, T, -1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(cooperative_loss, q1, y, T)[2], closed(y, T, 1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(contrastive_loss, q1, y, T)[2], closed(y, T, -1), rtol=1e-12, atol=1e-12)
 
 
 def test_survey_eq_12_sets_the_weights_of_both_roles_equal():
@@ -93,8 +101,8 @@ def test_survey_eq_12_sets_the_weights_of_both_roles_equal():
 
 
 def test_the_contrastive_gradient_equals_finite_differences_and_the_cooperative_one_that_of_two_roles():
-    assert torch.autograd.gradcheck(lambda w: caco.contrastive_loss(q1, SHARED, w, 0.5), W.clone().requires_grad_())
-    h = gradients(caco.cooperative_loss, q1, SHARED, 0.5)[2]
+    assert torch.autograd.gradcheck(lambda w: contrastive_loss(q1, SHARED, w, 0.5), W.clone().requires_grad_())
+    h = gradients(cooperative_loss, q1, SHARED, 0.5)[2]
     for j, d in ((0, 0), (3, 2), (8, 5)):
         e = torch.zeros_like(W)
         e[j, d] = 1e-6
@@ -104,9 +112,9 @@ def test_the_contrastive_gradient_equals_finite_differences_and_the_cooperative_
 
 def test_closed_forms():
     same = unit(torch.ones(4, 8, dtype=torch.float64))
-    assert caco.contrastive_loss(same, POSITIVE, 3 * same[:1].expand(16, 8), 0.08).item() == pytest.approx(math.log(16))
+    assert contrastive_loss(same, POSITIVE, 3 * same[:1].expand(16, 8), 0.08).item() == pytest.approx(math.log(16))
     e = torch.eye(16, dtype=torch.float64)
-    value = caco.contrastive_loss(e[:3], torch.arange(3), 2 * e, 0.08).item()
+    value = contrastive_loss(e[:3], torch.arange(3), 2 * e, 0.08).item()
     assert value == pytest.approx(math.log(1 + 15 * math.exp(-1 / 0.08)), rel=1e-10)
 
 
@@ -114,8 +122,8 @@ def test_closed_forms():
 def test_the_losses_are_the_same_under_autocast_and_finite_at_any_temperature(loss_of):
     a, w = q1.float().requires_grad_(), W.float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        cast, low = loss_of(a, SHARED, w, 0.08), loss_of(a, SHARED, w, 0.001)
-    assert cast == loss_of(a, SHARED, w, 0.08)
+        cast, low = of_rows(loss_of)(a, SHARED, w, 0.08), of_rows(loss_of)(a, SHARED, w, 0.001)
+    assert cast == of_rows(loss_of)(a, SHARED, w, 0.08)
     low.backward()
     assert low.isfinite() and a.grad.isfinite().all() and w.grad.isfinite().all()
 
@@ -126,15 +134,15 @@ def test_the_losses_are_the_same_under_autocast_and_finite_at_any_temperature(lo
      (7.761875868441428, 0.6885644140495555, 5.644950601768929))])
 def test_three_bank_steps_equal_printed_values(both, T, lr, cooperative, adversarial):
     pairs = [(q1, POSITIVE), (q2, POSITIVE)] if both else [(q1, SHARED)]
-    for loss_of, want in ((caco.cooperative_loss, cooperative), (caco.contrastive_loss, adversarial)):
+    for loss_of, want in ((cooperative_loss, cooperative), (contrastive_loss, adversarial)):
         w, v = W.clone(), torch.zeros_like(W)
         for _ in range(3):
             a = w.clone().requires_grad_()
             (g,) = torch.autograd.grad(sum(loss_of(q, y, a, T) for q, y in pairs), a)
-            w, v = caco.bank_step(w, v, g, lr, 0.9)
-        after = sum(caco.contrastive_loss(q, y, w, T).item() for q, y in pairs)
+            caco.bank_step(w, v, g, lr, 0.9)
+        after = sum(contrastive_loss(q, y, w, T).item() for q, y in pairs)
         assert [w.norm().item(), w[0, 0].item(), after][-len(want):] == pytest.approx(list(want), rel=1e-9)
-    before = sum(caco.contrastive_loss(q, y, W, T).item() for q, y in pairs)
+    before = sum(contrastive_loss(q, y, W, T).item() for q, y in pairs)
     assert cooperative[2] < before < adversarial[-1]
     if both:
         assert before == pytest.approx(0.08201179322160579, rel=1e-9)
@@ -184,7 +192,7 @@ def test_the_alarms_are_what_they_are_called():
     net = Linear()
     losses, bank = step(net, Linear().requires_grad_(False), [x1, x2], temperature=0.2, bank_lr=0.05)
     q = [unit(net(x)).detach() for x in (x1, x2)]
-    y = [caco.positives(unit(Linear()(x)), W) for x in (x2, x1)]
+    y = [caco.positives(unit(Linear()(x)), unit(W)) for x in (x2, x1)]
     before, after = (sum(slow_loss(*pair, rows, 0.2) for pair in zip(q, y)) / 2 for rows in (W, bank.rows))
     assert losses["bank_change"].item() == pytest.approx((after - before).item(), rel=1e-9) and after < before
     s = torch.cat(q) @ unit(bank.rows).T

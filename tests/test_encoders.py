@@ -467,12 +467,14 @@ def test_a_network_without_batchnorm_or_with_some_branches_is_fine(net):
         pass
 
 
-def test_choosing_a_branch_costs_one_walk_through_the_network(monkeypatch):
-    net, walks, modules = trained(), [], nn.Module.modules
-    monkeypatch.setattr(nn.Module, "modules", lambda self: walks.append(self) or modules(self))
+def test_choosing_a_branch_is_cheap(monkeypatch):
+    """Every embedding does it: it goes once over the modules, without what makes nn.Module's own ways slow."""
+    net, slow, modules, set_attribute = trained(), [], nn.Module.named_modules, nn.Module.__setattr__
+    monkeypatch.setattr(nn.Module, "named_modules", lambda self, *args: slow.append(self) or modules(self, *args))
+    monkeypatch.setattr(nn.Module, "__setattr__", lambda self, *pair: slow.append(pair) or set_attribute(self, *pair))
     with branch(net, "adv"):
         pass
-    assert walks == [net]
+    assert slow == []
 
 
 def test_a_state_dict_carries_every_branch():
@@ -515,12 +517,12 @@ def named(name):
 def test_torchscript_compiles_a_resnet_with_its_names_and_features(name):
     net, x = named(name), pictures(2)
     scripted = torch.jit.script(net)
-    assert torch.equal(scripted(x), net(x))
+    torch.testing.assert_close(scripted(x), net(x))  # it does not fold its BatchNorms
     assert {*scripted.state_dict()} - {"mean", "std"} == {*net.state_dict()}  # it keeps every buffer
     file = io.BytesIO()
     torch.jit.save(scripted, file)
     file.seek(0)
-    assert torch.equal(torch.jit.load(file)(x), net(x))
+    assert torch.equal(torch.jit.load(file)(x), scripted(x))
     net.train(), scripted.train()
     torch.testing.assert_close(scripted(x), net(x))
 
