@@ -42,7 +42,7 @@ def branch(net, name):
                          f"make(arch, {branches}), or by torchvision with "
                          f"norm_layer=lambda c: BranchNorm(c, {branches})")
     for m in norms:
-        if name not in m.branches:
+        if name not in m._modules["branches"]._modules:  # m.branches would take ten times as long
             raise ValueError(f"BN branch {name!r}: this network has {', '.join(m.branches)}")
     before = [m.branch for m in norms]
     try:
@@ -55,11 +55,12 @@ def branch(net, name):
 
 
 def _modules(net):
-    """All modules of `net`, itself included. Every embedding comes by here, and net.modules(), which makes a
-    name for each and looks for repetitions, takes ten times as long."""
+    """All modules of `net`, itself included, and perhaps None. Every embedding comes by here, and
+    net.modules(), which makes a name for each and looks for repetitions, takes ten times as long."""
     found = [net]
     for m in found:  # grows meanwhile
-        found += [child for child in m._modules.values() if child is not None]
+        if m is not None and m._modules:
+            found += m._modules.values()
     return found
 
 
