@@ -5,15 +5,13 @@ targeted DLR loss, nine targets; FAB-T (Croce & Hein 2020, arXiv 1907.02044), ni
 (Andriushchenko et al. 2020, arXiv 1912.00049), 5000 queries. No number is to be tuned.
 
 It makes the decisions of the official code under the same seed and batches, faster. A point stops at
-its first success and leaves the batch; no gradient of a weight is made; the search asks a copy of the
-network without BatchNorms (`folded`); where few points stand, several targets (FAB) or queries (Square)
-of each fill the batch. Points do not influence each other in eval mode, so all this changes rounding
+its first success and leaves the batch; no gradient of a weight is made; where few points stand, several
+targets (FAB) or queries (Square) of each fill the batch. Points do not influence each other in eval mode, so all this changes rounding
 only; `stop=False` in `apgd` and `fab` runs every point to the end as the official code does. A point
 that stands to the end costs 10,000 passes, a backward one counted as one, of the official 10,700.
 
 Logits of an attacked image that are not all finite speak for no class: they count as misclassified.
 """
-import contextlib
 import math
 import numbers
 import time
@@ -21,6 +19,8 @@ import warnings
 
 import torch
 import torch.nn.functional as F
+
+from common.pgd import eval_mode
 
 VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
@@ -77,12 +77,12 @@ def autoattack(net, x, y, eps, norm="linf", version="standard", seed=0, batch_si
                          "precision": "bf16 search, fp32 verified" if fast else "fp32"}
     sizes = [math.ceil(batch_size * part / 16) for part in (1, 2, 3, 4, 6, 8, 12, 16)]
     sizes = () if x.device.type == "cpu" else sizes
-    with eval_mode(net):
+    with eval_mode(*[net] if isinstance(net, torch.nn.Module) else []):
         judge = Queries(net, sizes)
         with torch.no_grad():
             logits = torch.cat([judge(part) for part in x.split(batch_size)])
         check_clean(logits, y, batch_size)
-        search = Queries(folded(net, x[:batch_size], eps), sizes, fast, batch_size)
+        search = Queries(net, sizes, fast, batch_size)
         if logits.shape[1] < 4 and "apgd-t" in stages:
             found.append("fewer than 4 classes: the targeted DLR loss does not exist, apgd-t is left out")
             stages = tuple(s for s in stages if s != "apgd-t")
@@ -224,32 +224,6 @@ def mistaken(logits, y):
     """(n,) whether the logits (n, C) do not speak for the class y: another is highest, or one is not
     finite (argmax would read NaN as the class that it stands at, 0 where it stands at all)."""
     return (logits.argmax(1) != y) | ~finite(logits)
-
-
-def folded(net, x, eps):
-    """A faster copy of `net`, a module in eval mode: BatchNorms are folded into the convolutions before
-    them, and on a CPU weights are channels last. `net` itself where it is compiled, where torch.fx
-    cannot trace it, or where logits and gradients near the images x (uniform noise of radius eps) do
-    not stay the same: within 1 %, for most images, as rounding may switch a ReLU of some."""
-    if not isinstance(net, torch.nn.Module) or net._compiled_call_impl:
-        return net
-    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    z = (x + eps * (2 * noise - 1)).clamp(0, 1)
-
-    def ask(f):
-        logits, _, g = Queries(f).gradient(z, lambda logits: logits.square().sum(1))
-        return logits, g.flatten(1)
-
-    cpu = x.device.type == "cpu"
-    for layout in (torch.channels_last, torch.preserve_format) if cpu else (torch.preserve_format,):
-        with contextlib.suppress(Exception):  # control flow that depends on the input; a view; ...
-            from torch.fx.experimental.optimization import fuse
-
-            copy = fuse(net).to(memory_format=layout)
-            pairs = zip(ask(net), ask(copy.forward))  # its __call__ prints the errors that it raises
-            if all(((a - b).norm(dim=1) <= 0.01 * a.norm(dim=1)).float().mean() > 0.5 for a, b in pairs):
-                return copy
-    return net
 
 
 def misuse(net, x, y, logits):
@@ -679,16 +653,3 @@ def eta(s, generator):
 
 
 STAGES = {"apgd-ce": apgd_ce, "apgd-t": apgd_t, "fab-t": fab_t, "square": square}
-
-
-@contextlib.contextmanager
-def eval_mode(net):
-    """Eval mode for all modules of `net` inside the block (none, if it is a mere function)."""
-    modes = [(m, m.training) for m in net.modules()] if isinstance(net, torch.nn.Module) else []
-    try:
-        for m, _ in modes:
-            m.training = False
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode

@@ -1,0 +1,270 @@
+"""Convolution and BatchNorm as one convolution (`conv_norm`): against the two, one after the other."""
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import adco
+from common import encoders, resnet
+from common.pgd import eval_mode, pgd
+from common.resnet import BranchNorm, branch, conv_norm
+
+NETWORKS = {
+    "bottlenecks": lambda: encoders.make("resnet50"),
+    "blocks": lambda: encoders.make("slim", ("clean", "adv")),
+    "preactivation": lambda: resnet.PreActResNet("p", 4, (1, 2), (4, 8), (), (0.5,) * 3, (0.25,) * 3),
+    "groups": lambda: adco.network("slim")[0],
+}
+
+
+def network(name):
+    """In float64 and eval mode, with weights, biases and running statistics that are all different."""
+    net = NETWORKS[name]()
+    if name == "bottlenecks":  # two stages are enough
+        net.layer3, net.layer4 = nn.Identity(), nn.Identity()
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for m in net.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                for t, least in ((m.weight, 0.5), (m.bias, -0.5), (m.running_mean, -0.5), (m.running_var, 0.5)):
+                    t.copy_(least + torch.rand(t.shape, generator=g))
+    return net.double().eval()
+
+
+def pictures(n=2):
+    return torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def everything(net, x):
+    """The features, and the gradients of a function of them in the images and in all weights."""
+    x = x.clone().requires_grad_()
+    z = net(x)
+    weights = [w for w in net.parameters() if w.requires_grad]
+    return [z, *torch.autograd.grad((z.sin()).sum(), [x, *weights], allow_unused=True)]
+
+
+def in_two_steps(conv, norm, x):
+    return norm(conv(x))
+
+
+@contextlib.contextmanager
+def folds():
+    """The list of convolutions that are folded inside, one entry each time."""
+    found, fold = [], resnet._fold
+    try:
+        resnet._fold = lambda conv, norm, dtype: found.append(conv) or fold(conv, norm, dtype)
+        yield found
+    finally:
+        resnet._fold = fold
+
+
+@pytest.mark.parametrize("inside", [contextlib.nullcontext, eval_mode], ids=["eval()", "eval_mode"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_values_and_all_gradients_are_those_of_two_steps(name, inside, monkeypatch):
+    net, x = network(name), pictures()
+    with folds() as folded, inside(*([net] if inside is eval_mode else [])):
+        found = everything(net, x)
+    assert len(folded) >= 3
+    monkeypatch.setattr(resnet, "conv_norm", in_two_steps)
+    for a, b in zip(found, everything(net, x), strict=True):
+        assert (a is None) == (b is None)  # None: the weights of the other branch
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert sum(g is not None for g in found) > 10
+
+
+@pytest.mark.parametrize("mode", ["train", "no running statistics"])
+def test_statistics_of_the_batch_are_not_folded(mode):
+    net = network("blocks")
+    if mode == "train":
+        net.train()
+    for m in net.modules() if mode != "train" else ():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean = m.running_var = None
+    with folds() as folded:
+        net(pictures())
+    assert folded == []
+
+
+@pytest.mark.parametrize("affine, bias", [(False, False), (True, True), (False, True)])
+def test_a_norm_without_weights_and_a_convolution_with_a_bias(affine, bias):
+    conv, norm = nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=bias).double(), nn.BatchNorm2d(4, affine=affine).double()
+    norm(torch.randn(9, 4, 2, 2, dtype=torch.float64))
+    norm.eval()
+    with folds() as folded:
+        torch.testing.assert_close(conv_norm(conv, norm, pictures()), norm(conv(pictures())), rtol=1e-12, atol=1e-12)
+    assert len(folded) == 1
+
+
+def test_another_kind_of_norm_is_called_as_it_is():
+    conv, norm = nn.Conv2d(3, 4, 1).double(), nn.GroupNorm(2, 4).double().eval()
+
+    class Own(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    for other in (norm, nn.Identity(), Own(4).double().eval()):
+        with folds() as folded:
+            assert torch.equal(conv_norm(conv, other, pictures()), other(conv(pictures())))
+        assert folded == []
+
+
+@pytest.mark.parametrize("where", ["conv", "branches", "branch"])
+def test_hooks_are_called_and_see_what_the_module_makes(where):
+    conv, norm = nn.Conv2d(3, 4, 1).double(), BranchNorm(4, ("clean", "adv")).double().eval()
+    seen = []
+    module = {"conv": conv, "branches": norm, "branch": norm.branches["clean"]}[where]
+    module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    out = conv_norm(conv, norm, pictures())
+    assert len(seen) == 1 and torch.equal(seen[0], conv(pictures()) if where == "conv" else out)
+
+
+# Within eval_mode -------------------------------------------------------------------------------------------
+def test_an_attack_folds_each_pair_once_whatever_its_steps():
+    net, x = network("blocks"), pictures()
+    with folds() as folded, eval_mode(net), branch(net, "adv"):
+        pgd(lambda x: net(x).sin().sum(), x, 0.1, 0.05, 4)
+        norms = sum(isinstance(m, BranchNorm) for m in net.modules())
+    assert len(folded) == norms and len(set(map(id, folded))) == norms
+
+
+def change_weights(net):
+    torch.optim.SGD(net.parameters(), 0.1).step()
+
+
+def change_statistics(net):
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean += 0.1
+            m.running_var *= 2
+
+
+def load(net):
+    net.load_state_dict({key: v + 0.1 if v.is_floating_point() else v for key, v in net.state_dict().items()})
+
+
+def replace(net):
+    net.conv1.weight = nn.Parameter(net.conv1.weight.detach() + 0.1)
+
+
+@pytest.mark.parametrize("change", [change_weights, change_statistics, load, replace])
+def test_what_changes_within_the_block_is_seen(change, monkeypatch):
+    net, x = network("blocks"), pictures()
+    with eval_mode(net):
+        before = net(x)
+        before.square().sum().backward()
+        change(net)
+        after = net(x)
+    monkeypatch.setattr(resnet, "conv_norm", in_two_steps)
+    torch.testing.assert_close(after, net(x), rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(after, before, rtol=1e-3)
+
+
+def test_a_pass_without_gradient_does_not_take_it_from_the_next_one():
+    net, x = network("blocks"), pictures()
+    want = everything(net, x)
+    with eval_mode(net):
+        with torch.no_grad():
+            net(x)
+        found = everything(net, x)
+    for a, b in zip(found, want, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_branches_are_folded_one_by_one(monkeypatch):
+    net, x = network("blocks"), pictures()
+    found = {}
+    with eval_mode(net):
+        for name in ("clean", "adv", "clean"):
+            with branch(net, name):
+                found[name] = net(x)
+    monkeypatch.setattr(resnet, "conv_norm", in_two_steps)
+    for name, z in found.items():
+        with branch(net, name):
+            torch.testing.assert_close(z, net(x), rtol=1e-10, atol=1e-12)
+
+
+def test_nothing_is_kept_after_the_block_and_an_inner_one_ends_alone():
+    net, x = network("blocks"), pictures()
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    with folds() as folded, eval_mode(net):
+        net(x)
+        with eval_mode(net):
+            net(x)
+        once = len(folded)
+        net(x)
+        assert len(folded) == once
+        assert all("kept" in m.__dict__ for m in norms)
+        assert torch.equal(copy.deepcopy(net)(x), net(x))
+    assert not any("kept" in m.__dict__ for m in norms)
+    with pytest.raises(RuntimeError, match="wrong"), eval_mode(net):
+        raise RuntimeError("wrong")
+    assert not any("kept" in m.__dict__ for m in norms)
+
+
+# Autocast ---------------------------------------------------------------------------------------------------
+class Casts(TorchDispatchMode):
+    """Counts what is cast to bfloat16, by shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        if op is torch.ops.aten._to_copy.default and out.dtype == torch.bfloat16:
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
+def test_an_attack_casts_each_weight_once_whatever_its_steps():
+    net = nn.Sequential(encoders.make("slim"), nn.Linear(128, 5)).eval()
+    weights = [tuple(m.weight.shape) for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+
+    def loss(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            z = net(x)
+        assert (z.float() @ z.float().T).dtype == torch.float32  # it is off again
+        return z.float().square().sum()
+
+    with Casts() as casts, eval_mode(net):
+        pgd(loss, pictures().float(), 0.1, 0.05, 3)
+    found = [shape for shape in casts.shapes if shape in weights]
+    assert sorted(found) == sorted(weights)
+    x = pictures().float()
+    loss(x).backward()  # after the attack weights have a gradient as ever
+    assert all(w.grad is not None for w in net.parameters())
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_an_attack_leaves_autocast_as_the_caller_has_it(enabled):
+    dtypes = []
+    a = torch.ones(2, 2)
+
+    def loss(x):
+        dtypes.append((a @ a).dtype)
+        return x.sum()
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        pgd(loss, pictures().float(), 0.1, 0.05, 2)
+    assert dtypes == [torch.bfloat16 if enabled else torch.float32] * 2
+
+
+def test_under_autocast_and_without_it_each_has_weights_of_its_own_type():
+    net, x = network("blocks").float(), pictures().float()
+    with eval_mode(net):
+        exact = net(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = net(x)
+        again = net(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            double = copy.deepcopy(net).double()(x.double())
+    assert exact.dtype == again.dtype == torch.float32 and torch.equal(exact, again)
+    assert 0 < (low - exact).norm() / exact.norm() < 0.03
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), exact, rtol=1e-4, atol=1e-5)
