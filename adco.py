@@ -90,8 +90,8 @@ class GroupedNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         count = min(max(2, math.ceil(len(x) / 32)), len(x) // 2)
-        sizes = [len(part) for part in torch.arange(len(x)).tensor_split(count)]
-        groups = x.split(sizes)  # whose backward pass is one cat; that of tensor_split adds up whole batches
+        sizes = [(len(x) + i) // count for i in reversed(range(count))]  # equal, or one more in the first ones
+        groups = x.split(sizes)  # unlike tensor_split, whose backward pass adds up whole batches
         outputs = []
         for group in groups:  # together they move the running statistics about as far as one batch does
             outputs.append(F.batch_norm(group, self.running_mean, self.running_var, self.weight, self.bias,

@@ -3,7 +3,7 @@ pre-activation and wide ones that the literature on robustness uses.
 
 Clean and attacked images have different statistics, so each kind gets a BatchNorm of its own (Xie et al.
 2020, arXiv 1911.09665); `with branch(net, "adv"):` chooses. Module names of `ResNet` are torchvision's. In
-eval mode convolution and BatchNorm are one convolution (`conv_norm`). The file stands alone.
+attacks, convolution and BatchNorm are one convolution (`conv_norm`). The file stands alone.
 """
 import contextlib
 
@@ -67,40 +67,45 @@ def _modules(net):
 def conv_norm(conv, norm, x):
     """norm(conv(x)) of x (B, C, H, W), `norm` any module.
 
-    A BatchNorm in eval mode multiplies each channel by s = gamma / sqrt(var + eps) and adds beta - mean s. So
-    it is done by a convolution with weights s w and with that bias, which saves a pass over the channels both
-    forward and backward. Values and gradients, those of all parameters included, are equal up to rounding.
-    Modules with hooks are called one after the other, since the hooks are to see what they make.
+    A BatchNorm in eval mode multiplies each channel by s = gamma / sqrt(var + eps) and adds beta - mean s. A
+    convolution with weights s w and that bias does the same, and saves a pass over the channels both forward
+    and backward. So it is done within `eval_mode` (of common/pgd.py), from the second pass through the same
+    weights on, as in an attack. Values and gradients, those of all parameters included, are equal up to
+    rounding. Modules with hooks are called one after the other, since hooks are to see what they make.
     """
     inner = norm.branches[norm.branch] if isinstance(norm, BranchNorm) else norm
+    kept = inner.__dict__.get("kept")  # a dict that eval_mode gives to each BatchNorm
     folds = type(inner) in (nn.BatchNorm2d, nn.SyncBatchNorm) or getattr(inner, "folds", False)
-    if not folds or inner.training or inner.running_mean is None or any(map(_has_hooks, (conv, norm, inner))):
+    if kept is None or not folds or torch.compiler.is_compiling() or any(map(_has_hooks, (conv, norm, inner))):
         return norm(conv(x))
-    weight, bias = _folded(conv, inner)
-    return conv._conv_forward(x, weight, bias)
+    folded = _folded(conv, inner, kept)
+    return norm(conv(x)) if folded is None else conv._conv_forward(x, *folded)
 
 
 def _has_hooks(m):
     return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
-def _folded(conv, norm):
-    """Weights and bias of the one convolution. Within `eval_mode` (of common/pgd.py), which gives `norm` a
-    dict `kept` for that, they are made once for each state of the weights: an attack asks for them at every
-    step."""
+def _folded(conv, norm, kept):
+    """Weights and bias of the one convolution, from `kept` where they are there; None at first sight of these
+    weights, or where the batch's statistics are used."""
+    if norm.training or norm.running_mean is None:
+        return None
     device = conv.weight.device.type
     dtype = conv.weight.dtype
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if autocast and dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device)
-    kept = None if torch.compiler.is_compiling() else norm.__dict__.get("kept")
-    if kept is None:
-        return _fold(conv, norm, dtype)
     sources = [conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var]
     versions = [0 if t is None or t.is_inference() else t._version for t in sources]
     key = (dtype, torch.is_grad_enabled(), *map(id, sources), *versions)
     if key not in kept:
-        kept[key] = sources, _fold(conv, norm, dtype)  # `sources`: so that no other tensor gets their id
+        if len(kept) > 3:  # the weights are changing
+            kept.clear()
+        kept[key] = sources, None  # with `sources`, so that no other tensor gets their id
+        return None
+    if kept[key][1] is None:
+        kept[key] = sources, _fold(conv, norm, dtype)
     return kept[key][1]
 
 
@@ -110,7 +115,7 @@ def _fold(conv, norm, dtype):
     if norm.weight is not None:
         scale = scale * norm.weight
     mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
-    bias = -mean * scale if norm.bias is None else norm.bias - mean * scale
+    bias = -mean * scale if norm.bias is None else torch.addcmul(norm.bias, mean, scale, value=-1)
     return (conv.weight * scale[:, None, None, None]).to(dtype), bias.to(dtype)
 
 
