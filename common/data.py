@@ -19,6 +19,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
+import math
 import os
 import pathlib
 import time
@@ -58,7 +59,10 @@ class Images:
 
     def checksum(self):
         """A hash of the images and their order: of their bytes alone, since results record it."""
-        return hashlib.sha256(self.x.cpu().numpy().tobytes()).hexdigest()
+        whole = hashlib.sha256()
+        for part in self.x.split(max(1, PART // max(1, self.x[0].numel()))):
+            whole.update(part.contiguous().cpu().numpy())
+        return whole.hexdigest()
 
     def stream(self, indices):
         """Yield `(x, y)` for each index tensor of the iterable `indices`."""
@@ -234,14 +238,38 @@ def load(name, root="data", split="train", device="cpu", limit=None, size=None, 
     if name == "shapes":
         x, y, _ = shapes(2_000 if split == "test" else 10_000, seed=1 if split == "test" else 0)
         classes = len(SHAPES)
+        parts = [x]
     elif name in NAMES:
         x, y, classes = _from_torchvision(name, root, split)
+        parts = [x]
     elif name.endswith(".npz"):
-        x, y, classes = _from_npz(name, split)
+        parts, y, classes = _from_npz(name, split)
     else:
         raise ValueError(f"data {name!r}: not one of {', '.join(NAMES)}; not an .npz, and no such folder")
-    rows = torch.as_tensor(keep(len(x)))
-    return Images(x[rows].contiguous().to(device), y[rows].to(device), classes)
+    rows = torch.as_tensor(keep(len(y)))
+    return Images(_gathered(parts, rows, device), y[rows].to(device), classes)
+
+
+PART = 2**24  # bytes that are read, copied or hashed at a time
+
+
+def _gathered(parts, rows, device):
+    """Those at `rows` (n,) of all the images that come in `parts`, tensors (k, 3, H, W) uint8 one after the
+    other: (n, 3, H, W) on `device`. Beside it there is never more than one part in memory."""
+    found = None
+    places = rows.argsort()
+    sources = rows[places]
+    begin = 0
+    for part in parts:
+        if found is None:
+            found = torch.empty(len(rows), *part.shape[1:], dtype=torch.uint8, device=device)
+        size = max(1, PART // max(1, part[0].numel()))
+        for some in part.split(size):
+            first, last = torch.searchsorted(sources, torch.tensor([begin, begin + len(some)])).tolist()
+            wanted = some[sources[first:last] - begin]
+            found[places[first:last].to(device)] = wanted.to(device)
+            begin += len(some)
+    return found
 
 
 def fixed_order(n):
@@ -273,27 +301,29 @@ def _from_torchvision(name, root, split):
 
 
 def _from_npz(path, split):
-    """x (N, 3, H, W) uint8, y (N,) int64 and the number of classes; y is -1 where the file has no labels."""
+    """The images in parts (k, 3, H, W) uint8, an iterator; y (N,) int64 and the number of classes. y is -1
+    where the file has no labels."""
     part = "test" if split == "test" else "train"
-    arrays = _read_npz(path, f"x_{part}", f"y_{part}", "y_train")
+    archive = _Npz(path)
     needed = [f"x_{part}"]
     if split != "train":
         needed += [f"y_{part}", "y_train"]
     for key in needed:
-        if key not in arrays:
+        if key not in archive.keys:
             raise ValueError(f"{path}: {key} is not in it; it must hold x_train, x_test and their labels "
                              "y_train, y_test (for pretraining x_train alone will do)")
-    x = arrays[f"x_{part}"]
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or not x.size:
+    dtype, shape = archive.header(f"x_{part}")
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
         raise ValueError(
-            f"{path}: x_{part} is {x.dtype} {x.shape}; it must be uint8 (N, H, W, 3), and not empty")
-    x = torch.from_numpy(x).permute(0, 3, 1, 2)
-    if "y_train" not in arrays:
-        return x, torch.full((len(x),), -1), 1
-    y = arrays[f"y_{part}"]
-    if y.shape != (len(x),) or y.dtype.kind not in "iu":
-        raise ValueError(f"{path}: y_{part} is {y.dtype} {y.shape}; it must be integers ({len(x)},)")
-    labels = arrays["y_train"]
+            f"{path}: x_{part} is {dtype} {shape}; it must be uint8 (N, H, W, 3), and not empty")
+    n = shape[0]
+    x = (torch.from_numpy(some).permute(0, 3, 1, 2) for some in archive.parts(f"x_{part}"))
+    if "y_train" not in archive.keys:
+        return x, torch.full((n,), -1), 1
+    y = archive.read(f"y_{part}")
+    if y.shape != (n,) or y.dtype.kind not in "iu":
+        raise ValueError(f"{path}: y_{part} is {y.dtype} {y.shape}; it must be integers ({n},)")
+    labels = archive.read("y_train")
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
         raise ValueError(
             f"{path}: y_train is {labels.dtype} {labels.shape}; it must be integers (N,), N > 0")
@@ -307,35 +337,76 @@ def _from_npz(path, split):
     return x, torch.from_numpy(y.astype(np.int64)), classes
 
 
-def _read_npz(path, *keys):
-    """{key: array}, of the arrays `keys`, those that the file has."""
-    refused = f"{path}: not a readable .npz file"
-    try:
-        with open(path, "rb") as f:
-            begins = f.read(6)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except OSError as e:
-        raise ValueError(f"{refused} ({e.strerror})") from None
-    if begins == b"\x93NUMPY":
-        raise ValueError(
-            f"{refused} but a single array, an .npy; write it by np.savez(path, x_train=..., ...)")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{refused}, such as np.savez(path, x_train=..., ...) writes; or it is cut off")
-    arrays = {}
-    reading = "the whole"
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            for key in keys:
-                reading = key
-                if key in archive.files:
-                    arrays[key] = archive[key]
-    except Exception as e:
-        why = " ".join(str(e).split())
-        if "allow_pickle" in why:  # what is not numbers would have to be unpickled, that is, executed
-            why = "no array of numbers"
-        raise ValueError(f"{refused} ({reading}: {why})") from None
-    return arrays
+class _Npz:
+    """The file `path` that np.savez or np.savez_compressed has written. `keys` are those of its arrays.
+    Raises FileNotFoundError, or ValueError that names the file and what is wrong."""
+
+    def __init__(self, path):
+        self.path = path
+        refused = f"{path}: not a readable .npz file"
+        try:
+            with open(path, "rb") as f:
+                begins = f.read(6)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: no such file") from None
+        except OSError as e:
+            raise ValueError(f"{refused} ({e.strerror})") from None
+        if begins == b"\x93NUMPY":
+            raise ValueError(
+                f"{refused} but a single array, an .npy; write it by np.savez(path, x_train=..., ...)")
+        if not zipfile.is_zipfile(path):
+            raise ValueError(f"{refused}, such as np.savez(path, x_train=..., ...) writes; or it is cut off")
+        with self._opened("the whole") as archive:
+            self.keys = [name.removesuffix(".npy") for name in archive.namelist()]
+
+    @contextlib.contextmanager
+    def _opened(self, reading):
+        """The ZipFile. What goes wrong inside is a ValueError that says which array is being read."""
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                yield archive
+        except Exception as e:
+            why = " ".join(str(e).split())
+            if "allow_pickle" in why:  # what is not numbers would have to be unpickled, that is, executed
+                why = "no array of numbers"
+            raise ValueError(f"{self.path}: not a readable .npz file ({reading}: {why})") from None
+
+    def header(self, key):
+        """dtype and shape of an array."""
+        with self._opened(key) as archive, archive.open(f"{key}.npy") as f:
+            shape, _, dtype = _npy_header(f)
+        return dtype, shape
+
+    def read(self, key):
+        """A whole array."""
+        with self._opened(key) as archive, archive.open(f"{key}.npy") as f:
+            return np.lib.format.read_array(f, allow_pickle=False)
+
+    def parts(self, key):
+        """An array of uint8, in parts of about PART bytes along its first dimension. The last one comes only
+        if the file's checksum of the array is right."""
+        with self._opened(key) as archive, archive.open(f"{key}.npy") as f:
+            shape, reversed_order, _ = _npy_header(f)
+            if reversed_order:  # Fortran's: an image's bytes do not lie together
+                yield self.read(key)
+                return
+            bytes_each = math.prod(shape[1:])
+            left = shape[0]
+            while left:
+                count = min(left, max(1, PART // bytes_each))
+                part = np.frombuffer(bytearray(f.read(count * bytes_each)), np.uint8)
+                left -= count
+                if not left:
+                    f.read()  # to the end, where zipfile compares the checksums
+                yield part.reshape(count, *shape[1:])
+
+
+def _npy_header(f):
+    """Shape, whether it is in Fortran's order, and dtype of the array in the open .npy file `f`."""
+    version = np.lib.format.read_magic(f)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(f)
+    return np.lib.format.read_array_header_2_0(f)
 
 
 def _from_folder(root, split):

@@ -57,7 +57,7 @@ def pgd(loss_fn, x, eps, step_size, steps, norm="linf", random_start=True, start
     if norm == "linf":  # ball and box are one box
         least = (x - eps).clamp_min(lo)
         most = (x + eps).clamp_max(hi)
-    with _casts_kept(x.device.type):
+    with pixels_only(), _casts_kept(x.device.type):
         for _ in range(steps):
             x_adv.requires_grad_()
             with torch.enable_grad():
@@ -203,8 +203,8 @@ def ball_point(u, norm):
 def eval_mode(*nets):
     """Eval mode for all modules of `nets` inside the block; each gets its own back, exception or not.
 
-    BatchNorms may keep what they derive from the weights until the block ends (`Kept`): one backward pass to
-    the weights can go through it, gradients of the images are not limited.
+    Until the block ends, BatchNorms may keep what follows from their weights (`Kept`; see conv_norm of
+    common/resnet.py).
     """
     modules = [m for net in nets for m in net.modules()]
     modes = [m.training for m in modules]
@@ -236,11 +236,24 @@ def _set_training(m, mode):
 class Kept(dict):
     """What a module keeps for the time of an `eval_mode`; a copy of the module begins with nothing."""
 
+    pixels_only = False  # of all of them, see there
+
     def __deepcopy__(self, memo):
         return Kept()
 
     def __reduce__(self):
         return Kept, ()
+
+
+@contextlib.contextmanager
+def pixels_only():
+    """Inside, weights are constants: the caller asks for gradients of the images alone."""
+    outer = Kept.pixels_only
+    try:
+        Kept.pixels_only = True
+        yield
+    finally:
+        Kept.pixels_only = outer
 
 
 @contextlib.contextmanager

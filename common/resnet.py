@@ -69,28 +69,33 @@ def conv_norm(conv, norm, x):
 
     A BatchNorm in eval mode multiplies each channel by s = gamma / sqrt(var + eps) and adds beta - mean s. A
     convolution with weights s w and that bias does the same, and saves a pass over the channels both forward
-    and backward. So it is done within `eval_mode` (of common/pgd.py), from the second pass through the same
-    weights on, as in an attack. Values and gradients, those of all parameters included, are equal up to
-    rounding. Modules with hooks are called one after the other, since hooks are to see what they make.
+    and backward. So it is done within `eval_mode` (of common/pgd.py) where no weight can get a gradient, as in
+    an attack, from the second pass through the same weights on. Values and gradients are equal up to rounding.
     """
     inner = norm.branches[norm.branch] if isinstance(norm, BranchNorm) else norm
-    kept = inner.__dict__.get("kept")  # a dict that eval_mode gives to each BatchNorm
-    folds = type(inner) in (nn.BatchNorm2d, nn.SyncBatchNorm) or getattr(inner, "folds", False)
-    if kept is None or not folds or torch.compiler.is_compiling() or any(map(_has_hooks, (conv, norm, inner))):
-        return norm(conv(x))
-    folded = _folded(conv, inner, kept)
+    folded = None
+    if "kept" in inner.__dict__ and not torch.compiler.is_compiling() and _may_fold(conv, norm, inner):
+        folded = _folded(conv, inner, inner.kept)
     return norm(conv(x)) if folded is None else conv._conv_forward(x, *folded)
 
 
-def _has_hooks(m):
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+def _may_fold(conv, norm, inner):
+    if inner.training or inner.running_mean is None:  # the batch's statistics are used
+        return False
+    if type(inner) not in (nn.BatchNorm2d, nn.SyncBatchNorm) and not getattr(inner, "folds", False):
+        return False
+    for m in (conv, norm, inner):  # hooks are to see what a module makes
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return False
+    if inner.kept.pixels_only or not torch.is_grad_enabled():
+        return True
+    return not any(w.requires_grad for m in (conv, inner) for w in m._parameters.values() if w is not None)
 
 
+@torch.no_grad()
 def _folded(conv, norm, kept):
-    """Weights and bias of the one convolution, from `kept` where they are there; None at first sight of these
-    weights, or where the batch's statistics are used."""
-    if norm.training or norm.running_mean is None:
-        return None
+    """Weights and bias of the one convolution, from `kept` (a dict that eval_mode gives to each BatchNorm)
+    where they are there; None at first sight of these weights."""
     device = conv.weight.device.type
     dtype = conv.weight.dtype
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -98,7 +103,7 @@ def _folded(conv, norm, kept):
         dtype = torch.get_autocast_dtype(device)
     sources = [conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var]
     versions = [0 if t is None or t.is_inference() else t._version for t in sources]
-    key = (dtype, torch.is_grad_enabled(), *map(id, sources), *versions)
+    key = (dtype, *map(id, sources), *versions)
     if key not in kept:
         if len(kept) > 3:  # the weights are changing
             kept.clear()

@@ -20,7 +20,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 
-from common.pgd import eval_mode
+from common.pgd import eval_mode, pixels_only
 
 VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
@@ -271,7 +271,7 @@ class Queries:
         """Logits, loss(logits) (n,), and its gradient with respect to x, 0 where it is not finite: one
         such pixel would make NaN of its length, and so of the next image."""
         self.backwards += len(x)
-        with torch.enable_grad():
+        with torch.enable_grad(), pixels_only():
             x = x.detach().requires_grad_()
             logits = self(x)
             value = loss(logits)

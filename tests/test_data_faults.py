@@ -7,6 +7,8 @@ import os
 import pathlib
 import pickle
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from torchvision import datasets
 
 from common import augment, data
 from tests.processes import in_two_processes
+from tests.scripts import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -525,7 +528,7 @@ def test_what_is_called_npz_and_is_none_is_named(tmp_path, kind, says):
         path.mkdir()
     elif kind == "bad zip":
         whole = pathlib.Path(npz(tmp_path)).read_bytes()
-        path.write_bytes(b"something in front" + whole)
+        path.write_bytes(whole.replace(b"PK\x01\x02", b"PK\x01\x03"))  # its table of contents
     elif kind == "npy":
         with open(path, "wb") as f:
             np.save(f, arrays()["x_train"])
@@ -765,3 +768,63 @@ def test_enough_images_for_a_process_are_not_refused(batch_size, world):
 def test_the_fixed_order_is_a_permutation_that_never_changes():
     assert sorted(data.fixed_order(100)) == list(range(100))
     assert data.fixed_order(10) == [4, 6, 2, 7, 3, 5, 9, 0, 8, 1] and not hasattr(data, "shuffled")
+
+
+# Memory and damage ------------------------------------------------------------------------------------------
+WRITERS = {"stored": np.savez, "compressed": np.savez_compressed}
+
+
+@pytest.mark.parametrize("limit, shuffle", [(None, False), (None, True), (7, False)])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("kind", WRITERS)
+def test_parts_of_any_size_give_the_same_images(tmp_path, monkeypatch, kind, order, limit, shuffle):
+    x = np.random.default_rng(1).integers(0, 256, (23, 5, 5, 3), dtype=np.uint8)
+    path = str(tmp_path / "parts.npz")
+    WRITERS[kind](path, x_train=np.asarray(x, order=order), y_train=np.arange(23) % 4)
+    rows = data.fixed_order(23)[:limit] if limit or shuffle else list(range(23))
+    for size in (1, 75 * 4, 75 * 23, 2**26):  # an image, four, all
+        monkeypatch.setattr(data, "PART", size)
+        images = data.load(path, limit=limit, shuffle=shuffle)
+        assert images.x.is_contiguous() and images.y.tolist() == [row % 4 for row in rows]
+        assert (images.x.permute(0, 2, 3, 1).numpy() == x[rows]).all()
+        assert images.checksum() == hashlib.sha256(x[rows].transpose(0, 3, 1, 2).tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_byte_that_was_damaged_is_noticed(tmp_path, kind):
+    path = tmp_path / "damaged.npz"
+    x = np.random.default_rng(1).integers(0, 256, (23, 5, 5, 3), dtype=np.uint8)
+    WRITERS[kind](path, x_train=x)
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    path.write_bytes(whole)
+    for limit in (None, 2):
+        with pytest.raises(ValueError, match=f"{path}: not a readable .npz file .x_train") as error:
+            data.load(str(path), limit=limit)
+        assert one_line(error)
+
+
+MEASURE = """
+import resource, sys
+from common import data
+import torch
+torch.zeros(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+images = data.load(sys.argv[1], limit=int(sys.argv[2]) or None)
+images.checksum()
+print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(images))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux alone")
+@pytest.mark.parametrize("kind", WRITERS)
+def test_images_are_in_memory_once(tmp_path, kind):
+    """250 MB of images may take 1.3 times that, and a thousand of them little, some parts included."""
+    path = tmp_path / "large.npz"
+    n, bytes_each = 20_000, 64 * 64 * 3
+    WRITERS[kind](path, x_train=np.zeros((n, 64, 64, 3), np.uint8))
+    for limit, most in ((0, 1.3 * n * bytes_each + 6 * data.PART), (1000, 1000 * bytes_each + 6 * data.PART)):
+        command = [sys.executable, "-c", MEASURE, str(path), str(limit)]
+        out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+        before, after, found = map(int, out.split())
+        assert found == (limit or n) and 1024 * (after - before) <= most

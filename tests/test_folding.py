@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import adco
 from common import encoders, resnet
-from common.pgd import eval_mode, pgd
+from common.pgd import eval_mode, pgd, pixels_only
 from common.resnet import BranchNorm, branch, conv_norm
 
 NETWORKS = {
@@ -46,6 +46,12 @@ def everything(net, x):
     return [z, *torch.autograd.grad((z.sin()).sum(), [x, *weights], allow_unused=True)]
 
 
+def of_pixels(net, x):
+    x = x.clone().requires_grad_()
+    z = net(x)
+    return z, *torch.autograd.grad(z.sin().sum(), x)
+
+
 def in_two_steps(conv, norm, x):
     return norm(conv(x))
 
@@ -62,19 +68,53 @@ def folds():
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_values_and_all_gradients_are_those_of_two_steps(name, monkeypatch):
+def test_values_and_gradients_of_the_images_are_those_of_two_steps(name, monkeypatch):
     net, x = network(name), pictures()
-    with folds() as folded, eval_mode(net):
+    with folds() as folded, eval_mode(net), pixels_only():
         net(x)
         assert folded == []
-        found = everything(net, x)
+        found = of_pixels(net, x)
     assert len(folded) >= 3
+    monkeypatch.setattr(resnet, "conv_norm", in_two_steps)
+    for a, b in zip(found, of_pixels(net, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_weights_in_eval_mode_have_their_gradients(name, monkeypatch):
+    net, x = network(name), pictures()
+    with eval_mode(net):
+        with torch.no_grad():
+            net(x), net(x)
+        found = [everything(net, x) for _ in range(2)][1]
     monkeypatch.setattr(resnet, "conv_norm", in_two_steps)
     for a, b in zip(found, everything(net, x), strict=True):
         assert (a is None) == (b is None)  # None: the weights of the other branch
         if a is not None:
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     assert sum(g is not None for g in found) > 10
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_an_attack_by_backward_may_have_many_steps(frozen, monkeypatch):
+    """As other people write it: not by pgd, and with gradients of the weights that nobody asked for. Frozen
+    weights are folded then, others are not."""
+    net, x = network("blocks"), pictures()
+    net.requires_grad_(not frozen)
+
+    def steps():
+        x_adv = x.clone()
+        for _ in range(3):
+            x_adv = x_adv.detach().requires_grad_()
+            net(x_adv).sin().sum().backward()
+            x_adv = x_adv + 0.1 * x_adv.grad
+        return x_adv
+
+    with folds() as folded, eval_mode(net):
+        found = steps()
+    assert bool(folded) == frozen
+    monkeypatch.setattr(resnet, "conv_norm", in_two_steps)
+    torch.testing.assert_close(found, steps(), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", ["train", "no running statistics"])
@@ -84,7 +124,7 @@ def test_statistics_of_the_batch_are_not_folded(mode):
         if isinstance(m, nn.BatchNorm2d):
             m.running_mean = m.running_var = None
     with folds() as folded:
-        with eval_mode(net):
+        with eval_mode(net), torch.no_grad():
             if mode == "train":
                 net.train()
             net(pictures()), net(pictures())
@@ -93,7 +133,7 @@ def test_statistics_of_the_batch_are_not_folded(mode):
 
 def test_outside_of_eval_mode_nothing_is_folded():
     net = network("blocks")
-    with folds() as folded:
+    with folds() as folded, pixels_only(), torch.no_grad():
         net(pictures()), net(pictures())
     assert folded == []
 
@@ -103,7 +143,7 @@ def test_a_norm_without_weights_and_a_convolution_with_a_bias(affine, bias):
     conv, norm = nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=bias).double(), nn.BatchNorm2d(4, affine=affine).double()
     norm(torch.randn(9, 4, 2, 2, dtype=torch.float64))
     norm.eval()
-    with folds() as folded, eval_mode(norm):
+    with folds() as folded, eval_mode(norm), torch.no_grad():
         for _ in range(3):
             torch.testing.assert_close(
                 conv_norm(conv, norm, pictures()), norm(conv(pictures())), rtol=1e-12, atol=1e-12)
@@ -118,7 +158,7 @@ def test_another_kind_of_norm_is_called_as_it_is():
             return super().forward(x) + 1
 
     for other in (norm, nn.Identity(), Own(4).double().eval()):
-        with folds() as folded, eval_mode(other):
+        with folds() as folded, eval_mode(other), torch.no_grad():
             for _ in range(2):
                 assert torch.equal(conv_norm(conv, other, pictures()), other(conv(pictures())))
         assert folded == []
@@ -130,10 +170,10 @@ def test_hooks_are_called_and_see_what_the_module_makes(where):
     seen = []
     module = {"conv": conv, "branches": norm, "branch": norm.branches["clean"]}[where]
     module.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    with eval_mode(norm):
+    with folds() as folded, eval_mode(norm), torch.no_grad():
         for _ in range(3):
             out = conv_norm(conv, norm, pictures())
-    assert len(seen) == 3 and torch.equal(seen[0], conv(pictures()) if where == "conv" else out)
+    assert folded == [] and len(seen) == 3 and torch.equal(seen[0], conv(pictures()) if where == "conv" else out)
 
 
 # Within eval_mode -------------------------------------------------------------------------------------------
@@ -167,10 +207,9 @@ def replace(net):
 @pytest.mark.parametrize("change", [change_weights, change_statistics, load, replace])
 def test_what_changes_within_the_block_is_seen(change, monkeypatch):
     net, x = network("blocks"), pictures()
-    with folds() as folded, eval_mode(net):
-        before = net(x)
-        before = net(x)
-        before.square().sum().backward()
+    net(x).square().sum().backward()
+    with folds() as folded, eval_mode(net), pixels_only():
+        before = [net(x) for _ in range(2)][1]
         assert folded
         change(net)
         after = [net(x) for _ in range(2)]
@@ -182,32 +221,18 @@ def test_what_changes_within_the_block_is_seen(change, monkeypatch):
 
 def test_weights_that_change_at_every_step_do_not_pile_up():
     net, x = network("blocks"), pictures()
-    with eval_mode(net):
+    net(x).square().sum().backward()
+    with eval_mode(net), pixels_only():
         for _ in range(9):
-            net(x)
-            net(x).square().sum().backward()
+            net(x), net(x)
             change_weights(net)
         assert all(len(m.kept) <= 4 for m in net.modules() if isinstance(m, nn.BatchNorm2d))
-
-
-def test_a_pass_without_gradient_does_not_take_it_from_the_next_one():
-    net, x = network("blocks"), pictures()
-    want = everything(net, x)
-    with eval_mode(net):
-        with torch.no_grad():
-            net(x), net(x)
-        net(x)
-        found = everything(net, x)
-    for a, b in zip(found, want, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_branches_are_folded_one_by_one(monkeypatch):
     net, x = network("blocks"), pictures()
     found = {}
-    with eval_mode(net):
+    with eval_mode(net), pixels_only():
         for name in ("clean", "adv", "clean", "adv"):
             with branch(net, name):
                 found[name] = net(x)
@@ -220,7 +245,7 @@ def test_branches_are_folded_one_by_one(monkeypatch):
 def test_nothing_is_kept_after_the_block_and_an_inner_one_ends_alone():
     net, x = network("blocks"), pictures()
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-    with folds() as folded, eval_mode(net):
+    with folds() as folded, torch.no_grad(), eval_mode(net):
         net(x), net(x)
         with eval_mode(net):
             net(x), net(x)
@@ -286,7 +311,7 @@ def test_an_attack_leaves_autocast_as_the_caller_has_it(enabled):
 
 def test_under_autocast_and_without_it_each_has_weights_of_its_own_type():
     net, x = network("blocks").float(), pictures().float()
-    with eval_mode(net):
+    with eval_mode(net), pixels_only():
         net(x)
         exact = net(x)
         with torch.autocast("cpu", torch.bfloat16):
