@@ -42,8 +42,11 @@ def resized_crop(x, top, left, height, width, size, flip=None, filter="bilinear"
     if size < 1:
         raise ValueError(f"size {size}: a crop has at least one pixel; give a larger --image-size")
     B, C, H, W = x.shape
-    rows = _resize_matrix(FILTERS[filter], top, height, H, size, x.device)
-    columns = _resize_matrix(FILTERS[filter], left, width, W, size, x.device, flip)
+    if flip is None:
+        flip = torch.zeros(B)
+    top, left, height, width, flip = on_device(x.device, top, left, height, width, flip)
+    rows = _resize_matrix(FILTERS[filter], top, height, H, size)
+    columns = _resize_matrix(FILTERS[filter], left, width, W, size, flip)
     x = to_float(x.permute(0, 2, 1, 3).contiguous())  # (B, H, C, W): both products find their axis in place
     x = (x.view(B, H * C, W) @ columns.transpose(1, 2)).view(B, H, C * size)
     x = (rows @ x).view(B, size, C, size).permute(0, 2, 1, 3).contiguous()
@@ -60,20 +63,18 @@ def _cubic(t):
 FILTERS = {"bilinear": lambda t: t.neg().add_(1).clamp_min_(0), "bicubic": _cubic}
 
 
-def _resize_matrix(filter, start, length, n_in, n_out, device, flip=None):
-    """(B, n_out, n_in): the filter that resizes [start, start + length) of n_in samples to n_out."""
-    start, length = start.float()[:, None, None], length.float()[:, None, None]
+def _resize_matrix(filter, start, length, n_in, n_out, flip=None):
+    """(B, n_out, n_in): the filter that resizes [start, start + length) of n_in samples to n_out; where
+    `flip` (B,) is 1, the other way round."""
+    start, length = start[:, None, None], length[:, None, None]
     scale = length / n_out
-    out = torch.arange(n_out).expand(len(start), n_out)
+    out = torch.arange(0.5, n_out, device=start.device)[:, None]  # the centres of what comes out
     if flip is not None:
-        out = torch.where(flip[:, None], n_out - 1 - out, out)
-    center = (start + (out[:, :, None] + 0.5) * scale).to(device, non_blocking=True)
-    support = scale.clamp_min(1).to(device, non_blocking=True)
-    end = (start + length).to(device, non_blocking=True)
-    start = start.to(device, non_blocking=True)
-    tap = torch.arange(n_in, device=device) + 0.5
-    w = filter((tap - center).abs_().div_(support))
-    w *= (tap > start) & (tap < end)
+        out = out + flip[:, None, None] * (n_out - 2 * out)
+    center = start + out * scale
+    tap = torch.arange(0.5, n_in, device=start.device)
+    w = filter((tap - center).abs_().div_(scale.clamp_min(1)))
+    w *= (tap > start) & (tap < start + length)
     return w.div_(w.sum(2, keepdim=True))
 
 
@@ -121,28 +122,37 @@ def _crop_boxes(u, H, W, scale, ratio):
     return top, left, height, width
 
 
-def color_jitter(x, brightness, contrast, saturation, hue, order):
+def color_jitter(x, brightness, contrast, saturation, hue, order, rows=None):
     """torchvision's `ColorJitter` of x (B, 3, H, W), floats in [0, 1], with given factors (B,), 1 for none,
     and hue (B,) in turns, 0 for none. They are applied in `order` (B, 4): each row a permutation of 0
-    brightness, 1 contrast, 2 saturation, 3 hue. Raises ValueError for integers."""
+    brightness, 1 contrast, 2 saturation, 3 hue. With `rows` (n,), indices on the CPU, only these images are
+    changed, and the other arguments are theirs. Raises ValueError for integers."""
     _refuse_integers(x, "color_jitter")
+    if rows is None:
+        rows = torch.arange(len(x))
+    if not len(rows):
+        return x
     place, by_place = (order == 3).int().argmax(1).sort()  # images whose hue comes first, second, ...: slices
     ends = [0, *place.bincount(minlength=4).cumsum(0).tolist()]
-    blends = order[order != 3].view(-1, 3)[by_place]
-    factors = [v.float()[by_place] for v in (brightness, contrast, saturation)]
-    hue = hue.float()[by_place]
-    x = x[by_place.to(x.device, non_blocking=True)]
+    blends = order[order != 3].view(-1, 3)[by_place].T
+    brightness, contrast, saturation = (v.float()[by_place] for v in (brightness, contrast, saturation))
+    factor = torch.where(blends == 0, brightness, torch.where(blends == 1, contrast, saturation))  # (3, n)
+    columns = [rows[by_place], hue[by_place], *factor, *(1 - factor) * (blends == 1), *(1 - factor) * (blends == 2)]
+    index, hue, *columns = on_device(x.device, *columns)
+    index = index.long()
+    some = x[index]
     for i in range(4):
         hued = slice(ends[i], ends[i + 1])
-        x[hued] = adjust_hue(x[hued], hue[hued])
+        if ends[i] < ends[i + 1]:
+            some[hued] = _turned(some[hued], hue[hued])
         if i < 3:  # the others blend with black, with the mean grey, with the grey image
-            op = blends[:, i]
-            factor = torch.where(op == 0, factors[0], torch.where(op == 1, factors[1], factors[2]))
-            f, to_mean, to_grey = _columns(x, factor, (1 - factor) * (op == 1), (1 - factor) * (op == 2))
-            grey = _grey(x)
-            base = (grey * to_grey).add_(to_mean * grey.mean((2, 3), keepdim=True))
-            x.mul_(f).add_(base).clamp_(0, 1)
-    return x[by_place.argsort().to(x.device, non_blocking=True)]
+            f, to_mean, to_grey = (v.view(-1, 1, 1, 1) for v in columns[i::3])
+            grey = _grey(some)
+            base = torch.addcmul(to_mean * grey.mean((2, 3), keepdim=True), grey, to_grey)
+            some = torch.addcmul(base, some, f).clamp_(0, 1)
+    x = torch.empty_like(x) if len(rows) == len(x) else x.clone()
+    x[index] = some
+    return x
 
 
 def adjust_hue(x, turn):
@@ -155,14 +165,20 @@ def adjust_hue(x, turn):
     - C clamp(2 - 6d, 0, 1). V and C do not change.
     """
     _refuse_integers(x, "adjust_hue")
+    (turn,) = on_device(x.device, turn)
+    return _turned(x, turn)
+
+
+def _turned(x, turn):
+    """`adjust_hue` with `turn` on the device of x."""
     r, g, b = x.unbind(1)
     v = x.amax(1)
     c = v - x.amin(1)
     h = torch.where(v == r, g - b, torch.where(v == g, (b - r).add_(c, alpha=2), (r - g).add_(c, alpha=4)))
-    h = h.div_(c.clamp_min(1e-12)).div_(6).add_(_columns(x, turn)[0][:, 0])
+    h = h.div_(c.clamp_min(1e-12).mul_(6)).add_(turn[:, None, None])
     d = h[:, None] - torch.arange(3, 8, 2, device=x.device).view(3, 1, 1) / 6
     d = d.sub_(d.round()).abs_()
-    return d.mul_(6).sub_(2).clamp_(-1, 0).mul_(c[:, None]).add_(v[:, None])
+    return torch.addcmul(v[:, None], d.mul_(6).sub_(2).clamp_(-1, 0), c[:, None])
 
 
 def random_color_jitter(x, rng, brightness, contrast, saturation, hue, p=1.0):
@@ -177,7 +193,7 @@ def random_color_jitter(x, rng, brightness, contrast, saturation, hue, p=1.0):
     rows = (u[:, 4] < p).nonzero()[:, 0]
     u, order = 2 * u[rows] - 1, order[rows]
     factors = [1 + strength * u[:, i] for i, strength in enumerate((brightness, contrast, saturation))]
-    return _apply(lambda some: color_jitter(some, *factors, hue * u[:, 3], order), x, rows)
+    return color_jitter(x, *factors, hue * u[:, 3], order, rows)
 
 
 def grayscale(x, where):
@@ -186,7 +202,14 @@ def grayscale(x, where):
     x (B, 3, H, W) floats in [0, 1]; raises ValueError for integers.
     """
     _refuse_integers(x, "grayscale")
-    return _apply(_grey, x, where.nonzero()[:, 0])
+    rows = where.nonzero()[:, 0]
+    if not len(rows):
+        return x
+    (rows,) = on_device(x.device, rows)
+    rows = rows.long()
+    x = x.clone()
+    x[rows] = _grey(x[rows])
+    return x
 
 
 def random_grayscale(x, rng, p):
@@ -212,8 +235,12 @@ def gaussian_blur(x, sigma, kernel_size):
         raise ValueError(f"kernel size {kernel_size}: images to blur are {H} x {W}, and their sides must be "
                          f"at least {radius + 1}; give a larger --image-size")
     rows = sigma.nonzero()[:, 0]
+    if not len(rows):
+        return x
+    rows, width = on_device(x.device, rows, sigma[rows])
+    rows = rows.long()
+    width = width[:, None]
     tap = torch.arange(-radius, radius + 1, device=x.device)[:, None]
-    width = sigma[rows].float()[:, None].to(x.device, non_blocking=True)
     kernel = torch.softmax(-0.5 * (tap.T / width) ** 2, 1)  # (b, kernel)
 
     def matrix(n):
@@ -225,7 +252,9 @@ def gaussian_blur(x, sigma, kernel_size):
         x = x.permute(0, 2, 1, 3).reshape(-1, H * C, W) @ matrix(W).transpose(1, 2)
         return (matrix(H) @ x.view(-1, H, C * W)).view(-1, H, C, W).permute(0, 2, 1, 3)
 
-    return _apply(blur, x, rows)
+    x = x.clone()
+    x[rows] = blur(x[rows])
+    return x
 
 
 def random_gaussian_blur(x, rng, sigma, p, kernel_size):
@@ -244,7 +273,8 @@ def solarize(x, where, threshold=0.5):
     x (B, 3, H, W) floats in [0, 1], and so is the threshold; raises ValueError for integers.
     """
     _refuse_integers(x, "solarize")
-    return torch.where(_columns(x, where)[0] & (x >= threshold), 1 - x, x)
+    (where,) = on_device(x.device, where)
+    return torch.where((where.view(-1, 1, 1, 1) > 0) & (x >= threshold), 1 - x, x)
 
 
 def random_solarize(x, rng, p, threshold=0.5):
@@ -255,7 +285,8 @@ def random_solarize(x, rng, p, threshold=0.5):
 
 def flip(x, where):
     """torchvision's `hflip` for the images `where` (B,) bool says; x (B, 3, H, W) of any dtype."""
-    return torch.where(_columns(x, where)[0], x.flip(3), x)
+    (where,) = on_device(x.device, where)
+    return torch.where(where.view(-1, 1, 1, 1) > 0, x.flip(3), x)
 
 
 def random_flip(x, rng, p=0.5):
@@ -275,8 +306,9 @@ def pad_crop(x, top, left, padding, mode="constant"):
         raise ValueError(f"padding {padding} by reflection: images are {H} x {W}, and their sides must be at "
                          f"least {padding + 1}; give a larger --image-size")
     padded = F.pad(to_float(x), [padding] * 4, mode=mode)
-    rows = (top.long()[:, None] + torch.arange(H)).to(x.device, non_blocking=True)
-    columns = (left.long()[:, None] + torch.arange(W)).to(x.device, non_blocking=True)
+    top, left = on_device(x.device, top, left)
+    rows = top.long()[:, None] + torch.arange(H, device=x.device)
+    columns = left.long()[:, None] + torch.arange(W, device=x.device)
     image = torch.arange(B, device=x.device)[:, None, None]
     return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
@@ -290,21 +322,15 @@ def random_pad_crop(x, rng, padding, mode="constant"):
     return pad_crop(x, top, left, padding, mode)
 
 
-def _apply(f, x, rows):
-    """x with `f` applied to the images `rows` (a CPU tensor of indices: no host sync)."""
-    if not len(rows):
-        return x
-    rows = rows.to(x.device, non_blocking=True)
-    x = x.clone()
-    x[rows] = f(x[rows])
-    return x
-
-
 def _grey(x):
     r, g, b = x.unbind(1)
     return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)[:, None]
 
 
-def _columns(x, *per_image):
-    """(B,) tensors on the CPU -> (B, 1, 1, 1) on the device of `x`."""
-    return [v.to(x.device, non_blocking=True).view(-1, 1, 1, 1) for v in per_image]
+def on_device(device, *columns):
+    """Numbers of the images, tensors (B,) on the CPU, as float32 (B,) on `device`: all in one copy, for which
+    the host does not wait. (Whole numbers below 2^24 stay exact.)"""
+    columns = torch.stack([v.float() for v in columns])
+    if torch.device(device).type == "cuda":
+        columns = columns.pin_memory()
+    return columns.to(device, non_blocking=True).unbind(0)

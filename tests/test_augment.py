@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import amoc
+import byorl
 from common import augment, data
 from tests.scripts import SCRIPTS
 
@@ -372,3 +375,35 @@ def test_a_folders_images_are_pils_bilinear_ones_and_of_them_the_central_square(
     assert x.dtype == torch.uint8 and x.shape == (len(SHAPES), 3, side, side) and not y.any()
     for image, want in zip(x, wanted):
         assert (image.permute(1, 2, 0).numpy() == want).all()
+
+
+class ToDevice(TorchDispatchMode):
+    """The shapes of what is copied from the CPU to another device."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        if op is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" != out.device.type:
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
+def test_the_parameters_of_an_augmentation_reach_the_device_in_one_copy():
+    """Of each: crop and flip; jitter; grey; blur; solarize. The device is "meta", which computes nothing."""
+    x = torch.zeros(64, 3, 32, 32, dtype=torch.uint8, device="meta")
+    rng = data.Rng((0, 0, 0), 64, slice(None))
+    with ToDevice() as copies:
+        view = byorl.augment(amoc.augment(x, rng, 24), rng, 24, 0.5)
+    assert view.shape == (64, 3, 24, 24)
+    assert [len(shape) for shape in copies.shapes] == [2] * (4 + 4)
+    assert all(rows <= 12 and 0 < images <= 64 for rows, images in copies.shapes)
+
+
+def test_whole_numbers_and_halves_are_the_same_on_the_device():
+    columns = [torch.arange(5), torch.tensor([2**24 - 1] * 5), torch.rand(5), torch.tensor([True, False] * 2 + [True])]
+    for given, there in zip(columns, augment.on_device("cpu", *columns), strict=True):
+        assert there.dtype == torch.float32 and torch.equal(there, given.float())
+        assert torch.equal(there.to(given.dtype), given)

@@ -1,6 +1,7 @@
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from common.log import Log, check_spread
 from common.bank import Bank
 from tests.processes import in_two_processes
 from tests.recipes import A, X
+from tests.scripts import ROOT
 from tests.scripts import ROOT, SCRIPTS, named
 
 
@@ -178,3 +180,30 @@ def test_importing_the_scripts_does_nothing():
     done = subprocess.run([sys.executable, "-c", f"import {', '.join(SCRIPTS)}, eval"], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 0 and not done.stdout and not done.stderr
+
+
+FAULTS = """
+import resource, sys
+from types import SimpleNamespace
+import torch
+from common import run
+if sys.argv[1] == "ours":
+    run.device(SimpleNamespace(device="cpu"))
+for i in range(40):
+    if i == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(2**21).fill_(1.0)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 30)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+def test_memory_that_was_freed_is_used_again():
+    """8 MiB are 2048 pages. Where malloc gives them back to the system, as it is told to here, each is a fault."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    faults = {}
+    for way in ("theirs", "ours"):
+        out = subprocess.run([sys.executable, "-c", FAULTS, way], capture_output=True, text=True, check=True,
+                             cwd=ROOT, env=environment).stdout
+        faults[way] = int(out)
+    assert faults["theirs"] > 200 and faults["ours"] < 20
