@@ -67,6 +67,7 @@ from common.log import Log
 from common.pgd import eval_mode, pgd
 from common.pictures import difference, save_rows
 from common.resnet import BranchNorm, branch
+from common.speed import compile_networks, graphed
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in the authors' code
 STD = (0.229, 0.224, 0.225)
@@ -120,6 +121,7 @@ def nt_xent(z1, z2, temperature):
     return scores.logsumexp(1).mean() - (u1 * u2).sum(1).mean() / temperature
 
 
+@graphed
 def attack(net, x1, x2, noise, kinds, *, temperature, eps, step_size, steps):
     """Move the views of kind "adv", one or both, within eps so as to maximise nt_xent of the pair;
     returns both views (B, 3, S, S), the clean one as it is.
@@ -197,7 +199,7 @@ def lr_at(update, updates, lr, warmup):
 # The run
 # ----------------------------------------------------------------------------------------------------------
 def parser():
-    p = run.parser(__doc__, name="acl", arch="resnet18")
+    p = run.parser(__doc__, name="acl", arch="resnet18", graph=True)
     p.add_argument("--variant", choices=VARIANTS, default="ds",
                    help="the terms of the loss: s is a standard view, a an attacked one; ds has both (paper)")
     p.add_argument("--epochs", type=run.integer(0), default=1000,
@@ -286,8 +288,7 @@ def main(argv=None):
 
     net = run.to_device(network(args.arch, args.variant), args, env)
     opt = optim.LARS(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    if args.compile:
-        net.compile()
+    compile_networks(args, env, net)
 
     log = Log(args, env, steps_per_epoch * args.epochs, images)
     state = dict(net=net, opt=opt, log=log)

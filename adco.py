@@ -70,6 +70,7 @@ from common.bank import Bank, bank_logsumexp, bank_summary, through_unit_rows, u
 from common.log import Log
 from common.pgd import eval_mode, pgd
 from common.pictures import difference, save_rows
+from common.speed import compile_networks, graphed
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in the authors' code
 STD = (0.229, 0.224, 0.225)
@@ -168,6 +169,7 @@ def objective(triples, n, temperature, symmetric):
     return sum(losses) / (len(losses) if symmetric else 1)
 
 
+@graphed
 def attack(net, x, k, keys, n, noise, *, temperature, eps, step_size, steps):
     """Eq. 6: the query's images x (B, 3, S, S) in [0, 1] moved within eps so as to maximise Eq. 3.
 
@@ -269,7 +271,7 @@ def lr_at(epoch, epochs, lr, final):
 # The run
 # ----------------------------------------------------------------------------------------------------------
 def parser():
-    p = run.parser(__doc__, name="adco", arch="resnet18")
+    p = run.parser(__doc__, name="adco", arch="resnet18", graph=True)
     switch = dict(action=argparse.BooleanOptionalAction, default=False)
     p.add_argument("--stem", help="cifar, imagenet, small; default: the architecture's own")
     p.add_argument("--symmetric", help="both views are queries and keys (authors' code)", **switch)
@@ -409,9 +411,7 @@ def main(argv=None):
     target.load_state_dict(net.state_dict())
     bank = make_bank(args.bank_size, 128).to(device)
     opt = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    if args.compile:
-        net.compile()
-        target.compile()
+    compile_networks(args, env, net, target)
 
     log = Log(args, env, steps_per_epoch * args.epochs, images)
     state = dict(net=net, target=target, bank=bank, opt=opt, log=log)

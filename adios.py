@@ -74,6 +74,7 @@ from common.augment import random_color_jitter, random_grayscale, random_resized
 from common.log import Log, check_spread
 from common.pgd import eval_mode, frozen_stats
 from common.pictures import save_rows
+from common.speed import compile_networks
 from common.unet import UNet
 from common.vit import VITS, patchify, unpatchify
 
@@ -371,9 +372,7 @@ def main(argv=None):
     lars = dict(lr=0.0, momentum=0.9, weight_decay=args.weight_decay, trust=0.02, clip=True)
     opt = optim.LARS(optim.lars_groups(net), **lars)
     opt_mask = optim.LARS(optim.lars_groups(masker), **lars)
-    if args.compile:
-        net[0].compile()
-        masker.compile()
+    compile_networks(args, env, net[0], masker)
 
     all_steps = steps_per_epoch * args.epochs
     log = Log(args, env, all_steps, images)

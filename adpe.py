@@ -79,6 +79,7 @@ from common.augment import random_resized_crop
 from common.log import Log
 from common.pgd import pgd, project, uniform
 from common.pictures import save_rows
+from common.speed import compile_networks
 from common.vit import (
     PatchDecoder, check_masked, coordinates, patchify, relative_bias, relative_logits, sincos_at, unpatchify)
 
@@ -441,8 +442,7 @@ def main(argv=None):
     weights = [(name, w) for name, w in net.named_parameters() if w is not net.delta]
     opt = torch.optim.AdamW(optim.groups(weights, args.weight_decay), args.lr, betas=(0.9, 0.95))
     opt_delta = torch.optim.AdamW([net.delta], args.adv_lr, betas=(0.9, 0.95), weight_decay=0, maximize=True)
-    if args.compile:
-        net.compile()
+    compile_networks(args, env, net)
 
     log = Log(args, env, steps_per_epoch * args.epochs, images)
     state = dict(net=net, opt=opt, opt_delta=opt_delta, log=log)

@@ -63,6 +63,7 @@ from common.augment import random_resized_crop
 from common.log import Log
 from common.pgd import ball_point, pgd
 from common.pictures import difference, save_rows
+from common.speed import compile_networks, graphed
 from common.vit import PatchDecoder, check_masked, patchify, unpatchify
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in MAE's code
@@ -133,6 +134,7 @@ def mae_loss(pred, target, mask, norm_pix=True):
     return (error * mask).sum() / mask.sum()
 
 
+@graphed
 def attack(net, v, noise, ids_keep, ids_restore, target, mask, *, norm_pix, norm, eps, step_size, steps):
     """v (B, Lk, D) in pixels moved within eps so as to maximise the loss.
 
@@ -177,7 +179,7 @@ def lr_at(epoch, epochs, lr, warmup):
 # The run
 # ----------------------------------------------------------------------------------------------------------
 def parser():
-    p = run.parser(__doc__, name="adv_mae", arch="vit_tiny")
+    p = run.parser(__doc__, name="adv_mae", arch="vit_tiny", graph=True)
     p.add_argument("--decoder", type=run.integer(1), nargs=3, default=[128, 4, 4],
                    metavar=("WIDTH", "BLOCKS", "HEADS"), help="its size (ours)")
     p.add_argument("--mask-ratio", type=run.number(0, 1), default=0.75,
@@ -280,8 +282,7 @@ def main(argv=None):
     net = run.to_device(network(args, size), args, env)
     groups = optim.groups(net.named_parameters(), args.weight_decay)
     opt = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95))
-    if args.compile:
-        net.compile()
+    compile_networks(args, env, net)
 
     log = Log(args, env, steps_per_epoch * args.epochs, images)
     state = dict(net=net, opt=opt, log=log)

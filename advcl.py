@@ -75,6 +75,7 @@ from common.log import Log
 from common.pgd import frozen_stats, pgd
 from common.pictures import difference, save_rows
 from common.resnet import branch
+from common.speed import compile_networks
 
 BASE_TEMPERATURE = 0.07  # gives the loss the scale of the authors' code
 VIEWS = ("x1", "x2", "x1+d", "x2+d", "x+d", "xl", "xh")  # "+d": attacked, through branch "adv"
@@ -371,8 +372,7 @@ def main(argv=None):
 
     net = run.to_device(network(args.arch, clusters), args, env)
     opt = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    if args.compile:
-        net["encoder"].compile()
+    compile_networks(args, env, net["encoder"])
 
     log = Log(args, env, steps_per_epoch * args.epochs, images)
     state = dict(net=net, opt=opt, log=log)

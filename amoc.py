@@ -76,6 +76,7 @@ from common.log import Log
 from common.pgd import eval_mode, pgd
 from common.pictures import difference, save_rows
 from common.resnet import branch
+from common.speed import compile_networks, graphed
 
 MEAN = (0.4914, 0.4824, 0.4467)  # of CIFAR-10, as in the authors' code
 STD = (0.2471, 0.2435, 0.2617)
@@ -139,6 +140,7 @@ def info_nce(q, k, bank, temperature):
     return F.softplus(neg - pos).mean()  # -log(e^pos / (e^pos + e^neg)) = log(1 + e^(neg - pos))
 
 
+@graphed
 def attack(net, target, x1, x2, noise, bank, *, variant, temperature, eps, step_size, steps):
     """Eq. 3.3: move the views that `variant` attacks within eps so as to maximise L_*; returns
     (x1_adv, x2_adv).
@@ -243,7 +245,7 @@ def lr_at(epoch, epochs, lr, warmup):
 # The run
 # ----------------------------------------------------------------------------------------------------------
 def parser():
-    p = run.parser(__doc__, name="amoc", arch="resnet18")
+    p = run.parser(__doc__, name="amoc", arch="resnet18", graph=True)
     p.add_argument("--variant", choices=VARIANTS, default="ACC",
                    help="who is attacked: query, key, and whose bank is read; CCC is MoCo (paper)")
     p.add_argument("--epochs", type=run.integer(0), default=200,
@@ -335,9 +337,7 @@ def main(argv=None):
         opt = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=args.weight_decay)
     else:
         opt = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    if args.compile:
-        net.compile()
-        target.compile()
+    compile_networks(args, env, net, target)
 
     log = Log(args, env, steps_per_epoch * args.epochs, images)
     state = dict(net=net, target=target, bank_clean=bank_clean, bank_adv=bank_adv, opt=opt, log=log)

@@ -70,6 +70,7 @@ from common.augment import (
 from common.log import Log, check_spread
 from common.pgd import ball_point, eval_mode, frozen_stats, pgd
 from common.pictures import difference, save_rows
+from common.speed import compile_networks, graphed
 
 MEAN = (0.4914, 0.4822, 0.4465)  # of CIFAR-10
 STD = (0.2470, 0.2435, 0.2616)
@@ -107,6 +108,7 @@ def constant_loss(z):
     return 2 - 2 * F.normalize(z, dim=1).mean(0).norm()
 
 
+@graphed
 def attack(net, x, z, noise, *, norm, eps, step_size, steps):
     """Eq. 5: x (B, 3, S, S) in [0, 1] moved within eps to where the prediction is furthest from the
     clean target z (B, 256).
@@ -167,7 +169,7 @@ def tau_at(step, steps, tau):
 # The run
 # ----------------------------------------------------------------------------------------------------------
 def parser():
-    p = run.parser(__doc__, name="byorl", arch="resnet18")
+    p = run.parser(__doc__, name="byorl", arch="resnet18", graph=True)
     p.add_argument("--hidden", type=run.integer(1), default=4096,
                    help="width within projector and predictor (paper)")
     p.add_argument("--epochs", type=run.integer(0), default=200,
@@ -251,9 +253,7 @@ def main(argv=None):
     target = run.to_device(network(args.arch, args.hidden)[:2], args, env).requires_grad_(False)
     target.load_state_dict(net[:2].state_dict())
     opt = optim.LARS(optim.lars_groups(net), args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    if args.compile:
-        net.compile()
-        target.compile()
+    compile_networks(args, env, net, target)
 
     all_steps = steps_per_epoch * args.epochs
     log = Log(args, env, all_steps, images)

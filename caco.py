@@ -79,6 +79,7 @@ from common.augment import (
 from common.bank import Bank, bank_argmax, bank_logsumexp, bank_summary, through_unit_rows, unit_rows
 from common.log import Log
 from common.pictures import save_rows
+from common.speed import compile_networks
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in the authors' code
 STD = (0.229, 0.224, 0.225)
@@ -361,9 +362,7 @@ def main(argv=None):
     target.load_state_dict(net.state_dict())
     bank = make_bank(args.bank_size, args.dim).to(device)
     opt = optimizer(net, args)
-    if args.compile:
-        net.compile()
-        target.compile()
+    compile_networks(args, env, net, target)
 
     log = Log(args, env, steps_per_epoch * args.epochs, images)
     state = dict(net=net, target=target, bank=bank, opt=opt, log=log)

@@ -73,6 +73,7 @@ from common.augment import random_color_jitter, random_grayscale, random_resized
 from common.log import Log
 from common.pgd import eval_mode, pgd
 from common.pictures import difference, save_rows
+from common.speed import compile_networks, graphed
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -111,6 +112,7 @@ def nt_xent(views, temperature):
     return (len(u) - 1) * scores.logsumexp(1).mean() - pos.mean()
 
 
+@graphed
 def attack(net, x1, x2, noise, *, attack_to, temperature, eps, step_size, steps):
     """x_adv (B, 3, S, S): x1 moved within eps so as to maximise the contrastive loss of the pair
     (x_adv, target).
@@ -179,7 +181,7 @@ def lr_at(epoch, epochs, lr, warmup):
 # The run
 # ----------------------------------------------------------------------------------------------------------
 def parser():
-    p = run.parser(__doc__, name="rocl", arch="resnet18")
+    p = run.parser(__doc__, name="rocl", arch="resnet18", graph=True)
     p.add_argument("--epochs", type=run.integer(0), default=1000,
                    help="0 exports the random encoder; default (authors' code)")
     p.add_argument("--batch-size", type=run.integer(1), default=512,
@@ -260,8 +262,7 @@ def main(argv=None):
 
     net = run.to_device(network(args.arch), args, env)
     opt = optim.LARS(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    if args.compile:
-        net.compile()
+    compile_networks(args, env, net)
 
     log = Log(args, env, steps_per_epoch * args.epochs, images)
     state = dict(net=net, opt=opt, log=log)

@@ -22,14 +22,15 @@ import torch.distributed as dist
 from common import files
 from common.dist import meet
 from common.log import last_good
+from common.speed import use_graphs
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Flags and errors
 # ----------------------------------------------------------------------------------------------------------
-def parser(doc, name, arch):
-    """A parser with the housekeeping flags, the same in every script; a paper's numbers are the
-    script's."""
+def parser(doc, name, arch, graph=False):
+    """A parser with the housekeeping flags, the same in every script (--graph where its attack is `graphed`);
+    a paper's numbers are the script's."""
     p = Parser(f"{name}.py", doc)
     g = p.add_argument_group("housekeeping")
     g.add_argument("--data", type=path, default="cifar10",
@@ -44,8 +45,11 @@ def parser(doc, name, arch):
     g.add_argument("--device", help="default: cuda if there is one, else cpu")
     g.add_argument("--workers", type=integer(0, 1000), default=4,
                    help="decoding processes, for an ImageFolder")
-    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
-                   help="torch.compile the networks")
+    g.add_argument("--compile", nargs="?", const="default", choices=("default", "reduce-overhead"),
+                   help="torch.compile the networks, in this mode; without a mode: default")
+    if graph:
+        g.add_argument("--graph", action=argparse.BooleanOptionalAction, default=False,
+                       help="replay the attack as a CUDA graph: for batches too small to keep a GPU busy")
     g.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, default=False,
                    help="BatchNorm over the images of all processes (torch's SyncBatchNorm, on CUDA); "
                    "without it each process has statistics of its own images")
@@ -127,8 +131,8 @@ def image_size(args, images):
     return images.size
 
 
-# These may differ when a run is continued: they change nothing, or (device, compile) only the rounding.
-FREE = {"data_dir", "out", "device", "workers", "compile", "save_every"}
+# These may differ when a run is continued: they change nothing, or (device, compile, graph) only the rounding.
+FREE = {"data_dir", "out", "device", "workers", "compile", "graph", "save_every"}
 
 
 def cli(main):
@@ -216,6 +220,7 @@ def setup(args):
     env = Env(device(args), rank, world)
     if args.sync_bn and env.device.type != "cuda":
         raise ValueError(f"--sync-bn: PyTorch's SyncBatchNorm needs CUDA, and this is {env.device.type}")
+    use_graphs(args, env)
     out = pathlib.Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -331,6 +336,8 @@ def stop_if_signalled(args, env, state, step):
         flag = torch.tensor(number)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         number = flag.item()
+    if getattr(args, "compile", None) == "reduce-overhead":  # whose graphs reuse their memory from here on
+        torch.compiler.cudagraph_mark_step_begin()
     if number:
         if state is not None:
             if "log" in state:
