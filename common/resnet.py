@@ -69,8 +69,9 @@ def conv_norm(conv, norm, x):
 
     A BatchNorm in eval mode multiplies each channel by s = gamma / sqrt(var + eps) and adds beta - mean s. A
     convolution with weights s w and that bias does the same, and saves a pass over the channels both forward
-    and backward. So it is done within `eval_mode` (of common/pgd.py) where no weight can get a gradient, as in
-    an attack, from the second pass through the same weights on. Values and gradients are equal up to rounding.
+    and backward. So it is done within `eval_mode` (of common/pgd.py) where no weight can get a gradient: in an
+    attack, and elsewhere from the second pass through the same weights on. Values and gradients are equal up
+    to rounding.
     """
     inner = norm.branches[norm.branch] if isinstance(norm, BranchNorm) else norm
     folded = None
@@ -95,7 +96,7 @@ def _may_fold(conv, norm, inner):
 @torch.no_grad()
 def _folded(conv, norm, kept):
     """Weights and bias of the one convolution, from `kept` (a dict that eval_mode gives to each BatchNorm)
-    where they are there; None at first sight of these weights."""
+    where they are there; None at first sight of these weights outside of an attack."""
     device = conv.weight.device.type
     dtype = conv.weight.dtype
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -104,12 +105,12 @@ def _folded(conv, norm, kept):
     sources = [conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var]
     versions = [0 if t is None or t.is_inference() else t._version for t in sources]
     key = (dtype, *map(id, sources), *versions)
-    if key not in kept:
+    first = key not in kept
+    if first:
         if len(kept) > 3:  # the weights are changing
             kept.clear()
         kept[key] = sources, None  # with `sources`, so that no other tensor gets their id
-        return None
-    if kept[key][1] is None:
+    if kept[key][1] is None and (kept.pixels_only or not first):
         kept[key] = sources, _fold(conv, norm, dtype)
     return kept[key][1]
 

@@ -9,17 +9,24 @@
              the usual way, where moreover weight gradients are made
     bank     InfoNCE over a memory bank, forward and backward: bank_logsumexp as it is used, its plain form
              (BANK_OP=torch), logsumexp of the matrix, that compiled, MoCo's concatenation and cross-entropy
-    step     one train_step of each variant
+    step     one train_step of each variant; on a GPU also with --compile, with --graph and with both. Passes: its
+             floating point operations over those of a forward pass of the batch. Operations: tensor operations
+             that a GPU would launch as kernels, counted on the CPU under bfloat16 autocast (a bank of 2,048
+             rows, in one chunk); and those left where the attack is one CUDA graph
     autoattack  the standard version against the PyPI package pyautoattack, where that is installed, on one
              classifier (trained here) and the same images; each runs once; on a CPU it is CPU time
 """
 import argparse
+import contextlib
 import copy
+import functools
 import gc
+import importlib
 import os
 import statistics
 import time
 import unittest.mock
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -40,11 +47,11 @@ import caco
 import rocl
 from common import shapes
 from evaluation import autoattack as aa
-from common import data, encoders, optim, resnet, run
+from common import data, encoders, optim, resnet, run, speed
 from common.augment import to_float
 from common.bank import Bank
 from common.log import header
-from common.pgd import eval_mode, frozen_stats, pgd
+from common.pgd import Kept, eval_mode, frozen_stats, pgd
 from common.unet import UNet
 from tests.scripts import named, named_by
 
@@ -395,6 +402,11 @@ def bank(s):
            *(f"{v} MiB" for v in names), "floor/ours"], lines)
 
 
+def compile_(s, compiled, *nets):
+    args = SimpleNamespace(compile="default" if compiled else None, batch_size=s.batch)
+    speed.compile_networks(args, SimpleNamespace(world=1), *nets)
+
+
 def amoc_step(s, variant, compiled):
     """A function that makes one step, with networks, banks, optimizer and views of its own."""
     args = amoc.parser().parse_args(["--variant", variant])
@@ -403,8 +415,7 @@ def amoc_step(s, variant, compiled):
     banks = [Bank(s.bank, 128).to(s.device) for _ in range(2)]
     opt = torch.optim.SGD(net.parameters(), 0.0, momentum=0.9, weight_decay=args.weight_decay)
     noise = 2 * torch.rand(s.batch, 2, 3, 32, 32, device=s.device) - 1
-    if compiled:
-        net.compile(), target.compile()
+    compile_(s, compiled, net, target)
 
     def one():
         amoc.train_step(net, target, opt, *banks, x1, x2, noise, **settings)
@@ -417,8 +428,7 @@ def rocl_step(s, variant, compiled):
     net = rocl.network(s.arch).to(s.device)
     opt, (x1, x2) = optim.LARS(net.parameters(), 0.0), views(s)
     noise = 2 * torch.rand_like(x1) - 1
-    if compiled:
-        net.compile()
+    compile_(s, compiled, net)
 
     def one():
         rocl.train_step(net, opt, x1, x2, noise, **settings)
@@ -431,8 +441,7 @@ def acl_step(s, variant, compiled):
     net = acl.network(s.arch, variant).to(s.device)
     opt, (x1, x2) = optim.LARS(net.parameters(), 0.0), views(s)
     noise = 2 * torch.rand(s.batch, 2, 3, 32, 32, device=s.device) - 1
-    if compiled:
-        net.compile()
+    compile_(s, compiled, net)
 
     def one():
         acl.train_step(net, opt, x1, x2, noise, **settings)
@@ -448,8 +457,7 @@ def advcl_step(s, variant, compiled):
     noise = 2 * torch.rand(2, s.batch, 3, 32, 32, device=s.device) - 1
     y = torch.stack([torch.arange(s.batch, device=s.device) % k for k in args.clusters], 1)
     settings = named(advcl.train_step, advcl, clusters=clusters)
-    if compiled:
-        net["encoder"].compile()
+    compile_(s, compiled, net["encoder"])
 
     def one():
         advcl.train_step(net, opt, x1, x2, x, y, noise, **settings)
@@ -474,8 +482,7 @@ def bank_step(s, script, args, compiled):
     bank = script.make_bank(s.bank, 128).to(s.device)
     opt = torch.optim.SGD(net.parameters(), 0.0, momentum=0.9, weight_decay=args.weight_decay)
     x1, x2 = inputs(s)[2:]
-    if compiled:
-        net.compile(), target.compile()
+    compile_(s, compiled, net, target)
     settings = named_by(script.train_step, script, args)
     if script is caco:
         inputs_of_step = [[x1, x2]]
@@ -496,8 +503,7 @@ def adv_mae_step(s, variant, compiled):
     opt = torch.optim.AdamW(optim.groups(net.named_parameters(), args.weight_decay), 0.0, betas=(0.9, 0.95))
     x, rng = torch.rand(s.batch, 3, 32, 32, device=s.device), data.Rng((0, 0, 0), s.batch, slice(None))
     order, noise = adv_mae.random_numbers(rng, net.encoder, args, s.device)
-    if compiled:
-        net.compile()
+    compile_(s, compiled, net)
 
     def one():
         adv_mae.train_step(net, opt, x, order, noise, **named_by(adv_mae.train_step, adv_mae, args))
@@ -512,8 +518,7 @@ def adpe_step(s, variant, compiled):
     opt_delta = torch.optim.AdamW([net.delta], 0.0, maximize=True)
     x, rng = torch.rand(s.batch, 3, 32, 32, device=s.device), data.Rng((0, 0, 0), s.batch, slice(None))
     order, start = adpe.random_numbers(rng, net, args, s.device)
-    if compiled:
-        net.compile()
+    compile_(s, compiled, net)
 
     def one():
         adpe.train_step(net, opt, opt_delta, x, order, start, **named_by(adpe.train_step, adpe, args))
@@ -528,8 +533,7 @@ def byorl_step(s, variant, compiled):
     x1, x2 = inputs(s)[2:]
     opt = optim.LARS(optim.lars_groups(net), 0.0, weight_decay=args.weight_decay)
     noise = 2 * torch.rand(s.batch, 2, 3 * 32 * 32, device=s.device) - 1
-    if compiled:
-        net.compile(), target.compile()
+    compile_(s, compiled, net, target)
 
     def one():
         byorl.train_step(net, target, opt, x1, x2, noise, tau=1.0, **byorl.attack_settings(args))
@@ -547,8 +551,7 @@ def adios_step(s, variant, compiled):
     opts = [optim.LARS(optim.lars_groups(part), 0.0, trust=0.02, clip=True) for part in (net, masker)]
     pick = torch.rand(s.batch, 2, device=s.device)
     given = x2.new_zeros(s.batch, 1, 32, 32) if variant == "SimCLR" else None
-    if compiled:
-        net[0].compile(), masker.compile()
+    compile_(s, compiled, net[0], masker)
 
     def one():
         adios.train_step(net, None, masker, *opts, x1, x2, given, pick, **settings)
@@ -556,17 +559,58 @@ def adios_step(s, variant, compiled):
     return one
 
 
+VIEWS = {  # which launch nothing
+    "view", "_unsafe_view", "_reshape_alias", "reshape", "expand", "permute", "transpose", "t", "select", "slice", "split",
+    "split_with_sizes", "unbind", "unsqueeze", "squeeze", "alias", "detach", "as_strided", "diagonal", "lift_fresh",
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "promote_types",
+    "_local_scalar_dense",  # of AdamW's step number, which lies on the CPU
+}
+
+
+class Operations(TorchDispatchMode):
+    """Counts tensor operations, and those outside of `pgd`."""
+
+    total = outside = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op._overloadpacket.__name__ not in VIEWS:
+            self.total += 1
+            self.outside += not Kept.pixels_only
+        return op(*args, **(kwargs or {}))
+
+
+def operations(s, script, variant):
+    """Of one step, by optimizers that treat all tensors at once, as on a GPU: all, and those outside the attack."""
+    small = s._replace(device=torch.device("cpu"), batch=8, bank=min(s.bank, 2048), flush=None)
+    autocast = unittest.mock.patch.object(run, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    with contextlib.ExitStack() as stack, autocast:
+        for name in ("sgd", "adam"):  # AdamW's step is Adam's
+            module = importlib.import_module(f"torch.optim.{name}")
+            stack.enter_context(unittest.mock.patch.object(
+                module, "_default_to_fused_or_foreach", lambda *_, **__: (False, True)))
+        one = globals()[f"{script}_step"](small, variant, False)
+        one()
+        with Operations() as counter:
+            one()
+    return counter.total, counter.outside
+
+
 def step(s):
     for script, variants in SCRIPTS.items():
-        steps, flops, mib = {}, {}, {}
-        compiled = f"{COMPILED[script]}, compiled"
-        for name in variants if s.flush is None or s.quick else (*variants, compiled):
+        steps, flops, mib, count = {}, {}, {}, {}
+        more = [f"{COMPILED[script]}, {how}" for how in ("compiled", "graph", "compiled, graph")]
+        if script not in GRAPHED:
+            more = more[:1]
+        for name in variants if s.flush is None or s.quick else (*variants, *more):
             variant, before = name.split(",")[0], allocated(s)
-            steps[name] = one = globals()[f"{script}_step"](s, variant, name == compiled)
-            if name != compiled:
+            how = name.split(",")[1:]
+            one = globals()[f"{script}_step"](s, variant, " compiled" in how)
+            steps[name] = one = functools.partial(with_graphs, s, " graph" in how, one)
+            if not how:
                 with Flops() as counter:
                     one()
-            flops[name] = flops[variant] if name == compiled else counter.total
+                count[name] = operations(s, script, variant)
+            flops[name] = flops[variant] if how else counter.total
             if s.flush is not None:
                 one(), one()  # the optimizer's state, cuDNN's choices
             mib[name] = peak(s, one, above=before)
@@ -574,10 +618,32 @@ def step(s):
         flags = globals()[script].parser().parse_args([])
         arch = VITS[s.arch] if flags.arch.startswith("vit") else s.arch
         bank = f", bank {s.bank}" if hasattr(flags, "bank_size") else ""
+        once = forward_flops(s, arch)
         table(f"step: {script}, {arch}, batch {s.batch}{bank}",
-              ["", "ms", "images/s", "GFLOP", "TFLOP/s", "peak MiB", f"time / {base}"],
-              [[name, 1e3 * t[name], s.batch / t[name], flops[name] / 1e9, flops[name] / 1e12 / t[name],
-                mib[name], t[name] / t[base]] for name in steps])
+              ["", "ms", "images/s", "passes", "GFLOP", "TFLOP/s", "operations", "outside attack", "peak MiB",
+               f"time / {base}"],
+              [[name, 1e3 * t[name], s.batch / t[name], flops[name] / once, flops[name] / 1e9,
+                flops[name] / 1e12 / t[name], *count.get(name, (None, None)), mib[name], t[name] / t[base]]
+               for name in steps])
+
+
+GRAPHED = ("amoc", "rocl", "acl", "adco", "adv_mae", "byorl")
+
+
+def with_graphs(s, on, one):
+    """A step with or without --graph. Steps of both kinds take turns, so it is switched by hand."""
+    speed._share, before = s.batch if on else None, speed._share
+    one()
+    speed._share = before
+
+
+def forward_flops(s, arch):
+    """Of a forward pass of the encoder on a batch."""
+    x = torch.rand(s.batch, 3, 32, 32, device=s.device)
+    net = encoders.make(arch).to(s.device)
+    with Flops() as counter, torch.no_grad():
+        net(x)
+    return counter.total
 
 
 class Counted(torch.nn.Module):

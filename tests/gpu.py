@@ -1,0 +1,169 @@
+"""Everything that is to be measured on a GPU, by one command, in the order of its worth.
+
+    python -m tests.gpu --minutes 25                   in runs/gpu; again: goes on with what is left
+    python -m tests.gpu --data data/cifar10.npz --out runs/h100
+    python -m tests.gpu --quick --device cpu           tiny, on a CPU: shows that it works
+
+    tests       what the test suite checks on CUDA alone
+    bank        the bank's Triton kernels against plain PyTorch and torch.compile; from how many rows they pay
+    step        images/s and TFLOP/s of every script at its default batch, also with --compile and --graph
+    autoattack  1,000 images, against pyautoattack where that is installed
+    amoc        AMOC's 200 epochs, or as many as fit, and its SLF and ALF
+
+Each part is a process of its own and begins only if time is left; what takes longer than its share is ended.
+What it prints is in <out>/<part>.txt, and <out>/summary.json says of each part whether it is done. AMOC's run is
+ended as by Ctrl-C, and goes on at the next call.
+"""
+import argparse
+import json
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+from common import files, run
+
+HERE = pathlib.Path(__file__).resolve().parents[1]
+SHARES = {"tests": 0.2, "bank": 0.12, "step": 0.3, "autoattack": 0.1}  # of all the time; AMOC has what is left
+
+
+class Clock:
+    def __init__(self, minutes):
+        self.end = time.time() + 60 * minutes
+
+    @property
+    def left(self):
+        return self.end - time.time()
+
+
+def call(command, path, seconds):
+    """Run `command` for at most so long, its output in the file `path`; the exit status, None if it was
+    interrupted."""
+    with open(path, "a") as f:
+        print("$", *command, file=f, flush=True)
+        process = subprocess.Popen(command, cwd=HERE, stdout=f, stderr=subprocess.STDOUT)
+        try:
+            return process.wait(max(1, seconds))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # a training run saves itself
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            return None
+
+
+def commands(args):
+    """The parts before AMOC."""
+    python = [sys.executable, "-m"]
+    quick = ["--quick"] if args.quick else []
+    bench = [*python, "tests.bench", "--device", args.device, *quick]
+    tests = ["tests/test_cuda.py", "tests/test_bank.py", "tests/test_speed.py"]
+    chosen = ["-k", "argmax"] if args.quick else ["-k", "cuda or kernel"]
+    return {
+        "tests": [*python, "pytest", "-q", *tests, *chosen],
+        "bank": [*bench, "bank"],
+        "step": [*bench, "step"],
+        "autoattack": [*bench, "autoattack"],
+    }
+
+
+def amoc(args, clock, state, save):
+    """AMOC, in `state`'s number of epochs, which the first call finds; then its evaluations."""
+    path = args.out / "amoc.txt"
+    flags = ["--data", args.data, "--device", args.device]
+    if args.quick:
+        flags += ["--limit", "64", "--arch", "slim", "--batch-size", "32", "--bank-size", "64", "--steps", "1"]
+    else:
+        flags += ["--compile"]
+    script = [sys.executable, "amoc.py", *flags]
+    if "epochs" not in state:  # a short run tells how many fit
+        trial = args.out / "trial"
+        if call([*script, "--epochs", "2", "--out", str(trial)], path, 0.4 * clock.left) != 0:
+            return "the trial of two epochs failed or took too long"
+        lines = (trial / "log.jsonl").read_text().splitlines()
+        last = json.loads(lines[-1])
+        images = json.loads(lines[0])["data"]["images"]
+        an_epoch = images / last["images_per_second"]
+        for_training = clock.left - (0 if args.quick else min(420, 0.3 * clock.left))  # the rest evaluates
+        state["epochs"] = 2 if args.quick else max(2, min(200, int(for_training / an_epoch)))
+        save()
+    out = args.out / "amoc"
+    if call([*script, "--epochs", str(state["epochs"]), "--out", str(out)], path, clock.left - 60) != 0:
+        return "interrupted: the next call goes on" if (out / "last.pt").exists() else "failed"
+    quick = ["--epochs", "2", "--milestones", "1", "--limit", "64", "--test-limit", "32"] if args.quick else []
+    evaluation = [sys.executable, "eval.py", str(out / "encoder.pt"), "--data", args.data, "--device", args.device,
+                  "--preset", "knn", "amoc-slf", "amoc-alf", "--attacks", "clean", "pgd20", *quick]
+    if call(evaluation, path, clock.left) != 0:
+        return "trained; its evaluation failed or took too long"
+    return "done"
+
+
+def kernel_rows(text):
+    """Of the bank's table: the fewest rows from which the kernels are faster than plain PyTorch, for every
+    number of queries and gradient that it lists; None where they are not."""
+    ratios = {}
+    for line in text.splitlines():
+        found = re.match(r"\s*\d+ x (\d+), \w+\s+(q, bank|q)\s+([\d.,]+)\s+([\d.,]+)", line)
+        if found:
+            ours, plain = (float(v.replace(",", "")) for v in found.group(3, 4))
+            ratios.setdefault(int(found.group(1)), []).append(plain / ours)
+    good = None
+    for rows in sorted(ratios, reverse=True):
+        if min(ratios[rows]) <= 1:
+            break
+        good = rows
+    return good
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--minutes", type=run.number(above=0), default=25.0, help="that all of it may take")
+    p.add_argument("--data", default=None, help="for AMOC; default: cifar10, with --quick shapes")
+    p.add_argument("--device", default="cuda")
+    p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/gpu"))
+    p.add_argument("--quick", action="store_true", help="tiny sizes")
+    args = p.parse_args(argv)
+    args.data = args.data or ("shapes" if args.quick else "cifar10")
+    args.out = args.out.resolve()
+    run.device(args)  # before anything else: is there one?
+    args.out.mkdir(parents=True, exist_ok=True)
+    clock = Clock(args.minutes)
+    summary_path = args.out / "summary.json"
+    summary = json.loads(summary_path.read_text()) if summary_path.exists() else {}
+
+    def save():
+        with files.replacing(summary_path) as path:
+            pathlib.Path(path).write_text(json.dumps(summary, indent=1) + "\n")
+
+    for name, command in commands(args).items():
+        if summary.get(name, {}).get("result") == "done":
+            continue
+        if clock.left < 30:
+            print(f"{name}: no time is left")
+            continue
+        began = time.time()
+        status = call(command, args.out / f"{name}.txt", min(clock.left, SHARES[name] * 60 * args.minutes))
+        result = {0: "done", None: "cut off"}.get(status, f"failed, exit status {status}")
+        summary[name] = {"result": result, "seconds": round(time.time() - began)}
+        if name == "bank" and result == "done":
+            summary[name]["kernels from rows"] = kernel_rows((args.out / "bank.txt").read_text())
+        save()
+        print(f"{name}: {result}, {summary[name]['seconds']} s", flush=True)
+    state = summary.setdefault("amoc", {})
+    if state.get("result") != "done" and clock.left > 90:
+        state["result"] = amoc(args, clock, state, save)
+        save()
+        print(f"amoc: {state['result']}", flush=True)
+    print(f"see {summary_path}")
+    failed = [name for name, part in summary.items() if part.get("result", "").startswith("failed")]
+    if failed:
+        raise ValueError(f"failed: {', '.join(failed)}; see {args.out}")
+
+
+if __name__ == "__main__":
+    run.cli(main)

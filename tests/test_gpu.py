@@ -1,0 +1,58 @@
+"""python -m tests.gpu, on a CPU and with everything tiny."""
+import json
+import sys
+import time
+
+import pytest
+
+from tests import gpu
+
+BANK = """
+                          grad of  ours ms  plain ms  eager ms
+  256 x 4096, float32           q     0.10      0.08       0.2
+  256 x 4096, float32     q, bank     0.10      0.20       0.2
+  256 x 65536, float32          q     0.10      0.11       0.2
+  512 x 65536, bfloat16   q, bank     0.20      1,000      0.2
+  256 x 1048576, float32        q     0.10      0.30       0.2
+"""
+
+
+def test_kernels_pay_from_the_bank_on_from_which_they_always_do():
+    assert gpu.kernel_rows(BANK) == 65536
+    assert gpu.kernel_rows(BANK.replace("0.08", "0.3")) == 4096
+    assert gpu.kernel_rows(BANK.replace("0.30       0.2", "0.05       0.2")) is None
+    assert gpu.kernel_rows("") is None
+
+
+def test_a_part_that_takes_too_long_is_interrupted_and_may_still_save(tmp_path):
+    code = "import time\ntry:\n    print('begun', flush=True)\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('saved')"
+    began = time.time()
+    assert gpu.call([sys.executable, "-c", code], tmp_path / "out.txt", 3) is None
+    assert time.time() - began < 30 and (tmp_path / "out.txt").read_text().splitlines()[-2:] == ["begun", "saved"]
+    assert gpu.call([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "out.txt", 60) == 3
+
+
+def test_one_command_does_what_is_left_and_says_so(tmp_path, capsys):
+    """Bench is made elsewhere; here a test, and AMOC with its evaluations."""
+    summary = tmp_path / "summary.json"
+    summary.write_text(json.dumps({name: {"result": "done"} for name in ("bank", "step", "autoattack")}))
+    flags = ["--quick", "--device", "cpu", "--out", str(tmp_path), "--minutes", "20"]
+    gpu.main(flags)
+    found = json.loads(summary.read_text())
+    assert found["tests"]["result"] == found["amoc"]["result"] == "done" and found["amoc"]["epochs"] == 2
+    assert "passed" in (tmp_path / "tests.txt").read_text()
+    evaluated = [json.loads(line) for line in (tmp_path / "amoc" / "eval.jsonl").read_text().splitlines()]
+    assert {line["preset"] for line in evaluated} == {"knn", "amoc-slf", "amoc-alf"}
+    capsys.readouterr()
+    gpu.main(flags)
+    assert capsys.readouterr().out.split("\n")[0].startswith("see ")
+
+
+def test_what_failed_is_said_last_and_without_a_device_nothing_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "commands", lambda args: {"bank": [sys.executable, "-c", "raise SystemExit(1)"]})
+    flags = ["--quick", "--device", "cpu", "--out", str(tmp_path), "--minutes", "1"]
+    with pytest.raises(ValueError, match="failed: bank; see"):
+        gpu.main(flags)
+    assert json.loads((tmp_path / "summary.json").read_text())["bank"]["result"] == "failed, exit status 1"
+    with pytest.raises(ValueError, match="--device nonsense cannot be used"):
+        gpu.main([*flags[:-1], "1", "--device", "nonsense"])
