@@ -94,7 +94,7 @@ def amoc(args, clock, state, save):
     out = args.out / "amoc"
     if call([*script, "--epochs", str(state["epochs"]), "--out", str(out)], path, clock.left - 60) != 0:
         return "interrupted: the next call goes on" if (out / "last.pt").exists() else "failed"
-    quick = ["--epochs", "2", "--milestones", "1", "--limit", "64", "--test-limit", "32"] if args.quick else []
+    quick = "--epochs 2 --milestones 1 --limit 256 --test-limit 32".split() if args.quick else []
     evaluation = [sys.executable, "eval.py", str(out / "encoder.pt"), "--data", args.data, "--device", args.device,
                   "--preset", "knn", "amoc-slf", "amoc-alf", "--attacks", "clean", "pgd20", *quick]
     if call(evaluation, path, clock.left) != 0:
