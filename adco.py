@@ -91,7 +91,7 @@ class GroupedNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         count = min(max(2, math.ceil(len(x) / 32)), len(x) // 2)
-        sizes = [(len(x) + i) // count for i in reversed(range(count))]  # equal, or one more in the first ones
+        sizes = [(len(x) + i) // count for i in reversed(range(count))]  # equal, or the first have one more
         groups = x.split(sizes)  # unlike tensor_split, whose backward pass adds up whole batches
         outputs = []
         for group in groups:  # together they move the running statistics about as far as one batch does

@@ -135,10 +135,13 @@ def color_jitter(x, brightness, contrast, saturation, hue, order, rows=None):
     place, by_place = (order == 3).int().argmax(1).sort()  # images whose hue comes first, second, ...: slices
     ends = [0, *place.bincount(minlength=4).cumsum(0).tolist()]
     blends = order[order != 3].view(-1, 3)[by_place].T
-    brightness, contrast, saturation = (v.float()[by_place] for v in (brightness, contrast, saturation))
+    brightness = brightness.float()[by_place]
+    contrast = contrast.float()[by_place]
+    saturation = saturation.float()[by_place]
     factor = torch.where(blends == 0, brightness, torch.where(blends == 1, contrast, saturation))  # (3, n)
-    columns = [rows[by_place], hue[by_place], *factor, *(1 - factor) * (blends == 1), *(1 - factor) * (blends == 2)]
-    index, hue, *columns = on_device(x.device, *columns)
+    to_mean = (1 - factor) * (blends == 1)
+    to_grey = (1 - factor) * (blends == 2)
+    index, hue, *columns = on_device(x.device, rows[by_place], hue[by_place], *factor, *to_mean, *to_grey)
     index = index.long()
     some = x[index]
     for i in range(4):
@@ -146,7 +149,7 @@ def color_jitter(x, brightness, contrast, saturation, hue, order, rows=None):
         if ends[i] < ends[i + 1]:
             some[hued] = _turned(some[hued], hue[hued])
         if i < 3:  # the others blend with black, with the mean grey, with the grey image
-            f, to_mean, to_grey = (v.view(-1, 1, 1, 1) for v in columns[i::3])
+            f, to_mean, to_grey = [v.view(-1, 1, 1, 1) for v in columns[i::3]]
             grey = _grey(some)
             base = torch.addcmul(to_mean * grey.mean((2, 3), keepdim=True), grey, to_grey)
             some = torch.addcmul(base, some, f).clamp_(0, 1)

@@ -136,9 +136,9 @@ def unit_rows(w):
 
 @torch.no_grad()
 def through_unit_rows(grad, n, length):
-    """The gradient in the rows w of a function of n = w / |w|, from its gradient in n, `grad`; all (K, D), and
-    `length` (K, 1) of `unit_rows`: (g - (g . n) n) / |w|. It is at right angles to w, so that to first order
-    no step changes a length."""
+    """The gradient in the rows w of a function of n = w / |w|, from its gradient g in n, `grad`; all (K, D),
+    and `length` (K, 1) of `unit_rows`: (g - (g . n) n) / |w|. It is at right angles to w, so that to first
+    order no step changes a length."""
     along = (grad * n).sum(1, keepdim=True)
     return torch.addcmul(grad, along, n, value=-1).div_(length)
 

@@ -66,7 +66,7 @@ def pgd(loss_fn, x, eps, step_size, steps, norm="linf", random_start=True, start
             moved = x_adv.add(direction(g, x_adv, norm, lo, hi), alpha=step_size)
             if norm == "linf":
                 x_adv = moved.clamp(least, most)
-            elif norm == "l1":  # ball and box jointly: clipping afterwards would waste the budget that it frees
+            elif norm == "l1":  # jointly: clipping to the box afterwards would waste the budget that it frees
                 x_adv = (x + project_l1_box(moved - x, eps, lo - x, hi - x)).clamp(lo, hi)
             else:
                 x_adv = (x + project(moved - x, eps, norm)).clamp(lo, hi)

@@ -69,9 +69,9 @@ def conv_norm(conv, norm, x):
 
     A BatchNorm in eval mode multiplies each channel by s = gamma / sqrt(var + eps) and adds beta - mean s. A
     convolution with weights s w and that bias does the same, and saves a pass over the channels both forward
-    and backward. So it is done within `eval_mode` (of common/pgd.py) where no weight can get a gradient: in an
-    attack, and elsewhere from the second pass through the same weights on. Values and gradients are equal up
-    to rounding.
+    and backward. So it is done within `eval_mode` (of common/pgd.py) where no weight can get a gradient: in
+    an attack, and elsewhere from the second pass through the same weights on. Values and gradients are equal
+    up to rounding.
     """
     inner = norm.branches[norm.branch] if isinstance(norm, BranchNorm) else norm
     folded = None

@@ -131,7 +131,7 @@ def image_size(args, images):
     return images.size
 
 
-# These may differ when a run is continued: they change nothing, or (device, compile, graph) only the rounding.
+# These may differ when a run is continued: they change nothing, or (device, compile, graph) rounding only.
 FREE = {"data_dir", "out", "device", "workers", "compile", "graph", "save_every"}
 
 

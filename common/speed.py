@@ -1,7 +1,7 @@
 """For speed on GPUs: compiled networks (--compile), and attacks that are replayed as CUDA graphs (--graph).
 
-Neither changes more than rounding. Both serve full batches. The short last batch of an epoch, and pictures, go
-the ordinary way, for each new shape would have to be compiled, or recorded, anew.
+Neither changes more than rounding. Both serve full batches. The short last batch of an epoch, and pictures,
+go the ordinary way, for each new shape would have to be compiled, or recorded, anew.
 """
 import functools
 
@@ -14,13 +14,13 @@ from common.pgd import Kept
 # torch.compile
 # ----------------------------------------------------------------------------------------------------------
 def compile_networks(args, env, *nets):
-    """With --compile, let each of the modules `nets` run compiled where the batch of its first argument is one
-    of this process's full batches, or several of them. Under `pixels_only` no gradient of a weight is
+    """With --compile, let each of the modules `nets` run compiled where the batch of its first argument is
+    one of this process's full batches, or several of them. Under `pixels_only` no gradient of a weight is
     made, which a compiled backward pass would otherwise do unasked."""
     if not args.compile:
         return
-    # Train and eval mode, the branches of BatchNorm, attack and training, one view or two: each is compiled by
-    # itself. Torch's own limit is 8, and what comes beyond it stays eager.
+    # Train and eval mode, the branches of BatchNorm, attack and training, one view or two: each is compiled
+    # by itself. Torch's own limit is 8, and what comes beyond it stays eager.
     torch._dynamo.config.recompile_limit = 64
     share = args.batch_size // env.world
     for net in nets:
@@ -60,7 +60,8 @@ def use_graphs(args, env):
     if env.device.type != "cuda":
         raise ValueError(f"--graph: CUDA graphs need CUDA, and this is {env.device.type}")
     if args.compile == "reduce-overhead":
-        raise ValueError("--graph: --compile reduce-overhead makes CUDA graphs of its own; use --compile default")
+        raise ValueError("--graph: --compile reduce-overhead makes CUDA graphs of its own; use --compile "
+                         "default")
     _share = args.batch_size // env.world
 
 

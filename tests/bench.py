@@ -45,6 +45,7 @@ import amoc
 import byorl
 import caco
 import rocl
+import rotnet
 from common import shapes
 from evaluation import autoattack as aa
 from common import data, encoders, optim, resnet, run, speed
@@ -67,10 +68,12 @@ SCRIPTS = {  # variants, the base first; made by <script>_step. Those of the mas
              "--position absolute"),
     "byorl": ("BYOL", "K = 2", "K = 5", "K = 10"),
     "adios": ("SimCLR", "ADIOS", "ADIOS-s"),
+    "rotnet": ("--eps 0", "--steps 2", "--steps 2 --norm l2", "--target labels --loss trades"),
 }
 COMPILED = {  # on CUDA, once more with --compile
     "amoc": "ACC", "rocl": "with", "acl": "ds", "advcl": "with", "adco": "bank", "caco": "cooperative",
-    "adv_mae": "--steps 2", "adpe": "--adversary persistent", "byorl": "K = 5", "adios": "ADIOS"}
+    "adv_mae": "--steps 2", "adpe": "--adversary persistent", "byorl": "K = 5", "adios": "ADIOS",
+    "rotnet": "--steps 2"}
 VITS = {"slim": "vit_slim", "resnet18": "vit_tiny"}  # what the masked autoencoders have instead
 
 
@@ -559,6 +562,23 @@ def adios_step(s, variant, compiled):
     return one
 
 
+def rotnet_step(s, variant, compiled):
+    """The same for RotNet; on a ResNet here, as the others."""
+    args = rotnet.parser().parse_args(variant.split())
+    net = rotnet.network(s.arch, 32, 10 if args.target == "labels" else 4).to(s.device)
+    opt = torch.optim.AdamW(optim.groups(net.named_parameters(), args.weight_decay), 0.0, betas=(0.9, 0.95))
+    x, _ = views(s)
+    y = torch.arange(s.batch, device=s.device) % 4
+    noise = rotnet.start_noise(x, data.Rng((0, 0, 0), s.batch, slice(None)), args)
+    settings = named_by(rotnet.train_step, rotnet, args)
+    compile_(s, compiled, net)
+
+    def one():
+        rotnet.train_step(net, opt, x, y, noise, **settings)
+
+    return one
+
+
 VIEWS = {  # which launch nothing
     "view", "_unsafe_view", "_reshape_alias", "reshape", "expand", "permute", "transpose", "t", "select", "slice", "split",
     "split_with_sizes", "unbind", "unsqueeze", "squeeze", "alias", "detach", "as_strided", "diagonal", "lift_fresh",
@@ -616,7 +636,7 @@ def step(s):
             mib[name] = peak(s, one, above=before)
         t, base = race(s, steps, budget=30), variants[0]
         flags = globals()[script].parser().parse_args([])
-        arch = VITS[s.arch] if flags.arch.startswith("vit") else s.arch
+        arch = VITS[s.arch] if flags.arch.startswith("vit") and script != "rotnet" else s.arch
         bank = f", bank {s.bank}" if hasattr(flags, "bank_size") else ""
         once = forward_flops(s, arch)
         table(f"step: {script}, {arch}, batch {s.batch}{bank}",
@@ -627,7 +647,7 @@ def step(s):
                for name in steps])
 
 
-GRAPHED = ("amoc", "rocl", "acl", "adco", "adv_mae", "byorl")
+GRAPHED = ("amoc", "rocl", "acl", "adco", "adv_mae", "byorl", "rotnet")
 
 
 def with_graphs(s, on, one):

@@ -24,6 +24,7 @@ SCRIPTS = {
     "adv_mae": ["--arch", "vit_slim", "--decoder", "16", "1", "2", "--warmup", "1"],
     "byorl": ["--steps", "1", "--warmup", "1", "--hidden", "64"],
     "adios": ["--warmup", "1", "--masks", "2", "--mask-width", "8"],
+    "rotnet": ["--steps", "1", "--warmup", "1"],
 }
 PICTURES = {"adv_mae": "recon.png", "adpe": "positions.png", "adios": "masks.png"}  # the others write views.png
 TINY = ["--arch", "slim", "--batch-size", "16", "--epochs", "2", "--device", "cpu"]

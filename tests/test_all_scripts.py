@@ -195,9 +195,10 @@ def test_under_autocast_only_the_networks_are_cast(script, npz, tmp_path, monkey
 
     monkeypatch.setattr(module, "train_step", watched)
     monkeypatch.setattr(torch.Tensor, "backward", outside)
-    main(script, npz, tmp_path / "plain")
+    more = ["--fill-steps", "0"] if script == "caco" else []  # its positives jump with the rounding of a fill
+    main(script, npz, tmp_path / "plain", *more)
     monkeypatch.setattr(run, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
-    main(script, npz, tmp_path / "cast")
+    main(script, npz, tmp_path / "cast", *more)
     plain, cast = steps[0], steps[len(steps) // 2]
     assert cast[1] == plain[1] and any(cast[1])
     assert cast[0]["loss"] != plain[0]["loss"] and cast[0]["loss"].item() == pytest.approx(

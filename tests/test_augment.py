@@ -74,6 +74,7 @@ def plain(script, *names, **flags):
         "adv_mae": lambda: [module.augment(x, rng, 32)],
         "adpe": lambda: list(module.augment(x, rng, 32, 0.3, 2).split(len(x))),
         "adios": lambda: [module.augment(x, rng, 32)],
+        "rotnet": lambda: [module.augment(x, rng, 32, crop, 0.2) for crop in ("padded", "resized")],
     }[script]()
 
 
@@ -113,6 +114,7 @@ AUGMENTATIONS = {  # the calls of each view in turn
     "adv_mae": (plain("adv_mae"), [[crop(0.2, filter="bicubic")]]),
     "adpe": (plain("adpe"), 2 * [[crop(0.3, filter="bicubic")]]),  # --crops 2 --min-scale 0.3
     "adios": (plain("adios"), [[crop(0.08), jitter(0.8, 0.8, 0.8, 0.2), GREY]]),
+    "rotnet": (plain("rotnet"), [[*WEAK, jitter(0.2, 0.2, 0.2, 0.05)], [crop(0.2), jitter(0.2, 0.2, 0.2, 0.05)]]),
 }
 every_augmentation = pytest.mark.parametrize("which", AUGMENTATIONS)
 
@@ -199,6 +201,7 @@ DIGESTS = {  # of the numbers that Rng((7, 3, 5)) draws
     "adv_mae": [0.498057, 0.349328, 0.007123],
     "adpe": [0.498075, 0.349348, 0.002343],
     "adios": [0.493339, 0.342440, -0.085813],
+    "rotnet": [0.467533, 0.328754, -0.017414],
 }
 
 

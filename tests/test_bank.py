@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from common import bank as bank_module
-from common.bank import Bank, bank_logsumexp
+from common.bank import Bank, bank_logsumexp, bank_summary, through_unit_rows, unit_rows
 from tests.recipes import A, unit
 from tests.test_adco import S
 
@@ -79,6 +79,39 @@ def test_only_the_gradient_asked_for_is_made():
     q, b = torch.randn(4, 8, requires_grad=True), torch.randn(6, 8)
     bank_logsumexp(q, b, 0.2).sum().backward()
     assert q.grad is not None and b.grad is None
+
+
+@pytest.mark.parametrize("chunk", [2**24, 5 * 7, 1])
+def test_the_summary_is_the_logsumexp_and_the_largest_score(monkeypatch, chunk):
+    q, b = unit(A(5, 8, 0)), A(33, 8, 3)
+    scores = [[sum((q[i, d] * b[j, d]).item() for d in range(8)) / 0.3 for j in range(33)] for i in range(5)]
+
+    def chunks(q, bank):
+        size = max(1, chunk // 5)
+        return ((slice(i, i + size), bank[i : i + size]) for i in range(0, 33, size))
+
+    monkeypatch.setattr(bank_module, "_chunks", chunks)
+    y, top = bank_summary(q.requires_grad_(), b, 0.3)
+    assert not y.requires_grad and not top.requires_grad
+    for i, row in enumerate(scores):
+        assert top[i].item() == pytest.approx(max(row), rel=1e-12)
+        assert y[i].item() == pytest.approx(math.log(sum(math.exp(s) for s in row)), rel=1e-12)
+
+
+def test_the_gradient_through_unit_rows_is_autograds():
+    w, a = A(7, 5, 1).requires_grad_(), A(7, 5, 2)
+    n, length = unit_rows(w.detach())
+    for row, unit_row, size in zip(w.detach(), n, length):
+        assert size.item() == pytest.approx(math.sqrt(sum(v.item() ** 2 for v in row)), rel=1e-12)
+        torch.testing.assert_close(unit_row * size, row, rtol=1e-12, atol=0)
+    free = n.clone().requires_grad_()
+    (of_n,) = torch.autograd.grad((free * a).sin().sum(), free)
+    (want,) = torch.autograd.grad((w / w.norm(dim=1, keepdim=True) * a).sin().sum(), w)
+    found = through_unit_rows(of_n, n, length)
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-14)
+    assert (found * w).sum(1).abs().max() < 1e-12
+    zero, _ = unit_rows(torch.zeros(1, 5))
+    assert zero.isfinite().all()
 
 
 def test_identities():
@@ -223,8 +256,11 @@ def test_kernels_make_only_the_gradient_asked_for_and_ignore_autocast(device, mo
         y = bank_logsumexp(q.requires_grad_(), b, 0.2)
     y.sum().backward()
     assert b.grad is None
+    found = bank_summary(q, b, 0.2)
     monkeypatch.setenv("BANK_OP", "torch")
     torch.testing.assert_close(y, bank_logsumexp(q, b, 0.2), rtol=0, atol=5e-5)
+    for ours, plain in zip(found, bank_summary(q, b, 0.2)):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("device", [d for d in KERNEL_DEVICES if d == "cuda"])
@@ -283,8 +319,9 @@ def test_full_banks_on_a_gpu_use_the_kernels_and_small_ones_do_not(monkeypatch):
     ],
 )
 def test_bad_arguments_are_named(q, b, T, word):
-    with pytest.raises(ValueError, match=word):
-        bank_logsumexp(q, b, T)
+    for function in (bank_logsumexp, bank_summary):
+        with pytest.raises(ValueError, match=word):
+            function(q, b, T)
 
 
 @pytest.mark.parametrize("q, b", [((2, 3), (0, 3)), ((2, 3), (4, 5)), ((3,), (4, 3)), ((2, 3), (3,))])

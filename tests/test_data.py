@@ -179,7 +179,8 @@ def test_jitter_factors_are_independent_and_fill_their_range_and_orders_are_as_f
     n, drawn = 24_000, {}
     monkeypatch.setattr(augment, "color_jitter", lambda x, *parameters: drawn.update(all=parameters) or x)
     augment.random_color_jitter(torch.zeros(n, 3, 1, 1), rng(n), 0.4, 0.3, 0.2, 0.1)
-    *factors, order = drawn["all"]
+    *factors, order, rows = drawn["all"]
+    assert torch.equal(rows, torch.arange(n))
     for factor, middle, strength in zip(factors, (1, 1, 1, 0), (0.4, 0.3, 0.2, 0.1)):
         u = (factor - middle) / strength
         assert -1.00001 <= u.min() < -0.99 and 0.99 < u.max() <= 1.00001

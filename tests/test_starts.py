@@ -86,9 +86,10 @@ def test_without_a_random_start_every_attack_starts_at_the_image(script, traced)
 
 @pytest.mark.parametrize("script", ATTACKS)
 def test_fgsm_moves_every_pixel_by_exactly_eps(script, traced):
-    """Eq. 5 of Qi & Shah 2022 (arXiv 2210.13463); clipped pixels excepted, and those without gradient."""
+    """Eq. 5 of Qi & Shah 2022 (arXiv 2210.13463); clipped pixels excepted, and those without gradient, but for
+    the rounding of BatchNorms that are folded in the attack and not here."""
     for a in traced(script).attacks:
-        free = (a.g != 0) & (a.x_adv > a.box[0]) & (a.x_adv < a.box[1])
+        free = (a.g.abs() > 1e-5 * a.g.abs().max()) & (a.x_adv > a.box[0]) & (a.x_adv < a.box[1])
         moved = a.x_adv - a.x
         assert free.float().mean() > 0.5
         torch.testing.assert_close(moved[free], a.eps * a.g[free].sign(), rtol=0, atol=1e-6)

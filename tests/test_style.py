@@ -13,8 +13,8 @@ from tests.scripts import ROOT, SCRIPTS
 
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "common").glob("*.py"), *(ROOT / "evaluation").glob("*.py")])
 SAYS_WHOSE = r"\((paper|authors' code|ours|BYOL's|MAE's|paper has both|paper; [^()]*)\)$"
-HOUSEKEEPING = {"data", "data_dir", "limit", "arch", "out", "seed", "device", "workers", "compile", "sync_bn",
-                "save_every", "help"}
+HOUSEKEEPING = {"data", "data_dir", "limit", "arch", "out", "seed", "device", "workers", "compile", "graph",
+                "sync_bn", "save_every", "help"}
 
 
 def calls(node):
@@ -73,7 +73,8 @@ def names_of(code):
 def test_the_method_runs_cut_out_of_its_script_and_takes_what_it_uses_by_name(script):
     """From the first import to the last schedule it needs nothing that stands below, and no args object."""
     space = method_of(script)
-    functions = [value for value in space.values()
+    functions = [inspect.unwrap(value) for value in space.values() if inspect.isfunction(value)]
+    functions = [value for value in functions
                  if inspect.isfunction(value) and value.__code__.co_filename == f"{script}.py"]
     assert {"train_step", "lr_at"} <= {function.__name__ for function in functions}
     for function in functions:

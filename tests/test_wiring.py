@@ -37,6 +37,7 @@ CACO = ("--lr 0.11 --lr-final 0.02 --warmup 1 --weight-decay 0.003 --ema 0.6 --b
 BYORL = "--lr 0.9 --weight-decay 0.003 --warmup 2 --ema 0.6 --hidden 40"
 ADV_MAE = "--arch vit_slim --decoder 16 1 2 --lr 0.004 --weight-decay 0.03 --warmup 2"
 ADPE = ADV_MAE + " --adv-lr 0.006 --radius 0.4"
+ROTNET = "--lr 0.004 --weight-decay 0.03 --warmup 2 --eps 6 --steps 2"
 ADIOS = "--lr 0.4 --mask-lr 0.05 --weight-decay 0.003 --warmup 2 --masks 2 --mask-width 8 --ema 0.6"
 
 CASES = {  # the script, and flags besides SMALL
@@ -68,6 +69,9 @@ CASES = {  # the script, and flags besides SMALL
     "adios byol": ("adios", ADIOS + " --objective byol"),
     "adios random": ("adios", ADIOS + " --masker random"),
     "adios none": ("adios", ADIOS + " --masker none --single"),
+    "rotnet": ("rotnet", ROTNET),
+    "rotnet trades": ("rotnet", ROTNET + " --target labels --loss trades --norm l2 --eps 90 --step-size 40 --optimizer sgd"),
+    "rotnet clean": ("rotnet", ROTNET + " --eps 0 --no-random-start --jitter 0"),
 }
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -301,7 +305,8 @@ def script_of(module):
 
 VIEWS = {  # the images that train_step is given
     "amoc": "x1 x2", "rocl": "x1 x2", "acl": "x1 x2", "advcl": "x1 x2 x", "adco": "x_q x_k", "caco": "x",
-    "byorl": "x1 x2", "adv_mae": "x", "adpe": "x", "adios": "x1 x2"}
+    "byorl": "x1 x2", "adv_mae": "x", "adpe": "x", "adios": "x1 x2",
+    "rotnet": "x"}
 
 
 def views_of(given):
@@ -352,6 +357,7 @@ RATES = {  # of each of the eight steps; two epochs, or four steps, are warm-up 
     ("adpe", "opt_delta"): mae_rates(0.006),
     ("adios", "opt"): by_epoch(0.003, (0.003 + 0.4) / 2, 0.4, 0.4 * fall(1 / 2)),
     ("adios", "opt_mask"): by_epoch(0.003, (0.003 + 0.05) / 2, 0.05, 0.05 * fall(1 / 2)),
+    ("rotnet", "opt"): mae_rates(0.004),
 }
 
 
@@ -394,7 +400,8 @@ def test_the_log_has_each_epochs_mean_loss_and_last_rate_and_its_chance_value(ca
 CHANCE = {  # the values in the log's first line
     "amoc": [math.log(48 + 1)], "rocl": [2 * math.log(3 * 16 - 1), math.log(2 * 16 - 1)],
     "acl": [math.log(2 * 16 - 1)], "advcl": [], "adco": [math.log(40 + 1)], "caco": [2 * math.log(40)],
-    "byorl": [], "adv_mae": [1 - 1 / 48], "adpe": [1 - 1 / 48], "adios": []}  # that of ADIOS: test_adios.py
+    "byorl": [], "adv_mae": [1 - 1 / 48], "adpe": [1 - 1 / 48], "adios": [],  # that of ADIOS: test_adios.py
+    "rotnet": []}  # it depends on the case
 
 
 NO_PLAIN_NUMBER = {"caco": {"ema", "bank_lr"}, "advcl": {"clusters"}, "adios": {"masker"}}
@@ -417,6 +424,11 @@ def test_numbers_that_the_step_is_given_by_name_are_those_of_their_flags(case, w
                 wanted = pytest.approx(wanted)
             if wanted is not None:  # else it follows from others, as ATTACKS has it
                 assert step.given[name] == wanted, name
+
+
+def test_rotnets_chance_value_is_that_of_its_targets(watched):
+    for case, classes in (("rotnet", 4), ("rotnet trades", N)):
+        assert f"ln {classes} = {math.log(classes):.3f}" in watched(case).lines[0]["note"]
 
 
 def test_advcls_chance_value_counts_its_views(watched):
@@ -467,6 +479,8 @@ OPTIMIZERS = {  # argument of train_step: class, and the groups by what they hol
     "adv_mae": {"opt": adamw(0.03)},
     "adpe": {"opt": adamw(0.03), "opt_delta": ASCENT},
     "adios": {"opt": lars(0.003, trust=0.02, clip=True), "opt_mask": lars(0.003, trust=0.02, clip=True)},
+    "rotnet": {"opt": adamw(0.03)},
+    "rotnet trades": {"opt": sgd(0.03)},
 }
 
 
@@ -614,7 +628,7 @@ def test_each_epoch_visits_every_image_once_in_an_order_of_its_own(case, watched
 
 SIDES = {"adco multi-crop": [16, 14, 11, 9, 7, 16], "caco lars": [16, 16] + 6 * [7], "advcl": [16] * 3,
          "advcl teacher": [16] * 3, "adv_mae": [16], "adv_mae l2": [16], "adv_mae fgsm": [16], "adpe": [16],
-         "adpe pgd": [16], "adpe pgd l2": [16]}
+         "adpe pgd": [16], "adpe pgd l2": [16], "rotnet": [16], "rotnet trades": [16], "rotnet clean": [16]}
 
 
 @every_case
@@ -654,6 +668,7 @@ AUGMENTED = {  # what augment is told for the views of a step, in turn, besides 
     "byorl": [dict(solarize=0), dict(solarize=0.2)],  # of the second view now and then
     "adpe": [dict(min_scale=0.2, crops=1)], "adpe pgd": [dict(min_scale=0.2, crops=2)],
     "adpe pgd l2": [dict(min_scale=0.5, crops=1)],
+    "rotnet": [dict(crop="padded", jitter=0.2)], "rotnet clean": [dict(crop="padded", jitter=0.0)],
 }
 
 
@@ -705,6 +720,9 @@ NOISE = {  # argument: its shape, the kind of its numbers, and how many of its a
     "adpe pgd": {"u": ((32, 16), unit, 1), "noise": ((5, 2), box, 1)},  # five blocks, (row, column)
     "adpe pgd l2": {"u": ((16, 16), unit, 1), "noise": ((5, 2), ball, 1)},
     "adios": {"pick": ((16, 2), unit, 0)},
+    "rotnet": {"noise": ((16, 768), box, 1)},
+    "rotnet trades": {"noise": ((16, 768), ball, 1)},
+    "rotnet clean": {},
 }
 
 
@@ -783,6 +801,7 @@ BYORL_LINF = dict(LINF, step_size=1.25 * 6 / 2 / 255)  # the default, 1.25 eps /
 BYORL_L2 = dict(eps=90 / 255, step_size=40 / 255, steps=1, norm="l2", lo=0, hi=1)
 MAE_LINF = dict(LINF, step_size=5 / 8 * 6 / 255)  # the default, 5/8 eps
 MAE_L2 = dict(eps=90 / 255, step_size=40 / 255, steps=2, norm="l2", lo=0, hi=1)
+ROTNET_L2 = dict(eps=90 / 255, step_size=40 / 255, steps=2, norm="l2", lo=0, hi=1)
 FGSM = dict(LINF, step_size=6 / 255, steps=1)
 ADPE_LINF = dict(eps=0.4, step_size=5 / 8 * 0.4, steps=2, norm="linf", lo=-math.inf, hi=math.inf)
 ADPE_L2 = dict(eps=0.4, step_size=0.3, steps=1, norm="l2", lo=-math.inf, hi=math.inf)
@@ -803,6 +822,8 @@ ATTACKS = {  # options of pgd, how BatchNorms stand, and what is attacked, in tu
     "adv_mae fgsm": (FGSM, NO_NORM, lambda x: [visible(x["x"], x["u"])]),
     "adpe pgd": (ADPE_LINF, NO_NORM, lambda x: [torch.zeros(5, 2)]),
     "adpe pgd l2": (ADPE_L2, NO_NORM, lambda x: [torch.zeros(5, 2)]),
+    "rotnet": (MAE_LINF, EVAL, lambda x: [x["x"]]),
+    "rotnet trades": (ROTNET_L2, EVAL, lambda x: [x["x"]]),
 }
 
 
@@ -883,6 +904,8 @@ NETWORKS = {  # the heads of the network as it is trained; mean and std of the f
     "byorl": (["128-40+ BN relu 40-256+", "256-40+ BN relu 40-256+"], CIFAR),
     "adios": (["128-2048+ relu 2048-128+"], CIFAR),
     "adios byol": (["128-4096+ BN relu 4096-256+", "256-8192+ BN relu 8192-256+"], CIFAR),
+    "rotnet": (["128-4+"], IMAGENET),
+    "rotnet trades": ([f"128-{N}+"], IMAGENET),
 }
 
 
@@ -890,7 +913,7 @@ def parts_of(net):
     return list(net.values()) if isinstance(net, nn.ModuleDict) else list(net)
 
 
-@cases_of("amoc", "rocl", "acl", "advcl", "adco", "caco", "byorl", "adios")
+@cases_of("amoc", "rocl", "acl", "advcl", "adco", "caco", "byorl", "adios", "rotnet")
 def test_heads_and_normalisation_are_the_papers(case, watched):
     script, _ = CASES[case]
     heads, (mean, std) = NETWORKS.get(case, NETWORKS[script])
@@ -910,7 +933,7 @@ def test_adios_simsiam_projector_ends_in_a_norm_without_affine():
         "128-2048+ BN relu 2048-2048+ BN relu 2048-2048+ bn", "2048-512+ BN relu 512-2048+"]
 
 
-@cases_of("amoc", "rocl", "acl", "advcl", "adco", "caco", "byorl", "adios")
+@cases_of("amoc", "rocl", "acl", "advcl", "adco", "caco", "byorl", "adios", "rotnet")
 def test_convolutions_start_as_kaimings_but_rocls_as_pytorchs(case, watched):
     """He's normal distribution by the fan out, or a uniform one up to the root of 1 / fan in."""
     weight = watched(case).first_weights["0.layer4.0.conv2.weight"]
@@ -1011,6 +1034,10 @@ DEFAULTS = {  # of each flag that a paper or its authors' code names
         objective="simclr", masker="learned", masks=4, single=False, mask_weight=0.9, mask_width=16,
         mask_lr=0.03, epochs=200, batch_size=256, lr=0.2, warmup=10, weight_decay=1e-4, temperature=0.2,
         ema=0.99, arch="resnet18"),
+    "rotnet": dict(
+        target="rotation", loss="ce", beta=6, smoothing=0, drop_path=0, crop="padded", jitter=0.2, epochs=400,
+        batch_size=512, optimizer="adamw", lr=1e-3, warmup=20, milestones=[], weight_decay=0.05, norm="linf", eps=4,
+        step_size=None, steps=2, arch="vit_tiny"),
 }
 
 
