@@ -5,8 +5,8 @@ adversarial pretraining, as an encoder.
 RotNet turns each image by no, one, two or three quarters, and learns to tell which. For that a
 network must know what things look like upright. Adversarial RotNet attacks the turned image, so
 that the network cannot lean on fragile cues, such as colour fringes and the statistics of edges.
-There are no negatives, no second view and no target network: no other adversarial pretext task
-costs as little.
+There are no negatives, no second view and no target network, so it is among the cheapest
+adversarial pretext tasks.
 
 With --target labels the same loop learns the classes instead. This is adversarial training (Madry
 et al. 2018, arXiv 1706.06083), or with --loss trades TRADES (Zhang et al. 2019, arXiv 1901.08573):
@@ -17,41 +17,46 @@ the supervised encoder with which self-supervised ones are compared.
     rot(x, 90 y)                rotate, by y quarter turns counter-clockwise; y is drawn for each image
     max over delta in S         attack: --norm, --eps, K = --steps
     Eq. 5                       loss in train_step: the cross-entropy at the attacked image
-    TRADES, Eq. 5 there         trades
+    TRADES, Eq. 5 of Zhang      trades: both terms carry gradient to the weights
 
 The perturbation is added after the rotation, and there is no clean term. Eq. 2 of the paper prints
 the gradient's sign for both norms; we take its direction for l2, as BYORL, by the same group, does.
 Where the paper is silent we choose: the attack climbs the cross-entropy of the hard label, in eval
 mode, and is clipped to [0, 1]. We leave out its RandAugment, some of whose operations turn the
-image themselves, and the moving average of its weights.
+image themselves, and for simplicity the moving average of its weights.
 
 No run of the paper is at 32 x 32. The defaults are ours, for CIFAR-10: a small ViT, and light
-colour jitter, for colour is a shortcut. The first command is the paper's recipe (crops are of
-images decoded at 224 pixels). The last two are adversarial training by Madry's recipe for CIFAR-10,
-and the supervised row of Rebuffi et al.:
+colour jitter, for colour is a shortcut; linf 4/255 is the paper's best radius at 224 pixels. The
+first command is the paper's recipe, with MAE's warm-up (crops are of images decoded at 224 pixels).
+The last two are adversarial training by PGD-10, as is usual on CIFAR-10, and the supervised row of
+Rebuffi et al.:
 
     torchrun --standalone --nproc-per-node 8 rotnet.py --data path/to/imagenet --arch vit_base \
 --image-size 224 --crop resized --jitter 0 --epochs 300 --batch-size 4096 --lr 1.6e-3 --weight-decay 0.3 \
 --smoothing 0.1 --drop-path 0.1
     python rotnet.py                                     linf 4/255, K = 2: CIFAR-10, 400 epochs
-    python rotnet.py --norm l2 --eps 145 --out runs/l2   l2 0.57, which at equal RMS is 4 at 224 pixels
+    python rotnet.py --norm l2 --eps 145 --out runs/l2   l2 0.57: per pixel as much as the paper's 4 at 224
     python rotnet.py --eps 0 --out runs/rotnet-clean     RotNet, the clean base
     python rotnet.py --target labels --arch resnet18 --optimizer sgd --lr 0.1 --weight-decay 5e-4 \
 --batch-size 128 --epochs 200 --warmup 0 --milestones 100 150 --jitter 0 --eps 8 --step-size 2 --steps 10 \
---out runs/madry
+--out runs/adversarial-training
     python rotnet.py --target labels --eps 6 --out runs/supervised
     python eval.py runs/rotnet/encoder.pt --preset knn mae-tune-cifar mae-slf-cifar
 
 A step costs 2 K + 3 forward passes, 7 with K = 2, counting a backward pass to the pixels as one
-forward pass and a whole one as two; RotNet's costs 3, and with --loss trades it is 2 K + 7. The
-encoder is exported without the head.
+forward pass and a whole one as two; RotNet's costs 3, since with --eps 0 nothing is attacked, and
+TRADES' 2 K + 7. The encoder is exported without the head: at test time, running statistics of
+attacked images normalise whatever it sees.
 
-On several processes each BatchNorm sees the images of its own process, or with --sync-bn (on GPUs)
-those of all. A ViT has none.
+On several processes order, augmentation, rotations and noise are those of one process. Each
+BatchNorm sees the images of its own process, or with --sync-bn (on GPUs) those of all; a ViT has
+none.
 
 In the log, chance for the loss is the logarithm of the number of classes, ln 4 = 1.386 for
-rotations. accuracy is that of attacked images, in train mode; clean_accuracy is that of up to 256
-training images, in eval mode, after each epoch.
+rotations, and for both accuracies one in so many. accuracy is that of attacked images, in train
+mode; clean_accuracy, which should soon be above it, is that of up to 256 training images, in eval
+mode, after each epoch. A loss that stays at chance asks for a lower --lr or a smaller --eps. With
+--steps 0 the images are moved by the random start alone.
 """
 import argparse
 import math
@@ -114,8 +119,8 @@ def divergence(logits, logits_adv):
 
 
 def trades(logits, logits_adv, y, beta=6.0):
-    """TRADES: the cross-entropy of the clean image, and beta times the divergence of the attacked
-    one's prediction from its."""
+    """TRADES: the cross-entropy of the clean image, and beta times the divergence between the
+    predictions of the clean and the attacked one."""
     return cross_entropy(logits, y) + beta * divergence(logits, logits_adv)
 
 
@@ -128,7 +133,8 @@ def attack(net, x, y, noise, *, loss="ce", norm, eps, step_size, steps):
     in the unit ball of the `norm`, or, where noise is None, at x.
     """
     start = x if noise is None else (x + eps * noise.view(x.shape)).clamp(0, 1)
-    # In eval mode, no running statistic changes, and no image changes another's prediction.
+    # In eval mode, no running statistic changes, and no image changes another's prediction. The
+    # weights stand still, and so does the clean prediction: it is made once.
     with eval_mode(net):
         clean = predict(net, x).detach() if loss == "trades" else None
 
@@ -180,16 +186,15 @@ def parser():
                    help="what is learnt: rotations, or the classes of labelled images (paper has both)")
     p.add_argument("--loss", choices=("ce", "trades"), default="ce",
                    help="cross-entropy of the attacked image (paper), or TRADES, for labels (ours)")
-    p.add_argument("--beta", type=run.number(), default=6.0, help="weight of TRADES' divergence (ours)")
+    p.add_argument("--beta", type=run.number(), default=6.0, help="weight of the divergence in TRADES (paper; its own)")
     p.add_argument("--smoothing", type=run.number(0, 1), default=0.0,
-                   help="of the labels, in the cross-entropy; theirs is 0.1 (ours)")
+                   help="of the labels, in the cross-entropy; the paper has 0.1, and 0 is (ours)")
     p.add_argument("--drop-path", type=run.number(0, 1), default=0.0,
-                   help="probability to skip the last block; theirs is 0.1 (ours)")
+                   help="probability to skip the last block; the paper has 0.1, and 0 is (ours)")
     p.add_argument("--crop", choices=("padded", "resized"), default="padded",
-                   help="padded by 4 pixels, which keeps the size of the images, or resized as theirs "
-                        "(ours)")
+                   help="padded by 4 pixels, which keeps the size of the images (ours), or resized (paper)")
     p.add_argument("--jitter", type=run.number(0, 1), default=0.2,
-                   help="strength of the colour jitter; theirs is 0 (ours)")
+                   help="strength of the colour jitter; the paper has none, and this is (ours)")
     p.add_argument("--epochs", type=run.integer(0), default=400,
                    help="0 exports the random encoder; default (ours)")
     p.add_argument("--batch-size", type=run.integer(1), default=512,
@@ -203,7 +208,8 @@ def parser():
     p.add_argument("--weight-decay", type=run.number(0, 1e6), default=0.05, help="(ours)")
     p.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of the attack (paper has both)")
     p.add_argument("--eps", type=run.number(0, 1e6), default=4.0,
-                   help="radius of the attack, in 1/255; 0 gives RotNet (paper)")
+                   help="radius of the attack, in 1/255; 0 gives RotNet; default: the best at 224 pixels "
+                        "(paper)")
     p.add_argument("--step-size", type=run.number(0, 1e6),
                    help="of the attack, in 1/255; default: 5/8 eps (paper)")
     p.add_argument("--steps", type=run.integer(0), default=2, help="K, of the attack (paper)")
@@ -233,7 +239,7 @@ def network(arch, size, classes, drop_path=0.0):
     return nn.Sequential(encoder, nn.Linear(encoder.dim, classes)).to(memory_format=torch.channels_last)
 
 
-def turned(x, labels, rng, size, args):
+def task(x, labels, rng, size, args):
     """What a step learns from uint8 images x (B, 3, H, W) and their `labels` (B,): views (B, 3, size,
     size) and targets (B,)."""
     x = augment(x, rng, size, args.crop, args.jitter)
@@ -248,6 +254,7 @@ def start_noise(x, rng, args):
     image."""
     if not args.random_start:
         return None
+    # One number more than pixels: under l2 it is how far from the centre.
     return ball_point(rng.uniform(1 + x[0].numel(), device=x.device), args.norm)
 
 
@@ -261,10 +268,10 @@ def attack_settings(args):
 
 @torch.no_grad()
 def clean_accuracy(net, images, size, args):
-    """The share of up to 256 training images, turned as in training, that `net` gets right in eval
-    mode."""
+    """The share of up to 256 training images, augmented and turned as in training, that `net` gets
+    right in eval mode."""
     x, labels, rng = next(data.batches(images, min(256, len(images)), args.seed, 0))
-    x, y = turned(x, labels, rng, size, args)
+    x, y = task(x, labels, rng, size, args)
     with eval_mode(net):
         return (predict(net, x).argmax(1) == y).float().mean().item()
 
@@ -273,7 +280,7 @@ def pictures(net, images, size, args):
     """Rows for `save_rows` of up to eight images: the view, turned; the same attacked; and what the
     attack added, of which white and black are the largest change."""
     x, labels, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
-    x, y = turned(x, labels, rng, size, args)
+    x, y = task(x, labels, rng, size, args)
     x_adv = attack(net, x, y, start_noise(x, rng, args), **attack_settings(args))
     return [("x", x), ("x_adv", x_adv), ("x_adv - x", difference(x_adv, x, (x_adv - x).abs().max()))]
 
@@ -317,7 +324,7 @@ def main(argv=None):
             run.stop_if_signalled(args, env, state, step)
             lr = lr_at(step / steps_per_epoch, args.epochs, args.lr, args.warmup, args.milestones)
             optim.set_lr(opt, lr)
-            x, y = turned(x, labels, rng, size, args)
+            x, y = task(x, labels, rng, size, args)
             losses = train_step(net, opt, x, y, start_noise(x, rng, args), **settings)
             log.step(step, len(x) * env.world, **losses)
             step += 1

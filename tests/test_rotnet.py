@@ -47,7 +47,7 @@ def test_targets_are_uniform_and_follow_from_seed_epoch_and_position():
 
     def targets(epoch, rows=slice(None)):
         rng = data.Rng((7, epoch, 0), 400, rows)
-        return rotnet.turned(x[rows], None, rng, 16, args)[1]
+        return rotnet.task(x[rows], None, rng, 16, args)[1]
 
     assert torch.equal(targets(0), targets(0)) and not torch.equal(targets(0), targets(1))
     assert torch.equal(targets(0, slice(200, 400)), targets(0)[200:])

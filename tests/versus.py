@@ -2,7 +2,7 @@
 
     git worktree add ../before HEAD~20
     python -m tests.versus ../before                        all scripts, on one CPU thread
-    python -m tests.versus ../before amoc adco --bank 65536 --arch resnet18 --batch 32
+    python -m tests.versus ../before amoc:ACC adco --bank 65536 --arch resnet18 --batch 32
 
 Each checkout has a process of its own, and they take turns. Printed are the medians of their CPU times, and the
 median and quartiles of the ratio over the turns: above 1, this one is faster. Steps are those of tests/bench.py
@@ -76,7 +76,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(prog="python -m tests.versus", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("other", help="the folder of the other checkout")
-    p.add_argument("scripts", nargs="*", default=[], help="default: all")
+    p.add_argument("scripts", nargs="*", default=[], help="amoc: all its variants; amoc:ACC: one; default: all")
     p.add_argument("--arch", default="slim", help="slim or resnet18")
     p.add_argument("--batch", type=int, default=128)
     p.add_argument("--bank", type=int, default=4096)
@@ -84,19 +84,23 @@ def main(argv=None):
     args = p.parse_args(argv)
     if not (pathlib.Path(args.other) / "tests" / "bench.py").exists():
         p.error(f"{args.other}: no checkout of this project")
-    for name in args.scripts:
+    chosen = []
+    for word in args.scripts or SCRIPTS:
+        name, _, variant = word.partition(":")
         if name not in SCRIPTS:
             p.error(f"{name}: choose from {', '.join(SCRIPTS)}")
+        if variant and variant not in SCRIPTS[name]:
+            p.error(f"{word}: choose from {', '.join(SCRIPTS[name])}")
+        chosen += [(name, v) for v in ([variant] if variant else SCRIPTS[name])]
     print(f"{args.arch}, batch {args.batch}, bank {args.bank}, one CPU thread\n")
     print("| | there, ms | here, ms | there / here | quartiles |\n|---|---|---|---|---|")
-    for name in args.scripts or SCRIPTS:
-        for variant in SCRIPTS[name]:
-            pairs = race(args.other, name, variant, args.arch, args.batch, args.bank, turns=args.turns)
-            there, here = (1000 * statistics.median(times) for times in zip(*pairs))
-            ratios = sorted(a / b for a, b in pairs)
-            low, high = ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]
-            print(f"| {name}, {variant} | {there:.0f} | {here:.0f} | {statistics.median(ratios):.2f} | "
-                  f"{low:.2f} to {high:.2f} |", flush=True)
+    for name, variant in chosen:
+        pairs = race(args.other, name, variant, args.arch, args.batch, args.bank, turns=args.turns)
+        there, here = (1000 * statistics.median(times) for times in zip(*pairs))
+        ratios = sorted(a / b for a, b in pairs)
+        low, high = ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]
+        print(f"| {name}, {variant} | {there:.0f} | {here:.0f} | {statistics.median(ratios):.2f} | "
+              f"{low:.2f} to {high:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
