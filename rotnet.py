@@ -186,7 +186,8 @@ def parser():
                    help="what is learnt: rotations, or the classes of labelled images (paper has both)")
     p.add_argument("--loss", choices=("ce", "trades"), default="ce",
                    help="cross-entropy of the attacked image (paper), or TRADES, for labels (ours)")
-    p.add_argument("--beta", type=run.number(), default=6.0, help="weight of the divergence in TRADES (paper; its own)")
+    p.add_argument("--beta", type=run.number(), default=6.0,
+                   help="weight of the divergence in TRADES (paper; TRADES' own)")
     p.add_argument("--smoothing", type=run.number(0, 1), default=0.0,
                    help="of the labels, in the cross-entropy; the paper has 0.1, and 0 is (ours)")
     p.add_argument("--drop-path", type=run.number(0, 1), default=0.0,

@@ -137,8 +137,21 @@ def test_the_bench_logs_hold_what_performance_says():
     measured = [float(line.split()[-1]) for line in steps.splitlines() if re.search(r" [\d.]+$", line)]
     table = PAGES["docs/performance.md"].split("| | time | base |")[1].split("\n\n")[0]
     ratios = [float(value) for value in re.findall(r"\d\.\d", table)]
-    assert len(ratios) == 11
+    assert len(ratios) == 12
     assert all(any(abs(ratio - value) <= 0.051 for value in measured) for ratio in ratios)
+
+
+def test_the_table_of_speed_is_its_logs():
+    """Row by row: passes, GFLOP, operations, those outside the attack, and images a second, of each variant."""
+    found = []
+    for line in (ROOT / "results" / "bench-step-cpu.txt").read_text().splitlines():
+        if line.startswith("step: "):
+            script, network = line.removeprefix("step: ").split(", ")[:2]
+        elif re.search(r" - +[\d.]+$", line):
+            variant, _, images, *rest = re.split(r"  +", line.strip())
+            found.append([f"{script}, {variant}", network, *rest[:2], *rest[3:5], images])
+    table = (ROOT / "results" / "speed.md").read_text().split("|---|---|---|---|---|---|---|\n")[1].split("\n\n")[0]
+    assert [row.strip("| ").split(" | ") for row in table.splitlines()] == found and len(found) > 30
 
 
 # Python blocks ----------------------------------------------------------------------------------------------
