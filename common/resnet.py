@@ -155,12 +155,12 @@ class Block(nn.Module):
     def forward(self, x):
         if torch.jit.is_scripting():  # TorchScript has no functions of modules
             return self.unfolded(x)
-        y = conv_norm(self.conv1, self.bn1, x).relu_()
+        y = conv_norm(self.conv1, self.bn1, x).relu()
         y = conv_norm(self.conv2, self.bn2, y)
         if self.conv3 is not None:
-            y = conv_norm(self.conv3, self.bn3, y.relu_())
+            y = conv_norm(self.conv3, self.bn3, y.relu())
         y = stochastic_depth(y, self.drop, "row", self.training)
-        return (y + (x if self.downsample is None else conv_norm(*self.downsample, x))).relu_()
+        return (y + (x if self.downsample is None else conv_norm(*self.downsample, x))).relu()
 
     def unfolded(self, x):
         """`forward` without conv_norm."""
@@ -212,7 +212,7 @@ class ResNet(nn.Module):
             x = self.bn1(self.conv1(x))
         else:
             x = conv_norm(self.conv1, self.bn1, x)
-        x = self.maxpool(x.relu_())
+        x = self.maxpool(x.relu())
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return x.mean((2, 3))
 
@@ -234,7 +234,7 @@ class PreActBlock(nn.Module):
     def forward(self, x):
         activated = self.bn1(x).relu()
         y = conv_norm(self.conv1, self.bn2, activated)
-        y = self.conv2(y.relu_())
+        y = self.conv2(y.relu())
         y = stochastic_depth(y, self.drop, "row", self.training)
         return y + (x if self.downsample is None else self.downsample(activated))
 

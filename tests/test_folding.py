@@ -330,3 +330,26 @@ def test_under_autocast_and_without_it_each_has_weights_of_its_own_type():
     assert 0 < (low - exact).norm() / exact.norm() < 0.03
     assert double.dtype == torch.float64
     torch.testing.assert_close(double.float(), exact, rtol=1e-4, atol=1e-5)
+
+
+# Other people's hooks ---------------------------------------------------------------------------------------
+def test_backward_hooks_on_any_module_work_in_and_out_of_an_attack():
+    """Nothing is done in place to what a hooked module has made: autograd would refuse it."""
+    net, x = network("blocks"), pictures()
+    seen = []
+    handles = [m.register_full_backward_hook(lambda *_: seen.append(1)) for m in net.modules() if not list(m.children())]
+    net(x.clone().requires_grad_()).square().sum().backward()
+    outside = len(seen)
+    with eval_mode(net):
+        pgd(lambda x: net(x).square().sum(), x, 0.1, 0.05, 2)
+    assert outside > 5 and len(seen) == 3 * outside
+    for handle in handles:
+        handle.remove()
+
+
+def test_a_forward_hook_keeps_what_the_norm_has_made():
+    net, x = network("blocks"), pictures()
+    kept = []
+    net.bn1.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    net(x)
+    assert kept[0].min() < 0  # not what ReLU makes of it
