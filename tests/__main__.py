@@ -18,8 +18,9 @@ FOLDER = pathlib.Path(__file__).parent
 SECONDS = {
     "test_all_scripts": 228, "test_faults": 142, "test_processes": 100, "test_autoattack": 60, "test_eval": 60,
     "test_adco": 50, "test_eval_faults": 47, "test_foreign": 46, "test_wiring": 41, "test_adios": 29, "test_bank": 28,
-    "test_bench": 27, "test_encoders": 27, "test_caco": 22, "test_export": 22, "test_data_faults": 22,
-    "test_autoattack_papers": 15, "test_run": 11, "test_files": 10,
+    "test_bench": 35, "test_encoders": 27, "test_caco": 22, "test_export": 22, "test_data_faults": 45,
+    "test_autoattack_papers": 15, "test_run": 15, "test_files": 10, "test_speed": 75, "test_gpu": 40, "test_rotnet": 30,
+    "test_versus": 20,
 }
 
 

@@ -127,7 +127,10 @@ def test_a_script_with_compile_takes_the_same_steps(script, tmp_path, monkeypatc
     states = {}
     for name, flags in (("plain", []), ("compiled", ["--compile"])):
         out = tmp_path / name
-        module.main([*TINY, *SCRIPTS[script], "--data", tiny_npz(tmp_path / "data.npz"), "--out", str(out), *flags])
+        words = [*TINY, *SCRIPTS[script], "--data", tiny_npz(tmp_path / "data.npz"), "--out", str(out), *flags]
+        if script == "rotnet":  # AdamW makes much of gradients that are nothing but rounding
+            words += ["--optimizer", "sgd"]
+        module.main(words)
         states[name] = torch.load(out / "encoder.pt")["state"]
     assert used
     for key, value in states["plain"].items():
