@@ -250,11 +250,11 @@ def test_on_cuda_a_run_with_graphs_takes_the_same_steps(script, tmp_path):
     module = importlib.import_module(script)
     flags = [flag for flag in (*TINY, *SCRIPTS[script])]
     flags[flags.index("--device") + 1] = "cuda"
-    more = ["--eps", "8"] if script == "adco" else []
+    more = {"adco": ["--eps", "8"], "rotnet": ["--optimizer", "sgd"]}.get(script, [])
     states = {}
     for name, graph in (("plain", []), ("graph", ["--graph"])):
         out = tmp_path / name
         module.main([*flags, *more, "--data", tiny_npz(tmp_path / "data.npz"), "--out", str(out), *graph])
         states[name] = torch.load(out / "encoder.pt")["state"]
     for key, value in states["plain"].items():
-        torch.testing.assert_close(states["graph"][key], value, rtol=0.02, atol=0.02)
+        assert (states["graph"][key] - value).double().norm() <= 0.05 * value.double().norm() + 1e-3, key
