@@ -208,7 +208,14 @@ def load(net):
 
 
 def replace(net):
-    net.conv1.weight = nn.Parameter(net.conv1.weight.detach() + 0.1)
+    """By another tensor, which was written to as often as the old one."""
+    old = net.conv1.weight
+    new = nn.Parameter(old.detach() + 0.1)
+    with torch.no_grad():
+        while new._version < old._version:
+            new.add_(0)
+    assert new._version == old._version
+    net.conv1.weight = new
 
 
 @pytest.mark.parametrize("change", [change_weights, change_statistics, load, replace])
@@ -326,6 +333,10 @@ def test_under_autocast_and_without_it_each_has_weights_of_its_own_type():
         again = net(x)
         with torch.autocast("cpu", torch.bfloat16):
             double = copy.deepcopy(net).double()(x.double())
+    with eval_mode(net), pixels_only():  # the other way round
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(net(x), low)
+        assert torch.equal(net(x), exact)
     assert exact.dtype == again.dtype == torch.float32 and torch.equal(exact, again)
     assert 0 < (low - exact).norm() / exact.norm() < 0.03
     assert double.dtype == torch.float64
