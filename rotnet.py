@@ -67,7 +67,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import data, dist, encoders, optim, run
-from common.augment import random_color_jitter, random_flip, random_pad_crop, random_resized_crop
+from common.augment import random_color_jitter, random_flip, random_pad_crop, random_resized_crop, resize
 from common.log import Log
 from common.pgd import ball_point, eval_mode, pgd
 from common.pictures import difference, save_rows
@@ -82,12 +82,13 @@ STD = (0.229, 0.224, 0.225)
 # The method
 # ----------------------------------------------------------------------------------------------------------
 def augment(x, rng, size, crop, jitter):
-    """A view of the uint8 images x (B, 3, H, W), upright: floats (B, 3, size, size) in [0, 1]. `crop`
-    is "padded" (by 4 pixels, for images of that size) or "resized"."""
+    """A view of the uint8 images x (B, 3, H, W), upright: floats (B, 3, size, size) in [0, 1]. With
+    `crop` "padded" it is the image at that size, padded by 4 pixels and cut; with "resized" a part of
+    the image."""
     if crop == "resized":
         x = random_resized_crop(x, rng, size, scale=(0.2, 1.0), flip=0.5)
     else:
-        x = random_flip(random_pad_crop(x, rng, padding=4), rng)
+        x = random_flip(random_pad_crop(resize(x, size), rng, padding=4), rng)
     return random_color_jitter(x, rng, jitter, jitter, jitter, jitter / 4, p=0.8) if jitter else x
 
 
@@ -193,7 +194,7 @@ def parser():
     p.add_argument("--drop-path", type=run.number(0, 1), default=0.0,
                    help="probability to skip the last block; the paper has 0.1, and 0 is (ours)")
     p.add_argument("--crop", choices=("padded", "resized"), default="padded",
-                   help="padded by 4 pixels, which keeps the size of the images (ours), or resized (paper)")
+                   help="the whole image, padded by 4 pixels (ours), or a part of it, resized (paper)")
     p.add_argument("--jitter", type=run.number(0, 1), default=0.2,
                    help="strength of the colour jitter; the paper has none, and this is (ours)")
     p.add_argument("--epochs", type=run.integer(0), default=400,
@@ -298,9 +299,6 @@ def main(argv=None):
     if args.target == "labels" and images.y.min() < 0:
         raise ValueError(f"--target labels: {args.data} has images without a label")
     size = run.image_size(args, images)
-    if args.crop == "padded" and images.size != size:
-        raise ValueError(f"--crop padded keeps the size of the images, {images.size} pixels, and "
-                         f"--image-size is {size}; use --crop resized")
     steps_per_epoch = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
 
     classes = images.classes if args.target == "labels" else 4

@@ -158,7 +158,7 @@ def test_a_view_is_made_by_these_calls_in_this_order(which, calls):
     assert [name for name, *_ in calls] == [name for view in table for name, _ in view]
     assert len(views) == len(table)
     for view, wanted in zip(views, table):
-        before = augment.resize(x, 32) if wanted is WEAK else x
+        before = augment.resize(x, 32) if wanted[0] == PAD_CROP else x
         for name, numbers in wanted:
             _, given, came_in, went_out = calls.pop(0)
             assert same_numbers(given, numbers) if name != "random_resized_crop" else same_crop(given, numbers)
@@ -201,7 +201,7 @@ DIGESTS = {  # of the numbers that Rng((7, 3, 5)) draws
     "adv_mae": [0.498057, 0.349328, 0.007123],
     "adpe": [0.498075, 0.349348, 0.002343],
     "adios": [0.493339, 0.342440, -0.085813],
-    "rotnet": [0.467533, 0.328754, -0.017414],
+    "rotnet": [0.465810, 0.325967, 0.040189],
 }
 
 

@@ -142,7 +142,6 @@ def test_the_rate_is_a_cosine_or_falls_at_milestones():
     (["--loss", "trades"], "--loss trades: is for --target labels"),
     (["--target", "labels", "--loss", "trades", "--no-random-start"], "--loss trades: its attack cannot start"),
     (["--target", "labels", "--loss", "trades", "--smoothing", "0.1"], "--smoothing: is for --loss ce"),
-    (["--image-size", "24"], "--crop padded keeps the size of the images, 32 pixels, and --image-size is 24"),
     (["--target", "classes"], "--target classes: choose one of rotation, labels"),
     (["--drop-path", "2"], "--drop-path 2: must be a number from 0 to 1")])
 def test_flags_that_do_not_go_together_are_one_line(tmp_path, flags, says):

@@ -42,8 +42,8 @@ class Compilations:
 @pytest.fixture
 def compilations(monkeypatch):
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    yield Compilations(monkeypatch)
+    with torch._dynamo.config.patch(recompile_limit=8):  # Torch's own, whatever ran before
+        yield Compilations(monkeypatch)
     torch._dynamo.reset()
 
 
