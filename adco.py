@@ -233,6 +233,7 @@ def train_step(net, target, opt, bank, x_q, x_k, order, noise, *, ema, temperatu
     (loss + loss_bank).backward()
     dist.average_grads([*net.parameters(), free])
     opt.step()
+    # The gradient in n becomes that in the rows themselves, through n = row / |row|.
     grad = through_unit_rows(free.grad, n, length)
     bank_step(bank.rows, bank.velocity, grad, bank_lr, bank_momentum, bank_decay)
     dist.average_buffers(net, target)  # else the running statistics of the processes drift apart
