@@ -12,9 +12,10 @@ import pathlib
 import torch
 from torch import nn
 
-from common import files
+from common import files, resnet
 from common.pgd import eval_mode
-from common.resnet import ARCHS, PREACT_ARCHS, Block, BranchNorm, PreActBlock, PreActResNet, ResNet
+from common.resnet import (
+    ARCHS, PREACT_ARCHS, Block, BranchNorm, PreActBlock, PreActBottleneck, PreActResNet, ResNet)
 from common.vit import VITS, TransformerBlock, ViT
 
 
@@ -129,7 +130,7 @@ def resnet50(**options):
     return make("resnet50", **options)
 
 
-BLOCKS = (Block, PreActBlock, TransformerBlock)
+BLOCKS = (Block, PreActBlock, PreActBottleneck, TransformerBlock)
 
 
 def stages(encoder):
@@ -145,6 +146,20 @@ def drop_path(encoder, rate):
     blocks = [m for m in encoder.modules() if isinstance(m, BLOCKS)]
     for i, block in enumerate(blocks):
         block.drop = rate * i / max(1, len(blocks) - 1)
+
+
+def last_stage(encoder, why):
+    """The modules after the `trunk` of a ResNet, in order: its last stage. Raises ValueError, with `why` one
+    is needed, for an encoder without."""
+    if not hasattr(encoder, "last_stage"):
+        raise ValueError(f"{why} needs a ResNet, and {encoder.recipe['arch']} is none")
+    return encoder.last_stage()
+
+
+def renew_last_stage(encoder, why):
+    """Start the last stage of a ResNet anew; errors as `last_stage`."""
+    for module in last_stage(encoder, why):
+        resnet.initialize(module)
 
 
 def renew_norm(encoder):

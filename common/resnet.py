@@ -201,20 +201,36 @@ class ResNet(nn.Module):
                 blocks.append(Block(c_in, c, 2 if i > 1 and j == 0 else 1, bottleneck, norm))
                 c_in = 4 * c if bottleneck else c
             self.add_module(f"layer{i}", nn.Sequential(*blocks))
+        self.trunk_dim = self.layer4[0].conv1.in_channels
         self.dim = c_in
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        initialize(self)
 
     def forward(self, x):
+        return self.layer4(self.trunk(x)).mean((2, 3))
+
+    def trunk(self, x):
+        """What comes before the last stage: images (B, 3, H, W) -> (B, trunk_dim, h, w)."""
         x = (x - self.mean) / self.std
         if torch.jit.is_scripting():
             x = self.bn1(self.conv1(x))
         else:
             x = conv_norm(self.conv1, self.bn1, x)
         x = self.maxpool(x.relu())
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return x.mean((2, 3))
+        return self.layer3(self.layer2(self.layer1(x)))
+
+    def last_stage(self):
+        """The modules after the trunk, in order; the mean over places follows."""
+        return [self.layer4]
+
+
+def initialize(net):
+    """Draw all convolutions of `net` anew (He et al. 2015, arXiv 1502.01852), and put its BatchNorms where
+    they start."""
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.reset_parameters()
 
 
 class PreActBlock(nn.Module):
@@ -239,15 +255,40 @@ class PreActBlock(nn.Module):
         return y + (x if self.downsample is None else self.downsample(activated))
 
 
+class PreActBottleneck(nn.Module):
+    """The same with three convolutions (1x1, 3x3, 1x1 with four times the channels). Where the shape
+    changes, the shortcut has a BatchNorm of its own, as in Chen et al. 2020 (arXiv 2003.12862)."""
+
+    def __init__(self, c_in, c, stride, norm):
+        super().__init__()
+        self.bn1 = norm(c_in)
+        self.conv1 = _conv(c_in, c, 1)
+        self.bn2 = norm(c)
+        self.conv2 = _conv(c, c, 3, stride)
+        self.bn3 = norm(c)
+        self.conv3 = _conv(c, 4 * c, 1)
+        self.drop = 0.0  # see drop_path
+        same = stride == 1 and c_in == 4 * c
+        self.downsample = None if same else nn.Sequential(_conv(c_in, 4 * c, 1, stride), norm(4 * c))
+
+    def forward(self, x):
+        activated = self.bn1(x).relu()
+        y = conv_norm(self.conv1, self.bn2, activated).relu()
+        y = conv_norm(self.conv2, self.bn3, y).relu()
+        y = stochastic_depth(self.conv3(y), self.drop, "row", self.training)
+        return y + (x if self.downsample is None else conv_norm(*self.downsample, activated))
+
+
 class PreActResNet(nn.Module):
     """Pre-activation ResNet without its classifier, for images of about 32 pixels: a 3x3 convolution to
     `stem_width` channels, a stage of `depths[i]` blocks for each of `widths`, BatchNorm, ReLU and the mean.
 
-    Wide ResNets (Zagoruyko & Komodakis 2016, arXiv 1605.07146) are of this kind. dim: length of the
-    features.
+    Wide ResNets (Zagoruyko & Komodakis 2016, arXiv 1605.07146) are of this kind. With `bottleneck` it is the
+    ResNet-50 of Chen et al. 2020 (arXiv 2003.12862): BatchNorm and ReLU follow the first convolution, and
+    not the last block. dim: length of the features.
     """
 
-    def __init__(self, arch, stem_width, depths, widths, branches, mean, std):
+    def __init__(self, arch, stem_width, depths, widths, bottleneck, branches, mean, std):
         super().__init__()
         self.recipe = {"arch": arch, "mean": list(mean), "std": list(std)}
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -257,25 +298,39 @@ class PreActResNet(nn.Module):
             return BranchNorm(c, branches) if branches else nn.BatchNorm2d(c)
 
         self.conv1 = _conv(3, stem_width, 3)
+        self.bn1 = norm(stem_width) if bottleneck else None
         self.stages = len(depths)
         c_in = stem_width
         for i, (depth, c) in enumerate(zip(depths, widths), 1):
             blocks = []
             for j in range(depth):
-                blocks.append(PreActBlock(c_in, c, 2 if i > 1 and j == 0 else 1, norm))
-                c_in = c
+                block = PreActBottleneck if bottleneck else PreActBlock
+                blocks.append(block(c_in, c, 2 if i > 1 and j == 0 else 1, norm))
+                c_in = 4 * c if bottleneck else c
             self.add_module(f"layer{i}", nn.Sequential(*blocks))
-        self.bn = norm(c_in)
+        self.bn = None if bottleneck else norm(c_in)
+        self.trunk_dim = blocks[0].conv1.in_channels
         self.dim = c_in
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        initialize(self)
 
     def forward(self, x):
-        x = self.conv1((x - self.mean) / self.std)
-        for i in range(1, self.stages + 1):
+        x = self.trunk(x)
+        for module in self.last_stage():
+            x = module(x)
+        return x.mean((2, 3))
+
+    def trunk(self, x):
+        """What comes before the last stage: images (B, 3, H, W) -> (B, trunk_dim, h, w)."""
+        x = (x - self.mean) / self.std
+        x = self.conv1(x) if self.bn1 is None else conv_norm(self.conv1, self.bn1, x).relu()
+        for i in range(1, self.stages):
             x = getattr(self, f"layer{i}")(x)
-        return self.bn(x).relu().mean((2, 3))
+        return x
+
+    def last_stage(self):
+        """The modules after the trunk, in order; the mean over places follows."""
+        last = getattr(self, f"layer{self.stages}")
+        return [last] if self.bn is None else [last, self.bn, nn.ReLU()]
 
 
 STEMS = {"cifar": (3, 1), "imagenet": (7, 2), "small": (3, 2)}
@@ -285,7 +340,9 @@ ARCHS = {  # depths, widths, bottleneck, default stem
     "resnet34": ((3, 4, 6, 3), (64, 128, 256, 512), False, "cifar"),
     "resnet50": ((3, 4, 6, 3), (64, 128, 256, 512), True, "cifar"),
 }
-PREACT_ARCHS = {  # width of the first convolution, depths, widths
-    "preact_resnet18": (64, (2, 2, 2, 2), (64, 128, 256, 512)),
-    "wrn34_10": (16, (5, 5, 5), (160, 320, 640)),  # 34 layers, ten times as wide
+PREACT_ARCHS = {  # width of the first convolution, depths, widths, bottleneck
+    "preact_slim": (16, (1, 1, 1, 1), (16, 32, 64, 128), False),  # 0.3 M parameters
+    "preact_resnet18": (64, (2, 2, 2, 2), (64, 128, 256, 512), False),
+    "preact_resnet50": (64, (3, 4, 6, 3), (64, 128, 256, 512), True),
+    "wrn34_10": (16, (5, 5, 5), (160, 320, 640), False),  # 34 layers, ten times as wide
 }

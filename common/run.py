@@ -38,8 +38,9 @@ def parser(doc, name, arch, graph=False):
     g.add_argument("--data-dir", type=path, default="data", help="where torchvision's files are, or go")
     g.add_argument("--limit", type=integer(1), help="use the first so many images of a fixed shuffle")
     g.add_argument("--arch", default=arch,
-                   help="slim (for CPUs), resnet18, resnet34, resnet50, preact_resnet18, wrn34_10; vit_slim "
-                        "(for CPUs), vit_tiny, ...; or my_file.py:function, which returns a network")
+                   help="slim, preact_slim (for CPUs), resnet18, resnet34, resnet50, preact_resnet18, "
+                        "preact_resnet50, wrn34_10; vit_slim (for CPUs), vit_tiny, ...; or "
+                        "my_file.py:function, which returns a network")
     g.add_argument("--out", type=path, default=f"runs/{name}", help="the run's folder")
     g.add_argument("--seed", type=integer(0, 2**32 - 1), default=0)
     g.add_argument("--device", help="default: cuda if there is one, else cpu")

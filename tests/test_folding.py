@@ -15,7 +15,8 @@ from common.resnet import BranchNorm, branch, conv_norm
 NETWORKS = {
     "bottlenecks": lambda: encoders.make("resnet50"),
     "blocks": lambda: encoders.make("slim", ("clean", "adv")),
-    "preactivation": lambda: resnet.PreActResNet("p", 4, (1, 2), (4, 8), (), (0.5,) * 3, (0.25,) * 3),
+    "preactivation": lambda: resnet.PreActResNet("p", 4, (1, 2), (4, 8), False, (), (0.5,) * 3, (0.25,) * 3),
+    "preactivated bottlenecks": lambda: resnet.PreActResNet("p", 4, (1, 2), (2, 4), True, (), (0.5,) * 3, (0.25,) * 3),
     "groups": lambda: adco.network("slim")[0],
 }
 

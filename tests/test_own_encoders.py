@@ -89,9 +89,11 @@ def plain_preact_block(block, x):
 
 
 @pytest.mark.parametrize("arch, parameters, dim", [("wrn34_10", 46_160_474 - 6_410, 640),
-                                                   ("preact_resnet18", 11_167_040, 512)])
+                                                   ("preact_resnet18", 11_167_040, 512),
+                                                   ("preact_resnet50", 23_516_874 - 20_490, 2048)])
 def test_pre_activation_networks_have_the_published_size(arch, parameters, dim):
-    """WideResNet-34-10 with its classifier of ten classes has 46,160,474 parameters."""
+    """With their classifiers of ten classes, WideResNet-34-10 has 46,160,474 parameters and Chen et al.'s ResNet-50
+    23,516,874."""
     encoder = encoders.make(arch)
     assert sum(w.numel() for w in encoder.parameters()) == parameters and encoder.dim == dim
 
@@ -113,6 +115,65 @@ def test_a_pre_activation_network_is_its_blocks_one_after_the_other(tmp_path):
     encoders.export(encoder, tmp_path / "encoder.pt", "adv", image_size=16)
     torch.testing.assert_close(encoders.load_encoder(tmp_path / "encoder.pt")(x), want)
     assert isinstance(encoder.layer1[0].bn1, BranchNorm) and isinstance(encoder.bn, BranchNorm)
+
+
+def plain_preact_bottleneck(block, x):
+    activated = torch.relu(block.bn1(x))
+    y = block.conv2(torch.relu(block.bn2(block.conv1(activated))))
+    y = block.conv3(torch.relu(block.bn3(y)))
+    return y + (x if block.downsample is None else block.downsample[1](block.downsample[0](activated)))
+
+
+def test_chens_resnet_50_is_its_stem_and_its_blocks():
+    """A BatchNorm and a ReLU after the first convolution, and none after the last block (Chen et al. 2020)."""
+    torch.manual_seed(0)
+    encoder = encoders.make("preact_resnet50").eval()
+    for m in encoder.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.uniform_(-0.2, 0.2)
+            m.running_var.uniform_(0.5, 2)
+    assert sum(w.numel() for name, w in encoder.named_parameters() if not name.startswith("layer4")) == 8_533_696
+    x = torch.rand(2, 3, 16, 16)
+    y = torch.relu(encoder.bn1(encoder.conv1((x - 0.5) / 0.25)))
+    for stage in (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4):
+        if stage is encoder.layer4:
+            torch.testing.assert_close(encoder.trunk(x), y)
+            assert y.shape == (2, encoder.trunk_dim, 4, 4)
+        for block in stage:
+            y = plain_preact_bottleneck(block, y)
+    torch.testing.assert_close(encoder(x), y.mean((2, 3)))
+
+
+@pytest.mark.parametrize("arch", ["slim", "resnet50", "preact_slim", "preact_resnet50", "wrn34_10"])
+def test_trunk_and_last_stage_are_the_encoder(arch):
+    torch.manual_seed(0)
+    encoder = encoders.make(arch, ("clean", "adv") if arch == "slim" else ()).eval()
+    x = torch.rand(2, 3, 16, 16)
+    y = encoder.trunk(x)
+    assert y.shape[1] == encoder.trunk_dim
+    for module in encoders.last_stage(encoder, "this test"):
+        y = module(y)
+    torch.testing.assert_close(y.mean((2, 3)), encoder(x), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="this test needs a ResNet, and vit_slim is none"):
+        encoders.last_stage(encoders.make("vit_slim"), "this test")
+
+
+def test_a_renewed_last_stage_is_random_again_and_the_trunk_stays():
+    encoder = encoders.make("preact_slim", ("clean", "adv"))
+    with torch.no_grad():
+        for w in encoder.state_dict().values():
+            w.copy_(torch.full_like(w, 2))
+    encoders.renew_last_stage(encoder, "this test")
+    for name, w in encoder.state_dict().items():
+        if not name.startswith(("layer4.", "bn.")):
+            assert (w == 2).all(), name
+        elif name.endswith("running_mean") or name.endswith(".bias"):
+            assert (w == 0).all(), name
+        elif name.endswith("running_var") or ".branches." in name and name.endswith("weight"):
+            assert (w == 1).all(), name
+        elif "conv" in name:
+            wanted = (2 / (w.shape[0] * w[0, 0].numel())) ** 0.5
+            assert w.std().item() == pytest.approx(wanted, rel=0.1), name
 
 
 def test_depth_is_counted_and_dropped_in_pre_activation_networks_too():
