@@ -277,6 +277,16 @@ def fixed_order(n):
     return np.random.default_rng(0).permutation(n).tolist()
 
 
+def hold_out(images, share):
+    """The `share` of the images that is kept for validation, the same ones whoever asks (None where it comes
+    to none), and the others."""
+    n = round(share * len(images))
+    if not n:
+        return None, images
+    rows = fixed_order(len(images))
+    return Part(images, rows[:n]), Part(images, rows[n:])
+
+
 def _from_torchvision(name, root, split):
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}[name]
     if name == "stl10":
@@ -634,6 +644,10 @@ class Rng:
     def uniform(self, *shape, device="cpu"):
         """(B, *shape) float32 in [0, 1), B the images of this process."""
         return torch.rand(self.total, *shape, generator=self._on(device), device=device)[self.rows]
+
+    def shared(self, *shape, device="cpu"):
+        """(*shape) float32 in [0, 1), the same on all processes."""
+        return torch.rand(*shape, generator=self._on(device), device=device)
 
     def _on(self, device):
         if str(device) not in self.generators:

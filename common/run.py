@@ -212,7 +212,7 @@ def setup(args):
 
     `args`: of `parser`, with or without a script's own flags. The folder is locked until the process ends.
     """
-    epochs = getattr(args, "epochs", 0)
+    epochs = getattr(args, "epochs", 0) or 0
     warmup = getattr(args, "warmup", 0)
     if 0 < epochs <= warmup:
         raise ValueError(f"--warmup {warmup}: must be less than --epochs {epochs}")

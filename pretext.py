@@ -1,0 +1,619 @@
+"""Adversarial Selfie, Rotation and Jigsaw, alone and together: Chen, Liu, Chang, Cheng, Amini & Wang 2020,
+"Adversarial Robustness: From Self-Supervised Pre-Training to Fine-Tuning" (arXiv 2003.12862; AP-SE, AP-DPE).
+
+Each of three pretext tasks takes an image apart, and has a network tell how: by how many quarters it was
+turned (Rotation), in which order its 16 patches were shuffled (Jigsaw), or which of four patches was taken
+from where (Selfie). Here the images are attacked, after they were turned, shuffled or left whole. All tasks
+share one trunk, which fine-tuning starts from: it then needs fewer epochs, as the paper has it, and ends
+more robust.
+
+With several tasks, a term asks for input gradients of the tasks that point in different directions, so that
+no one perturbation fools them all.
+
+    paper                       this file
+    theta_p                     net.encoder.trunk: a ResNet up to its last stage but one
+    theta_pc                    what a task has for itself: a last stage and a linear head, or Selfie's pooling
+    Rotation, Jigsaw, Selfie    rotate, jigsaw, and selfie_loss with AttentionPool
+    Eq. 1, one task             objective of one loss; attacked by `attack`
+    Eq. 3, the joint attack     attack: one search over the images of all tasks at once
+    g, in Eq. 4                 log_det: of the matrix of cosines between the tasks' input gradients
+    Eq. 2                       objective, lambda = --lam; AP-SE is --lam 0
+    P1, P2, P3                  --epochs 0, --eps 0, and the default: attacked
+    Table 8                     --noise: Gaussian noise in place of the attack
+
+**The sign.** g is at most about 0, which it reaches where the gradients are orthogonal. The paper minimises
+a loss that contains + lambda g, and its attack maximises the same. So the attack looks for diverse
+gradients, while the weights are trained against them. Paper and code agree on this, and so do we; the log
+has g as `log_det`. With --lam -0.1 both turn round.
+
+Where paper and code differ we follow the paper, but for numbers that only the code has:
+- The code trains on the mean of the attacked and the clean loss. Eqs. 1 and 2 have no clean term;
+  --clean-weight 0.5 is the code's.
+- The paper's Eq. 2 adds up the losses of the tasks, with a lambda from a grid search that is in its
+  supplement. The code takes their mean, and 0.1, and so do we. The search over perturbations adds them up.
+- The code's Selfie puts a softmax before its cross-entropy, which has one of its own: --double-softmax.
+- In the code, running statistics move at every step of the attack, and dropout is live. Ours stand still,
+  and there is no dropout in the attack. BatchNorm uses the statistics of the batch, as in the code.
+- The code's joint trunk lacks BatchNorm and ReLU after the first convolution; ours has them.
+
+    python pretext.py                                                AP-DPE: three tasks, lambda 0.1
+    python pretext.py --lam 0 --out runs/ap-se                       AP-SE
+    python pretext.py --tasks rotation --out runs/rotation           one task, P3
+    python pretext.py --tasks rotation --eps 0 --epochs 200 --out runs/rotation-clean    P2
+    python pretext.py --tasks selfie --clean-weight 0.5 --double-softmax --out runs/selfie    as in the code
+    python eval.py runs/pretext/encoder.pt --preset knn amoc-slf amoc-alf
+
+Learning rate, its end, weight decay, epochs, crop and flip differ from task to task; they stand in RECIPES,
+and flags change them.
+
+A step on one task costs 2 K + 3 forward passes, 23 with K = 10, counting a backward pass to the pixels as
+one forward pass and a whole one as two; without attack, 3. With g, each step of the attack differentiates
+the gradient of each task: about 5 passes in place of 2, for each task.
+
+The encoder is exported with Rotation's last stage, without Rotation with Jigsaw's. Selfie trains none: the
+exported one is random then, which the file says. A tenth of the images (--held-out) is kept for the choice
+of the epoch in fine-tuning, and not seen here.
+
+On several processes each BatchNorm sees the images of its own process, or with --sync-bn (on GPUs) those of
+all. Order, augmentation, tasks and noise are those of one process; dropout is not.
+
+In the log, chance for the losses is ln 4 = 1.386 for Rotation, at most ln 31 = 3.434 for Jigsaw, and
+4 ln 4 = 5.545 for Selfie, which adds up four choices. The loss_... are of attacked images in train mode;
+accuracy_..., of up to 256 clean training images in eval mode: chance is 25 %, 13 % and 25 %. A log_det that
+falls far below -10 says that two tasks have the same input gradient.
+"""
+import argparse
+import copy
+import functools
+import math
+import pathlib
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import data, dist, encoders, optim, resnet, run
+from common.augment import random_flip, random_pad_crop, resize
+from common.log import Log
+from common.pgd import ball_point, eval_mode, frozen_stats, pgd
+from common.pictures import difference, save_rows
+from common.speed import compile_networks
+
+MEAN = (0.4914, 0.4822, 0.4465)  # of CIFAR-10
+STD = (0.2470, 0.2435, 0.2616)
+GRID = 4  # patches along each side of an image
+MASKED = 4  # of the patches, in Selfie
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The method
+# ----------------------------------------------------------------------------------------------------------
+def augment(x, rng, size, padding, flip):
+    """A view of the uint8 images x (B, 3, H, W): floats (B, 3, size, size) in [0, 1], padded by `padding`
+    pixels and cut; with `flip`, every other one mirrored."""
+    x = random_pad_crop(resize(x, size), rng, padding=padding)
+    return random_flip(x, rng) if flip else x
+
+
+def rotate(x, y):
+    """x (B, C, S, S), image b turned by y_b quarters counter-clockwise; y (B,) int64, from 0 to 3."""
+    turned = x
+    for quarters in (1, 2, 3):
+        chosen = (y == quarters).view(-1, 1, 1, 1)
+        turned = torch.where(chosen, x.rot90(quarters, (2, 3)), turned)
+    return turned
+
+
+def to_patches(x, grid):
+    """Images (B, C, S, S) -> their patches, row by row: (B, grid^2, C, s, s), s = S / grid."""
+    B, C, S, _ = x.shape
+    s = S // grid
+    x = x.reshape(B, C, grid, s, grid, s)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, grid * grid, C, s, s)
+
+
+def from_patches(patches, grid):
+    """The inverse of `to_patches`."""
+    B, _, C, s, _ = patches.shape
+    x = patches.reshape(B, grid, grid, C, s, s)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(B, C, grid * s, grid * s)
+
+
+def jigsaw(x, y, permutations):
+    """x (B, C, S, S) with its patches shuffled by class y (B,) int64: class 0 leaves the image, class c
+    shows patch permutations[c - 1, j] at place j. permutations (P, grid^2) int64."""
+    places = permutations.shape[1]
+    grid = math.isqrt(places)
+    identity = torch.arange(places, device=x.device)[None]
+    order = torch.cat([identity, permutations])[y]  # (B, places)
+    patches = to_patches(x, grid)
+    shuffled = patches.gather(1, order[:, :, None, None, None].expand_as(patches))
+    return from_patches(shuffled, grid)
+
+
+def jigsaw_labels(u, classes=31):
+    """Classes (B,) from numbers u (B, 2) uniform in [0, 1): uniform, and then with probability 0.1 put to 0."""
+    return torch.where(u[:, 1] < 0.1, 0, (classes * u[:, 0]).long())
+
+
+class PoolLayer(nn.Module):
+    """A transformer layer, LayerNorms last: (B, n, dim) -> the same."""
+
+    def __init__(self, dim, heads, hidden, dropout):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU("tanh"), nn.Linear(hidden, dim))
+        self.norm2 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        B, n, dim = x.shape
+        q, k, v = self.qkv(x).view(B, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, n, dim / heads)
+        # Written out, for PyTorch's fused attention has no second derivative on a CPU.
+        weights = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(3)
+        mixed = (weights @ v).transpose(1, 2).reshape(B, n, dim)
+        x = self.norm1(x + self.dropout(self.out(mixed)))
+        return self.norm2(x + self.dropout(self.mlp(x)))
+
+
+class AttentionPool(nn.Module):
+    """Selfie's queries: features of the visible patches (B, n, dim), and the places (m,) int64 of the masked
+    ones -> (B, m, dim).
+
+    A learnt token stands before the features, and what `layers` make of it describes the image. Where the
+    visible patches were, nothing tells. A query is that description plus embeddings of its row and column.
+    """
+
+    def __init__(self, dim, layers, dropout=0.1):
+        super().__init__()
+        heads = max(1, dim // 64)
+        self.token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.layers = nn.Sequential(*[PoolLayer(dim, heads, 2 * dim, dropout) for _ in range(layers)])
+        self.rows = nn.Parameter(torch.randn(GRID, dim))
+        self.columns = nn.Parameter(torch.zeros(GRID, dim))
+
+    def forward(self, features, places):
+        token = self.token.expand(len(features), -1, -1)
+        pooled = self.layers(torch.cat([token, features], 1))[:, :1]
+        return pooled + self.rows[places // GRID] + self.columns[places % GRID]
+
+
+class Tasks(nn.Module):
+    """One trunk, that of `encoder`, and what each of the `tasks` has for itself.
+
+    permutations  (P, 16) int64: of Jigsaw, whose classes are these and the identity
+    layers        of Selfie's pooling
+    """
+
+    def __init__(self, encoder, tasks, permutations, layers):
+        super().__init__()
+        self.encoder = encoder
+        last_stage = encoders.last_stage(encoder, "pretext.py")
+        self.register_buffer("permutations", permutations)
+        if "rotation" in tasks:
+            self.rotation_head = nn.Linear(encoder.dim, 4)
+        if "jigsaw" in tasks:
+            self.jigsaw_head = nn.Linear(encoder.dim, 1 + len(permutations))
+            self.jigsaw_stage = None  # the encoder's
+            if "rotation" in tasks:
+                self.jigsaw_stage = copy.deepcopy(nn.Sequential(*last_stage))
+                resnet.initialize(self.jigsaw_stage)
+        if "selfie" in tasks:
+            self.pool = AttentionPool(encoder.trunk_dim, layers)
+
+    def forward(self, x, task, order):
+        """The answers to `task` for its images x (B, 3, S, S): logits (B, 4) of Rotation and (B, 1 + P) of
+        Jigsaw. Of Selfie, where the first patches in `order` (16,) are masked: queries and features (2, B,
+        4, dim)."""
+        if task == "rotation":
+            return self.rotation_head(self.encoder(x))
+        if task == "selfie":
+            return self.selfie(x, order)
+        if self.jigsaw_stage is None:
+            h = self.encoder(x)
+        else:
+            h = self.jigsaw_stage(self.encoder.trunk(x)).mean((2, 3))
+        return self.jigsaw_head(h)
+
+    def selfie(self, x, order):
+        patches = to_patches(x, GRID).flatten(0, 1)  # each goes through the trunk alone
+        patches = patches.contiguous(memory_format=torch.channels_last)
+        features = self.encoder.trunk(patches).mean((2, 3)).unflatten(0, (len(x), -1))  # (B, 16, dim)
+        masked = order[:MASKED]
+        queries = self.pool(features[:, order[MASKED:]], masked)
+        return torch.stack([queries, features[:, masked]])
+
+
+def predict(net, x, task, target):
+    """The answers (see `Tasks`) to `task`, in x's dtype."""
+    with run.autocast(x.device):
+        answers = net(x, task, target if task == "selfie" else None)
+    return answers.to(x.dtype)
+
+
+def scores(queries, features):
+    """Dot products of the queries with the features of the masked patches of their image: (B, m, D) each ->
+    (B, m, m), rows are queries."""
+    return queries @ features.transpose(1, 2)
+
+
+def selfie_loss(queries, features, double_softmax=False):
+    """The cross-entropy with which query i (B, m, D) picks the i-th of the features (B, m, D), added up over
+    i; mean over B. With `double_softmax` the probabilities are taken as logits, as in the authors' code."""
+    logits = scores(queries, features)
+    if double_softmax:
+        logits = logits.softmax(2)
+    m = logits.shape[1]
+    y = torch.arange(m, device=logits.device).repeat(len(logits))
+    return m * F.cross_entropy(logits.flatten(0, 1), y)
+
+
+def task_loss(net, task, target, double_softmax, x):
+    """The loss of one task at its images x (B, 3, S, S), mean over them. `target`: (B,) classes of Rotation
+    and Jigsaw; of Selfie the order of patches (16,)."""
+    answers = predict(net, x, task, target)
+    if task == "selfie":
+        return selfie_loss(*answers, double_softmax)
+    return F.cross_entropy(answers, target)
+
+
+def losses_at(task_losses, x):
+    """The loss of each task, functions of its images, at its part of x (m B, ...)."""
+    parts = x.chunk(len(task_losses))
+    return [loss(part) for loss, part in zip(task_losses, parts)]
+
+
+def log_det(gradients):
+    """g: log det(G^T G + 1e-5 I), mean over images, where the columns of G are an image's gradients in a list
+    of m tensors (B, ...), each divided by its length."""
+    columns = []
+    for gradient in gradients:
+        rows = gradient.flatten(1)
+        columns.append(rows / (rows.norm(dim=1, keepdim=True) + 1e-10))
+    G = torch.stack(columns, 2)  # (B, pixels, m)
+    identity = torch.eye(len(gradients), dtype=G.dtype, device=G.device)
+    return torch.logdet(G.transpose(1, 2) @ G + 1e-5 * identity).mean()
+
+
+def joint(task_losses, x):
+    """The losses of the m tasks at the images x (m B, ...), which ask for a gradient, and the g of their
+    gradients. All can be differentiated further, in x and in the weights."""
+    parts = x.chunk(len(task_losses))
+    losses = []
+    gradients = []
+    for task_loss, part in zip(task_losses, parts):
+        loss = task_loss(part)
+        (gradient,) = torch.autograd.grad(loss, part, create_graph=True)
+        losses.append(loss)
+        gradients.append(gradient)
+    return losses, log_det(gradients)
+
+
+def objective(attacked, clean, g, lam, clean_weight):
+    """Eq. 2, with the mean over tasks in place of their sum: lists of losses at attacked and at clean images
+    (`clean` is None where its weight is 0), and lambda g."""
+    loss = sum(attacked) / len(attacked)
+    if clean_weight:
+        loss = (1 - clean_weight) * loss + clean_weight * sum(clean) / len(clean)
+    return loss + lam * g if lam else loss
+
+
+def attack(net, task_losses, x, noise, *, lam, eps, step_size, steps):
+    """Eq. 3: the images x (m B, 3, S, S) of m tasks moved, each within linf eps, so as to maximise the sum of
+    their losses plus lambda g. eps and step_size are in the units of x. The search starts at x + eps `noise`
+    (m B, 3 S S), from -1 to 1, or, where noise is None, at x."""
+    start = x if noise is None else (x + eps * noise.view(x.shape)).clamp(0, 1)
+
+    def loss_of_images(x_adv):
+        if lam == 0 or len(task_losses) == 1:  # no gradient of a gradient is needed
+            return sum(losses_at(task_losses, x_adv))
+        losses, g = joint(task_losses, x_adv)
+        return sum(losses) + lam * g
+
+    # BatchNorm uses the statistics of the attacked batch, as it will in the update, but no running statistic
+    # changes.
+    dropouts = [m for m in net.modules() if isinstance(m, nn.Dropout)]
+    with frozen_stats(net), eval_mode(*dropouts):
+        return pgd(loss_of_images, x, eps, step_size, steps, start=start)
+
+
+def train_step(net, opt, x, targets, noise, *, tasks, lam, clean_weight, double_softmax, eps, step_size, steps,
+               sigma=None):
+    """One iteration on the images x (m B, 3, S, S) of the `tasks`, one task after the other, and their
+    `targets`, a list (see `task_loss`); what is to be logged. `noise` is as in `attack`; with `sigma`, in the
+    units of x, it is standard Gaussian, and takes the place of the attack."""
+    task_losses = [functools.partial(task_loss, net, task, target, double_softmax)
+                   for task, target in zip(tasks, targets)]
+    if sigma is None:
+        x_adv = attack(net, task_losses, x, noise, lam=lam, eps=eps, step_size=step_size, steps=steps)
+    else:
+        x_adv = (x + sigma * noise.view(x.shape)).clamp(0, 1)
+
+    # Each task's images are a batch of their own to BatchNorm; clean ones, if any, go first.
+    clean = losses_at(task_losses, x) if clean_weight else None
+    logged = {}
+    if len(tasks) == 1:
+        attacked = losses_at(task_losses, x_adv)
+        loss = objective(attacked, clean, None, 0, clean_weight)
+    else:
+        attacked, g = joint(task_losses, x_adv.requires_grad_())
+        loss = objective(attacked, clean, g, lam, clean_weight)
+        logged["log_det"] = g.detach()
+
+    opt.zero_grad()
+    loss.backward()
+    dist.average_grads(net.parameters())
+    opt.step()
+    dist.average_buffers(net)  # else the running statistics of the processes drift apart
+    for task, value in zip(tasks, attacked):
+        logged[f"loss_{task}"] = value
+    return {"loss": loss, **logged}
+
+
+def lr_at(step, steps, lr, final_lr, ramp):
+    """The learning rate of `step` of a run of `steps`: a cosine from `lr` to `final_lr`, and over the first
+    `ramp` steps a line from lr / 10 to lr instead."""
+    if step < ramp:
+        return lr * (0.1 + 0.9 * step / ramp)
+    return optim.cosine(step / steps, lr, final_lr)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------------------
+class Recipe(NamedTuple):
+    """What the authors' code has for one task, or for several."""
+
+    epochs: int
+    lr: float
+    final_lr: float
+    weight_decay: float
+    nesterov: bool
+    ramp: int  # steps
+    padding: int  # pixels
+    flip: bool
+
+
+RECIPES = {
+    "rotation": Recipe(100, 0.1, 1e-6, 3e-4, False, 200, 4, True),
+    "jigsaw": Recipe(100, 0.1, 1e-6, 3e-4, False, 200, 4, True),
+    "selfie": Recipe(200, 0.025, 1e-6, 1e-4, True, 0, 2, False),
+    "joint": Recipe(150, 0.001, 1e-8, 1e-4, True, 0, 4, True),
+}
+
+
+def parser():
+    p = run.parser(__doc__, name="pretext", arch="preact_resnet50")
+    p.add_argument("--tasks", nargs="+", choices=("selfie", "rotation", "jigsaw"), metavar="TASK",
+                   default=["selfie", "rotation", "jigsaw"], help="one or more of the three (paper)")
+    p.add_argument("--lam", type=run.number(-1e6, 1e6), default=0.1,
+                   help="lambda, of log_det, where there are several tasks; 0 gives AP-SE (authors' code)")
+    p.add_argument("--clean-weight", type=run.number(0, 1), default=0.0,
+                   help="of the clean loss beside the attacked; the code has 0.5, and 0 is (paper)")
+    p.add_argument("--double-softmax", action=argparse.BooleanOptionalAction, default=False,
+                   help="put a softmax before Selfie's cross-entropy, as the code does; default (paper)")
+    p.add_argument("--permutations", type=run.integer(1, 1000), default=30,
+                   help="of Jigsaw, drawn once from the seed (paper; the number is the code's)")
+    p.add_argument("--pool-layers", type=run.integer(0, 100), default=13,
+                   help="of Selfie's attention pooling (authors' code)")
+    p.add_argument("--epochs", type=run.integer(0),
+                   help="0 exports the random encoder; default: RECIPES (authors' code)")
+    p.add_argument("--batch-size", type=run.integer(1), default=256,
+                   help="images per step, over all processes (paper)")
+    p.add_argument("--lr", type=run.number(), help="at its peak; default: RECIPES (paper)")
+    p.add_argument("--final-lr", type=run.number(), help="at the end of the cosine; default: RECIPES (paper)")
+    p.add_argument("--ramp", type=run.integer(0),
+                   help="steps over which the rate climbs from a tenth; default: RECIPES (authors' code)")
+    p.add_argument("--weight-decay", type=run.number(0, 1e6), help="default: RECIPES (authors' code)")
+    p.add_argument("--nesterov", action=argparse.BooleanOptionalAction,
+                   help="of SGD with momentum 0.9; default: RECIPES (authors' code)")
+    p.add_argument("--padding", type=run.integer(0, 1000),
+                   help="pixels around the image before it is cut; default: RECIPES (authors' code)")
+    p.add_argument("--flip", action=argparse.BooleanOptionalAction,
+                   help="mirror every other image; default: RECIPES (authors' code)")
+    p.add_argument("--eps", type=run.number(0, 255), default=8.0,
+                   help="radius of the attack, linf, in 1/255; 0: clean images (paper)")
+    p.add_argument("--step-size", type=run.number(0, 1e6), default=2.0,
+                   help="of the attack, in 1/255 (paper)")
+    p.add_argument("--steps", type=run.integer(0), default=10, help="K, of the attack (paper)")
+    p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
+                   help="start the attack at a random point of the ball, or else at the image (paper)")
+    p.add_argument("--noise", type=run.number(0, 1e6), metavar="SIGMA",
+                   help="Gaussian noise of this standard deviation, in 1/255, in place of the attack; "
+                        "default: none (paper)")
+    p.add_argument("--held-out", type=run.number(0, 0.9), default=0.1,
+                   help="share of the images that are not trained on (paper)")
+    p.add_argument("--image-size", type=run.integer(1, 10000),
+                   help="side of a view in pixels; default: that of the images, and 32 for a folder")
+    return p
+
+
+def check(args):
+    repeated = [task for task in args.tasks if args.tasks.count(task) > 1]
+    if repeated:
+        raise ValueError(f"--tasks {' '.join(args.tasks)}: {repeated[0]} is there twice")
+    if args.compile and len(args.tasks) > 1:
+        raise ValueError("--compile: compiled networks have no second derivative, which log_det needs; it is "
+                         "for one task")
+
+
+def recipe(args):
+    """The `Recipe` for the tasks of the flags, with what other flags change."""
+    known = RECIPES[args.tasks[0] if len(args.tasks) == 1 else "joint"]
+    changed = {name: getattr(args, name) for name in Recipe._fields if getattr(args, name) is not None}
+    return known._replace(**changed)
+
+
+def network(arch, tasks, permutations, layers, seed):
+    """The tasks' network (`Tasks`). The permutations of Jigsaw are drawn from the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randperm(GRID * GRID, generator=generator) for _ in range(permutations)]
+    encoder = encoders.make(arch, mean=MEAN, std=STD)
+    net = Tasks(encoder, tasks, torch.stack(drawn), layers)
+    return net.to(memory_format=torch.channels_last)
+
+
+def tasks_of(net, x, rng, size, args, padding, flip):
+    """What a step learns from uint8 images x (B, 3, H, W): the images of all tasks (m B, 3, size, size), and
+    a list of their targets (see `task_loss`)."""
+    x = augment(x, rng, size, padding, flip)
+    images = []
+    targets = []
+    for task in args.tasks:
+        if task == "rotation":
+            # A quarter of the global batch each, in random order.
+            order = rng.shared(rng.total, device=x.device).argsort()
+            target = order[rng.rows] % 4
+            images.append(rotate(x, target))
+        elif task == "jigsaw":
+            target = jigsaw_labels(rng.uniform(2, device=x.device), 1 + len(net.permutations))
+            images.append(jigsaw(x, target, net.permutations))
+        else:
+            target = rng.shared(GRID * GRID, device=x.device).argsort()  # one for the whole batch
+            images.append(x)
+        targets.append(target)
+    return torch.cat(images).contiguous(memory_format=torch.channels_last), targets
+
+
+def start_noise(x, rng, args):
+    """For images x (m B, 3, S, S) of the m tasks: where the attack starts, (m B, 3 S S) uniform from -1 to 1,
+    or None for the images themselves; with --noise, standard Gaussian numbers."""
+    if args.noise is None and not args.random_start:
+        return None
+    pixels = x[0].numel()
+    u = rng.uniform(len(args.tasks), 1 + pixels, device=x.device).transpose(0, 1).flatten(0, 1)
+    noise = ball_point(u, "linf")
+    if args.noise is None:
+        return noise
+    return 2**0.5 * torch.erfinv(noise.clamp(-0.999999, 0.999999))
+
+
+def attack_settings(args):
+    """The named arguments of `attack` as the flags have them; eps and step_size as pixel values in
+    [0, 1]."""
+    return dict(lam=args.lam, eps=args.eps / 255, step_size=args.step_size / 255, steps=args.steps)
+
+
+def step_settings(args):
+    """The named arguments of `train_step` as the flags have them."""
+    sigma = None if args.noise is None else args.noise / 255
+    return dict(tasks=args.tasks, clean_weight=args.clean_weight, double_softmax=args.double_softmax,
+                sigma=sigma, **attack_settings(args))
+
+
+@torch.no_grad()
+def clean_accuracy(net, images, size, args):
+    """{"accuracy_" + task: share} of what `net` gets right in eval mode: up to 256 training images, as in
+    training but not attacked."""
+    plan = recipe(args)
+    x, _, rng = next(data.batches(images, min(256, len(images)), args.seed, 0))
+    x, targets = tasks_of(net, x, rng, size, args, plan.padding, plan.flip)
+    found = {}
+    with eval_mode(net):
+        for task, target, part in zip(args.tasks, targets, x.chunk(len(args.tasks))):
+            answers = predict(net, part, task, target)
+            if task == "selfie":
+                answers = scores(*answers).flatten(0, 1)
+                target = torch.arange(MASKED, device=x.device).repeat(len(part))
+            found[f"accuracy_{task}"] = (answers.argmax(1) == target).float().mean().item()
+    return found
+
+
+def pictures(net, images, size, args):
+    """Rows for `save_rows` of up to eight images, for each task: what it is shown, in Selfie with grey where
+    patches are masked; the same attacked; and what the attack added, of which white and black are the
+    largest change."""
+    plan = recipe(args)
+    x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
+    x, targets = tasks_of(net, x, rng, size, args, plan.padding, plan.flip)
+    noise = start_noise(x, rng, args)
+    settings = step_settings(args)
+    if settings["sigma"] is None:
+        task_losses = [functools.partial(task_loss, net, task, target, args.double_softmax)
+                       for task, target in zip(args.tasks, targets)]
+        x_adv = attack(net, task_losses, x, noise, **attack_settings(args))
+    else:
+        x_adv = (x + settings["sigma"] * noise.view(x.shape)).clamp(0, 1)
+    largest = (x_adv - x).abs().max()
+    rows = []
+    parts = zip(args.tasks, targets, x.chunk(len(args.tasks)), x_adv.chunk(len(args.tasks)))
+    for task, target, clean, attacked in parts:
+        added = difference(attacked, clean, largest)
+        if task == "selfie":
+            shown = hidden(clean, target)
+            rows.append(("selfie: visible", shown))
+        rows += [(f"{task}: x", clean), (f"{task}: x_adv", attacked), (f"{task}: x_adv - x", added)]
+    return rows
+
+
+def hidden(x, order):
+    """Images x (B, 3, S, S), grey where the first patches in `order` (16,) are."""
+    patches = to_patches(x, GRID)
+    patches[:, order[:MASKED]] = 0.5
+    return from_patches(patches, GRID)
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    check(args)
+    plan = recipe(args)
+    env = run.setup(args)
+    device = env.device
+    out = pathlib.Path(args.out)
+    images = data.load(args.data, args.data_dir, "train", device, args.limit, args.image_size or 32, args.workers)
+    size = run.image_size(args, images)
+    if size % GRID:
+        raise ValueError(f"--image-size {size}: images are cut into {GRID} x {GRID} patches, so that their side "
+                         f"must be a multiple of {GRID}")
+    _, rest = data.hold_out(images, args.held_out)
+    steps_per_epoch = data.steps_per_epoch(len(rest), args.batch_size, env.world, least=2)
+
+    net = network(args.arch, args.tasks, args.permutations, args.pool_layers, args.seed)
+    net = run.to_device(net, args, env)
+    opt = torch.optim.SGD(net.parameters(), plan.lr, momentum=0.9, weight_decay=plan.weight_decay,
+                          nesterov=plan.nesterov)
+    compile_networks(args, env, net)
+
+    steps = steps_per_epoch * plan.epochs
+    log = Log(args, env, steps, images)
+    state = dict(net=net, opt=opt, log=log)
+    step = run.resume(args, env, state)
+    chance = {"rotation": math.log(4), "jigsaw": math.log(1 + args.permutations), "selfie": MASKED * math.log(MASKED)}
+    texts = ", ".join(f"{task} {chance[task]:.3f}" for task in args.tasks)
+    log.start(step, f"chance loss of {texts}; {plan.epochs} epochs")
+
+    settings = step_settings(args)
+    for epoch in range(step // steps_per_epoch, plan.epochs):
+        first = step % steps_per_epoch  # not 0 where a run was stopped within an epoch
+        batches = data.batches(rest, args.batch_size, args.seed, epoch, env.rank, env.world, first)
+        for x, _, rng in batches:
+            run.stop_if_signalled(args, env, state, step)
+            lr = lr_at(step, steps, plan.lr, plan.final_lr, plan.ramp)
+            optim.set_lr(opt, lr)
+            x, targets = tasks_of(net, x, rng, size, args, plan.padding, plan.flip)
+            noise = start_noise(x, rng, args)
+            torch.manual_seed(rng.seed + env.rank)  # of dropout, so that a run that is continued has the same
+            losses = train_step(net, opt, x, targets, noise, **settings)
+            log.step(step, len(x) // len(args.tasks) * env.world, **losses)
+            step += 1
+        log.epoch(epoch, step, lr=lr, **clean_accuracy(net, rest, size, args))
+        if (epoch + 1) % args.save_every == 0 or epoch + 1 == plan.epochs:
+            # Pictures come before the checkpoint: a run that is stopped between the two draws them
+            # again.
+            rows = pictures(net, rest, size, args)
+            if env.rank == 0:
+                save_rows(out / "views.png", rows, key=("largest decrease", "largest increase"))
+            run.save(args, env, state, step)
+    if env.rank == 0:
+        if args.tasks == ["selfie"]:
+            net.encoder.recipe["fresh"] = "the last stage"
+        encoders.export(net.encoder, out / "encoder.pt", image_size=size)
+        print(f"{out / 'encoder.pt'} holds the encoder")
+
+
+if __name__ == "__main__":
+    run.cli(main)
