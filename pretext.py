@@ -12,7 +12,7 @@ no one perturbation fools them all.
 
     paper                       this file
     theta_p                     net.encoder.trunk: a ResNet up to its last stage but one
-    theta_pc                    what a task has for itself: a last stage and a linear head, or Selfie's pooling
+    theta_pc                    what a task has for itself: last stage and linear head, or Selfie's pooling
     Rotation, Jigsaw, Selfie    rotate, jigsaw, and selfie_loss with AttentionPool
     Eq. 1, one task             objective of one loss; attacked by `attack`
     Eq. 3, the joint attack     attack: one search over the images of all tasks at once
@@ -133,7 +133,7 @@ def jigsaw(x, y, permutations):
 
 
 def jigsaw_labels(u, classes=31):
-    """Classes (B,) from numbers u (B, 2) uniform in [0, 1): uniform, and then with probability 0.1 put to 0."""
+    """Classes (B,) from numbers u (B, 2) uniform in [0, 1): uniform, but then, with probability 0.1, 0."""
     return torch.where(u[:, 1] < 0.1, 0, (classes * u[:, 0]).long())
 
 
@@ -152,7 +152,8 @@ class PoolLayer(nn.Module):
 
     def forward(self, x):
         B, n, dim = x.shape
-        q, k, v = self.qkv(x).view(B, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, n, dim / heads)
+        qkv = self.qkv(x).view(B, n, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, n, dim / heads) each
         # Written out, for PyTorch's fused attention has no second derivative on a CPU.
         weights = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(3)
         mixed = (weights @ v).transpose(1, 2).reshape(B, n, dim)
@@ -321,8 +322,8 @@ def attack(net, task_losses, x, noise, *, lam, eps, step_size, steps):
         return pgd(loss_of_images, x, eps, step_size, steps, start=start)
 
 
-def train_step(net, opt, x, targets, noise, *, tasks, lam, clean_weight, double_softmax, eps, step_size, steps,
-               sigma=None):
+def train_step(net, opt, x, targets, noise, *, tasks, lam, clean_weight, double_softmax, eps, step_size,
+               steps, sigma=None):
     """One iteration on the images x (m B, 3, S, S) of the `tasks`, one task after the other, and their
     `targets`, a list (see `task_loss`); what is to be logged. `noise` is as in `attack`; with `sigma`, in the
     units of x, it is standard Gaussian, and takes the place of the attack."""
@@ -564,11 +565,12 @@ def main(argv=None):
     env = run.setup(args)
     device = env.device
     out = pathlib.Path(args.out)
-    images = data.load(args.data, args.data_dir, "train", device, args.limit, args.image_size or 32, args.workers)
+    images = data.load(args.data, args.data_dir, "train", device, args.limit,
+                       args.image_size or 32, args.workers)
     size = run.image_size(args, images)
     if size % GRID:
-        raise ValueError(f"--image-size {size}: images are cut into {GRID} x {GRID} patches, so that their side "
-                         f"must be a multiple of {GRID}")
+        raise ValueError(f"--image-size {size}: images are cut into {GRID} x {GRID} patches, so that their "
+                         f"side must be a multiple of {GRID}")
     _, rest = data.hold_out(images, args.held_out)
     steps_per_epoch = data.steps_per_epoch(len(rest), args.batch_size, env.world, least=2)
 
@@ -582,7 +584,8 @@ def main(argv=None):
     log = Log(args, env, steps, images)
     state = dict(net=net, opt=opt, log=log)
     step = run.resume(args, env, state)
-    chance = {"rotation": math.log(4), "jigsaw": math.log(1 + args.permutations), "selfie": MASKED * math.log(MASKED)}
+    chance = {"rotation": math.log(4), "jigsaw": math.log(1 + args.permutations),
+              "selfie": MASKED * math.log(MASKED)}
     texts = ", ".join(f"{task} {chance[task]:.3f}" for task in args.tasks)
     log.start(step, f"chance loss of {texts}; {plan.epochs} epochs")
 

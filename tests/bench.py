@@ -45,6 +45,7 @@ import amoc
 import byorl
 import caco
 import rocl
+import pretext
 import rotnet
 from common import shapes
 from evaluation import autoattack as aa
@@ -69,11 +70,12 @@ SCRIPTS = {  # variants, the base first; made by <script>_step. Those of the mas
     "byorl": ("BYOL", "K = 2", "K = 5", "K = 10"),
     "adios": ("SimCLR", "ADIOS", "ADIOS-s"),
     "rotnet": ("--eps 0", "--steps 2", "--steps 2 --norm l2", "--target labels --loss trades"),
+    "pretext": ("--tasks rotation --eps 0", "--tasks rotation", "--tasks jigsaw", "--tasks selfie", "--lam 0", "--lam 0.1"),
 }
 COMPILED = {  # on CUDA, once more with --compile
     "amoc": "ACC", "rocl": "with", "acl": "ds", "advcl": "with", "adco": "bank", "caco": "cooperative",
     "adv_mae": "--steps 2", "adpe": "--adversary persistent", "byorl": "K = 5", "adios": "ADIOS",
-    "rotnet": "--steps 2"}
+    "rotnet": "--steps 2", "pretext": "--tasks rotation"}
 VITS = {"slim": "vit_slim", "resnet18": "vit_tiny"}  # what the masked autoencoders have instead
 
 
@@ -575,6 +577,24 @@ def rotnet_step(s, variant, compiled):
 
     def one():
         rotnet.train_step(net, opt, x, y, noise, **settings)
+
+    return one
+
+
+def pretext_step(s, variant, compiled):
+    """The same for the pretext tasks, with K = 2."""
+    args = pretext.parser().parse_args(["--steps", "2", *variant.split()])
+    net = pretext.network(s.arch, args.tasks, args.permutations, args.pool_layers, 0).to(s.device)
+    opt = torch.optim.SGD(net.parameters(), 0.0, momentum=0.9, weight_decay=1e-4)
+    rng = data.Rng((0, 0, 0), s.batch, slice(None))
+    x = torch.randint(0, 256, (s.batch, 3, 32, 32), dtype=torch.uint8, device=s.device)
+    x, targets = pretext.tasks_of(net, x, rng, 32, args, 4, True)
+    noise = pretext.start_noise(x, rng, args)
+    settings = pretext.step_settings(args)
+    compile_(s, compiled, net)
+
+    def one():
+        pretext.train_step(net, opt, x, targets, noise, **settings)
 
     return one
 

@@ -75,6 +75,7 @@ def plain(script, *names, **flags):
         "adpe": lambda: list(module.augment(x, rng, 32, 0.3, 2).split(len(x))),
         "adios": lambda: [module.augment(x, rng, 32)],
         "rotnet": lambda: [module.augment(x, rng, 32, crop, 0.2) for crop in ("padded", "resized")],
+        "pretext": lambda: [module.augment(x, rng, 32, 4, True)],
     }[script]()
 
 
@@ -114,6 +115,7 @@ AUGMENTATIONS = {  # the calls of each view in turn
     "adv_mae": (plain("adv_mae"), [[crop(0.2, filter="bicubic")]]),
     "adpe": (plain("adpe"), 2 * [[crop(0.3, filter="bicubic")]]),  # --crops 2 --min-scale 0.3
     "adios": (plain("adios"), [[crop(0.08), jitter(0.8, 0.8, 0.8, 0.2), GREY]]),
+    "pretext": (plain("pretext"), [WEAK]),
     "rotnet": (plain("rotnet"), [[*WEAK, jitter(0.2, 0.2, 0.2, 0.05)], [crop(0.2), jitter(0.2, 0.2, 0.2, 0.05)]]),
 }
 every_augmentation = pytest.mark.parametrize("which", AUGMENTATIONS)

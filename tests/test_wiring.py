@@ -1038,6 +1038,11 @@ DEFAULTS = {  # of each flag that a paper or its authors' code names
         target="rotation", loss="ce", beta=6, smoothing=0, drop_path=0, crop="padded", jitter=0.2, epochs=400,
         batch_size=512, optimizer="adamw", lr=1e-3, warmup=20, milestones=[], weight_decay=0.05, norm="linf", eps=4,
         step_size=None, steps=2, arch="vit_tiny"),
+    "pretext": dict(
+        tasks=["selfie", "rotation", "jigsaw"], lam=0.1, clean_weight=0, double_softmax=False, permutations=30,
+        pool_layers=13, batch_size=256, eps=8, step_size=2, steps=10, random_start=True, noise=None, held_out=0.1,
+        epochs=None, lr=None, final_lr=None, ramp=None, weight_decay=None, nesterov=None, padding=None, flip=None,
+        arch="preact_resnet50"),
 }
 
 
