@@ -6,8 +6,8 @@ GROUPS = {  # what is adversarial: scripts, with the flags that make them so
     "not pretrained": [(None, {"epochs": 0})],
     "with labels": [("rotnet", {"target": "labels"})],
     "nothing adversarial": [
-        ("amoc", {"variant": "CCC"}), ("acl", {"variant": "s2s"}), ("byorl", {"eps": 0.0}),
-        ("adv_mae", {"eps": 0.0}), ("adpe", {"radius": 0.0}),
+        ("amoc", {"variant": "CCC"}), ("amoc", {"variant": "CCA"}), ("acl", {"variant": "s2s"}),
+        ("byorl", {"eps": 0.0}), ("adv_mae", {"eps": 0.0}), ("adpe", {"radius": 0.0}),
         ("adios", {"masker": "none"}), ("adios", {"masker": "random"}), ("rotnet", {"eps": 0.0})],
     "pixels": [(script, {}) for script in ("rocl", "acl", "advcl", "amoc", "byorl", "adv_mae", "rotnet")],
     "bank": [(script, {}) for script in ("adco", "caco")],
