@@ -364,11 +364,11 @@ def labels_of_file(args, images):
         raise ValueError(f"{path}: labels is not in it; it must hold integers (clusterings, images)")
     labels = found["labels"]
     if labels.dtype.kind not in "iu" or labels.ndim != 2:
-        raise ValueError(f"{path}: labels is {labels.dtype} {labels.shape}; it must be integers (clusterings, "
-                         "images)")
+        raise ValueError(f"{path}: labels is {labels.dtype} {labels.shape}; it must be integers "
+                         "(clusterings, images)")
     if len(labels) != len(args.clusters):
-        raise ValueError(f"{path}: has {len(labels)} clusterings, and --clusters {len(args.clusters)} numbers; "
-                         "give --clusters the K of each row of labels")
+        raise ValueError(f"{path}: has {len(labels)} clusterings, and --clusters {len(args.clusters)} "
+                         "numbers; give --clusters the K of each row of labels")
 
     whole = images
     rows = range(len(images))
@@ -387,12 +387,13 @@ def labels_of_file(args, images):
         raise ValueError(f"{path}: has no checksum, so nobody knows whether its labels are in the order of "
                          f"--data {args.data}; add the data's, as log.jsonl has it")
     if labels.shape[1] != len(whole):
-        raise ValueError(f"{path}: has labels of {labels.shape[1]} images; --data {args.data} has {len(whole)}")
+        raise ValueError(f"{path}: has labels of {labels.shape[1]} images; --data {args.data} "
+                         f"has {len(whole)}")
 
     for row, k in zip(labels, args.clusters):
         if row.min() < -1 or row.max() >= k:
-            raise ValueError(f"{path}: labels go from {row.min()} to {row.max()} where --clusters has {k}; they "
-                             f"must be from 0 to {k - 1}, or -1 for none")
+            raise ValueError(f"{path}: labels go from {row.min()} to {row.max()} where --clusters has {k}; "
+                             f"they must be from 0 to {k - 1}, or -1 for none")
         if row.max() < 0:
             raise ValueError(f"{path}: all labels are -1 where --clusters has {k}; leave that row out")
     return torch.from_numpy(labels.astype("int64").T[list(rows)])

@@ -40,12 +40,15 @@ def test_a_figure_is_in_percent_and_a_stronger_attack_leaves_less():
 
 
 @pytest.mark.parametrize("method, source, data, epochs, want", [
-    ("ACA", published.AMOC, "CIFAR-10", 1000, "86.09 / 46.09 / – | 83.98 / 51.35 / – | 83.13 / 53.05 / 47.85"),
+    ("ACA", published.AMOC, "CIFAR-10", 1000,
+     "86.09 / 46.09 / – | 83.98 / 51.35 / – | 83.13 / 53.05 / 47.85"),
     ("adversarial training", published.AMOC, "CIFAR-10", None, " |  | 84.91 / 45.12 / 41.33"),
     ("TRADES", published.AMOC, "CIFAR-10", None, " |  | 80.68 / 51.64 / 47.30"),
-    ("AdvCL", published.FAN, "CIFAR-10", 1000, "80.85 / 50.45 / 42.57 | 79.39 / 52.01 / – | 83.62 / 52.77 / 49.77"),
+    ("AdvCL", published.FAN, "CIFAR-10", 1000,
+     "80.85 / 50.45 / 42.57 | 79.39 / 52.01 / – | 83.62 / 52.77 / 49.77"),
     ("ACL", published.FAN, "CIFAR-100 to STL-10", 1000, "45.91 / 26.32 / 21.75 |  | 57.16 / 32.41 / 28.68"),
-    ("RoCL", published.ROBUSTSSL, "CIFAR-10", 1000, "77.90 / – / 26.12 | 75.62 / – / 29.69 | 78.51 / – / 45.02")])
+    ("RoCL", published.ROBUSTSSL, "CIFAR-10", 1000,
+     "77.90 / – / 26.12 | 75.62 / – / 29.69 | 78.51 / – / 45.02")])
 def test_rows_known_by_heart(method, source, data, epochs, want):
     row = published.find(method, source, data, epochs)
     assert " | ".join(published.three(values) for values in (row.slf, row.alf, row.aff)) == want
