@@ -39,7 +39,7 @@ class Row(NamedTuple):
     method: str
     source: str
     data: str  # "A to B": pretrained on A, its classifier trained and judged on B
-    epochs: int | None  # of pretraining; None: not stated, or there is none
+    epochs: int  # of pretraining; None: not stated, or there is none
     slf: tuple = NOTHING
     alf: tuple = NOTHING
     aff: tuple = NOTHING
