@@ -14,7 +14,7 @@ and the classification attack pass through a BatchNorm branch each.
     x_h, x_l                    high_frequency(x), and the rest of x
     Eq. 5  loss of V views      multiview_loss
     Eq. 9  inner maxima         attack, of either loss
-    CE on pseudo-labels         cluster_loss; pseudo_labels
+    CE on pseudo-labels         cluster_loss; pseudo_labels, or labels_of_file
     lambda                      --cluster-weight
     rows of Table 4             --views
 
@@ -23,9 +23,9 @@ code's; so are the strong crop, the three branches and the projector's single Ba
 all views. So is the scale of the contrastive loss: a mean over anchors and positives times T /
 0.07, where the paper has a sum; lambda and the learning rate were chosen for the code's scale. We
 depart from that code in three places:
-    - Pseudo-labels come from our k-means on the features of a teacher trained on the same images;
-      theirs are of an encoder trained on ImageNet. Without a teacher the classification term is
-      left out, and the log says so.
+    - With --teacher, pseudo-labels come from our k-means on the features of a teacher trained on
+      the same images; theirs are of an encoder trained on ImageNet, and --labels reads them. Without
+      either the classification term is left out, and the log says so.
     - The attack leaves no trace: it normalises by batch statistics, as theirs does, but does not
       update the running ones. In their code most of what branch adv averages comes from unfinished
       attacks.
@@ -36,9 +36,27 @@ depart from that code in three places:
 
     python acl.py --variant s2s --out runs/s2s                a teacher
     python advcl.py --teacher runs/s2s/encoder.pt             CIFAR-10, ResNet-18, 1000 epochs
+    python advcl.py --labels labels.npz --out runs/labels     pseudo-labels from a file, as below
     torchrun --standalone --nproc-per-node 4 advcl.py         without pseudo-labels, on 4 GPUs
     python advcl.py --views x1+d x2+d x1 x2 --out runs/four   another row of Table 4
     python eval.py runs/advcl/encoder.pt --preset advcl-slf robustssl-alf
+
+--labels takes an .npz with integers "labels", a row of N for each of --clusters; -1 is an image
+without a label, which has no part in loss_ce. They belong to all N training images, in
+torchvision's order for cifar10 (cifar100, stl10); with --limit each image keeps its own. For other
+data the file also holds "checksum": that of the data, or of the part that --limit leaves, as the
+first line of a run's log.jsonl has it. The labels of the paper's best row (ImageNet's encoder, for
+CIFAR-10 in torchvision's order) are a pickle in the folder data/ of the authors' code. Unpickling
+can run any program, so it is left to you:
+
+    saved = pickle.load(open("imagenet_clPretrain_pseudo_labels.pkl", "rb"))
+    labels = np.array([np.array(saved[f"pseudo_train_{k}"]) for k in (2, 10, 50, 100, 500)])
+    np.savez("labels.npz", labels=labels.astype(int))
+
+What --teacher has made is kept as pseudo_labels.pt, and becomes such a file for other runs by
+
+    saved = torch.load("runs/advcl/pseudo_labels.pt")
+    np.savez("labels.npz", labels=saved["labels"].T.numpy(), checksum=saved["made_with"]["data"])
 
 The encoder is exported without its heads, with BatchNorm branch adv: at test time it sees clean
 images too.
@@ -147,12 +165,17 @@ def multiview_loss(views, temperature):
 
 
 def cluster_loss(net, x, labels, clusters):
-    """Mean over the K in `clusters` of the cross-entropy of K logits with labels (B,
-    len(clusters))."""
+    """Mean over the K in `clusters` of the cross-entropy of K logits with labels (B, len(clusters)).
+
+    Each is a mean over the images whose label is not -1, and 0 where there is none.
+    """
     with branch(net, "adv_ce"), run.autocast(x.device):
         logits = net["classifier"](net["encoder"](x))  # (B, sum of all K)
-    logits = logits.to(x.dtype).split(clusters, dim=1)
-    return sum(F.cross_entropy(part, y) for part, y in zip(logits, labels.T)) / len(clusters)
+    total = 0.0
+    for part, y in zip(logits.to(x.dtype).split(clusters, dim=1), labels.T):
+        labelled = (y >= 0).sum().clamp_min(1)  # a plain mean over no image would be NaN
+        total = total + F.cross_entropy(part, y, ignore_index=-1, reduction="sum") / labelled
+    return total / len(clusters)
 
 
 def attack(net, loss_fn, x, noise, *, eps, step_size, steps):
@@ -249,6 +272,8 @@ def parser():
                    help="strong crops x1 x2, the weak crop x, its low and high frequencies xl xh; +d is "
                         "attacked (paper)")
     p.add_argument("--teacher", help="exported encoder, for the pseudo-labels; default: none (ours)")
+    p.add_argument("--labels", type=run.path,
+                   help=".npz of pseudo-labels instead of a teacher's; default: none (ours)")
     p.add_argument("--clusters", type=run.integer(2), nargs="+", default=[2, 10, 50, 100, 500],
                    help="K of each k-means (paper)")
     p.add_argument("--cluster-weight", type=run.number(above=0), default=0.2, help="lambda (authors' code)")
@@ -280,6 +305,8 @@ def check(args):
         raise ValueError(f"--views {' '.join(args.views)}: each view once")
     if len(args.views) < 2 or not any(view.endswith("+d") for view in args.views):
         raise ValueError(f"--views {' '.join(args.views)}: needs two views, one of them attacked (+d)")
+    if args.teacher and args.labels:
+        raise ValueError("--teacher and --labels: both give the pseudo-labels; give one of them")
 
 
 def network(arch, clusters):
@@ -321,6 +348,55 @@ def pseudo_labels(args, env, images, size):
         files.save({"format": format_name, "made_with": made_with, "labels": labels}, path)
     dist.barrier()
     return encoders.read(path, format_name, advice)["labels"].to(env.device)
+
+
+def labels_of_file(args, images):
+    """Pseudo-labels (N, len(--clusters)) of the N `images`, int64, -1 where there is none, from the file
+    --labels: an .npz with `labels`, integers (len(--clusters), M), and perhaps `checksum`.
+
+    The M images are all training images of --data in their own order, of which --limit may have taken
+    N; with the checksum of the N images, they are those. Raises ValueError or FileNotFoundError that
+    names the file, what is wrong with it and what would work.
+    """
+    path = args.labels
+    found = data.read_npz(path, "labels", "checksum")
+    if "labels" not in found:
+        raise ValueError(f"{path}: labels is not in it; it must hold integers (clusterings, images)")
+    labels = found["labels"]
+    if labels.dtype.kind not in "iu" or labels.ndim != 2:
+        raise ValueError(f"{path}: labels is {labels.dtype} {labels.shape}; it must be integers "
+                         "(clusterings, images)")
+    if len(labels) != len(args.clusters):
+        raise ValueError(f"{path}: has {len(labels)} clusterings, and --clusters {len(args.clusters)} "
+                         "numbers; give --clusters the K of each row of labels")
+
+    whole = images
+    rows = range(len(images))
+    if args.limit:
+        whole = data.load(args.data, args.data_dir, "train", "cpu", None, args.image_size or 32, args.workers)
+        rows = data.fixed_order(len(whole))[: args.limit]
+    if "checksum" in found:
+        checksum = str(found["checksum"])
+        if checksum == images.checksum():
+            whole = images
+            rows = range(len(images))
+        elif checksum != whole.checksum():
+            raise ValueError(f"{path}: its labels are of other images than --data {args.data} (or in another "
+                             "order), by their checksum; make them for these")
+    elif args.data not in data.NAMES:
+        raise ValueError(f"{path}: has no checksum, so nobody knows whether its labels are in the order of "
+                         f"--data {args.data}; add the data's, as log.jsonl has it")
+    if labels.shape[1] != len(whole):
+        raise ValueError(f"{path}: has labels of {labels.shape[1]} images; --data {args.data} "
+                         f"has {len(whole)}")
+
+    for row, k in zip(labels, args.clusters):
+        if row.min() < -1 or row.max() >= k:
+            raise ValueError(f"{path}: labels go from {row.min()} to {row.max()} where --clusters has {k}; "
+                             f"they must be from 0 to {k - 1}, or -1 for none")
+        if row.max() < 0:
+            raise ValueError(f"{path}: all labels are -1 where --clusters has {k}; leave that row out")
+    return torch.from_numpy(labels.astype("int64").T[list(rows)])
 
 
 def start_noise(x, views, rng):
@@ -368,19 +444,27 @@ def main(argv=None):
                        args.image_size or 32, args.workers)
     size = run.image_size(args, images)
     steps_per_epoch = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
-    clusters = args.clusters if args.teacher else []
+    clusters = args.clusters if args.teacher or args.labels else []
+    if args.labels:
+        images.y = labels_of_file(args, images).to(device)
 
     net = run.to_device(network(args.arch, clusters), args, env)
     opt = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     compile_networks(args, env, net["encoder"])
 
     log = Log(args, env, steps_per_epoch * args.epochs, images)
+    if args.labels:  # a run is continued with the same ones only
+        log.data["labels"] = hashlib.sha256(images.y.cpu().contiguous().numpy()).hexdigest()
     state = dict(net=net, opt=opt, log=log)
     step = run.resume(args, env, state)
-    if clusters:  # only now: another run's labels in this folder must not be overwritten
+    if args.teacher:  # only now: another run's labels in this folder must not be overwritten
         images.y = pseudo_labels(args, env, images, size)
     chance = math.log(len(args.views) * args.batch_size - 1) * args.temperature / BASE_TEMPERATURE
-    about_labels = f"pseudo-labels, K = {clusters}" if clusters else "no --teacher, so no pseudo-labels"
+    about_labels = "no --teacher or --labels, so no pseudo-labels"
+    if clusters:
+        about_labels = f"pseudo-labels, K = {clusters}"
+    if clusters and (images.y < 0).any():
+        about_labels += f"; {100 * (images.y < 0).float().mean():.1f} % of them are -1"
     log.start(step, f"chance loss_con ln(VB - 1) T / 0.07 = {chance:.3f}; {about_labels}")
 
     settings = dict(views=args.views, cutoff=args.cutoff, clusters=clusters,

@@ -92,8 +92,13 @@ class Variant(NamedTuple):
     extra_key: bool = False  # f_k(x1_adv), the attacked query seen as a key, feeds M_adv
 
     @property
-    def adversarial(self):
+    def attacked(self):
         return self.adv_query or self.adv_key
+
+    @property
+    def adversarial(self):
+        """Whether L_* is another loss than L_CCC."""
+        return self.attacked or self.adv_bank
 
     @property
     def export(self):
@@ -104,11 +109,12 @@ class Variant(NamedTuple):
 
 VARIANTS = {
     letters: Variant(*(letter == "A" for letter in letters))
-    for letters in ("CCC", "CAC", "CAA", "ACC", "ACA", "AAC", "AAA")
+    for letters in ("CCC", "CAC", "CAA", "CCA", "ACC", "ACA", "AAC", "AAA")
 }
 # In ACA no key is attacked, so nothing enters M_adv: it keeps its first random rows (the paper's
-# Remark 1). ACA_PLUS, which only the authors' code has, fills M_adv with the keys of attacked
-# queries.
+# Remark 1). So it does in CCA, where no query is attacked either: it is in the paper's text and
+# Table 1, but Fig. 1, Table 6 and the authors' code have CAA instead. ACA_PLUS, which only the
+# authors' code has, fills M_adv with the keys of attacked queries.
 VARIANTS["ACA_PLUS"] = VARIANTS["ACA"]._replace(extra_key=True)
 
 
@@ -192,7 +198,7 @@ def train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, *,
     `attack`."""
     bank = bank_adv if variant.adv_bank else bank_clean  # the one that L_* reads
 
-    if variant.adversarial:
+    if variant.attacked:
         # The attack comes first: it uses the running statistics that the step before has left.
         x1_adv, x2_adv = attack(
             net, target, x1, x2, noise, bank.rows,
@@ -307,7 +313,7 @@ def pictures(net, target, bank, images, size, args):
     x1 = augment(x, rng, size)
     x2 = augment(x, rng, size)
     rows = [("x1", x1), ("x2", x2)]
-    if variant.adversarial:
+    if variant.attacked:
         noise = start_noise(x1, rng) if args.random_start else None
         x1_adv, x2_adv = attack(net, target, x1, x2, noise, bank.rows, **attack_settings(args))
         if variant.adv_query:
@@ -353,7 +359,7 @@ def main(argv=None):
             run.stop_if_signalled(args, env, state, step)
             x1 = augment(x, rng, size)
             x2 = augment(x, rng, size)  # another view: `rng` has moved on
-            noise = start_noise(x1, rng) if args.random_start and variant.adversarial else None
+            noise = start_noise(x1, rng) if args.random_start and variant.attacked else None
             losses = train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, **settings)
             log.step(step, len(x) * env.world, **losses)
             step += 1

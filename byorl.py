@@ -39,6 +39,15 @@ pixels as one forward pass and a whole one as two, a step costs 28 forward passe
     python byorl.py --steps 2 --out runs/byorl-2         the attack of Rebuffi et al. 2023, App. C
     python eval.py runs/byorl/encoder.pt --preset amoc-slf amoc-alf
 
+Rebuffi et al. pretrain a ViT-B/16 so on ImageNet, at 224 pixels. Their best radii are 2/255 in linf
+and 2 in l2, which is 510/255 (at 32 pixels, 73/255 is as much per pixel). All other numbers of these
+commands are this script's:
+
+    torchrun --standalone --nproc-per-node 8 byorl.py --data path/to/imagenet --arch vit_base \
+--image-size 224 --steps 2 --eps 2 --out runs/byorl-vit
+    torchrun --standalone --nproc-per-node 8 byorl.py --data path/to/imagenet --arch vit_base \
+--image-size 224 --steps 2 --norm l2 --eps 510 --out runs/byorl-vit-l2
+
 The online encoder is exported, without projector and predictor: at test time, running statistics of
 attacked images normalise whatever it sees.
 

@@ -411,6 +411,13 @@ class _Npz:
                 yield part.reshape(count, *shape[1:])
 
 
+def read_npz(path, *keys):
+    """Of the .npz at `path` {key: array}, those of `keys` that it holds. Raises FileNotFoundError, or
+    ValueError that names the file and what is wrong."""
+    archive = _Npz(path)
+    return {key: archive.read(key) for key in keys if key in archive.keys}
+
+
 def _npy_header(f):
     """Shape, whether it is in Fortran's order, and dtype of the array in the open .npy file `f`."""
     version = np.lib.format.read_magic(f)

@@ -323,6 +323,8 @@ def _refuse_other(args, flags, data_there, data_here):
     if data_there and data_here and data_there != data_here:
         there, here = data_there["images"], data_here["images"]
         what = f"{there} images there, {here} here" if there != here else f"{here} images, which have changed"
+        if data_there.get("checksum") == data_here.get("checksum"):
+            what = "the images are the same, but not their pseudo-labels"
         raise ValueError(f"{args.out} holds a run on other data ({what}); use another --out")
 
 

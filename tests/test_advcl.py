@@ -2,8 +2,14 @@
 import cmath
 import copy
 import math
+import os
+import pickle
+import re
+import signal
+import textwrap
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -300,7 +306,7 @@ def test_a_run_with_a_teacher_uses_the_labels_of_its_images_and_says_so(tmp_path
     advcl.main([*flags, "--epochs", "1", "--out", str(tmp_path / "without")])
     heads = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("with", "without")]
     assert "pseudo-labels, K = [2, 5]" in heads[0][0] and '"loss_ce"' in heads[0][1]
-    assert "no --teacher, so no pseudo-labels" in heads[1][0] and '"loss_ce"' not in heads[1][1]
+    assert "no --teacher or --labels, so no pseudo-labels" in heads[1][0] and '"loss_ce"' not in heads[1][1]
 
 
 def test_a_spoilt_label_file_is_named(tmp_path):
@@ -308,6 +314,175 @@ def test_a_spoilt_label_file_is_named(tmp_path):
     (tmp_path / "pseudo_labels.pt").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"pseudo_labels\.pt.*made again"):
         advcl.pseudo_labels(args, env, images, 32)
+
+
+# Pseudo-labels from a file ----------------------------------------------------------------------------------
+N = 40
+SMALL = ["--arch", "slim", "--batch-size", "16", "--steps", "1", "--warmup", "0", "--device", "cpu", "--clusters", "2", "5",
+         "--save-every", "1"]
+
+
+@pytest.fixture
+def npz(tmp_path):
+    """`N` images in a file, and their checksum."""
+    x, y, _ = shapes.shapes(N, seed=4)
+    path = str(tmp_path / "images.npz")
+    x = x.permute(0, 2, 3, 1).numpy()
+    np.savez(path, x_train=x, y_train=y.numpy(), x_test=x, y_test=y.numpy())
+    return path
+
+
+def labels_of(n=N):
+    """Which tell the images apart: (2, n) with clusters 2 and 5; every seventh image has no label."""
+    labels = np.stack([np.arange(n) % 2, np.arange(n) // 2 % 5])
+    labels[:, ::7] = -1
+    return labels
+
+
+def read_labels(path, *flags, **arrays):
+    """The run's images, and what `labels_of_file` makes of the arrays."""
+    np.savez(path, **arrays)
+    args = read_flags(advcl, *SMALL, "--labels", str(path), *flags)
+    images = data.load(args.data, args.data_dir, "train", "cpu", args.limit)
+    return images, advcl.labels_of_file(args, images)
+
+
+def test_labels_of_a_file_follow_their_images_whatever_the_limit(npz, tmp_path):
+    whole = data.load(npz)
+    number = {image.numpy().tobytes(): i for i, image in enumerate(whole.x)}
+    part = data.load(npz, limit=23)
+    for limit in ([], ["--limit", "23"], ["--limit", str(N)]):
+        images, found = read_labels(tmp_path / "l.npz", "--data", npz, *limit, labels=labels_of(),
+                                    checksum=whole.checksum())
+        order = [number[image.numpy().tobytes()] for image in images.x]
+        assert torch.equal(found, torch.from_numpy(labels_of().T[order])) and found.dtype == torch.int64
+        assert len(found) == len(images) and (order == list(range(N))) == (limit == [])
+    images, found = read_labels(tmp_path / "l.npz", "--data", npz, "--limit", "23", checksum=part.checksum(),
+                                labels=labels_of(23).astype(np.int8))
+    assert torch.equal(found, torch.from_numpy(labels_of(23).T))
+
+
+def test_without_a_checksum_labels_are_in_the_order_of_a_named_data_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "shapes", lambda n, seed: shapes.shapes(60, seed=seed))
+    labels = labels_of(60)
+    _, found = read_labels(tmp_path / "l.npz", "--data", "shapes", labels=labels)
+    assert torch.equal(found, torch.from_numpy(labels.T))
+    images, found = read_labels(tmp_path / "l.npz", "--data", "shapes", "--limit", "50", labels=labels)
+    assert torch.equal(found, torch.from_numpy(labels.T[data.fixed_order(60)[:50]]))
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(labels=None), "labels is not in it"),
+    (dict(labels=labels_of().astype(float)), r"labels is float64 \(2, 40\); it must be integers"),
+    (dict(labels=labels_of()[0]), r"labels is int64 \(40,\); it must be"),
+    (dict(labels=labels_of()[[0, 0, 1]]), "has 3 clusterings, and --clusters 2 numbers"),
+    (dict(labels=labels_of()[:1]), "has 1 clusterings, and --clusters 2 numbers"),
+    (dict(labels=labels_of(N - 1)), "has labels of 39 images; --data .* has 40"),
+    (dict(labels=labels_of()[::-1]), "labels go from -1 to 4 where --clusters has 2; they must be from 0 to 1, or -1"),
+    (dict(labels=labels_of() + 1), "labels go from 0 to 2 where --clusters has 2"),
+    (dict(labels=labels_of() - 1), "labels go from -2 to 0 where"),
+    (dict(labels=np.full((2, N), -1)), "all labels are -1 where --clusters has 2"),
+    (dict(checksum="of others"), "its labels are of other images than --data"),
+    (dict(checksum=None), "has no checksum, so nobody knows"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_a_file_of_labels_that_cannot_be_meant_is_named_before_anything_is_trained(npz, tmp_path, change, words):
+    arrays = {"labels": labels_of(), "checksum": data.load(npz).checksum(), **change}
+    np.savez(tmp_path / "l.npz", **{name: array for name, array in arrays.items() if array is not None})
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match=f"l\\.npz: .*{words}"):
+        advcl.main([*SMALL, "--data", npz, "--labels", str(tmp_path / "l.npz"), "--epochs", "1", "--out", str(out)])
+    assert not list(out.glob("*.*t*"))  # no log, no checkpoint
+
+
+def test_a_file_of_labels_that_is_none_is_named(npz, tmp_path):
+    flags = [*SMALL, "--data", npz, "--epochs", "1", "--out", str(tmp_path / "run"), "--labels"]
+    with pytest.raises(FileNotFoundError, match="l.npz: no such file"):
+        advcl.main([*flags, str(tmp_path / "l.npz")])
+    (tmp_path / "l.npz").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="l.npz: not a readable .npz file"):
+        advcl.main([*flags, str(tmp_path / "l.npz")])
+
+
+def test_an_image_without_a_label_has_no_part_in_the_loss_or_its_gradient():
+    net = Printed()
+    some = labels.clone()
+    some[1] = -1
+    some[2, 0] = -1
+    inputs = x.clone().requires_grad_()
+    loss = advcl.cluster_loss(net, inputs, some, CLUSTERS)
+    logits = net["classifier"](inputs.flatten(1)).split(CLUSTERS, dim=1)
+    want = sum(F.cross_entropy(part[y >= 0], y[y >= 0]) for part, y in zip(logits, some.T)) / 3
+    torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
+    (grad,) = torch.autograd.grad(loss, inputs)
+    assert not grad[1].any() and all(grad[i].any() for i in (0, 2, 3))
+    assert advcl.cluster_loss(net, x, torch.full_like(labels, -1), CLUSTERS) == 0
+
+    some[:, 1] = -1  # of one K no image has a label
+    loss = advcl.cluster_loss(net, x, some, CLUSTERS)
+    loss.backward()
+    grad = net["classifier"].weight.grad.split(CLUSTERS)
+    assert loss.isfinite() and grad[0].any() and not grad[1].any() and grad[2].any()
+
+
+def test_a_run_takes_its_labels_from_the_file_and_continues_with_the_same_alone(npz, tmp_path, monkeypatch):
+    path = tmp_path / "l.npz"
+    checksum = data.load(npz).checksum()
+    np.savez(path, labels=labels_of(), checksum=checksum)
+    flags = [*SMALL, "--data", npz, "--limit", "32", "--labels", str(path), "--epochs", "2"]
+    advcl.main([*flags, "--out", str(tmp_path / "whole")])
+    head, epoch, _ = (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
+    assert "pseudo-labels, K = [2, 5]; 1" in head and "% of them are -1" in head and '"loss_ce"' in epoch
+
+    seen = []
+    step = advcl.train_step
+
+    def stopped(*given, **more):
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        seen.append(given[5])
+        return step(*given, **more)
+
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(advcl, "train_step", lambda *a, **more: stopped(*a, **more))
+        advcl.main([*flags, "--out", str(tmp_path / "part")])
+    rows = sorted(torch.cat(seen[:2]).tolist())
+    assert rows == sorted(labels_of().T[data.fixed_order(N)[:32]].tolist())  # those of an epoch
+
+    np.savez(path, labels=labels_of()[:, ::-1], checksum=checksum)
+    with pytest.raises(ValueError, match="the images are the same, but not their pseudo-labels"):
+        advcl.main([*flags, "--out", str(tmp_path / "part")])
+    np.savez_compressed(path, labels=labels_of().astype(np.int8), checksum=checksum)
+    advcl.main([*flags, "--out", str(tmp_path / "part")])
+    for number, handler in handlers:
+        signal.signal(number, handler)
+    ended = [torch.load(tmp_path / name / "last.pt", weights_only=True)["state"] for name in ("whole", "part")]
+    for part in ("net", "opt"):
+        assert str(ended[0][part].keys()) == str(ended[1][part].keys())
+    assert all(torch.equal(value, ended[1]["net"][name]) for name, value in ended[0]["net"].items())
+    assert ended[0]["log"]["data"] == ended[1]["log"]["data"] and len(ended[0]["log"]["data"]["labels"]) == 64
+
+
+def test_the_docstrings_lines_make_files_of_labels(tmp_path, monkeypatch):
+    """Of the authors' pickle, whose values may be lists, arrays or tensors, and of a teacher's labels."""
+    monkeypatch.chdir(tmp_path)
+    theirs, ours = [textwrap.dedent(block) for block in re.findall(
+        r"\n\n(    saved = .*?)\n\n", advcl.__doc__, re.S)]
+    kinds = [list, np.array, torch.tensor, np.int32, np.array]
+    wanted = [[i % k for i in range(600)] for k in (2, 10, 50, 100, 500)]
+    pickled = {f"pseudo_train_{max(row) + 1}": kind(row) for kind, row in zip(kinds, wanted)}
+    (tmp_path / "imagenet_clPretrain_pseudo_labels.pkl").write_bytes(pickle.dumps(pickled))
+    exec(theirs, {"np": np, "pickle": pickle})
+    found = np.load("labels.npz")
+    assert found["labels"].tolist() == wanted and found["labels"].dtype == np.int64
+
+    args, env, images = setting(tmp_path)
+    args.out = str(tmp_path / "runs/advcl")
+    (tmp_path / "runs/advcl").mkdir(parents=True)
+    made = advcl.pseudo_labels(args, env, images, 32)
+    exec(ours, {"np": np, "torch": torch})
+    args.labels = "labels.npz"
+    assert torch.equal(advcl.labels_of_file(args, images), made)
 
 
 def test_network_sizes_and_that_pixels_are_not_normalised():
@@ -323,7 +498,7 @@ def test_network_sizes_and_that_pixels_are_not_normalised():
 def test_defaults_are_the_papers_run():
     want = dict(views=["x+d", "x1", "x2", "xh"], clusters=[2, 10, 50, 100, 500], cluster_weight=0.2, cutoff=8,
                 epochs=1000, batch_size=512, lr=0.5, warmup=10, weight_decay=1e-4, temperature=0.5, eps=8,
-                step_size=2, steps=5, arch="resnet18", data="cifar10", teacher=None)
+                step_size=2, steps=5, arch="resnet18", data="cifar10", teacher=None, labels=None)
     args = vars(advcl.parser().parse_args([]))
     assert {k: args[k] for k in want} == want
 
@@ -332,6 +507,8 @@ def test_defaults_are_the_papers_run():
     (["--views", "x1", "x3"], "--views x3: choose one of x1, x2, x1.d"),
     (["--views", "x1+d", "x1+d"], "--views.*each view once"),
     (["--views", "x1", "x2"], "--views x1 x2: needs two views, one of them attacked"),
+    (["--teacher", "a.pt", "--labels", "b.npz"], "--teacher and --labels: .*give one of them"),
+    (["--labels", ""], "--labels '': must name a file"),
     (["--views", "x+d"], "needs two views"), (["--clusters", "1"], "--clusters 1: must be"),
     (["--cluster-weight", "0"], "--cluster-weight 0: must be"),
     (["--eps", "-8"], "--eps -8: must be"), (["--temperature", "0"], "--temperature 0")])

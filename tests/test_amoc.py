@@ -42,6 +42,7 @@ def l_star(variant, info_nce):
     "variant, value",
     [
         ("CCC", 1.0182162631445383),
+        ("CCA", 1.039330231826339),
         ("CAC", 1.9459460988222717),
         ("CAA", 1.973674143287723),
         ("ACC", 0.8776813944296246),
@@ -123,7 +124,7 @@ def test_attack_equals_printed_values(variant, dv, length):
         assert d.abs().sum().item() == pytest.approx(total, rel=1e-9)
 
 
-@pytest.mark.parametrize("variant", [v for v in amoc.VARIANTS if v != "CCC"])
+@pytest.mark.parametrize("variant", [v for v in amoc.VARIANTS if v not in ("CCC", "CCA")])
 def test_constants_computed_once_change_nothing(variant):
     """Bit for bit the attack that embeds both views again at every step."""
     v = amoc.VARIANTS[variant]
@@ -185,13 +186,21 @@ def test_train_step_has_the_printed_loss_and_gradient():
 def test_each_variant_feeds_its_banks_after_the_loss(variant):
     net, target = Linear(), Linear().requires_grad_(False)
     _, clean, adv = step(variant, net, target)
-    (a1, a2) = attack(variant) if variant != "CCC" else (x1, x2)
+    (a1, a2) = attack(variant) if variant not in ("CCC", "CCA") else (x1, x2)
     torch.testing.assert_close(clean.rows, torch.cat([unit(target(x2)), bank_c[4:]]))  # the step has lr 0
     v = amoc.VARIANTS[variant]
     keys = (
         unit(target(a1)) if v.extra_key else unit(target(a2)) if v.adv_key else bank_a[:4]
     )  # ACA: noise for ever
     torch.testing.assert_close(adv.rows, torch.cat([keys, bank_a[4:]]))
+
+
+@pytest.mark.parametrize("variant", amoc.VARIANTS)
+def test_there_is_an_attack_where_a_view_is_attacked(variant, monkeypatch):
+    attacks = []
+    monkeypatch.setattr(amoc, "pgd", lambda *given, **more: attacks.append(1) or pgd(*given, **more))
+    step(variant, Linear(), Linear().requires_grad_(False))
+    assert len(attacks) == ("A" in variant[:2])
 
 
 def test_momentum_update_follows_the_optimizer():
@@ -240,7 +249,7 @@ def test_attack_raises_the_loss_of_a_real_network():
     x1, x2 = torch.rand(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     bank = Bank(64, 128).rows
     for name, v in amoc.VARIANTS.items():
-        if name == "CCC":
+        if name in ("CCC", "CCA"):
             continue
         a1, a2 = amoc.attack(net, target, x1, x2, torch.zeros(8, 2, 3, 32, 32), bank,
                              **named(amoc.attack, amoc, "--variant", name))
@@ -335,3 +344,5 @@ def test_a_variant_is_what_its_letters_say():
     assert amoc.VARIANTS["ACA_PLUS"] == (True, False, True, True)
     assert not amoc.VARIANTS["CCC"].adversarial
     assert all(v.adversarial for name, v in amoc.VARIANTS.items() if name != "CCC")
+    assert amoc.VARIANTS["CCA"] == (False, False, True, False) and amoc.VARIANTS["CCA"].export == "clean"
+    assert [name for name, v in amoc.VARIANTS.items() if not v.attacked] == ["CCC", "CCA"]

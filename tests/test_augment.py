@@ -185,7 +185,8 @@ def test_the_views_of_an_image_differ_and_have_numbers_of_their_own(which):
     views = make(x, r) + make(x, r) + make(x, rng(32, 0, 0, 2))
     for side in {view.shape[-1] for view in views}:
         rows = torch.cat([view.flatten(1) for view in views if view.shape[-1] == side])
-        assert len(rows.unique(dim=0)) > 0.8 * len(rows)
+        share = 0.6 if which == "pretext" else 0.8  # of pad-4 crops, mirrored or not, there are 162
+        assert len(rows.unique(dim=0)) > share * len(rows)
 
 
 DIGESTS = {  # of the numbers that Rng((7, 3, 5)) draws

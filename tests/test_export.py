@@ -25,6 +25,7 @@ ADIOS = "--warmup 0 --ema 0.5 --masks 2 --mask-width 8"
 
 CASES = {  # script, flags, the BN branch that is exported (None: it has none), the other branches
     "amoc CCC": ("amoc", AMOC, "clean", {"adv"}),
+    "amoc CCA": ("amoc", AMOC, "clean", {"adv"}),
     "amoc CAC": ("amoc", AMOC, "clean", {"adv"}),
     "amoc CAA": ("amoc", AMOC, "clean", {"adv"}),
     "amoc ACC": ("amoc", AMOC, "adv", {"clean"}),

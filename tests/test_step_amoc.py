@@ -12,7 +12,7 @@ EPS, STEP_SIZE, STEPS = 40 / 255, 25 / 255, 3
 TEMPERATURE, LAM, EMA, WEIGHT_DECAY = 0.4, 0.2, 0.9, 0.01
 FLAGS = ["--eps", "40", "--step-size", "25", "--steps", "3", "--temperature", "0.4", "--lam", "0.2",
          "--ema", "0.9"]
-VARIANTS = ["CCC", "CAC", "CAA", "ACC", "ACA", "AAC", "AAA", "ACA_PLUS"]
+VARIANTS = ["CCC", "CCA", "CAC", "CAA", "ACC", "ACA", "AAC", "AAA", "ACA_PLUS"]
 
 
 def step_of_script(variant, net, target, opt, bank_clean, bank_adv, x1, x2, noise):
@@ -103,6 +103,10 @@ def filled_bank(seed, pointer):
     bank.rows.copy_(rows / rows.norm(dim=1, keepdim=True))
     bank.pointer = pointer
     return bank
+
+
+def test_all_variants_are_here():
+    assert set(VARIANTS) == set(amoc.VARIANTS)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

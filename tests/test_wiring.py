@@ -43,6 +43,7 @@ ADIOS = "--lr 0.4 --mask-lr 0.05 --weight-decay 0.003 --warmup 2 --masks 2 --mas
 CASES = {  # the script, and flags besides SMALL
     "amoc": ("amoc", AMOC),
     "amoc CCC": ("amoc", AMOC + " --variant CCC"),
+    "amoc CCA": ("amoc", AMOC + " --variant CCA"),
     "amoc CAA": ("amoc", AMOC + " --variant CAA"),
     "amoc AAC": ("amoc", AMOC + " --variant AAC"),
     "rocl": ("rocl", "--lr 0.7 --weight-decay 0.003 --warmup 2 --eps 6 --step-size 3 --steps 2"),
@@ -595,7 +596,7 @@ def test_two_banks_of_unit_noise_begin_and_differ(case, watched):
         torch.testing.assert_close(bank.rows.norm(dim=1), torch.ones(48))
         assert bank.rows.mean().abs() < 0.01
     assert not torch.equal(clean.rows, adv.rows)
-    keys = {"amoc": [16], "amoc CCC": [16], "amoc CAA": [16, 16], "amoc AAC": [16, 16]}[case]
+    keys = {"amoc": [16], "amoc CCC": [16], "amoc CCA": [16], "amoc CAA": [16, 16], "amoc AAC": [16, 16]}[case]
     assert [len(push.keys) for push in watched(case).pushes] == keys * STEPS
 
 
@@ -704,6 +705,7 @@ def ball(values, n):
 NOISE = {  # argument: its shape, the kind of its numbers, and how many of its axes separate independent draws
     "amoc": {"noise": ((16, 2, 3, 16, 16), box, 2)},
     "amoc CCC": {},
+    "amoc CCA": {},
     "rocl": {"noise": ((16, 3, 16, 16), box, 1)},
     "acl": {"noise": ((16, 2, 3, 16, 16), box, 2)},
     "advcl": {"noise": ((2, 16, 3, 16, 16), box, 2)},
