@@ -292,7 +292,12 @@ def beside(row, whose, note=""):
     """The text beside our figures: source, setting, and what is known of a frozen encoder's."""
     known = [("SLF", row.slf), ("ALF", row.alf)]
     figures = ", ".join(f"{name} {three(values)}" for name, values in known if values != NOTHING)
-    return f"{whose}, {row.data}, ResNet-18, {row.epochs} epochs{note}: {figures}"
+    epochs = f", {row.epochs} epochs" if row.epochs else ""
+    return f"{whose}, {row.data}, ResNet-18{epochs}{note}: {figures}"
+
+
+def attacked(eps):
+    return bool(eps)
 
 
 def cifar10(name):
@@ -318,6 +323,10 @@ PUBLISHED = [  # (script, flags, text); the first that fits is shown
     ("amoc", {"data": cifar10, "variant": "CAA"}, beside(find("CAA", AMOC, "CIFAR-10", 200), "its paper")),
     ("amoc", {"data": cifar10, "variant": "ACC"}, beside(find("ACC", AMOC, "CIFAR-10", 200), "its paper")),
     ("amoc", {"data": cifar10, "variant": "ACA"}, beside(find("ACA", AMOC, "CIFAR-10", 200), "its paper")),
+    ("rotnet", {"data": cifar10, "target": "labels", "loss": "ce", "norm": "linf", "eps": attacked},
+     beside(find("supervised AT", FAN, "CIFAR-10", None), FAN)),
+    ("pretext", {"data": cifar10, "tasks": ["selfie", "rotation", "jigsaw"], "eps": attacked},
+     beside(find("AP-DPE", FAN, "CIFAR-10", None), FAN)),
 ]
 
 
