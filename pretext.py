@@ -599,7 +599,8 @@ def main(argv=None):
             optim.set_lr(opt, lr)
             x, targets = tasks_of(net, x, rng, size, args, plan.padding, plan.flip)
             noise = start_noise(x, rng, args)
-            torch.manual_seed(rng.seed + env.rank)  # of dropout, so that a run that is continued has the same
+            # Dropout takes torch's own numbers: those of a run that is continued are to be the same.
+            torch.manual_seed(rng.seed + env.rank)
             losses = train_step(net, opt, x, targets, noise, **settings)
             log.step(step, len(x) // len(args.tasks) * env.world, **losses)
             step += 1

@@ -330,7 +330,10 @@ def main(argv=None):
             lr = lr_at(step / steps_per_epoch, args.epochs, args.lr, args.warmup, args.milestones)
             optim.set_lr(opt, lr)
             x, y = task(x, labels, rng, size, args)
-            losses = train_step(net, opt, x, y, start_noise(x, rng, args), **settings)
+            noise = start_noise(x, rng, args)
+            # Drop path takes torch's own numbers: those of a run that is continued are to be the same.
+            torch.manual_seed(rng.seed + env.rank)
+            losses = train_step(net, opt, x, y, noise, **settings)
             log.step(step, len(x) * env.world, **losses)
             step += 1
         log.epoch(epoch, step, lr=lr, clean_accuracy=clean_accuracy(net, images, size, args))

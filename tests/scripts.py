@@ -24,7 +24,7 @@ SCRIPTS = {
     "adv_mae": ["--arch", "vit_slim", "--decoder", "16", "1", "2", "--warmup", "1"],
     "byorl": ["--steps", "1", "--warmup", "1", "--hidden", "64"],
     "adios": ["--warmup", "1", "--masks", "2", "--mask-width", "8"],
-    "rotnet": ["--steps", "1", "--warmup", "1"],
+    "rotnet": ["--steps", "1", "--warmup", "1", "--drop-path", "0.3"],
     "pretext": ["--steps", "1", "--pool-layers", "1", "--held-out", "0"],
 }
 PICTURES = {"adv_mae": "recon.png", "adpe": "positions.png", "adios": "masks.png"}  # the others write views.png
