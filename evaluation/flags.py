@@ -2,8 +2,19 @@
 import argparse
 
 from common import run
-from evaluation.attacks import ATTACKS, CURVE, AutoAttack
+from evaluation.attacks import ATTACKS, AutoAttack
+from evaluation.names import CURVES, GRAMMAR, attack_named, canonical
 from evaluation.presets import PRESETS, PROTOCOLS
+
+
+def attack(text):
+    """An argparse type: the name of an attack, its canonical one, or of a curve."""
+    if text in CURVES:
+        return text
+    try:
+        return canonical(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
 
 
 def parser(doc):
@@ -16,8 +27,9 @@ def parser(doc):
                    help="knn " + " ".join(PRESETS) + "; default: amoc-slf")
     p.add_argument("--protocol", nargs="+", default=[], choices=PROTOCOLS, metavar="NAME",
                    help="slf alf aff: the benchmark's, robustssl-...")
-    p.add_argument("--attacks", nargs="+", default=["clean", "pgd20"], choices=["clean", "curve", *ATTACKS],
-                   metavar="NAME", help="curve (pgd20 at 0 to 16/255) clean " + " ".join(ATTACKS))
+    p.add_argument("--attacks", nargs="+", default=["clean", "pgd20"], type=attack, metavar="NAME",
+                   help="curve (pgd20 at 0 to 16/255) curve-l2 (0.25 to 4) curve-steps (1 to 100 steps, 8/255) "
+                   "clean " + " ".join(ATTACKS) + f", or {GRAMMAR}")
     p.add_argument("--bn", help="BN branch, and no other; default: the one the encoder was exported with; of "
                    "the checkpoints of ACL and AdvCL, its number")
     p.add_argument("--encoder", metavar="SPEC",
@@ -82,7 +94,7 @@ def named_flags(parser, argv):
 def asked(args):
     """The names of the presets, and of the attacks, that the flags ask for."""
     presets = [f"robustssl-{name}" for name in args.protocol] + (args.preset or [])
-    attacks = [a for name in args.attacks for a in (CURVE if name == "curve" else [name])]
+    attacks = [a for name in args.attacks for a in CURVES.get(name, [name])]
     return list(dict.fromkeys(presets or ["amoc-slf"])), list(dict.fromkeys(attacks))
 
 
@@ -111,7 +123,7 @@ def check(args):
     if args.encoder and args.bn and not args.encoder.startswith("torchvision:resnet"):
         raise ValueError(f"--bn: {args.encoder} has no BN branches")
     for name in attacks:
-        if args.source and isinstance(ATTACKS.get(name), AutoAttack):
+        if args.source and isinstance(attack_named(name), AutoAttack):
             raise ValueError(f"--source, --attacks {name}: AutoAttack stops just beyond the boundary of the "
                              "source, and so transfers badly; take pgd20")
     for name in presets:

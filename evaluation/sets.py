@@ -12,9 +12,10 @@ from torch import nn
 
 from common import data
 from evaluation import attacks, corruptions, foreign
-from evaluation.attacks import ATTACKS, Attack, AutoAttack, DeepFool, check_finite, resized
+from evaluation.attacks import Attack, AutoAttack, DeepFool, check_finite, resized
 from evaluation.finetune import held_out
 from evaluation.flags import asked, preset_of
+from evaluation.names import attack_named
 from evaluation.results import contents, digest, digest_of, load_classifier
 
 
@@ -74,7 +75,7 @@ def check_sets(args, sets):
     if "c" in names:
         check_public(public_corruptions(args), sets.test)
     for name in names:
-        if isinstance(ATTACKS.get(name), AutoAttack) and side < 5:
+        if isinstance(attack_named(name), AutoAttack) and side < 5:
             raise ValueError(f"--attacks {name}: AutoAttack needs images of side 5, these have {side}; "
                              "--image-size 32")
     for name in presets:
@@ -200,7 +201,7 @@ def doubts_of(source, args, sets):
 def conditions(attack, args, sets, source):
     """What, besides the classifier, decides the result for `attack`: plain types, None where it does
     not."""
-    row = ATTACKS.get(attack)
+    row = attack_named(attack)
     n = len(sets.test)
     random = isinstance(row, (Attack, AutoAttack))
     moves = isinstance(row, (Attack, DeepFool))
@@ -215,7 +216,7 @@ def conditions(attack, args, sets, source):
 
 def measure(net, test_images, attack, args, conditions, source):
     """Judge the classifier `net` under `attack`, a name: the result for eval.jsonl."""
-    row = attacks.ATTACKS.get(attack)
+    row = attack_named(attack)
     if isinstance(row, attacks.Corruptions):
         folder = public_corruptions(args) if row.public else None
         return attacks.corrupted(net, test_images, row.kinds, folder, args.seed)
