@@ -41,6 +41,9 @@ MAE's recipe also has RandAugment and random erasing, which are not here.
     python eval.py results/cifar10-jpeg/* --kept --preset amoc-slf       the table of what was measured
     python eval.py weights.pth --encoder torchvision:resnet18 --prefix module.backbone.    another program's
 
+    python eval.py --ensemble runs/*/classifier-amoc-slf.pt --attacks clean pgd20 aa     their mean softmax
+    python eval.py --matrix runs/*/classifier-amoc-slf.pt --attacks pgd20     attack on each, accuracy of all
+
 With --encoder (see evaluation/foreign.py and docs/evaluation.md) the weights may come from any
 program.
 
@@ -72,7 +75,7 @@ from common import data, files, run
 from common.log import header
 from common.pgd import eval_mode, pgd
 from common.resnet import branch
-from evaluation import attacks, finetune, flags, foreign, knn, names, results, screen, sets, table
+from evaluation import attacks, finetune, flags, foreign, knn, names, results, screen, sets, table, together
 from evaluation.published import GROUPS, PUBLISHED
 from evaluation.results import load_classifier
 
@@ -245,8 +248,6 @@ def evaluate(path, name, args, env, shown, source=None):
 def measured_table(args, named):
     """Measure what is missing; the table of it all."""
     env = run.Env(run.device(args), 0, 1)
-    torch.backends.cudnn.allow_tf32 = False  # it moves points that lie close to a boundary
-    torch.backends.cuda.matmul.allow_tf32 = False
     # What would fail late fails now.
     paths = results.encoder_paths(args)
     for path in paths:
@@ -284,8 +285,15 @@ def measured_table(args, named):
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    flags.check(args)
     named = flags.named_flags(parser, argv)
+    torch.backends.cudnn.allow_tf32 = False  # it moves points that lie close to a boundary
+    torch.backends.cuda.matmul.allow_tf32 = False
+    if args.ensemble or args.matrix:
+        together.check(args, named)
+        with screen.stoppable("ensemble.jsonl" if args.ensemble else "matrix.jsonl"):
+            print(together.measured(args))
+        return
+    flags.check(args)
     if args.kept:
         print(results.kept_table(args, named))
     else:

@@ -21,7 +21,7 @@ def parser(doc):
     """The parser of eval.py, whose docstring is `doc`."""
     p = run.Parser("eval.py", doc)
     whole = run.integer(1)
-    p.add_argument("paths", nargs="+", type=run.path, metavar="PATH",
+    p.add_argument("paths", nargs="*", type=run.path, metavar="PATH",
                    help="exported encoders; with --kept the folders of runs, too")
     p.add_argument("--preset", nargs="+", choices=["knn", *PRESETS], metavar="NAME",
                    help="knn " + " ".join(PRESETS) + "; default: amoc-slf")
@@ -56,6 +56,12 @@ def parser(doc):
     p.add_argument("--image-size", type=run.integer(1, 10_000),
                    help="side to which images are brought; default: the encoder's own; where its file names "
                    "none, as they are, 32 for a folder")
+    p.add_argument("--ensemble", nargs="+", type=run.path, metavar="FILE",
+                   help="no encoders: judge the mean softmax of these classifier-*.pt, attacked as one, and each")
+    p.add_argument("--matrix", nargs="+", type=run.path, metavar="FILE",
+                   help="no encoders: make the attacks on each of these classifier-*.pt, and judge all")
+    p.add_argument("--out", type=run.path,
+                   help="with --ensemble or --matrix: the folder for their results; default: that of the first")
     p.add_argument("--pictures", action="store_true", help="of PGD and DeepFool: attacked-*.png")
     p.add_argument("--kept", action="store_true", help="measure nothing: the table of what was measured")
     p.add_argument("--seed", type=run.integer(0, 2**32 - 1), default=0)
@@ -111,6 +117,10 @@ def preset_of(args, name):
 def check(args):
     """ValueError for flags that do not go together."""
     presets, attacks = asked(args)
+    if not args.paths:
+        raise ValueError("PATH is missing: give encoders, or classifiers by --ensemble or --matrix")
+    if args.out:
+        raise ValueError("--out goes with --ensemble or --matrix; the results of an encoder are kept beside it")
     if args.kept:
         return
     if "c" in attacks and args.data not in ("cifar10", "cifar100"):

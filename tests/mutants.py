@@ -58,7 +58,7 @@ MORE = {
     "common/run.py": ("test_faults.py", "test_wiring.py", "test_all_scripts.py"),
     "common/shapes.py": ("test_data.py",),
     "eval.py": ("test_names.py",),
-    "evaluation/attacks.py": ("test_names.py",),
+    "evaluation/attacks.py": ("test_names.py", "test_together.py"),
     "common/vit.py": ("test_encoders.py", "test_step_adpe.py", "test_adpe.py"),
 }
 
