@@ -117,6 +117,23 @@ def test_each_row_of_the_matrix_equals_judge_with_that_source_and_the_diagonal_t
     assert [100 * int(row.sum()) / 50 for row in right] == [attacks.judge(net, images)["accuracy"] for net in NETS]
 
 
+def test_under_restarts_the_worst_counts_for_every_column(monkeypatch):
+    images = tiny_images(4)
+    asked = []
+
+    def attacked(source, x, y, attack, seed, batch_size):
+        asked.append(seed)
+        return (1 - x if len(asked) == 1 else x), {}
+
+    monkeypatch.setattr(attacks, "attacked", attacked)
+    right, _ = together.judged_by_all(NETS, images, STRONG, NETS[0], 0, 2, 500)
+    x = images.x / 255
+    want = [(net(x).argmax(1) == images.y) & (net(1 - x).argmax(1) == images.y) for net in NETS]
+    last = [net(x).argmax(1) == images.y for net in NETS]
+    assert torch.equal(right, torch.stack(want)) and not torch.equal(right, torch.stack(last))
+    assert len(set(asked)) == 2
+
+
 def test_what_all_miss_is_counted_as_in_a_loop():
     right = torch.rand(4, 101, generator=torch.Generator().manual_seed(0)) < 0.5
     slow = 0
@@ -148,7 +165,7 @@ def test_logits_that_are_not_finite_count_as_fooled():
 
 
 # The command ------------------------------------------------------------------------------------------------
-def classifier(path, seed=0, classes=4, side=32, made=None):
+def classifier(path, seed=0, classes=4, side=16, made=None):
     torch.manual_seed(seed)
     encoder = encoders.make("slim")
     encoder.branch = None
@@ -187,7 +204,7 @@ def test_the_command_judges_an_ensemble_and_its_members_and_measures_nothing_twi
     lines = [json.loads(line) for line in open(kept)]
     assert len(lines) == 9 and [len(line["classifiers"]) for line in lines] == [1] * 6 + [2] * 3
     nets = [results.load_classifier(path) for path in two[:2]]
-    test = data.load(str(tmp_path / "tiny.npz"), split="test", shuffle=True)
+    test = attacks.resized(data.load(str(tmp_path / "tiny.npz"), split="test", shuffle=True), 16)
     for k, net in enumerate([*nets, together.Ensemble(nets)]):
         found = [line["result"] for line in lines[3 * k : 3 * k + 3]]
         assert found[0]["accuracy"] == attacks.judge(net, test)["accuracy"]
@@ -222,7 +239,7 @@ def test_the_command_makes_a_matrix_and_measures_nothing_twice(two, tmp_path, mo
     lines = [json.loads(line) for line in open(tmp_path / "a" / "matrix.jsonl")]
     assert [line["attack"] for line in lines] == ["clean", "pgd2-8", "pgd2-8", "pgd1-16", "pgd1-16"]
     nets = [results.load_classifier(path) for path in two[:2]]
-    test = data.load(str(tmp_path / "tiny.npz"), split="test", shuffle=True)
+    test = attacks.resized(data.load(str(tmp_path / "tiny.npz"), split="test", shuffle=True), 16)
 
     def row(text):
         return [cell.strip() for cell in text.strip("|").split("|")]
@@ -281,7 +298,7 @@ def test_classifiers_that_do_not_go_together_or_with_the_images_are_one_line(fla
     rest = rest[1:]
     others = {
         "five.pt": (dict(classes=5), f"{flag}: .*a/classifier-amoc-slf.pt has 4 classes and .*five.pt has 5"),
-        "side.pt": (dict(side=64), f"{flag}: .* trained on images of side 32 and .*side.pt of side 64; they must"),
+        "side.pt": (dict(side=64), f"{flag}: .* trained on images of side 16 and .*side.pt of side 64; they must"),
     }
     for name, (how, words) in others.items():
         with pytest.raises(ValueError, match=words) as raised:
@@ -291,8 +308,8 @@ def test_classifiers_that_do_not_go_together_or_with_the_images_are_one_line(fla
     for same in (path, str(tmp_path / "same.pt")):
         with pytest.raises(ValueError, match=f"{flag}: .*amoc-slf.pt and {same} are one classifier, given twice"):
             command.main([flag, path, same, *rest])
-    with pytest.raises(ValueError, match="--image-size 16: .*a/classifier.* was trained on images of side 32"):
-        command.main([flag, *two, "--image-size", "16"])
+    with pytest.raises(ValueError, match="--image-size 32: .*a/classifier.* was trained on images of side 16"):
+        command.main([flag, *two, "--image-size", "32"])
     fives = [classifier(tmp_path / f"{seed}.pt", seed, classes=5) for seed in (1, 2)]
     with pytest.raises(ValueError, match="tiny.npz: has 4 classes, .*1.pt has 5"):
         command.main([flag, *fives, *rest])
@@ -303,6 +320,15 @@ def test_classifiers_that_do_not_go_together_or_with_the_images_are_one_line(fla
     with pytest.raises(OSError, match="--out .*file cannot be made: File exists"):
         command.main([flag, *two, "--out", str(tmp_path / "file")])
     assert not list(tmp_path.glob("**/*.jsonl"))
+
+
+def test_the_folder_of_the_results_is_locked(two, monkeypatch, tmp_path):
+    locked = []
+    monkeypatch.setattr(files, "lock", locked.append)
+    monkeypatch.setattr(together, "load_images", None)
+    with pytest.raises(TypeError):
+        command.main(["--matrix", *two])
+    assert locked == [tmp_path / "a"]
 
 
 def test_images_are_brought_to_the_side_that_the_classifiers_were_trained_on(tmp_path, two, capsys):
