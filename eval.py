@@ -22,7 +22,8 @@ without TF32.
 
 Attacks (evaluation/attacks.py) have names: pgd20 is 20 steps at linf 8/255, pgd20-4 at 4/255,
 pgd50-l2-amoc is 50 steps in l2 as in AMOC's paper, aa is AutoAttack, curve is pgd20 at eight radii,
-and c and c-like are corruptions, no attack. PGD alone flatters: on the papers' frozen encoders it
+and c and c-like are corruptions, no attack. Any other PGD or AutoAttack has a name by a grammar
+(evaluation/names.py): pgd50-8/0.8, pgd20-1-l2, aa-2. PGD alone flatters: on the papers' frozen encoders it
 reads 4 to 11 points above AutoAttack. With each AutoAttack comes a check that its figure means
 something (`sanity`).
 
@@ -39,6 +40,9 @@ MAE's recipe also has RandAugment and random erasing, which are not here.
     python eval.py runs/amoc/encoder.pt --attacks pgd20 --source runs/rocl/classifier-amoc-slf.pt    transfer
     python eval.py results/cifar10-jpeg/* --kept --preset amoc-slf       the table of what was measured
     python eval.py weights.pth --encoder torchvision:resnet18 --prefix module.backbone.    another program's
+
+    python eval.py --ensemble runs/*/classifier-amoc-slf.pt --attacks clean pgd20 aa     their mean softmax
+    python eval.py --matrix runs/*/classifier-amoc-slf.pt --attacks pgd20     attack on each, accuracy of all
 
 With --encoder (see evaluation/foreign.py and docs/evaluation.md) the weights may come from any
 program.
@@ -71,7 +75,7 @@ from common import data, files, run
 from common.log import header
 from common.pgd import eval_mode, pgd
 from common.resnet import branch
-from evaluation import attacks, finetune, flags, foreign, knn, results, screen, sets, table
+from evaluation import attacks, finetune, flags, foreign, knn, names, results, screen, sets, table, together
 from evaluation.published import GROUPS, PUBLISHED
 from evaluation.results import load_classifier
 
@@ -211,7 +215,7 @@ def evaluate(path, name, args, env, shown, source=None):
         began = time.time()
         conditions = sets.conditions(attack, args, shown, source)
         result = table.find(path.parent / "eval.jsonl", key, attack, conditions, path.name)
-        row = attacks.ATTACKS.get(attack)
+        row = names.attack_named(attack)
         picture = preset and args.pictures and isinstance(row, (attacks.Attack, attacks.DeepFool))
         if preset and not net and (picture or not result):
             file = path.parent / f"classifier-{stem}.pt"
@@ -236,7 +240,7 @@ def evaluate(path, name, args, env, shown, source=None):
         measured[name, attack] = result
         print(f"{path} {name} {attack}: {table.cell([result])}", flush=True)
         if picture:
-            picture_path = path.parent / f"attacked-{stem}-{attack}.png"
+            picture_path = path.parent / f"attacked-{stem}-{attack.replace('/', '_')}.png"
             attacks.pictures(picture_path, net, shown.test, row, args.seed, source and source.net)
     return measured
 
@@ -244,8 +248,6 @@ def evaluate(path, name, args, env, shown, source=None):
 def measured_table(args, named):
     """Measure what is missing; the table of it all."""
     env = run.Env(run.device(args), 0, 1)
-    torch.backends.cudnn.allow_tf32 = False  # it moves points that lie close to a boundary
-    torch.backends.cuda.matmul.allow_tf32 = False
     # What would fail late fails now.
     paths = results.encoder_paths(args)
     for path in paths:
@@ -283,8 +285,15 @@ def measured_table(args, named):
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    flags.check(args)
     named = flags.named_flags(parser, argv)
+    torch.backends.cudnn.allow_tf32 = False  # it moves points that lie close to a boundary
+    torch.backends.cuda.matmul.allow_tf32 = False
+    if args.ensemble or args.matrix:
+        together.check(args, named)
+        with screen.stoppable("ensemble.jsonl" if args.ensemble else "matrix.jsonl"):
+            print(together.measured(args))
+        return
+    flags.check(args)
     if args.kept:
         print(results.kept_table(args, named))
     else:

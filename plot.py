@@ -6,13 +6,12 @@
     python plot.py features runs/amoc --data shapes      test images in the first two principal components
 """
 import pathlib
-import re
 
 import torch
 
 from common import data, encoders, files, run
 from common.augment import resize
-from evaluation import table
+from evaluation import names, table
 
 
 def losses(folder):
@@ -23,17 +22,18 @@ def losses(folder):
 
 
 def curves(folder):
-    """{preset: (eps in 1/255, accuracies)} of what eval.jsonl in `folder` holds under clean and pgd20-*. The
-    name of an encoder that is not encoder.pt comes before the preset's."""
+    """{preset: (eps in 1/255, accuracies)} of what eval.jsonl in `folder` holds under clean and pgd20 at any
+    linf radius. The name of an encoder that is not encoder.pt comes before the preset's."""
     found = {}
     for file in table.evaluated(folder):
         before = "" if file == "encoder.pt" else f"{pathlib.PurePath(file).stem} "
         results = table.read_folder(folder, file, source=None, restarts=None)
         for (preset, attack), result in results.items():
-            name = re.fullmatch(r"clean|pgd20(?:-(\d+))?", attack)
-            if name:
-                eps = 0 if attack == "clean" else int(name[1] or 8)
-                found.setdefault(before + preset, {})[eps] = result["accuracy"]
+            row = names.plain_pgd(attack)
+            if attack == "clean":
+                found.setdefault(before + preset, {})[0] = result["accuracy"]
+            elif row and row.norm == "linf" and row.steps == 20:
+                found.setdefault(before + preset, {})[round(255 * row.eps, 6)] = result["accuracy"]
     return {preset: tuple(zip(*sorted(points.items()))) for preset, points in found.items()
             if len(points) > 1}
 

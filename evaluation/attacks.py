@@ -108,6 +108,11 @@ def attacked(net, x, y, attack, seed, batch_size=500):
     return x, {}
 
 
+def start_seed(seed, batch, restart):
+    """What seeds the start of the attack on batch number `batch`, in restart number `restart`."""
+    return seed * 100_003 + batch + 1_000_003 * restart
+
+
 def judge(net, images, attack=None, seed=0, limit=None, restarts=1, source=None, batch_size=500):
     """How many of `images` (of the first `limit`) `net`, in eval mode inside, classifies rightly, clean
     or under `attack`, made on `source` (None: on itself). Under several restarts the worst counts,
@@ -128,8 +133,8 @@ def judge(net, images, attack=None, seed=0, limit=None, restarts=1, source=None,
             standing = torch.ones_like(y, dtype=torch.bool)
             finite = torch.ones_like(standing)
             for r in range(restarts):
-                x_adv, report = attacked(
-                    source or net, x, y, attack, seed * 100_003 + i + 1_000_003 * r, batch_size)
+                start = start_seed(seed, i, r)
+                x_adv, report = attacked(source or net, x, y, attack, start, batch_size)
                 with torch.no_grad():
                     logits = torch.cat([net(part) for part in x_adv.split(batch_size)])
                 finite &= logits.isfinite().all(1)
@@ -160,8 +165,11 @@ def sanity(net, images, attack, seed, limit, batch_size):
     wrong by more than a point, and repeats the warnings of these attacks."""
     found = {}
     doubts = []
+    far = 8 * attack.eps
+    if attack.norm == "linf":
+        far = min(far, 1.0)  # the whole range of pixels
     for name, eps, steps in (("pgd20", attack.eps, 20), ("pgd100", attack.eps, 100),
-                             ("pgd20 at 8 eps", 8 * attack.eps, 20)):
+                             ("pgd20 at 8 eps", far, 20)):
         pgd_of = Attack(attack.norm, eps, eps / 4, steps)
         under = judge(net, images, pgd_of, seed, limit, batch_size=batch_size)
         found[name] = under["accuracy"]

@@ -2,22 +2,34 @@
 import argparse
 
 from common import run
-from evaluation.attacks import ATTACKS, CURVE, AutoAttack
+from evaluation.attacks import ATTACKS, AutoAttack
+from evaluation.names import CURVES, GRAMMAR, attack_named, canonical
 from evaluation.presets import PRESETS, PROTOCOLS
+
+
+def attack(text):
+    """An argparse type: the name of an attack, its canonical one, or of a curve."""
+    if text in CURVES:
+        return text
+    try:
+        return canonical(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
 
 
 def parser(doc):
     """The parser of eval.py, whose docstring is `doc`."""
     p = run.Parser("eval.py", doc)
     whole = run.integer(1)
-    p.add_argument("paths", nargs="+", type=run.path, metavar="PATH",
+    p.add_argument("paths", nargs="*", type=run.path, metavar="PATH",
                    help="exported encoders; with --kept the folders of runs, too")
     p.add_argument("--preset", nargs="+", choices=["knn", *PRESETS], metavar="NAME",
                    help="knn " + " ".join(PRESETS) + "; default: amoc-slf")
     p.add_argument("--protocol", nargs="+", default=[], choices=PROTOCOLS, metavar="NAME",
                    help="slf alf aff: the benchmark's, robustssl-...")
-    p.add_argument("--attacks", nargs="+", default=["clean", "pgd20"], choices=["clean", "curve", *ATTACKS],
-                   metavar="NAME", help="curve (pgd20 at 0 to 16/255) clean " + " ".join(ATTACKS))
+    p.add_argument("--attacks", nargs="+", default=["clean", "pgd20"], type=attack, metavar="NAME",
+                   help="curve (pgd20 at 0 to 16/255) curve-l2 (0.25 to 4) curve-steps (1 to 100 steps, 8/255) "
+                   "clean " + " ".join(ATTACKS) + f", or {GRAMMAR}")
     p.add_argument("--bn", help="BN branch, and no other; default: the one the encoder was exported with; of "
                    "the checkpoints of ACL and AdvCL, its number")
     p.add_argument("--encoder", metavar="SPEC",
@@ -44,6 +56,12 @@ def parser(doc):
     p.add_argument("--image-size", type=run.integer(1, 10_000),
                    help="side to which images are brought; default: the encoder's own; where its file names "
                    "none, as they are, 32 for a folder")
+    p.add_argument("--ensemble", nargs="+", type=run.path, metavar="FILE",
+                   help="no encoders: judge the mean softmax of these classifier-*.pt, attacked as one, and each")
+    p.add_argument("--matrix", nargs="+", type=run.path, metavar="FILE",
+                   help="no encoders: make the attacks on each of these classifier-*.pt, and judge all")
+    p.add_argument("--out", type=run.path,
+                   help="with --ensemble or --matrix: the folder for their results; default: that of the first")
     p.add_argument("--pictures", action="store_true", help="of PGD and DeepFool: attacked-*.png")
     p.add_argument("--kept", action="store_true", help="measure nothing: the table of what was measured")
     p.add_argument("--seed", type=run.integer(0, 2**32 - 1), default=0)
@@ -82,7 +100,7 @@ def named_flags(parser, argv):
 def asked(args):
     """The names of the presets, and of the attacks, that the flags ask for."""
     presets = [f"robustssl-{name}" for name in args.protocol] + (args.preset or [])
-    attacks = [a for name in args.attacks for a in (CURVE if name == "curve" else [name])]
+    attacks = [a for name in args.attacks for a in CURVES.get(name, [name])]
     return list(dict.fromkeys(presets or ["amoc-slf"])), list(dict.fromkeys(attacks))
 
 
@@ -99,6 +117,10 @@ def preset_of(args, name):
 def check(args):
     """ValueError for flags that do not go together."""
     presets, attacks = asked(args)
+    if not args.paths:
+        raise ValueError("PATH is missing: give encoders, or classifiers by --ensemble or --matrix")
+    if args.out:
+        raise ValueError("--out goes with --ensemble or --matrix; the results of an encoder are kept beside it")
     if args.kept:
         return
     if "c" in attacks and args.data not in ("cifar10", "cifar100"):
@@ -111,7 +133,7 @@ def check(args):
     if args.encoder and args.bn and not args.encoder.startswith("torchvision:resnet"):
         raise ValueError(f"--bn: {args.encoder} has no BN branches")
     for name in attacks:
-        if args.source and isinstance(ATTACKS.get(name), AutoAttack):
+        if args.source and isinstance(attack_named(name), AutoAttack):
             raise ValueError(f"--source, --attacks {name}: AutoAttack stops just beyond the boundary of the "
                              "source, and so transfers badly; take pgd20")
     for name in presets:

@@ -13,9 +13,10 @@ from torch import nn
 
 from common import encoders, files, run
 from evaluation import foreign, table
-from evaluation.attacks import ATTACKS, Attack, AutoAttack, DeepFool
+from evaluation.attacks import Attack, AutoAttack, DeepFool
 from evaluation.finetune import Classifier
 from evaluation.flags import OVER, titles
+from evaluation.names import attack_named
 from evaluation.published import GROUPS, PUBLISHED
 
 
@@ -149,7 +150,7 @@ def kept_table(args, named):
 def is_named(line, attack, result, named, source):
     """Whether the `result` for `attack`, of `line`, is what the flags `named` say. `source`: the digest
     of that flag's file."""
-    row = ATTACKS.get(attack)
+    row = attack_named(attack)
     flags = line.get("flags") if isinstance(line.get("flags"), dict) else {}  # old lines say more there
     recipe = line.get("recipe") if isinstance(line.get("recipe"), dict) else {}
     random = isinstance(row, (Attack, AutoAttack))

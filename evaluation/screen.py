@@ -14,9 +14,9 @@ def show_epoch(epoch, epochs, text):
 
 
 @contextlib.contextmanager
-def stoppable():
-    """Ctrl-C and SIGTERM inside end the program in one line, with exit status 128 + the signal's
-    number."""
+def stoppable(file="eval.jsonl"):
+    """Ctrl-C and SIGTERM inside end the program in one line, which says that results are kept in `file`,
+    with exit status 128 + the signal's number."""
 
     def stop(number, _):
         signal.signal(number, signal.SIG_DFL)  # the second one kills
@@ -26,7 +26,7 @@ def stoppable():
     try:
         yield
     except KeyboardInterrupt as e:
-        print("\nstopped; what was measured is in eval.jsonl, the same command goes on", file=sys.stderr)
+        print(f"\nstopped; what was measured is in {file}, the same command goes on", file=sys.stderr)
         sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

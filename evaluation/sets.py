@@ -12,9 +12,10 @@ from torch import nn
 
 from common import data
 from evaluation import attacks, corruptions, foreign
-from evaluation.attacks import ATTACKS, Attack, AutoAttack, DeepFool, check_finite, resized
+from evaluation.attacks import Attack, AutoAttack, DeepFool, check_finite, resized
 from evaluation.finetune import held_out
 from evaluation.flags import asked, preset_of
+from evaluation.names import attack_named
 from evaluation.results import contents, digest, digest_of, load_classifier
 
 
@@ -33,13 +34,19 @@ def load_sets(args, device, size):
     """Training and test images at side `size`."""
     found = []
     for split, limit in (("labelled", args.limit), ("test", args.test_limit)):
-        # test images shuffled, so that the first n are a fair sample
-        shuffle = split == "test"
-        images = data.load(args.data, args.data_dir, split, device, limit, size or 32, args.workers, shuffle)
-        before = tuple(images.x.shape[2:]) if hasattr(images, "x") else None
-        found.append(resized(images, size))
+        images, before = load_split(args, device, size, split, limit)
+        found.append(images)
     train, test = found
     return Sets(train, test, contents(train), contents(test), size, before)
+
+
+def load_split(args, device, size, split, limit):
+    """The images of `split` at side `size`, and their (height, width) before that, None for a folder."""
+    # test images shuffled, so that the first n are a fair sample
+    shuffle = split == "test"
+    images = data.load(args.data, args.data_dir, split, device, limit, size or 32, args.workers, shuffle)
+    before = tuple(images.x.shape[2:]) if hasattr(images, "x") else None
+    return resized(images, size), before
 
 
 def describe(args, sets):
@@ -58,7 +65,7 @@ def side_of(images):
 
 def check_sets(args, sets):
     """ValueError where the images do not suit the flags: what would fail late fails now."""
-    presets, names = asked(args)
+    presets, _ = asked(args)
     side = side_of(sets.test)
     for images in (sets.train, sets.test):
         if (images.y < 0).any():
@@ -69,14 +76,7 @@ def check_sets(args, sets):
                              "square and of one size; give an --image-size to bring them to, as 32")
     if len(sets.train.y.unique()) < 2:
         raise ValueError(f"{args.data}: the training images are all of one class; an evaluation needs two")
-    if "c-like" in names and side != 32:
-        raise ValueError(f"--attacks c-like: its constants are for side 32, not {side}; --image-size 32")
-    if "c" in names:
-        check_public(public_corruptions(args), sets.test)
-    for name in names:
-        if isinstance(ATTACKS.get(name), AutoAttack) and side < 5:
-            raise ValueError(f"--attacks {name}: AutoAttack needs images of side 5, these have {side}; "
-                             "--image-size 32")
+    check_attacks(args, sets.test)
     for name in presets:
         if name == "knn":
             continue
@@ -89,6 +89,20 @@ def check_sets(args, sets):
         if p.augment == "reflect" and side <= 4:
             raise ValueError(f"--preset {name}: reflects 4 pixels at the edges, for which images of side "
                              f"{side} are too small; --image-size 32")
+
+
+def check_attacks(args, test):
+    """ValueError where the square images `test` do not suit the attacks that are asked for."""
+    names = asked(args)[1]
+    side = side_of(test)
+    if "c-like" in names and side != 32:
+        raise ValueError(f"--attacks c-like: its constants are for side 32, not {side}; --image-size 32")
+    if "c" in names:
+        check_public(public_corruptions(args), test)
+    for name in names:
+        if isinstance(attack_named(name), AutoAttack) and side < 5:
+            raise ValueError(f"--attacks {name}: AutoAttack needs images of side 5, these have {side}; "
+                             "--image-size 32")
 
 
 def try_encoder(path, args, env, sets):
@@ -154,7 +168,7 @@ def check_public(folder, images):
 
 
 class Source(NamedTuple):
-    """The classifier that a transferred attack is made on."""
+    """A classifier that attacks are made on."""
 
     net: nn.Module
     digest: str
@@ -163,13 +177,16 @@ class Source(NamedTuple):
 
 def load_source(args, device):
     """The `Source` that the flags name, or None."""
-    if not args.source:
-        return None
-    net = load_classifier(args.source).to(device)
+    return source_of(args.source, device) if args.source else None
+
+
+def source_of(path, device):
+    """The `Source` that is the classifier at `path`."""
+    net = load_classifier(path).to(device)
     made = {}
     with contextlib.suppress(TypeError, ValueError):
         made = json.loads(net.made)
-    return Source(net, digest_of(args.source), made if isinstance(made, dict) else {})
+    return Source(net, digest_of(path), made if isinstance(made, dict) else {})
 
 
 def doubts_of(source, args, sets):
@@ -200,7 +217,7 @@ def doubts_of(source, args, sets):
 def conditions(attack, args, sets, source):
     """What, besides the classifier, decides the result for `attack`: plain types, None where it does
     not."""
-    row = ATTACKS.get(attack)
+    row = attack_named(attack)
     n = len(sets.test)
     random = isinstance(row, (Attack, AutoAttack))
     moves = isinstance(row, (Attack, DeepFool))
@@ -215,7 +232,7 @@ def conditions(attack, args, sets, source):
 
 def measure(net, test_images, attack, args, conditions, source):
     """Judge the classifier `net` under `attack`, a name: the result for eval.jsonl."""
-    row = attacks.ATTACKS.get(attack)
+    row = attack_named(attack)
     if isinstance(row, attacks.Corruptions):
         folder = public_corruptions(args) if row.public else None
         return attacks.corrupted(net, test_images, row.kinds, folder, args.seed)

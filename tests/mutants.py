@@ -57,6 +57,8 @@ MORE = {
     "common/resnet.py": ("test_folding.py", "test_encoders.py", "test_export.py", "test_step_amoc.py"),
     "common/run.py": ("test_faults.py", "test_wiring.py", "test_all_scripts.py"),
     "common/shapes.py": ("test_data.py",),
+    "eval.py": ("test_names.py",),
+    "evaluation/attacks.py": ("test_names.py", "test_together.py"),
     "common/vit.py": ("test_encoders.py", "test_step_adpe.py", "test_adpe.py"),
 }
 
