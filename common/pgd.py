@@ -206,7 +206,7 @@ def eval_mode(*nets):
     Until the block ends, BatchNorms may keep what follows from their weights (`Kept`; see conv_norm of
     common/resnet.py).
     """
-    modules = [m for net in nets for m in net.modules()]
+    modules = list(dict.fromkeys(m for net in nets for m in net.modules()))  # each once
     modes = [m.training for m in modules]
     norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     kept = [m.__dict__.get("kept") for m in norms]

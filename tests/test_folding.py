@@ -47,6 +47,13 @@ def everything(net, x):
     return [z, *torch.autograd.grad((z.sin()).sum(), [x, *weights], allow_unused=True)]
 
 
+def test_a_network_may_be_given_twice():
+    net = resnet.Block(3, 4, 1, False, nn.BatchNorm2d)
+    with eval_mode(net, net.bn1, net):
+        assert not net.training and not net.bn1.training
+    assert net.training and net.bn1.training and "kept" not in net.bn1.__dict__
+
+
 def of_pixels(net, x):
     x = x.clone().requires_grad_()
     z = net(x)
