@@ -12,7 +12,7 @@ From the logs, and from what eval.py has measured and kept in eval.jsonl:
     python plot.py curve runs/*                          accuracy over eps, after eval.py --attacks curve
     python plot.py curve runs/* --norm l2                the same in l2
     python plot.py curve-steps runs/*                    accuracy at 8/255 over the number of PGD's steps
-    python plot.py corruptions runs/* --preset amoc-aff  accuracy for each kind of corruption, in bars
+    python plot.py corruptions runs/amoc runs/rocl      accuracy for each kind of corruption, in bars
     python plot.py history runs/* --preset chen-f1       accuracies over the epochs of fine-tuning
 
 From encoders (a folder, or an encoder.pt) and from the classifiers that eval.py keeps:
@@ -330,12 +330,14 @@ def parser():
     return p
 
 
-def check(args, named):
-    """ValueError for flags that do not go together; `named` are those that were given."""
+def check(args):
+    """ValueError for flags that do not go together."""
     if args.out and pathlib.Path(args.out).suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--out {args.out}: must end in .png, .pdf or .svg")
-    for flag in (flag for flag in USES if flag in named and args.what not in USES[flag]):
-        raise ValueError(f"--{flag}: goes with {', '.join(USES[flag])}, not with {args.what}")
+    defaults = parser()
+    for flag, pictures in USES.items():
+        if args.what not in pictures and getattr(args, flag) != defaults.get_default(flag):
+            raise ValueError(f"--{flag}: goes with {', '.join(pictures)}, not with {args.what}")
     if args.grid % 2 == 0:
         raise ValueError(f"--grid {args.grid}: must be odd, so that the network itself is in the middle")
     if args.what == "curve-steps" and args.eps == 0:
@@ -344,8 +346,6 @@ def check(args, named):
         for path in map(pathlib.Path, args.folders):
             if path.suffix != ".pt":
                 raise ValueError(f"{path}: a landscape is of a classifier, as {path / 'classifier-amoc-slf.pt'}")
-    if args.tsne:
-        tsne()
 
 
 def check_out(out):
@@ -358,13 +358,14 @@ def check_out(out):
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    named = named_flags(parser, argv)
-    check(args, named)
-    args.of_data = named.get("data")  # results on other data do not count
+    check(args)
+    args.of_data = named_flags(parser, argv).get("data")  # results on other data do not count
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("plot.py needs matplotlib: pip install matplotlib") from None
+    if args.tsne:
+        tsne()  # before anything is computed
     out = pathlib.Path(args.out or f"{args.what}.png")
     check_out(out)
     folders = [pathlib.Path(folder) for folder in args.folders]
