@@ -176,9 +176,7 @@ def markdown(runs, columns, groups, published, free):
     runs = [(path, results) for path, results in runs if results.keys() & columns.keys()]
     grouped = {}
     for row in rows([path for path, _ in runs], free):
-        group = next((title for title, kinds in groups.items()
-                      if any(fits(row[0].script, row[0].flags, *kind) for kind in kinds)), "other")
-        grouped.setdefault(group, []).append(row)
+        grouped.setdefault(group_of(row[0], groups), []).append(row)
     of_path = dict(runs)
     out = [["", "seeds", "pretraining", *columns.values(), "published"], ["---"] * (len(columns) + 4)]
     for group in [*groups, "other"]:
@@ -213,6 +211,14 @@ def name_of(row):
 def fits(script, flags, wanted_script, wanted):
     return wanted_script in (script, None) and all(
         v(flags.get(k)) if callable(v) else flags.get(k) == v for k, v in wanted.items())
+
+
+def group_of(run, groups):
+    """The first title of `groups`, see `markdown`, of which a pair fits the `Run`; else "other"."""
+    for title, kinds in groups.items():
+        if any(fits(run.script, run.flags, *kind) for kind in kinds):
+            return title
+    return "other"
 
 
 def cell(results, seeds=1):

@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 from types import SimpleNamespace
 from unittest import mock
@@ -6,30 +7,16 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import plot
 from common import augment, data, encoders, files
+from evaluation import finetune, landscape, results
+from evaluation.attacks import Attack
 
 
 def write(path, *lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def test_losses_and_curves_are_those_of_the_logs(tmp_path):
-    write(tmp_path / "log.jsonl", {"flags": {}}, {"epoch": 0, "loss": 3.5}, {"epoch": 1, "loss": 2.5})
-    assert plot.losses(tmp_path) == {"": ((0, 1), (3.5, 2.5))}
-    results = [("slf", "pgd20", 20), ("slf", "clean", 50), ("slf", "pgd20-16", 5), ("slf", "pgd20-l2", 1), ("knn", "clean", 9)]
-    write(tmp_path / "eval.jsonl", *({"preset": p, "results": {a: {"accuracy": v}}} for p, a, v in results))
-    assert plot.curves(tmp_path) == {"slf": ((0, 8, 16), (50, 20, 5))}  # one point alone is no curve
-
-
-def test_principal_components_hold_the_largest_variances():
-    g = torch.Generator().manual_seed(0)
-    h = torch.randn(500, 6, generator=g) * torch.tensor([1, 5, 0.1, 1, 3, 1]) + 7
-    z = plot.principal(h)
-    variances = torch.linalg.eigvalsh(torch.cov(h.T)).flip(0)
-    torch.testing.assert_close(torch.cov(z.T), torch.diag(variances[:2]), atol=1e-3, rtol=1e-4)
-    assert z.mean(0).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("flags, words", [(["losses", "x"], "losses: choose one of loss, curve, tradeoff, features")])
@@ -56,6 +43,7 @@ def test_the_pictures_are_drawn(tmp_path):
         out = tmp_path / f"{what}.png"
         plot.main([what, str(tmp_path), "--data", "shapes", "--test-limit", "50", "--out", str(out)])
         assert out.stat().st_size > 1000
+        assert_drawn(out)
 
 
 def npz(path, n, side=32):
@@ -105,25 +93,6 @@ def test_what_has_no_picture_of_features_is_named(tmp_path):
         plot.features(tmp_path / "encoder.pt", flags("--data", npz(tmp_path / "x.npz", 3)))
 
 
-def test_foreign_lines_cost_no_picture(tmp_path):
-    foreign = b'5\n[1]\n\xff\n{"loss": 1}\n{"epoch": 1, "loss": "high"}\n{"epoch": 0, "loss": NaN}\n{"epo'
-    (tmp_path / "log.jsonl").write_bytes(b'{"epoch": 0, "loss": 3.5}\n' + foreign)
-    assert plot.losses(tmp_path) == {"": ((0,), (3.5,))}
-    lines = [{"preset": "slf", "results": {a: {"accuracy": v}}} for a, v in (("clean", 50), ("pgd20", 20))]
-    lines += [{**line, "path": "runs/b.pt"} for line in lines]
-    (tmp_path / "eval.jsonl").write_bytes("\n".join(map(json.dumps, lines)).encode() + b"\n" + foreign)
-    assert plot.curves(tmp_path) == {"slf": ((0, 8), (50, 20)), "b slf": ((0, 8), (50, 20))}
-
-
-def test_curves_leave_out_transferred_and_repeated_attacks(tmp_path):
-    results = [("clean", {}, 50), ("pgd20", {}, 20), ("pgd20-4", {"restarts": 2}, 1),
-               ("pgd20-2", {"source": "x"}, 2)]
-    for attack, how, accuracy in results:
-        found = {"preset": "slf", "results": {attack: {"accuracy": accuracy, **how}}}
-        files.append_json_line(tmp_path / "eval.jsonl", found)
-    assert plot.curves(tmp_path) == {"slf": ((0, 8), (50, 20))}
-
-
 @pytest.mark.parametrize("words", [
     ["features", "x", "--test-limit", "0"], ["features", "x", "--test-limit", "nan"],
     ["features", "x", "--test-limit", "1"],
@@ -167,16 +136,163 @@ def test_a_picture_is_written_whole_or_the_reason_told(tmp_path, monkeypatch, wh
             plot.main([what, str(tmp_path / "absent"), "--out", str(tmp_path / "b.png")])
 
 
-def test_the_tradeoff_is_of_clean_images_and_pgd20_of_one_preset(tmp_path):
-    def line(preset, attack, accuracy):
-        return json.dumps({"preset": preset, "results": {attack: {"accuracy": accuracy}}}) + "\n"
+def a_run(folder, clean=60, classes=2):
+    """A folder with all that can be drawn of a run."""
+    folder.mkdir()
+    write(folder / "log.jsonl", {"flags": {"eps": clean / 10, "seed": 0}, "command": "python amoc.py"},
+          {"epoch": 0, "loss": 3.5}, {"epoch": 1, "loss": 2.5})
+    found = {"clean": {"accuracy": clean}, "pgd20": {"accuracy": 20}, "pgd20-4": {"accuracy": 40}, "aa": {"accuracy": 10},
+             "c-like": {"accuracy": 50, "kinds": {"fog": 40, "gaussian_noise": 60}}}
+    for norm, steps, eps in (("l2", 20, 0.5), ("l2", 20, 1.0), ("linf", 1, 8 / 255), ("linf", 50, 8 / 255)):
+        share = 4 if norm == "linf" else 5
+        found[f"{norm} {steps} {eps}"] = {"accuracy": 30, "settings": {"norm": norm, "eps": eps, "step_size": eps / share,
+                                                                         "steps": steps}}
+    history = [{"epoch": 0, "clean": 10, "pgd20": 5}, {"epoch": 1, "clean": 20, "pgd20": 15}]
+    for attack, result in found.items():
+        files.append_json_line(folder / "eval.jsonl", {"preset": "amoc-slf", "history": history, "results": {attack: result}})
+    torch.manual_seed(0)
+    encoders.export(encoders.make("slim"), folder / "encoder.pt", image_size=32)
+    net = finetune.Classifier(encoders.load_encoder(folder / "encoder.pt"), classes)
+    results.save_classifier(net, folder / "classifier-amoc-slf.pt", image_size=32)
+    return folder
 
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "eval.jsonl").write_text(
-        line("amoc-slf", "clean", 50.0) + line("amoc-slf", "pgd20-4", 30.0) + line("amoc-alf", "pgd20", 20.0))
-    assert plot.tradeoff(run, "amoc-slf") is None
-    with open(run / "eval.jsonl", "a") as file:
-        file.write(line("amoc-slf", "pgd20", 10.0))
-    assert plot.tradeoff(run, "amoc-slf") == (50.0, 10.0)
-    assert plot.tradeoff(run, "amoc-alf") is None
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return [str(a_run(folder / "a")), str(a_run(folder / "b", 80))]
+
+
+@pytest.mark.outside
+@pytest.mark.parametrize("what", ["tradeoff", "curve-steps", "corruptions", "history", "filters"])
+def test_a_picture_of_two_runs_is_not_blank(tmp_path, what, two_runs):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "x.png"
+    plot.main([what, *two_runs, "--out", str(out)])
+    assert_drawn(out)
+
+
+def assert_drawn(out):
+    """Between the edges there are other colours than the frame's and the letters' few."""
+    shown = np.asarray(Image.open(out).convert("RGB"))[60:-120, 120:-60].reshape(-1, 3)
+    colours = (shown.max(1).astype(int) - shown.min(1)) > 60
+    assert colours.mean() > 1e-4 and len(np.unique(shown, axis=0)) > 10
+
+
+@pytest.mark.outside
+def test_a_landscape_is_not_blank(tmp_path, two_runs):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "x.png"
+    plot.main(["landscape", f"{two_runs[0]}/classifier-amoc-slf.pt", "--data", npz(tmp_path / "x.npz", 4), "--grid", "3",
+               "--eps", "0", "--device", "cpu", "--out", str(out)])
+    assert_drawn(out)
+
+
+@pytest.mark.parametrize("eps", ["8", "0"])
+def test_the_middle_of_a_landscape_is_told(tmp_path, eps, capsys, monkeypatch):
+    drawn(monkeypatch)
+    path = a_run(tmp_path / "a") / "classifier-amoc-slf.pt"
+    out = tmp_path / "x.png"
+    words = ["--data", npz(tmp_path / "x.npz", 9), "--grid", "3", "--steps", "1", "--eps", eps, "--device", "cpu"]
+    plot.main(["landscape", str(path), *words, "--out", str(out)])
+    net = results.load_classifier(path)
+    attack = Attack("linf", 8 / 255, 2 / 255, 1) if eps == "8" else None
+    own = landscape.loss_of(net, data.load(str(tmp_path / "x.npz"), split="test", limit=9), attack)
+    said = float(re.search(r"loss ([\d.]+) at the centre", capsys.readouterr().out)[1])
+    assert said == pytest.approx(own, abs=2e-4)
+
+
+def drawn(monkeypatch):
+    """The axes that the next picture is drawn on."""
+    axes = []
+
+    class Kept(Figure):
+        def subplots(self, rows, columns, squeeze):
+            axes[:] = [mock.MagicMock() for _ in range(columns)]
+            return [axes]
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", SimpleNamespace(Figure=Kept))
+    return axes
+
+
+def test_corruptions_are_bars_side_by_side(tmp_path, monkeypatch):
+    axes = drawn(monkeypatch)
+    runs = [str(a_run(tmp_path / "a")), str(a_run(tmp_path / "b"))]
+    files.append_json_line(tmp_path / "b" / "eval.jsonl",
+                           {"preset": "amoc-slf", "results": {"c": {"accuracy": 50, "kinds": {"fog": 40}}}})
+    with pytest.raises(ValueError, match="c-like and c were measured.*--attack"):
+        plot.main(["corruptions", *runs, "--out", str(tmp_path / "x.png")])
+    with pytest.raises(ValueError, match="a: no corruptions were measured there by preset amoc-slf; eval.py --preset"):
+        plot.main(["corruptions", *runs, "--attack", "c", "--out", str(tmp_path / "x.png")])
+    plot.main(["corruptions", *runs, "--attack", "c-like", "--out", str(tmp_path / "x.png")])
+    (at, height, width), (other, *_) = [call.args for call in axes[0].bar.call_args_list]
+    assert height == [40, 60] and width == 0.4
+    assert at == pytest.approx([-0.2, 0.8]) and other == pytest.approx([0.2, 1.2])
+
+
+def test_points_have_the_colour_of_their_group_and_lines_their_order(tmp_path, monkeypatch):
+    axes = drawn(monkeypatch)
+    runs = [str(a_run(tmp_path / name, clean)) for name, clean in (("a", 80), ("b", 60))]
+    write(tmp_path / "a" / "log.jsonl", {"flags": {"eps": 8.0, "variant": "CCC", "seed": 0}, "command": "python amoc.py"})
+    plot.main(["tradeoff", *runs, "--out", str(tmp_path / "x.png")])
+    found = [(call.args, call.kwargs["label"], call.kwargs["color"]) for call in axes[0].scatter.call_args_list]
+    assert [label for _, label, _ in found] == ["nothing adversarial", "pixels"]
+    assert found[0][0] == ([20], [80]) and found[1][0] == ([20], [60]) and found[0][2] != found[1][2]
+    write(tmp_path / "a" / "log.jsonl", {"flags": {"eps": 8.0, "seed": 0}, "command": "python amoc.py"})
+    plot.main(["tradeoff", *runs, "--along", "eps", "--out", str(tmp_path / "x.png")])
+    assert axes[0].plot.call_args.args == ([20, 20], [60, 80])
+
+
+def test_tsne_is_scikit_learns_or_one_clear_line(tmp_path, monkeypatch):
+    drawn(monkeypatch)
+    run = a_run(tmp_path / "a")
+    words = ["features", str(run), "--tsne", "--data", npz(tmp_path / "x.npz", 7), "--out", str(tmp_path / "x.png")]
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    with pytest.raises(ValueError, match="--tsne needs scikit-learn: pip install scikit-learn"):
+        plot.main(words)
+    tsne = mock.MagicMock()
+    monkeypatch.setitem(sys.modules, "sklearn", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", SimpleNamespace(TSNE=tsne))
+    plot.main(words)
+    assert tsne.call_args.kwargs["perplexity"] == 2  # fewer than images
+    assert tsne.return_value.fit_transform.call_args.args[0].shape == (7, 128)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["loss", "x", "--tsne"], "--tsne: goes with features, not with loss"),
+    (["curve", "x", "--along", "eps"], "--along: goes with tradeoff, not with curve"),
+    (["tradeoff", "x", "--steps", "5"], "--steps: goes with curve, landscape, not with tradeoff"),
+    (["landscape", "x.pt", "--grid", "10"], "--grid 10: must be odd"),
+    (["landscape", "runs/amoc"], "runs/amoc: a landscape is of a classifier"),
+    (["curve-steps", "x", "--eps", "0"], "--eps 0"), (["curve", "x", "--norm", "l3"], "--norm l3: choose one of"),
+    (["landscape", "x.pt", "--span", "0"], "--span 0: must be a number above 0")])
+def test_flags_that_do_not_suit_the_picture_are_named(words, message):
+    with pytest.raises(ValueError, match=message):
+        plot.main(words)
+
+
+def test_what_was_not_measured_is_named(tmp_path, monkeypatch):
+    drawn(monkeypatch)
+    run = str(a_run(tmp_path / "a"))
+    out = ["--out", str(tmp_path / "x.png")]
+    for words, message in ((["curve", "--norm", "l1"], "a: no curve was measured there"),
+                           (["curve-steps", "--eps", "3"], "a: no curve-steps was measured there"),
+                           (["history", "--preset", "amoc-alf"], "a: no history was measured there"),
+                           (["tradeoff", "--attack", "pgd7-8"], "no clean accuracy and pgd7-8 were measured by preset amoc-slf"),
+                           (["tradeoff", "--along", "epsilon"], "--along epsilon: no run has it; there is eps")):
+        with pytest.raises(ValueError, match=message):
+            plot.main([words[0], run, *words[1:], *out])
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_a_landscape_of_other_data_is_refused_before_it_is_computed(tmp_path, monkeypatch):
+    drawn(monkeypatch)
+    run = a_run(tmp_path / "a", classes=4)
+    words = ["--data", npz(tmp_path / "x.npz", 9), "--device", "cpu"]
+    with pytest.raises(ValueError, match=r"classifier-amoc-slf.pt: has 4 classes, --data .*x.npz has 2"):
+        plot.main(["landscape", str(run / "classifier-amoc-slf.pt"), *words, "--out", str(tmp_path / "x.png")])
+    monkeypatch.setattr(landscape, "landscape", None)
+    with pytest.raises(OSError, match="cannot be written: No such file or directory"):
+        plot.main(["landscape", str(run / "classifier-amoc-slf.pt"), *words, "--out", str(tmp_path / "no" / "x.png")])
+    with pytest.raises(ValueError, match="encoder.pt"):
+        plot.main(["landscape", str(run / "encoder.pt"), *words, "--out", str(tmp_path / "x.png")])
