@@ -1,66 +1,82 @@
 """Adversarial Selfie, Rotation and Jigsaw, alone and together: Chen, Liu, Chang, Cheng, Amini & Wang 2020,
 "Adversarial Robustness: From Self-Supervised Pre-Training to Fine-Tuning" (arXiv 2003.12862; AP-SE, AP-DPE).
 
-Each of three pretext tasks takes an image apart, and has a network tell how: by how many quarters it was
-turned (Rotation), in which order its 16 patches were shuffled (Jigsaw), or which of four patches was taken
-from where (Selfie). Here the images are attacked, after they were turned, shuffled or left whole. All tasks
-share one trunk, which fine-tuning starts from: it then needs fewer epochs, as the paper has it, and ends
-more robust.
+In each of three pretext tasks a network must tell what was done to an image: by how many quarters it was
+turned (Rotation); in which order its 16 patches were shuffled (Jigsaw); or, of four patches that were taken
+out, which belongs to which of the four empty places (Selfie). Rotation and Jigsaw are attacked after the
+image was turned or shuffled, Selfie on the whole image. The tasks share one trunk, with which fine-tuning
+starts; according to the paper it then needs fewer epochs, and ends more robust.
 
-With several tasks, a term asks for input gradients of the tasks that point in different directions, so that
-no one perturbation fools them all.
+With several tasks, a term g measures how different the directions of their input gradients are. The paper's
+aim is that no one perturbation fools all tasks; for what its sign does, see below.
 
     paper                       this file
-    theta_p                     net.encoder.trunk: a ResNet up to its last stage but one
-    theta_pc                    what a task has for itself: last stage and linear head, or Selfie's pooling
-    Rotation, Jigsaw, Selfie    rotate, jigsaw, and selfie_loss with AttentionPool
-    Eq. 1, one task             objective of one loss; attacked by `attack`
+    theta_p                     net.encoder.trunk: a ResNet without its last stage
+    theta_pc                    the parts private to a task: last stage and linear head, or AttentionPool
+    Rotation, Jigsaw, Selfie    rotate and cross-entropy, jigsaw and cross-entropy, selfie_loss
+    Eq. 1, one task             objective of one loss
     Eq. 3, the joint attack     attack: one search over the images of all tasks at once
-    g, in Eq. 4                 log_det: of the matrix of cosines between the tasks' input gradients
-    Eq. 2                       objective, lambda = --lam; AP-SE is --lam 0
+    g, in Eq. 4                 log_det: of the cosines between the tasks' input gradients, plus 1e-5 I
+    Eq. 2                       objective, lambda = --lam; AP-SE is --lam 0, and the default AP-DPE
     P1, P2, P3                  --epochs 0, --eps 0, and the default: attacked
     Table 8                     --noise: Gaussian noise in place of the attack
 
-**The sign.** g is at most about 0, which it reaches where the gradients are orthogonal. The paper minimises
-a loss that contains + lambda g, and its attack maximises the same. So the attack looks for diverse
-gradients, while the weights are trained against them. Paper and code agree on this, and so do we; the log
-has g as `log_det`. With --lam -0.1 both turn round.
+The loss of a step is the mean over tasks of each task's loss at its attacked images, plus lambda g. There is
+no temperature, and no gradient is stopped: features that Selfie's queries are compared with are trained too.
+The attack maximises the sum of the losses plus lambda g. The targets are drawn before, and do not depend on
+the pixels. Without g the search falls apart into one for each task, for no image is shared.
 
-Where paper and code differ we follow the paper, but for numbers that only the code has:
-- The code trains on the mean of the attacked and the clean loss. Eqs. 1 and 2 have no clean term;
-  --clean-weight 0.5 is the code's.
-- The paper's Eq. 2 adds up the losses of the tasks, with a lambda from a grid search that is in its
-  supplement. The code takes their mean, and 0.1, and so do we. The search over perturbations adds them up.
-- The code's Selfie puts a softmax before its cross-entropy, which has one of its own: --double-softmax.
-- In the code, running statistics move at every step of the attack, and dropout is live. Ours stand still,
-  and there is no dropout in the attack. BatchNorm uses the statistics of the batch, as in the code.
-- The code's joint trunk lacks BatchNorm and ReLU after the first convolution; ours has them.
+**The sign.** g is about 0 where the gradients are orthogonal, and negative elsewhere. The paper minimises a
+loss that contains + lambda g, and its attack maximises losses + lambda g as well. So the attack looks for
+diverse gradients, while the weights are trained to align them. Paper and code agree on this, and so do we;
+the log has g as `log_det`. A negative --lam reverses both.
+
+Paper and code differ in these places:
+- The loss of Eqs. 1 and 2 is of attacked images alone: so is ours. The code takes the mean of the attacked
+  and the clean loss, which is --clean-weight 0.5.
+- Eq. 2 adds up the losses of the tasks, with a lambda from a grid search in the supplement. We take the
+  code's mean, and its lambda, 0.1; only their ratio matters. The attack uses the sum, in both.
+- The code's Selfie puts a softmax before its cross-entropy, which has one of its own. We do not;
+  --double-softmax does.
+- The paper says nothing of modes in the attack. In the code, running statistics move at each of its steps,
+  and dropout is live. Ours are frozen, and there is no dropout, so that the attack leaves no trace;
+  BatchNorm uses the statistics of the batch, as in the code.
+- The code's joint trunk lacks BatchNorm and ReLU after the first convolution, which its single ones have. We
+  always have them, so that all tasks give one kind of encoder.
+All images are cut and mirrored alike for all tasks. Each batch has one order of patches in Selfie, and equal
+numbers of the four rotations.
 
     python pretext.py                                                AP-DPE: three tasks, lambda 0.1
     python pretext.py --lam 0 --out runs/ap-se                       AP-SE
     python pretext.py --tasks rotation --out runs/rotation           one task, P3
     python pretext.py --tasks rotation --eps 0 --epochs 200 --out runs/rotation-clean    P2
     python pretext.py --tasks selfie --clean-weight 0.5 --double-softmax --out runs/selfie    as in the code
+    python eval.py runs/pretext/encoder.pt --preset chen-f1 chen-f4    the paper's fine-tuning
     python eval.py runs/pretext/encoder.pt --preset knn amoc-slf amoc-alf
 
 Learning rate, its end, weight decay, epochs, crop and flip differ from task to task; they stand in RECIPES,
-and flags change them.
+and flags change them. Two tasks have the recipe of three.
 
-A step on one task costs 2 K + 3 forward passes, 23 with K = 10, counting a backward pass to the pixels as
-one forward pass and a whole one as two; without attack, 3. With g, each step of the attack differentiates
-the gradient of each task: about 5 passes in place of 2, for each task.
+Count a forward pass, or a backward pass to the pixels, as 1, and a whole backward pass as 2. A step on one
+task then costs 2 K + 3, 23 with K = 10, and 3 with --eps 0. AP-SE costs 2 K + 4 for each task, for g is
+logged. In AP-DPE each step of the attack, and the update, differentiates a gradient: about 5 K + 8 for each
+task. --clean-weight adds 3.
 
-The encoder is exported with Rotation's last stage, without Rotation with Jigsaw's. Selfie trains none: the
-exported one is random then, which the file says. A tenth of the images (--held-out) is kept for the choice
-of the epoch in fine-tuning, and not seen here.
+The encoder is exported with Rotation's last stage or, without Rotation, with Jigsaw's. With Selfie alone no
+last stage is trained: the exported one is random, and the file says so. At test time it sees whole, upright
+images. It normalises them by running statistics, of which the trunk has one set: of attacked images of all
+tasks, Selfie's single patches included. In a step the last of the --tasks weighs most. A tenth of the images
+(--held-out) is kept for the choice of the epoch in fine-tuning, and not seen here.
 
-On several processes each BatchNorm sees the images of its own process, or with --sync-bn (on GPUs) those of
-all. Order, augmentation, tasks and noise are those of one process; dropout is not.
+On several processes gradients and running statistics are averaged. Each BatchNorm sees the images of its own
+process. Order, augmentation, tasks and noise are those of one process; dropout is not.
 
-In the log, chance for the losses is ln 4 = 1.386 for Rotation, at most ln 31 = 3.434 for Jigsaw, and
-4 ln 4 = 5.545 for Selfie, which adds up four choices. The loss_... are of attacked images in train mode;
-accuracy_..., of up to 256 clean training images in eval mode: chance is 25 %, 13 % and 25 %. A log_det that
-falls far below -10 says that two tasks have the same input gradient.
+In the log, the loss for uniform answers is ln 4 = 1.386 in Rotation, ln 31 = 3.434 in Jigsaw, and
+4 ln 4 = 5.545 in Selfie, which adds up four choices (at least 2.97 with --double-softmax). The loss_... are
+of attacked images in train mode; accuracy_... of up to 256 clean training images, always the same, in eval
+mode: chance is 25 %, 13 % (the share of unshuffled images) and 25 %. `loss` has lambda g in it. A log_det
+near 0 is the rule; near -11 two tasks have the same input gradient (or one has none), near -22 all three.
+With --steps 0 the images are moved by the random start alone.
 """
 import argparse
 import copy
@@ -76,7 +92,7 @@ from torch import nn
 from common import data, dist, encoders, optim, resnet, run
 from common.augment import random_flip, random_pad_crop, resize
 from common.log import Log
-from common.pgd import ball_point, eval_mode, frozen_stats, pgd
+from common.pgd import eval_mode, frozen_stats, pgd
 from common.pictures import difference, save_rows
 from common.speed import compile_networks
 
@@ -91,7 +107,7 @@ MASKED = 4  # of the patches, in Selfie
 # ----------------------------------------------------------------------------------------------------------
 def augment(x, rng, size, padding, flip):
     """A view of the uint8 images x (B, 3, H, W): floats (B, 3, size, size) in [0, 1], padded by `padding`
-    pixels and cut; with `flip`, every other one mirrored."""
+    pixels and cut; with `flip`, mirrored with probability 1/2."""
     x = random_pad_crop(resize(x, size), rng, padding=padding)
     return random_flip(x, rng) if flip else x
 
@@ -133,7 +149,8 @@ def jigsaw(x, y, permutations):
 
 
 def jigsaw_labels(u, classes=31):
-    """Classes (B,) from numbers u (B, 2) uniform in [0, 1): uniform, but then, with probability 0.1, 0."""
+    """Classes (B,) from numbers u (B, 2) uniform in [0, 1): 0 with probability 0.1, and otherwise uniform
+    (the authors' code)."""
     return torch.where(u[:, 1] < 0.1, 0, (classes * u[:, 0]).long())
 
 
@@ -154,7 +171,7 @@ class PoolLayer(nn.Module):
         B, n, dim = x.shape
         qkv = self.qkv(x).view(B, n, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, n, dim / heads) each
-        # Written out, for PyTorch's fused attention has no second derivative on a CPU.
+        # Written out, for PyTorch's fused attention has no second derivative, which log_det needs.
         weights = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(3)
         mixed = (weights @ v).transpose(1, 2).reshape(B, n, dim)
         x = self.norm1(x + self.dropout(self.out(mixed)))
@@ -165,8 +182,9 @@ class AttentionPool(nn.Module):
     """Selfie's queries: features of the visible patches (B, n, dim), and the places (m,) int64 of the masked
     ones -> (B, m, dim).
 
-    A learnt token stands before the features, and what `layers` make of it describes the image. Where the
-    visible patches were, nothing tells. A query is that description plus embeddings of its row and column.
+    A learnt token stands before the features, and what `layers` make of it describes the image. The visible
+    patches get no embedding of their place. A query is that description plus embeddings of its row and
+    column. All sizes are the authors' code's.
     """
 
     def __init__(self, dim, layers, dropout=0.1):
@@ -184,10 +202,10 @@ class AttentionPool(nn.Module):
 
 
 class Tasks(nn.Module):
-    """One trunk, that of `encoder`, and what each of the `tasks` has for itself.
+    """One trunk, that of `encoder`, and the parts that are private to each of the `tasks`.
 
-    permutations  (P, 16) int64: of Jigsaw, whose classes are these and the identity
-    layers        of Selfie's pooling
+    permutations  (P, 16) int64: of Jigsaw, whose classes are the identity and these
+    layers        how many Selfie's pooling has
     """
 
     def __init__(self, encoder, tasks, permutations, layers):
@@ -208,8 +226,8 @@ class Tasks(nn.Module):
 
     def forward(self, x, task, order):
         """The answers to `task` for its images x (B, 3, S, S): logits (B, 4) of Rotation and (B, 1 + P) of
-        Jigsaw. Of Selfie, where the first patches in `order` (16,) are masked: queries and features (2, B,
-        4, dim)."""
+        Jigsaw. For Selfie, which masks the first 4 patches in `order` (16,): queries and features, stacked,
+        (2, B, 4, dim)."""
         if task == "rotation":
             return self.rotation_head(self.encoder(x))
         if task == "selfie":
@@ -263,7 +281,7 @@ def task_loss(net, task, target, double_softmax, x):
 
 
 def losses_at(task_losses, x):
-    """The loss of each task, functions of its images, at its part of x (m B, ...)."""
+    """A list: the loss of each task, a function of its images, at that task's part of x (m B, ...)."""
     parts = x.chunk(len(task_losses))
     return [loss(part) for loss, part in zip(task_losses, parts)]
 
@@ -273,15 +291,16 @@ def log_det(gradients):
     of m tensors (B, ...), each divided by its length."""
     columns = []
     for gradient in gradients:
-        rows = gradient.flatten(1)
-        columns.append(rows / (rows.norm(dim=1, keepdim=True) + 1e-10))
-    G = torch.stack(columns, 2)  # (B, pixels, m)
+        column = gradient.flatten(1)
+        columns.append(column / (column.norm(dim=1, keepdim=True) + 1e-10))
+    G = torch.stack(columns, 2).double()  # (B, pixels, m); in TF32 the rounding would exceed the 1e-5
     identity = torch.eye(len(gradients), dtype=G.dtype, device=G.device)
-    return torch.logdet(G.transpose(1, 2) @ G + 1e-5 * identity).mean()
+    g = torch.logdet(G.transpose(1, 2) @ G + 1e-5 * identity).mean()
+    return g.to(gradients[0].dtype)
 
 
 def joint(task_losses, x):
-    """The losses of the m tasks at the images x (m B, ...), which ask for a gradient, and the g of their
+    """The losses of the m tasks at the images x (m B, ...), which must require a gradient, and the g of their
     gradients. All can be differentiated further, in x and in the weights."""
     parts = x.chunk(len(task_losses))
     losses = []
@@ -304,9 +323,9 @@ def objective(attacked, clean, g, lam, clean_weight):
 
 
 def attack(net, task_losses, x, noise, *, lam, eps, step_size, steps):
-    """Eq. 3: the images x (m B, 3, S, S) of m tasks moved, each within linf eps, so as to maximise the sum of
-    their losses plus lambda g. eps and step_size are in the units of x. The search starts at x + eps `noise`
-    (m B, 3 S S), from -1 to 1, or, where noise is None, at x."""
+    """Eq. 3: the images x (m B, 3, S, S) of m tasks moved, each within linf eps and within [0, 1], so as to
+    maximise the sum of their losses plus lambda g. eps and step_size are in the units of x. The search starts
+    at x + eps `noise`, noise (m B, 3 S S) from -1 to 1, or, where noise is None, at x."""
     start = x if noise is None else (x + eps * noise.view(x.shape)).clamp(0, 1)
 
     def loss_of_images(x_adv):
@@ -325,8 +344,8 @@ def attack(net, task_losses, x, noise, *, lam, eps, step_size, steps):
 def train_step(net, opt, x, targets, noise, *, tasks, lam, clean_weight, double_softmax, eps, step_size,
                steps, sigma=None):
     """One iteration on the images x (m B, 3, S, S) of the `tasks`, one task after the other, and their
-    `targets`, a list (see `task_loss`); what is to be logged. `noise` is as in `attack`; with `sigma`, in the
-    units of x, it is standard Gaussian, and takes the place of the attack."""
+    `targets`, a list (see `task_loss`). Returns what is to be logged. `noise` is as in `attack`. With
+    `sigma`, in the units of x, it is standard Gaussian, and takes the place of the attack."""
     task_losses = [functools.partial(task_loss, net, task, target, double_softmax)
                    for task, target in zip(tasks, targets)]
     if sigma is None:
@@ -334,7 +353,8 @@ def train_step(net, opt, x, targets, noise, *, tasks, lam, clean_weight, double_
     else:
         x_adv = (x + sigma * noise.view(x.shape)).clamp(0, 1)
 
-    # Each task's images are a batch of their own to BatchNorm; clean ones, if any, go first.
+    # Each task's images are a batch of their own to BatchNorm, whose running statistics move once for each;
+    # clean ones, if any, go first, so that the attacked weigh more.
     clean = losses_at(task_losses, x) if clean_weight else None
     logged = {}
     if len(tasks) == 1:
@@ -356,8 +376,8 @@ def train_step(net, opt, x, targets, noise, *, tasks, lam, clean_weight, double_
 
 
 def lr_at(step, steps, lr, final_lr, ramp):
-    """The learning rate of `step` of a run of `steps`: a cosine from `lr` to `final_lr`, and over the first
-    `ramp` steps a line from lr / 10 to lr instead."""
+    """The learning rate of `step` of a run of `steps`: during the first `ramp` steps linear from lr / 10 to
+    lr, and otherwise a cosine from `lr` to `final_lr` over the whole run."""
     if step < ramp:
         return lr * (0.1 + 0.9 * step / ramp)
     return optim.cosine(step / steps, lr, final_lr)
@@ -394,13 +414,13 @@ def parser():
     p.add_argument("--lam", type=run.number(-1e6, 1e6), default=0.1,
                    help="lambda, of log_det, where there are several tasks; 0 gives AP-SE (authors' code)")
     p.add_argument("--clean-weight", type=run.number(0, 1), default=0.0,
-                   help="of the clean loss beside the attacked; the code has 0.5, and 0 is (paper)")
+                   help="of the clean loss beside the attacked; the code has 0.5, the default is (paper)")
     p.add_argument("--double-softmax", action=argparse.BooleanOptionalAction, default=False,
-                   help="put a softmax before Selfie's cross-entropy, as the code does; default (paper)")
+                   help="put a softmax before Selfie's cross-entropy, as the code does; without it (paper)")
     p.add_argument("--permutations", type=run.integer(1, 1000), default=30,
-                   help="of Jigsaw, drawn once from the seed (paper; the number is the code's)")
+                   help="how many Jigsaw has, drawn once from the seed (authors' code)")
     p.add_argument("--pool-layers", type=run.integer(0, 100), default=13,
-                   help="of Selfie's attention pooling (authors' code)")
+                   help="layers of Selfie's attention pooling (authors' code)")
     p.add_argument("--epochs", type=run.integer(0),
                    help="0 exports the random encoder; default: RECIPES (authors' code)")
     p.add_argument("--batch-size", type=run.integer(1), default=256,
@@ -419,7 +439,7 @@ def parser():
     p.add_argument("--eps", type=run.number(0, 255), default=8.0,
                    help="radius of the attack, linf, in 1/255; 0: clean images (paper)")
     p.add_argument("--step-size", type=run.number(0, 1e6), default=2.0,
-                   help="of the attack, in 1/255 (paper)")
+                   help="of one step of the attack, in 1/255 (paper)")
     p.add_argument("--steps", type=run.integer(0), default=10, help="K, of the attack (paper)")
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
                    help="start the attack at a random point of the ball, or else at the image (paper)")
@@ -437,13 +457,14 @@ def check(args):
     repeated = [task for task in args.tasks if args.tasks.count(task) > 1]
     if repeated:
         raise ValueError(f"--tasks {' '.join(args.tasks)}: {repeated[0]} is there twice")
-    if args.compile and len(args.tasks) > 1:
-        raise ValueError("--compile: compiled networks have no second derivative, which log_det needs; it is "
-                         "for one task")
+    for flag in ("compile", "sync_bn"):
+        if getattr(args, flag) and len(args.tasks) > 1:
+            raise ValueError(f"--{flag.replace('_', '-')}: has no second derivative, which log_det needs; it "
+                             "is for one task")
 
 
 def recipe(args):
-    """The `Recipe` for the tasks of the flags, with what other flags change."""
+    """The `Recipe` for the tasks of the flags, with the changes that other flags make."""
     known = RECIPES[args.tasks[0] if len(args.tasks) == 1 else "joint"]
     changed = {name: getattr(args, name) for name in Recipe._fields if getattr(args, name) is not None}
     return known._replace(**changed)
@@ -458,9 +479,9 @@ def network(arch, tasks, permutations, layers, seed):
     return net.to(memory_format=torch.channels_last)
 
 
-def tasks_of(net, x, rng, size, args, padding, flip):
-    """What a step learns from uint8 images x (B, 3, H, W): the images of all tasks (m B, 3, size, size), and
-    a list of their targets (see `task_loss`)."""
+def batch_of_tasks(net, x, rng, size, args, padding, flip):
+    """What a step learns from uint8 images x (B, 3, H, W): the images of all tasks (m B, 3, size, size), one
+    task after the other, and a list of their targets (see `task_loss`)."""
     x = augment(x, rng, size, padding, flip)
     images = []
     targets = []
@@ -486,8 +507,8 @@ def start_noise(x, rng, args):
     if args.noise is None and not args.random_start:
         return None
     pixels = x[0].numel()
-    u = rng.uniform(len(args.tasks), 1 + pixels, device=x.device).transpose(0, 1).flatten(0, 1)
-    noise = ball_point(u, "linf")
+    noise = 2 * rng.uniform(len(args.tasks), pixels, device=x.device) - 1
+    noise = noise.transpose(0, 1).flatten(0, 1)
     if args.noise is None:
         return noise
     return 2**0.5 * torch.erfinv(noise.clamp(-0.999999, 0.999999))
@@ -508,11 +529,11 @@ def step_settings(args):
 
 @torch.no_grad()
 def clean_accuracy(net, images, size, args):
-    """{"accuracy_" + task: share} of what `net` gets right in eval mode: up to 256 training images, as in
-    training but not attacked."""
+    """{"accuracy_" + task: share} of what `net` gets right in eval mode: of up to 256 training images, the
+    same in each epoch, made into tasks as in training, and not attacked."""
     plan = recipe(args)
     x, _, rng = next(data.batches(images, min(256, len(images)), args.seed, 0))
-    x, targets = tasks_of(net, x, rng, size, args, plan.padding, plan.flip)
+    x, targets = batch_of_tasks(net, x, rng, size, args, plan.padding, plan.flip)
     found = {}
     with eval_mode(net):
         for task, target, part in zip(args.tasks, targets, x.chunk(len(args.tasks))):
@@ -525,12 +546,12 @@ def clean_accuracy(net, images, size, args):
 
 
 def pictures(net, images, size, args):
-    """Rows for `save_rows` of up to eight images, for each task: what it is shown, in Selfie with grey where
-    patches are masked; the same attacked; and what the attack added, of which white and black are the
-    largest change."""
+    """Rows for `save_rows` of up to eight images, for each task: its images, the same attacked (or with
+    noise), and what was added, of which white and black are the largest change of all tasks. Of Selfie,
+    before these, what its pooling is shown: grey where patches are masked."""
     plan = recipe(args)
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
-    x, targets = tasks_of(net, x, rng, size, args, plan.padding, plan.flip)
+    x, targets = batch_of_tasks(net, x, rng, size, args, plan.padding, plan.flip)
     noise = start_noise(x, rng, args)
     settings = step_settings(args)
     if settings["sigma"] is None:
@@ -545,15 +566,14 @@ def pictures(net, images, size, args):
     for task, target, clean, attacked in parts:
         added = difference(attacked, clean, largest)
         if task == "selfie":
-            shown = hidden(clean, target)
-            rows.append(("selfie: visible", shown))
+            rows.append(("selfie: visible", mask_grey(clean, target)))
         rows += [(f"{task}: x", clean), (f"{task}: x_adv", attacked), (f"{task}: x_adv - x", added)]
     return rows
 
 
-def hidden(x, order):
-    """Images x (B, 3, S, S), grey where the first patches in `order` (16,) are."""
-    patches = to_patches(x, GRID)
+def mask_grey(x, order):
+    """Images x (B, 3, S, S), grey where the first 4 patches in `order` (16,) are."""
+    patches = to_patches(x, GRID).clone()
     patches[:, order[:MASKED]] = 0.5
     return from_patches(patches, GRID)
 
@@ -571,8 +591,8 @@ def main(argv=None):
     if size % GRID:
         raise ValueError(f"--image-size {size}: images are cut into {GRID} x {GRID} patches, so that their "
                          f"side must be a multiple of {GRID}")
-    _, rest = data.hold_out(images, args.held_out)
-    steps_per_epoch = data.steps_per_epoch(len(rest), args.batch_size, env.world, least=2)
+    _, seen = data.hold_out(images, args.held_out)
+    steps_per_epoch = data.steps_per_epoch(len(seen), args.batch_size, env.world, least=2)
 
     net = network(args.arch, args.tasks, args.permutations, args.pool_layers, args.seed)
     net = run.to_device(net, args, env)
@@ -587,33 +607,33 @@ def main(argv=None):
     chance = {"rotation": math.log(4), "jigsaw": math.log(1 + args.permutations),
               "selfie": MASKED * math.log(MASKED)}
     texts = ", ".join(f"{task} {chance[task]:.3f}" for task in args.tasks)
-    log.start(step, f"chance loss of {texts}; {plan.epochs} epochs")
+    log.start(step, f"loss of uniform answers: {texts}; {plan.epochs} epochs, lr {plan.lr:g}")
 
     settings = step_settings(args)
     for epoch in range(step // steps_per_epoch, plan.epochs):
         first = step % steps_per_epoch  # not 0 where a run was stopped within an epoch
-        batches = data.batches(rest, args.batch_size, args.seed, epoch, env.rank, env.world, first)
+        batches = data.batches(seen, args.batch_size, args.seed, epoch, env.rank, env.world, first)
         for x, _, rng in batches:
             run.stop_if_signalled(args, env, state, step)
             lr = lr_at(step, steps, plan.lr, plan.final_lr, plan.ramp)
             optim.set_lr(opt, lr)
-            x, targets = tasks_of(net, x, rng, size, args, plan.padding, plan.flip)
+            x, targets = batch_of_tasks(net, x, rng, size, args, plan.padding, plan.flip)
             noise = start_noise(x, rng, args)
-            # Dropout takes torch's own numbers: those of a run that is continued are to be the same.
+            # Dropout draws from torch's own generator: seeded here, a run that is continued draws the same.
             torch.manual_seed(rng.seed + env.rank)
             losses = train_step(net, opt, x, targets, noise, **settings)
             log.step(step, len(x) // len(args.tasks) * env.world, **losses)
             step += 1
-        log.epoch(epoch, step, lr=lr, **clean_accuracy(net, rest, size, args))
+        log.epoch(epoch, step, lr=lr, **clean_accuracy(net, seen, size, args))
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == plan.epochs:
             # Pictures come before the checkpoint: a run that is stopped between the two draws them
             # again.
-            rows = pictures(net, rest, size, args)
+            rows = pictures(net, seen, size, args)
             if env.rank == 0:
                 save_rows(out / "views.png", rows, key=("largest decrease", "largest increase"))
             run.save(args, env, state, step)
     if env.rank == 0:
-        if args.tasks == ["selfie"]:
+        if args.tasks == ["selfie"] and plan.epochs:
             net.encoder.recipe["fresh"] = "the last stage"
         encoders.export(net.encoder, out / "encoder.pt", image_size=size)
         print(f"{out / 'encoder.pt'} holds the encoder")

@@ -331,7 +331,7 @@ def main(argv=None):
             optim.set_lr(opt, lr)
             x, y = task(x, labels, rng, size, args)
             noise = start_noise(x, rng, args)
-            # Drop path takes torch's own numbers: those of a run that is continued are to be the same.
+            # Drop path draws from torch's own generator: seeded here, a run that is continued draws the same.
             torch.manual_seed(rng.seed + env.rank)
             losses = train_step(net, opt, x, y, noise, **settings)
             log.step(step, len(x) * env.world, **losses)

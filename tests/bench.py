@@ -588,7 +588,7 @@ def pretext_step(s, variant, compiled):
     opt = torch.optim.SGD(net.parameters(), 0.0, momentum=0.9, weight_decay=1e-4)
     rng = data.Rng((0, 0, 0), s.batch, slice(None))
     x = torch.randint(0, 256, (s.batch, 3, 32, 32), dtype=torch.uint8, device=s.device)
-    x, targets = pretext.tasks_of(net, x, rng, 32, args, 4, True)
+    x, targets = pretext.batch_of_tasks(net, x, rng, 32, args, 4, True)
     noise = pretext.start_noise(x, rng, args)
     settings = pretext.step_settings(args)
     compile_(s, compiled, net)

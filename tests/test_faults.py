@@ -47,7 +47,7 @@ def flags(script, npz, out, *more):
 
 def main(script, npz, out, *more):
     words = flags(script, npz, out, *more)
-    if script == "adco":  # which has no warm-up
+    if script in ("adco", "pretext"):  # which have no warm-up
         at = words.index("--warmup")
         del words[at : at + 2]
     importlib.import_module(script).main(words)
@@ -159,7 +159,8 @@ def test_every_number_has_a_finite_range(script):
     checked = list(numeric_flags(script))
     assert {"--lr", "--epochs", "--batch-size", "--weight-decay", "--seed", "--workers"} <= {f for f, _ in checked}
     for flag, count in checked:
-        for value in ("inf", "nan", "-1", "1e300", "9" * 30, "", "x"):
+        below = [] if flag == "--lam" and script == "pretext" else ["-1"]
+        for value in ("inf", "nan", *below, "1e300", "9" * 30, "", "x"):
             with pytest.raises(ValueError, match=f"{flag} {value}.*: must be a"):
                 parser.parse_args([flag] + [value] * count)
 
@@ -181,7 +182,7 @@ def test_a_device_that_is_not_there_is_one_line(device, npz, tmp_path):
 @every_script
 def test_synchronised_batch_norm_needs_cuda(script, npz, tmp_path):
     with pytest.raises(ValueError, match="--sync-bn: PyTorch's SyncBatchNorm needs CUDA"):
-        main(script, npz, tmp_path, "--sync-bn")
+        main(script, npz, tmp_path, "--sync-bn", *(["--tasks", "rotation"] if script == "pretext" else []))
 
 
 @pytest.mark.parametrize("script", BATCH_NORM)
@@ -428,6 +429,7 @@ TALKS = {
     "amoc": [["--variant", "AAA"], ["--variant", "ACA_PLUS"], ["--variant", "CAC"]],
     "byorl": [["--eps", "0"]],
     "caco": [["--positives", "adversarial", "--multi-crop"], ["--optimizer", "lars"]],
+    "pretext": [["--tasks", "jigsaw"], ["--tasks", "selfie", "--noise", "8"]],
     "rocl": [["--reg-weight", "0"], ["--attack-to", "original"]],
 }
 
@@ -437,7 +439,7 @@ def test_two_processes_reach_the_end_whatever_they_talk_about(script, more, npz,
     encoders.export(encoders.make("slim"), tmp_path / "teacher.pt")
     more = [str(tmp_path / "teacher.pt") if word == "TEACHER" else word for word in more]
     words = flags(script, npz, tmp_path / "run", *more, "--limit", "32")
-    if script == "adco":
+    if script in ("adco", "pretext"):
         del words[words.index("--warmup") : words.index("--warmup") + 2]
     script_in_two_processes(script, *words, dump=tmp_path)
     assert (tmp_path / "run" / "encoder.pt").exists()

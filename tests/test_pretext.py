@@ -70,7 +70,7 @@ def batch_of(tasks, total=16, rows=slice(None), epoch=0, side=16):
     args = pretext.parser().parse_args(["--tasks", *tasks])
     net = pretext.network("slim", tasks, 30, 1, 0)
     x = torch.randint(0, 256, (total, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    images, targets = pretext.tasks_of(net, x[rows], data.Rng((7, epoch, 0), total, rows), side, args, 4, True)
+    images, targets = pretext.batch_of_tasks(net, x[rows], data.Rng((7, epoch, 0), total, rows), side, args, 4, True)
     return images.chunk(len(tasks)), targets
 
 
@@ -274,7 +274,7 @@ def test_the_attack_climbs_and_stays_in_ball_and_box_and_leaves_no_trace(tasks):
     args = pretext.parser().parse_args(["--tasks", *tasks])
     net = pretext.network("slim", tasks, 30, 1, 0)
     x = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
-    x, targets = pretext.tasks_of(net, x, data.Rng((0, 0, 0), 6, slice(None)), 16, args, 4, True)
+    x, targets = pretext.batch_of_tasks(net, x, data.Rng((0, 0, 0), 6, slice(None)), 16, args, 4, True)
     losses = [pretext.functools.partial(pretext.task_loss, net, *pair, False) for pair in zip(tasks, targets)]
     before = {key: value.clone() for key, value in net.state_dict().items()}
     torch.manual_seed(3)
@@ -358,7 +358,8 @@ def test_each_task_has_its_recipe_and_flags_change_it(tasks, wanted):
     (["--tasks", "colour"], "--tasks colour: choose one of selfie, rotation, jigsaw"),
     (["--image-size", "30"], "--image-size 30: images are cut into 4 x 4 patches"),
     (["--arch", "vit_slim"], "pretext.py needs a ResNet, and vit_slim is none"),
-    (["--compile"], "--compile: compiled networks have no second derivative"),
+    (["--compile"], "--compile: has no second derivative, which log_det needs"),
+    (["--sync-bn"], "--sync-bn: has no second derivative, which log_det needs"),
     (["--held-out", "0.9"], "batch size 16 is larger than the data: 4 images"),
     (["--noise", "nan"], "--noise nan: must be a number")])
 def test_bad_input_is_one_line(tmp_path, flags, says):
