@@ -12,8 +12,9 @@ A preset is the recipe of a paper or of the RobustSSL benchmark (evaluation/pres
 trained, on which loss, with which optimizer, rates, batch size, epochs and augmentation. --protocol
 slf is short for --preset robustssl-slf, and so on. A flag given by hand wins over the preset. The
 training attack is linf 8/255, 10 steps. Training images are cropped and mirrored, as the preset
-says. The epoch that counts is the last one (with acl-aff-25 the best under PGD-20 on training
-images that it holds out); none is ever chosen on the test set. Test images are never augmented.
+says. The epoch that counts is the last one, or, with acl-aff-25 and chen-f1 to chen-f4, the best on
+training images that are held out; none is ever chosen on the test set. Test images are never
+augmented. chen-f1 and chen-f2 train a ResNet's last stage, started anew, and freeze what precedes it.
 
 Modes: a frozen encoder is in eval mode throughout. In full fine-tuning the attack sees eval mode,
 the update train mode. Preset robustssl-aff lets clean images through BatchNorm branch "clean" and
@@ -124,24 +125,37 @@ def classifier_loss(net, x, y, preset, noise, eps=8 / 255, steps=10):
     return F.cross_entropy(logits(x_adv, "adv"), y)
 
 
+def held_out_accuracies(net, held, preset, seed):
+    """Accuracies in per cent of `net` on the images `held` out: "clean", and "pgd20", on all of them where
+    it picks the epoch of `preset`, else on the first 500."""
+    limit = None if preset.pick == "pgd20" else 500
+    clean = attacks.judge(net, held)
+    robust = attacks.judge(net, held, attacks.ATTACKS["pgd20"], seed, limit)
+    return {"clean": clean["accuracy"], "pgd20": robust["accuracy"]}
+
+
 def train(net, images, preset, seed):
     """Train the classifier `net` on `images` by `preset`, in place; all random numbers come from
-    `seed`."""
+    `seed`. Where the preset picks an epoch, `net.picked_epoch` and `net.history` say which, and by what."""
     torch.manual_seed(seed)
     finetune.start(net, preset)
-    everything = preset.trains == "all"
-    net.encoder.requires_grad_(everything)
+    net.encoder.requires_grad_(False)
     net.train()
-    net.encoder.train(everything)  # a frozen encoder keeps its running statistics
+    net.encoder.eval()  # what is frozen keeps its running statistics
+    for part in finetune.trained_parts(net.encoder, preset):
+        part.requires_grad_(True)
+        part.train()
     opt = finetune.optimizer(net, preset)
     mix = finetune.mixer(preset, net.head.out_features)
     held, images = finetune.hold_out(images, preset)
     best = None
+    net.history = []
     steps_per_epoch = data.steps_per_epoch(len(images), preset.batch_size)
     for epoch in range(preset.epochs):
         total = 0.0
         for i, (x, y, rng) in enumerate(data.batches(images, preset.batch_size, seed, epoch)):
-            lr = finetune.lr_at(preset, epoch, epoch + i / steps_per_epoch)
+            step = epoch * steps_per_epoch + i
+            lr = finetune.lr_at(preset, epoch, epoch + i / steps_per_epoch, step)
             for group in opt.param_groups:
                 group["lr"] = lr * group["scale"]
             x, y = finetune.augment(x, y, rng, preset, mix)
@@ -156,9 +170,11 @@ def train(net, images, preset, seed):
             raise ValueError(f"the classifier's loss is not finite in epoch {epoch}; try a lower --lr")
         screen.show_epoch(epoch, preset.epochs, f"lr {lr:.2g}  loss {mean:.4f}")
         if held:
-            robust = attacks.judge(net, held, attacks.ATTACKS["pgd20"], seed)["accuracy"]
-            if not best or robust > best[0]:
-                best = robust, {name: value.clone() for name, value in net.state_dict().items()}
+            now = held_out_accuracies(net, held, preset, seed)
+            net.history.append({"epoch": epoch + 1, **now})
+            if not best or now[preset.pick] > best[0]:
+                best = now[preset.pick], {name: value.clone() for name, value in net.state_dict().items()}
+                net.picked_epoch = epoch + 1
     if best:
         net.load_state_dict(best[1])
     bad = files.not_finite(net.state_dict())
@@ -223,15 +239,21 @@ def evaluate(path, name, args, env, shown, source=None):
                 accuracy = knn.knn(encoder, shown.train, shown.test, **key["recipe"])
                 result = attacks.score(accuracy, len(shown.test))
             warnings = result.get("warnings", [])
+            if encoder.fresh and (not preset or preset.trains == "linear"):
+                warnings = warnings + [f"{encoder.fresh} of this encoder was never trained"]
             if conditions["source"]:
                 warnings = warnings + sets.doubts_of(source, args, shown)
             if warnings:
                 result["warnings"] = warnings
                 print("  warnings:", "; ".join(warnings))
+            if net and net.picked_epoch:
+                result["picked_epoch"] = net.picked_epoch
             result |= {condition: value for condition, value in conditions.items() if value is not None}
             line = key | {"results": {attack: result}, "train_images": len(shown.train), "path": str(path),
-                          "epoch": "best on held-out images" if preset and preset.validation else "last",
+                          "epoch": "best on held-out images" if preset and preset.pick else "last",
                           "seconds": round(time.time() - began, 1), **header(args, env)}
+            if net and net.history:
+                line["history"] = net.history
             files.append_json_line(path.parent / "eval.jsonl", line)
         measured[name, attack] = result
         print(f"{path} {name} {attack}: {table.cell([result])}", flush=True)
@@ -278,6 +300,7 @@ def measured_table(args, named):
         for name in presets:
             measured |= evaluate(path, name, args, env, of_size[size], source)
         runs.append((results.row_path(path), measured))
+    runs = [(path, table.with_epochs(found)) for path, found in runs]
     return "\n" + table.markdown(runs, flags.titles(args), GROUPS, PUBLISHED, run.FREE)
 
 

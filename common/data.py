@@ -277,6 +277,19 @@ def fixed_order(n):
     return np.random.default_rng(0).permutation(n).tolist()
 
 
+def hold_out(images, share):
+    """The data set `images` cut in two at random, always in the same way: the `share` of them that is held
+    out for a choice (None where that is none), and the rest, on which to train. ValueError for a share that is
+    not from 0 to below 1."""
+    if not 0 <= share < 1:
+        raise ValueError(f"share {share}: must be from 0 to below 1")
+    n = round(share * len(images))
+    if not n:
+        return None, images
+    rows = fixed_order(len(images))
+    return Part(images, rows[:n]), Part(images, rows[n:])
+
+
 def _from_torchvision(name, root, split):
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}[name]
     if name == "stl10":

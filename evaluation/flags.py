@@ -146,5 +146,5 @@ def titles(args):
         if preset == "knn":
             columns[preset, "clean"] = "k-NN"
         else:
-            columns |= {(preset, attack): f"{preset} {attack}" for attack in attacks}
+            columns |= {(preset, attack): f"{preset} {attack}" for attack in [*attacks, "epoch"]}
     return columns

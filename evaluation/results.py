@@ -16,6 +16,7 @@ from evaluation import foreign, table
 from evaluation.attacks import ATTACKS, Attack, AutoAttack, DeepFool
 from evaluation.finetune import Classifier
 from evaluation.flags import OVER, titles
+from evaluation.presets import recipe_of
 from evaluation.published import GROUPS, PUBLISHED
 
 
@@ -42,10 +43,11 @@ FORMAT = "evaluated classifier, version 1"
 
 def save_classifier(net, path, made=None, image_size=None):
     """Write the classifier: how to build it, its weights, the side of the images that it was trained
-    on, and of what it was `made`."""
+    on, of what it was `made`, the epoch that was picked, and the accuracies it was picked by."""
     files.save({"format": FORMAT, **net.encoder.recipe, "branch": net.encoder.branch, "made": made,
                 "image_size": image_size, "classes": net.head.out_features,
                 "batch_norm": isinstance(net.norm, nn.BatchNorm1d),
+                "picked_epoch": net.picked_epoch, "history": net.history,
                 "state": encoders.one_branch(net.state_dict(), net.encoder.branch)}, path)
 
 
@@ -63,6 +65,8 @@ def load_classifier(path):
         raise ValueError(f"{path}: {bad} is not finite")
     net.encoder.branch = saved["branch"]
     net.made = saved.get("made")
+    net.picked_epoch = saved.get("picked_epoch")
+    net.history = saved.get("history", [])
     net.image_size = saved.get("image_size")
     net.path = path
     return net.eval()
@@ -71,14 +75,14 @@ def load_classifier(path):
 def key_of(path, encoder, name, preset, args, shown):
     """What tells the evaluation of the encoder at `path` by preset `name` from others, but for the
     attack; plain types. `preset` is None for k-NN; `shown` are the images (sets.Sets)."""
-    recipe = preset._asdict() if preset else {"k": 200, "temperature": 0.1}
+    recipe = recipe_of(preset) if preset else {"k": 200, "temperature": 0.1}
     origin = {}
     if args.encoder:
         code = digest_of(args.encoder.rpartition(":")[0]) if ".py:" in args.encoder else None
         origin = {"network": [args.encoder, code, args.prefix, args.bn, args.mean, args.std]}
     return {"encoder": digest_of(path), **origin, "preset": name, "bn": encoder.branch, "seed": args.seed,
             "data": args.data, "image_size": shown.size, "train": shown.train_digest,
-            "recipe": json.loads(json.dumps(recipe))}
+            "recipe": recipe}
 
 
 def classifier_stem(path, encoder, name, preset):
@@ -136,7 +140,8 @@ def kept_table(args, named):
     name_foreign_lines(folders)
     for path, folder in zip(paths, folders):
         for file in table.evaluated(folder) if path == folder else [path.name]:
-            runs.append((row_path(folder / file), table.read_folder(folder, file, accept, **wanted)))
+            found = table.with_epochs(table.read_folder(folder, file, accept, **wanted))
+            runs.append((row_path(folder / file), found))
     if not any(results for _, results in runs):
         lines = [line for folder in folders for line in table.measurements(folder)]
         measured = dict.fromkeys(

@@ -102,6 +102,14 @@ def read_folder(folder, file="encoder.pt", accept=None, **wanted):
     return chosen
 
 
+def with_epochs(results):
+    """`results` {(preset, attack): result}, and under (preset, "epoch") the epoch that was picked, where one
+    was."""
+    epochs = {(preset, "epoch"): {"epoch": result["picked_epoch"]} for (preset, _), result in results.items()
+              if is_number(result.get("picked_epoch"))}
+    return {**results, **epochs}
+
+
 def is_folder(path):
     """Whether `path` is the folder of a run, and not the file of an encoder; either may be gone."""
     return path.is_dir() or not (path.is_file() or path.suffix == ".pt")
@@ -155,7 +163,7 @@ def rows(paths, free):
 
 def markdown(runs, columns, groups, published, free):
     """The table of `runs`, pairs of a path (see `Run`) and its results {column: {"accuracy",
-    "stderr"}}.
+    "stderr"}}, or {"epoch"}.
 
     Each run's script, flags and time are in the folder's log.jsonl. Runs that differ in their seed, or
     in flags of the set `free`, are one row: mean ± standard deviation. One alone has its standard error
@@ -216,13 +224,13 @@ def fits(script, flags, wanted_script, wanted):
 
 
 def cell(results, seeds=1):
-    values = [found["accuracy"] for found in results]
+    values = [found["epoch"] if "epoch" in found else found["accuracy"] for found in results]
     if not values:
         return ""
     if len(values) > 1:
         text = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
     else:
-        text = f"{values[0]:.2f}"
+        text = str(values[0]) if "epoch" in results[0] else f"{values[0]:.2f}"
         if is_number(results[0].get("stderr")):
             text += f" ({results[0]['stderr']:.2f})"
     return text + "†" * any(doubtful(found) for found in results) + (
