@@ -54,11 +54,13 @@ unless --image-size names another.
 As soon as a result is there it becomes a line of eval.jsonl beside the encoder. It is not measured
 a second time while the encoder, the data, the recipe, the seed, and the attack with its settings
 (images, restarts, source) are the same. The last classifier of each preset is kept there too, as
-classifier-<preset>-<BN>.pt (BN is "dual" where both branches were trained). The classifier of an
-encoder in weights.pt is classifier-weights-<preset>.pt. One process at a time works in a folder.
+classifier-<preset>-<BN>.pt (BN is "dual" where both branches were trained). What flags change of a
+preset is part of its name, in the table and in files: "mae-tune layer-decay=0.75" and
+classifier-mae-tune-layer-decay=0.75.pt. The classifier of an encoder in weights.pt is
+classifier-weights-<preset>.pt. One process at a time works in a folder.
 
---kept measures nothing: it prints the results that are kept and agree with the flags given. A flag
-that is left out excludes nothing, except --preset and --attacks, whose defaults count.
+--kept measures nothing: it prints the results that are kept and agree with the flags given, each
+variant of a preset in columns of its own. A flag that is left out excludes nothing, except --preset and --attacks, whose defaults count.
 """
 import contextlib
 import json
@@ -73,6 +75,7 @@ from common.log import header
 from common.pgd import eval_mode, pgd
 from common.resnet import branch
 from evaluation import attacks, finetune, flags, foreign, knn, results, screen, sets, table
+from evaluation.presets import name_of
 from evaluation.published import GROUPS, PUBLISHED
 from evaluation.results import load_classifier
 
@@ -209,8 +212,8 @@ def kept_or_trained(encoder, file, key, preset, images):
 
 
 def evaluate(path, name, args, env, shown, source=None):
-    """Every attack that is asked for on the encoder at `path` by preset `name`: {(name, attack):
-    result}.
+    """Every attack that is asked for on the encoder at `path` by preset `name`: {(name, attack): result},
+    the name with what the flags change of the preset.
 
     `shown` are the images (sets.Sets). What eval.jsonl holds is not measured again; what is
     measured goes there at once.
@@ -221,6 +224,7 @@ def evaluate(path, name, args, env, shown, source=None):
     encoder.path = path
     key = results.key_of(path, encoder, name, preset, args, shown)
     stem = results.classifier_stem(path, encoder, name, preset)
+    shown_name = name_of(name, key["recipe"])
     net = None
     measured = {}
     for attack in flags.asked(args)[1] if preset else ["clean"]:
@@ -255,8 +259,8 @@ def evaluate(path, name, args, env, shown, source=None):
             if net and net.history:
                 line["history"] = net.history
             files.append_json_line(path.parent / "eval.jsonl", line)
-        measured[name, attack] = result
-        print(f"{path} {name} {attack}: {table.cell([result])}", flush=True)
+        measured[shown_name, attack] = result
+        print(f"{path} {shown_name} {attack}: {table.cell([result])}", flush=True)
         if picture:
             picture_path = path.parent / f"attacked-{stem}-{attack}.png"
             attacks.pictures(picture_path, net, shown.test, row, args.seed, source and source.net)

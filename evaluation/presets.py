@@ -56,6 +56,56 @@ def recipe_of(p):
     return json.loads(json.dumps(recipe))
 
 
+def name_of(preset, recipe):
+    """What a result of the preset named `preset` by `recipe`, both as eval.jsonl has them, is called: the
+    preset, and what was changed of it: "mae-tune layer-decay=0.75"."""
+    changed = changes(preset, recipe)
+    return " ".join([preset, *(f"{field.replace('_', '-')}={text(value)}" for field, value in changed.items())])
+
+
+def changes(preset, recipe):
+    """{field: value} of `recipe` where it is not that of the preset named `preset`, in the order of the
+    preset's fields. A field that the recipe lacks is younger than the result, and as by default."""
+    if preset not in PRESETS or not isinstance(recipe, dict):
+        return {}
+    usual = filled(recipe_of(PRESETS[preset]))
+    found = {**usual, **filled(recipe)}
+    return {field: found[field] for field in Preset._fields if found[field] != usual[field]}
+
+
+def filled(recipe):
+    """`recipe` of eval.jsonl with the fields that it does not name."""
+    pick = "pgd20" if recipe.get("validation") else ""
+    return {**Preset._field_defaults, "pick": pick, **recipe}
+
+
+def text(value):
+    """The value of a field as the flags take it, without spaces."""
+    if isinstance(value, (list, tuple)):
+        value = ",".join(map(str, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        return f"{value:g}"
+    return str(value) or "none"
+
+
+def in_order(names):
+    """The `names` of results (see `name_of`) of one preset: that without changes first, then by value."""
+    def key(name):
+        pairs = [part.partition("=") for part in name.split()[1:]]
+        return [(field, number(value), value) for field, _, value in pairs]
+
+    return sorted(names, key=key)
+
+
+def number(value):
+    try:
+        return float(value)
+    except ValueError:
+        return 0.0
+
+
 CHEN = Preset("last", "clean", 100, (30, 50), 0.1, 3e-4, 256, False, "constant", pick="clean",
               fresh_last=True, ramp=200, ramp_from=0.1)
 

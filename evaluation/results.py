@@ -15,8 +15,8 @@ from common import encoders, files, run
 from evaluation import foreign, table
 from evaluation.attacks import ATTACKS, Attack, AutoAttack, DeepFool
 from evaluation.finetune import Classifier
-from evaluation.flags import OVER, titles
-from evaluation.presets import recipe_of
+from evaluation.flags import OVER, asked, titles_of
+from evaluation.presets import PRESETS, filled, in_order, name_of, recipe_of
 from evaluation.published import GROUPS, PUBLISHED
 
 
@@ -86,9 +86,14 @@ def key_of(path, encoder, name, preset, args, shown):
 
 
 def classifier_stem(path, encoder, name, preset):
-    """What the names of the classifier's file and pictures say: [encoder's file-]preset[-BN]."""
+    """What the names of the classifier's file and pictures say: [encoder's file-]preset[-changes][-BN]."""
     bn = "dual" if encoder.branch and preset and preset.dual else encoder.branch
     file = "" if path.name == "encoder.pt" else path.stem
+    if preset:
+        # What is changed of BatchNorm's branches is said by `bn`.
+        name = name_of(name, recipe_of(preset._replace(dual=PRESETS[name].dual))).replace(" ", "-")
+    if len(name) > 150:  # a file's may have 255
+        name = f"{name[:130]}-{digest(name.encode())}"
     return "-".join(filter(None, (file, name, bn)))
 
 
@@ -129,10 +134,11 @@ def kept_table(args, named):
     where that is nothing."""
     wanted = {name: named[name] for name in ("bn", "image_size") if name in named}
     source = digest_of(args.source) if args.source else None  # digest of the classifier
-    columns = titles(args)
+    presets, attacks = asked(args)
 
     def accept(line, attack, result):
-        return (line["preset"], attack) in columns and is_named(line, attack, result, named, source)
+        wished = attack == "clean" if line["preset"] == "knn" else attack in attacks
+        return line["preset"] in presets and wished and is_named(line, attack, result, named, source)
 
     runs = []
     paths = encoder_paths(args)
@@ -145,10 +151,12 @@ def kept_table(args, named):
     if not any(results for _, results in runs):
         lines = [line for folder in folders for line in table.measurements(folder)]
         measured = dict.fromkeys(
-            f"{line['preset']} {attack}" for line in lines for attack in table.results(line))
+            f"{name_of(line['preset'], line.get('recipe'))} {attack}" for line in lines for attack in table.results(line))
         raise ValueError("nothing was measured of what these flags name; there is "
                          f"{', '.join(measured) or 'nothing'}")
-    return table.markdown(runs, columns, GROUPS, PUBLISHED, run.FREE)
+    names = dict.fromkeys(name for _, found in runs for name, _ in found)
+    names = [name for preset in presets for name in in_order(n for n in names if n.split()[0] == preset)]
+    return table.markdown(runs, titles_of(names, attacks), GROUPS, PUBLISHED, run.FREE)
 
 
 def is_named(line, attack, result, named, source):
@@ -157,6 +165,8 @@ def is_named(line, attack, result, named, source):
     row = ATTACKS.get(attack)
     flags = line.get("flags") if isinstance(line.get("flags"), dict) else {}  # old lines say more there
     recipe = line.get("recipe") if isinstance(line.get("recipe"), dict) else {}
+    if "trains" in recipe:  # not of k-NN
+        recipe = filled(recipe)
     random = isinstance(row, (Attack, AutoAttack))
     moves = isinstance(row, (Attack, DeepFool))
     restarts = named.get("restarts", 1)

@@ -11,6 +11,7 @@ import statistics
 from typing import NamedTuple
 
 from common import files
+from evaluation.presets import name_of as name_of_result
 
 
 def lines(path):
@@ -71,9 +72,9 @@ def measurements(folder):
 
 
 def read_folder(folder, file="encoder.pt", accept=None, **wanted):
-    """{(preset, attack): result} that eval.jsonl in `folder` holds of the encoder in `file` there: of
-    lines and results that agree with `wanted` and for which accept(line, attack, result), if given, is
-    true.
+    """{(name, attack): result} that eval.jsonl in `folder` holds of the encoder in `file` there, names as
+    `presets.name_of` has them: of lines and results that agree with `wanted` and for which accept(line,
+    attack, result), if given, is true.
 
     Raises FileNotFoundError where there is no eval.jsonl, and ValueError where something was measured
     twice in different ways."""
@@ -91,7 +92,7 @@ def read_folder(folder, file="encoder.pt", accept=None, **wanted):
             condition = {name: both.get(name) for name in (
                 "encoder", "network", "bn", "data", "image_size", "seed", "recipe", "train", "test", "images",
                 "settings", "restarts", "source", "files", "batch_size")}
-            name = line["preset"], attack
+            name = name_of_result(line["preset"], line.get("recipe")), attack
             first = conditions.setdefault(name, condition)
             differ = [key for key in condition if condition[key] != first[key]]
             if differ:
@@ -103,9 +104,9 @@ def read_folder(folder, file="encoder.pt", accept=None, **wanted):
 
 
 def with_epochs(results):
-    """`results` {(preset, attack): result}, and under (preset, "epoch") the epoch that was picked, where one
+    """`results` {(name, attack): result}, and under (name, "epoch") the epoch that was picked, where one
     was."""
-    epochs = {(preset, "epoch"): {"epoch": result["picked_epoch"]} for (preset, _), result in results.items()
+    epochs = {(name, "epoch"): {"epoch": result["picked_epoch"]} for (name, _), result in results.items()
               if is_number(result.get("picked_epoch"))}
     return {**results, **epochs}
 

@@ -16,6 +16,7 @@ from evaluation.flags import check
 from tests.recipes import A, X, Z
 from tests.scripts import tiny_npz
 
+SHORT = "epochs=1-milestones=none-batch-size=16"  # what run_main changes, as it is in the names of files
 x, y, W = X(4, 3, 8, 8), torch.arange(4), 0.1 * Z(5, 192)
 
 
@@ -265,7 +266,9 @@ def test_the_command_fine_tunes_a_vit_and_its_classifier_can_be_loaded(tmp_path,
     assert [line["preset"] for line in lines] == 2 * ["mae-tune"] + 2 * ["mae-slf-cifar"] + ["knn"]
     assert lines[0]["recipe"]["warmup"] == 1 and lines[0]["recipe"]["layer_decay"] == 0.65
     images = data.load(str(tmp_path / "tiny.npz"), split="test")
-    for name, line in zip(("mae-tune", "mae-slf-cifar"), lines[::2]):
+    names = ("mae-tune-epochs=2-lr=0.01-batch-size=16-warmup=1",
+             "mae-slf-cifar-epochs=2-milestones=none-lr=0.01-batch-size=16-warmup=1-mixup=0.8")
+    for name, line in zip(names, lines[::2]):
         net = command.load_classifier(tmp_path / f"classifier-{name}.pt")
         assert attacks.judge(net, images)["accuracy"] == line["results"]["clean"]["accuracy"]
 
@@ -354,7 +357,7 @@ def test_the_command_writes_a_line_for_each_figure_a_row_and_a_classifier(export
     cells = [f"{found['accuracy']:.2f} ({found['stderr']:.2f})" for found in results]
     assert last_row(capsys).removesuffix(" |").split(" | ")[3:] == cells
 
-    net = command.load_classifier(exported / "classifier-amoc-slf-adv.pt")
+    net = command.load_classifier(exported / f"classifier-amoc-slf-{SHORT}-adv.pt")
     assert not net.training and net.encoder.branch == "adv"
     images = data.load(str(exported / "tiny.npz"), split="test")
     assert attacks.judge(net, images)["accuracy"] == results[1]["accuracy"]
@@ -449,7 +452,7 @@ def test_under_restarts_the_worst_counts_image_by_image(monkeypatch):
 
 def test_a_transferred_attack_is_made_on_its_source(exported, tmp_path):
     lines = run_main(exported, "--preset", "amoc-slf", "--attacks", "clean", "pgd20")
-    source = str(exported / "classifier-amoc-slf-adv.pt")
+    source = str(exported / f"classifier-amoc-slf-{SHORT}-adv.pt")
     flags = ["--preset", "amoc-slf", "--attacks", "clean", "pgd20", "--source", source]
     (line,) = run_main(exported, *flags)[len(lines):]  # "clean" has no source, and is there
     assert line["results"]["pgd20"]["source"] == results.digest(open(source, "rb").read())
@@ -504,7 +507,7 @@ def test_the_command_measures_corruptions_and_a_curve_and_draws(exported):
     assert [attack for found in curve for attack in found] == list(attacks.CURVE)
     radii = [getattr(attacks.ATTACKS.get(a), "eps", 0) * 255 for a in attacks.CURVE]
     assert radii == pytest.approx([0, 1, 2, 4, 6, 8, 12, 16])
-    picture = torchvision.io.read_image(str(exported / "attacked-amoc-slf-adv-pgd20.png"))
+    picture = torchvision.io.read_image(str(exported / f"attacked-amoc-slf-{SHORT}-adv-pgd20.png"))
     assert picture.shape[1] == 3 * (4 * 32 + 2) + 28 and picture.shape[2] > 5 * (4 * 32 + 2)  # a key, names
 
 
@@ -604,7 +607,7 @@ def test_a_classifier_that_cannot_be_read_is_named(exported, content, words):
 
 def test_a_missing_tensor_is_named(exported):
     run_main(exported, "--preset", "amoc-slf", "--attacks", "clean")
-    path = exported / "classifier-amoc-slf-adv.pt"
+    path = exported / f"classifier-amoc-slf-{SHORT}-adv.pt"
     saved = torch.load(path, weights_only=True)
     del saved["state"]["head.bias"]
     torch.save(saved, path)

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import eval as command
-from common import data, encoders
-from evaluation import attacks, finetune, presets, table
+from common import data, encoders, files
+from evaluation import attacks, finetune, presets, results, table
 from tests.scripts import tiny_npz
 
 FLAGS = ["--device", "cpu", "--epochs", "2", "--milestones", "1", "--batch-size", "16"]
@@ -88,7 +88,7 @@ def test_each_step_of_training_has_the_rate_of_the_ramp(monkeypatch):
 
 @pytest.mark.parametrize("pick, best, limits", [("clean", 2, [500] * 3), ("pgd20", 3, [None] * 3), ("", None, [])])
 def test_the_epoch_is_picked_by_what_the_preset_says_and_the_history_kept(pick, best, limits, monkeypatch):
-    scores = {None: iter([10, 50, 50]), attacks.ATTACKS["pgd20"]: iter([30, 20, 40])}
+    scores = {None: iter([40, 50, 50]), attacks.ATTACKS["pgd20"]: iter([30, 20, 45])}
     asked, states = [], []
 
     def judge(net, images, attack=None, seed=0, limit=None):
@@ -104,8 +104,8 @@ def test_the_epoch_is_picked_by_what_the_preset_says_and_the_history_kept(pick, 
     command.train(net, small(), p, seed=0)
     assert net.picked_epoch == best and asked == limits
     if pick:
-        assert net.history == [{"epoch": 1, "clean": 10, "pgd20": 30}, {"epoch": 2, "clean": 50, "pgd20": 20},
-                               {"epoch": 3, "clean": 50, "pgd20": 40}]
+        assert net.history == [{"epoch": 1, "clean": 40, "pgd20": 30}, {"epoch": 2, "clean": 50, "pgd20": 20},
+                               {"epoch": 3, "clean": 50, "pgd20": 45}]
         assert torch.equal(net.head.weight, states[best - 1])
     else:
         assert net.history == []
@@ -204,3 +204,74 @@ def test_a_result_of_acls_fine_tuning_from_before_is_found_again(tmp_path, monke
     (tmp_path / "eval.jsonl").write_text(json.dumps(line) + "\n")
     monkeypatch.setattr(command, "train", None)
     assert lines(tmp_path, *flags) == [line]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What results are called
+# ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("preset, change, name", [
+    ("mae-tune", {}, "mae-tune"), ("mae-tune", {"layer_decay": 0.75}, "mae-tune layer-decay=0.75"),
+    ("amoc-alf", {"milestones": (3, 4), "epochs": 5}, "amoc-alf epochs=5 milestones=3,4"),
+    ("amoc-slf", {"milestones": (), "lr": 2.0}, "amoc-slf milestones=none lr=2"),
+    ("amoc-slf", {"weight_decay": 1e-6}, "amoc-slf weight-decay=1e-06"),
+    ("amoc-slf", {"lr": 0.123456789}, "amoc-slf lr=0.123456789"),
+    ("robustssl-aff", {"dual": False}, "robustssl-aff dual=no"), ("chen-f1", {"ramp": 0}, "chen-f1 ramp=0"),
+    ("chen-f1", {"pick": "pgd20"}, "chen-f1 pick=pgd20"), ("acl-aff-25", {"pick": ""}, "acl-aff-25 pick=none")])
+def test_a_result_is_called_by_its_preset_and_what_was_changed(preset, change, name):
+    recipe = presets.recipe_of(presets.PRESETS[preset]._replace(**change))
+    assert presets.name_of(preset, recipe) == name
+
+
+def test_names_of_results_from_before_and_of_others():
+    """A field that a recipe lacks is younger than the result."""
+    old = presets.recipe_of(presets.PRESETS["amoc-slf"]._replace(epochs=5))
+    for field in ("dual", "validation", "optimizer", "mixup"):
+        del old[field]
+    assert presets.name_of("amoc-slf", old) == "amoc-slf epochs=5"
+    plain = presets.recipe_of(presets.PRESETS["robustssl-aff"])
+    del plain["dual"]
+    assert presets.name_of("robustssl-aff", plain) == "robustssl-aff dual=no"
+    assert presets.name_of("knn", {"k": 200}) == "knn"
+    for recipe in (None, 5, {}):
+        assert presets.name_of("elsewhere", recipe) == "elsewhere"
+    assert presets.name_of("amoc-slf", None) == "amoc-slf"
+
+
+def test_variants_stand_in_the_order_of_their_values():
+    names = ["a lr=10", "a lr=9", "a", "a lr=0.5"]
+    assert presets.in_order(names) == ["a", "a lr=0.5", "a lr=9", "a lr=10"]
+
+
+def test_variants_of_a_preset_have_files_and_columns_of_their_own_and_flags_choose(tmp_path, capsys, monkeypatch):
+    export(tmp_path)
+    flags = ["--preset", "mae-tune-cifar", "--attacks", "clean", "--epochs", "1", "--warmup", "0"]
+    base = [str(tmp_path / "encoder.pt"), "--data", str(tmp_path / "tiny.npz"), "--device", "cpu", "--batch-size", "16"]
+    for gamma in ([], ["--layer-decay", "0.95"], ["--layer-decay", "0.65"]):
+        command.main([*base, *flags, *gamma])
+    usual = "mae-tune-cifar-epochs=1-batch-size=16-warmup=0"
+    names = {path.name for path in tmp_path.glob("classifier-*.pt")}
+    assert names == {f"classifier-{usual}{gamma}.pt" for gamma in ("", "-layer-decay=0.65", "-layer-decay=0.95")}
+    printed = capsys.readouterr().out
+    assert "mae-tune-cifar epochs=1 batch-size=16 warmup=0 layer-decay=0.65 clean" in printed
+
+    def titles(*more):
+        command.main([str(tmp_path / "encoder.pt"), "--kept", "--preset", "mae-tune-cifar", "--attacks", "clean", *more])
+        return capsys.readouterr().out.splitlines()[0].strip("| ").split(" | ")[2:]
+
+    name = usual.replace("-epochs", " epochs").replace("-batch", " batch").replace("-warmup", " warmup")
+    assert titles() == [f"{name} clean", f"{name} layer-decay=0.65 clean", f"{name} layer-decay=0.95 clean"]
+    assert titles("--layer-decay", "0.95") == [f"{name} layer-decay=0.95 clean"]
+    monkeypatch.setattr(command, "train", None)
+    for gamma in ([], ["--layer-decay", "0.95"], ["--layer-decay", "0.65"]):  # none was overwritten
+        command.main([*base, *flags, *gamma, "--attacks", "clean", "pgd20-1"])
+    with pytest.raises(ValueError, match="there is mae-tune-cifar epochs=1 batch-size=16 warmup=0 clean, "):
+        titles("--lr", "7")
+
+
+def test_the_name_of_a_file_stays_short(tmp_path):
+    encoder = encoders.make("slim")
+    encoder.branch = None
+    stems = [results.classifier_stem(tmp_path / "encoder.pt", encoder, "amoc-slf", presets.PRESETS[
+        "amoc-slf"]._replace(epochs=200, milestones=(*range(150), last))) for last in (160, 170)]
+    assert stems[0] != stems[1] and all(len(stem) < 200 for stem in stems)
+    assert all(character.isalnum() or character in "-=,." for character in "".join(stems))
