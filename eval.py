@@ -12,8 +12,9 @@ A preset is the recipe of a paper or of the RobustSSL benchmark (evaluation/pres
 trained, on which loss, with which optimizer, rates, batch size, epochs and augmentation. --protocol
 slf is short for --preset robustssl-slf, and so on. A flag given by hand wins over the preset. The
 training attack is linf 8/255, 10 steps. Training images are cropped and mirrored, as the preset
-says. The epoch that counts is the last one (with acl-aff-25 the best under PGD-20 on training
-images that it holds out); none is ever chosen on the test set. Test images are never augmented.
+says. The epoch that counts is the last one, or, with acl-aff-25 and chen-f1 to chen-f4, the best on
+training images that are held out; none is ever chosen on the test set. Test images are never
+augmented. chen-f1 and chen-f2 train a ResNet's last stage, started anew, and freeze what precedes it.
 
 Modes: a frozen encoder is in eval mode throughout. In full fine-tuning the attack sees eval mode,
 the update train mode. Preset robustssl-aff lets clean images through BatchNorm branch "clean" and
@@ -57,11 +58,13 @@ unless --image-size names another.
 As soon as a result is there it becomes a line of eval.jsonl beside the encoder. It is not measured
 a second time while the encoder, the data, the recipe, the seed, and the attack with its settings
 (images, restarts, source) are the same. The last classifier of each preset is kept there too, as
-classifier-<preset>-<BN>.pt (BN is "dual" where both branches were trained). The classifier of an
-encoder in weights.pt is classifier-weights-<preset>.pt. One process at a time works in a folder.
+classifier-<preset>-<BN>.pt (BN is "dual" where both branches were trained). What flags change of a
+preset is part of its name, in the table and in files: "mae-tune layer-decay=0.75" and
+classifier-mae-tune-layer-decay=0.75.pt. The classifier of an encoder in weights.pt is
+classifier-weights-<preset>.pt. One process at a time works in a folder.
 
---kept measures nothing: it prints the results that are kept and agree with the flags given. A flag
-that is left out excludes nothing, except --preset and --attacks, whose defaults count.
+--kept measures nothing: it prints the results that are kept and agree with the flags given, each
+variant of a preset in columns of its own. A flag that is left out excludes nothing, except --preset and --attacks, whose defaults count.
 """
 import contextlib
 import json
@@ -76,6 +79,7 @@ from common.log import header
 from common.pgd import eval_mode, pgd
 from common.resnet import branch
 from evaluation import attacks, finetune, flags, foreign, knn, names, results, screen, sets, table, together
+from evaluation.presets import name_of
 from evaluation.published import GROUPS, PUBLISHED
 from evaluation.results import load_classifier
 
@@ -128,24 +132,37 @@ def classifier_loss(net, x, y, preset, noise, eps=8 / 255, steps=10):
     return F.cross_entropy(logits(x_adv, "adv"), y)
 
 
+def held_out_accuracies(net, held, preset, seed):
+    """Accuracies in per cent of `net` on the images `held` out: "clean", and "pgd20", on all of them where
+    it picks the epoch of `preset`, else on the first 500."""
+    limit = None if preset.pick == "pgd20" else 500
+    clean = attacks.judge(net, held)
+    robust = attacks.judge(net, held, attacks.ATTACKS["pgd20"], seed, limit)
+    return {"clean": clean["accuracy"], "pgd20": robust["accuracy"]}
+
+
 def train(net, images, preset, seed):
     """Train the classifier `net` on `images` by `preset`, in place; all random numbers come from
-    `seed`."""
+    `seed`. Where the preset picks an epoch, `net.picked_epoch` and `net.history` say which, and by what."""
     torch.manual_seed(seed)
     finetune.start(net, preset)
-    everything = preset.trains == "all"
-    net.encoder.requires_grad_(everything)
+    net.encoder.requires_grad_(False)
     net.train()
-    net.encoder.train(everything)  # a frozen encoder keeps its running statistics
+    net.encoder.eval()  # what is frozen keeps its running statistics
+    for part in finetune.trained_parts(net.encoder, preset):
+        part.requires_grad_(True)
+        part.train()
     opt = finetune.optimizer(net, preset)
     mix = finetune.mixer(preset, net.head.out_features)
     held, images = finetune.hold_out(images, preset)
     best = None
+    net.history = []
     steps_per_epoch = data.steps_per_epoch(len(images), preset.batch_size)
     for epoch in range(preset.epochs):
         total = 0.0
         for i, (x, y, rng) in enumerate(data.batches(images, preset.batch_size, seed, epoch)):
-            lr = finetune.lr_at(preset, epoch, epoch + i / steps_per_epoch)
+            step = epoch * steps_per_epoch + i
+            lr = finetune.lr_at(preset, epoch, epoch + i / steps_per_epoch, step)
             for group in opt.param_groups:
                 group["lr"] = lr * group["scale"]
             x, y = finetune.augment(x, y, rng, preset, mix)
@@ -160,9 +177,11 @@ def train(net, images, preset, seed):
             raise ValueError(f"the classifier's loss is not finite in epoch {epoch}; try a lower --lr")
         screen.show_epoch(epoch, preset.epochs, f"lr {lr:.2g}  loss {mean:.4f}")
         if held:
-            robust = attacks.judge(net, held, attacks.ATTACKS["pgd20"], seed)["accuracy"]
-            if not best or robust > best[0]:
-                best = robust, {name: value.clone() for name, value in net.state_dict().items()}
+            now = held_out_accuracies(net, held, preset, seed)
+            net.history.append({"epoch": epoch + 1, **now})
+            if not best or now[preset.pick] > best[0]:
+                best = now[preset.pick], {name: value.clone() for name, value in net.state_dict().items()}
+                net.picked_epoch = epoch + 1
     if best:
         net.load_state_dict(best[1])
     bad = files.not_finite(net.state_dict())
@@ -197,8 +216,8 @@ def kept_or_trained(encoder, file, key, preset, images):
 
 
 def evaluate(path, name, args, env, shown, source=None):
-    """Every attack that is asked for on the encoder at `path` by preset `name`: {(name, attack):
-    result}.
+    """Every attack that is asked for on the encoder at `path` by preset `name`: {(name, attack): result},
+    the name with what the flags change of the preset.
 
     `shown` are the images (sets.Sets). What eval.jsonl holds is not measured again; what is
     measured goes there at once.
@@ -209,6 +228,7 @@ def evaluate(path, name, args, env, shown, source=None):
     encoder.path = path
     key = results.key_of(path, encoder, name, preset, args, shown)
     stem = results.classifier_stem(path, encoder, name, preset)
+    shown_name = name_of(name, key["recipe"])
     net = None
     measured = {}
     for attack in flags.asked(args)[1] if preset else ["clean"]:
@@ -227,18 +247,24 @@ def evaluate(path, name, args, env, shown, source=None):
                 accuracy = knn.knn(encoder, shown.train, shown.test, **key["recipe"])
                 result = attacks.score(accuracy, len(shown.test))
             warnings = result.get("warnings", [])
+            if encoder.fresh and (not preset or preset.trains == "linear"):
+                warnings = warnings + [f"{encoder.fresh} of this encoder was never trained"]
             if conditions["source"]:
                 warnings = warnings + sets.doubts_of(source, args, shown)
             if warnings:
                 result["warnings"] = warnings
                 print("  warnings:", "; ".join(warnings))
+            if net and net.picked_epoch:
+                result["picked_epoch"] = net.picked_epoch
             result |= {condition: value for condition, value in conditions.items() if value is not None}
             line = key | {"results": {attack: result}, "train_images": len(shown.train), "path": str(path),
-                          "epoch": "best on held-out images" if preset and preset.validation else "last",
+                          "epoch": "best on held-out images" if preset and preset.pick else "last",
                           "seconds": round(time.time() - began, 1), **header(args, env)}
+            if net and net.history:
+                line["history"] = net.history
             files.append_json_line(path.parent / "eval.jsonl", line)
-        measured[name, attack] = result
-        print(f"{path} {name} {attack}: {table.cell([result])}", flush=True)
+        measured[shown_name, attack] = result
+        print(f"{path} {shown_name} {attack}: {table.cell([result])}", flush=True)
         if picture:
             picture_path = path.parent / f"attacked-{stem}-{attack.replace('/', '_')}.png"
             attacks.pictures(picture_path, net, shown.test, row, args.seed, source and source.net)
@@ -280,6 +306,7 @@ def measured_table(args, named):
         for name in presets:
             measured |= evaluate(path, name, args, env, of_size[size], source)
         runs.append((results.row_path(path), measured))
+    runs = [(path, table.with_epochs(found)) for path, found in runs]
     return "\n" + table.markdown(runs, flags.titles(args), GROUPS, PUBLISHED, run.FREE)
 
 

@@ -187,6 +187,7 @@ def export(encoder, path, branch=None, image_size=None):
 
     arch, mean, std, ...    how to build it (`rebuild`)
     image_size              the side of the images it was pretrained on, in pixels; None: not known
+    fresh                   where the recipe has it: the part that was never trained, as "layer4"
     branch                  the BN branch that `state` holds (None without branches)
     state                   torchvision's keys: of a `resnet18()` whose `fc` is `nn.Identity()`; its first
                             convolution differs where `stem` is not "imagenet". Or timm's:
@@ -228,9 +229,9 @@ def load_encoder(path, branch=None, all_branches=False):
     choice. `all_branches`: with all of them instead, that one in use.
 
     Its attribute `branch` names the one loaded, `image_size` the side of the images it was pretrained on,
-    in pixels (None where the file does not say). Raises FileNotFoundError, or ValueError that names what
-    is wrong: not such a file, an unknown branch, or the first missing, unexpected or misshaped tensor, or
-    one that is not finite.
+    in pixels (None where the file does not say), `fresh` the part of it that was never trained, as "layer4"
+    (None: all was trained). Raises FileNotFoundError, or ValueError that names what is wrong: not such a
+    file, an unknown branch, or the first missing, unexpected or misshaped tensor, or one that is not finite.
     """
     advice = "pretraining writes encoder.pt when it ends"
     saved = read(path, FORMAT, advice)
@@ -254,6 +255,9 @@ def load_encoder(path, branch=None, all_branches=False):
     load_strict(encoder, state, path)
     encoder.branch = branch
     encoder.image_size = saved.get("image_size")
+    encoder.fresh = saved.get("fresh")
+    if encoder.fresh:
+        encoder.recipe = {**encoder.recipe, "fresh": encoder.fresh}
     return encoder.eval()
 
 

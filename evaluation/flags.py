@@ -4,7 +4,7 @@ import argparse
 from common import run
 from evaluation.attacks import ATTACKS, AutoAttack
 from evaluation.names import CURVES, GRAMMAR, attack_named, canonical
-from evaluation.presets import PRESETS, PROTOCOLS
+from evaluation.presets import PRESETS, PROTOCOLS, name_of, recipe_of
 
 
 def attack(text):
@@ -161,12 +161,18 @@ def check(args):
 
 
 def titles(args):
-    """{(preset, attack): title} of the columns that the flags ask for."""
-    presets, attacks = asked(args)
+    """{(name, attack): title} of the columns that the flags ask for; names as `name_of` has them."""
+    names = [name if name == "knn" else name_of(name, recipe_of(preset_of(args, name)))
+             for name in asked(args)[0]]
+    return titles_of(names, asked(args)[1])
+
+
+def titles_of(names, attacks):
+    """{(name, attack): title} of the columns of results that are called so."""
     columns = {}
-    for preset in presets:
-        if preset == "knn":
-            columns[preset, "clean"] = "k-NN"
+    for name in names:
+        if name == "knn":
+            columns[name, "clean"] = "k-NN"
         else:
-            columns |= {(preset, attack): f"{preset} {attack}" for attack in attacks}
+            columns |= {(name, attack): f"{name} {attack}" for attack in [*attacks, "epoch"]}
     return columns

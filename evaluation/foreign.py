@@ -187,6 +187,7 @@ def load(path, args, all_branches=False):
     load_into(encoder.net, state, path)
     encoder.branch = None
     encoder.image_size = None
+    encoder.fresh = None
     return encoder.eval()
 
 

@@ -1,5 +1,6 @@
 """How classifiers are trained on frozen or whole encoders: the recipes of the papers and of the
 RobustSSL benchmark (github.com/RobustSSL)."""
+import json
 from typing import NamedTuple
 
 
@@ -7,7 +8,7 @@ class Preset(NamedTuple):
     """How a classifier is trained: rate x0.1 at `milestones`; or linear over `warmup`, then a
     cosine."""
 
-    trains: str  # "linear" (encoder frozen) or "all"
+    trains: str  # "linear" (encoder frozen), "last" (the last stage of a ResNet is not), or "all"
     loss: str  # "clean", "pgd" or "trades"
     epochs: int
     milestones: tuple  # empty: cosine to 1e-6
@@ -29,9 +30,84 @@ class Preset(NamedTuple):
     head_std: float = 0.0  # after `zero`, of the weights
     renew_norm: bool = False  # encoders.renew_norm
     batch_norm: bool = False  # a BatchNorm without affine before the classifier
-    validation: float = 0.0  # share of the training images, on which the best epoch under PGD-20 is chosen
+    pick: str = ""  # the epoch that is best on held-out images: "clean", or under "pgd20"; "": the last one
     dual: bool = False  # clean images go through BN branch "clean", attacked ones through "adv", if there are
+    fresh_last: bool = False  # encoders.renew_last_stage
+    ramp: int = 0  # steps in which the rate rises linearly, from `ramp_from` of what it would be
+    ramp_from: float = 0.0
 
+
+HELD_OUT = 0.1  # share of the training images by which an epoch is picked
+LATER = ("fresh_last", "ramp", "ramp_from")  # a recipe does not name these where they are as by default
+
+
+def recipe_of(p):
+    """Preset `p` as eval.jsonl keeps it, in plain types. Results are known again by it, so that it must not
+    change where only a field was added: what came later is named where it differs from the default. The
+    choice of an epoch was once a share of images, on which PGD-20 decided."""
+    recipe = {}
+    for name, value in p._asdict().items():
+        if name == "pick":
+            recipe["validation"] = HELD_OUT if value else 0.0
+            if value == "clean":
+                recipe["pick"] = value
+        elif name not in LATER or value != Preset._field_defaults[name]:
+            recipe[name] = value
+    return json.loads(json.dumps(recipe))
+
+
+def name_of(preset, recipe):
+    """What a result of the preset named `preset` by `recipe`, both as eval.jsonl has them, is called: the
+    preset, and what was changed of it: "mae-tune layer-decay=0.75"."""
+    changed = changes(preset, recipe)
+    return " ".join([preset, *(f"{field.replace('_', '-')}={text(value)}" for field, value in changed.items())])
+
+
+def changes(preset, recipe):
+    """{field: value} of `recipe` where it is not that of the preset named `preset`, in the order of the
+    preset's fields. A field that the recipe lacks is younger than the result, and as by default."""
+    if preset not in PRESETS or not isinstance(recipe, dict):
+        return {}
+    usual = filled(recipe_of(PRESETS[preset]))
+    found = {**usual, **filled(recipe)}
+    return {field: found[field] for field in Preset._fields if found[field] != usual[field]}
+
+
+def filled(recipe):
+    """`recipe` of eval.jsonl with the fields that it does not name."""
+    pick = "pgd20" if recipe.get("validation") else ""
+    return {**Preset._field_defaults, "pick": pick, **recipe}
+
+
+def text(value):
+    """The value of a field as the flags take it, without spaces."""
+    if isinstance(value, (list, tuple)):
+        value = ",".join(map(str, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        return f"{value:g}"
+    return str(value) or "none"
+
+
+def in_order(names):
+    """The `names` of results (see `name_of`) of one preset: that without changes first, then by value."""
+    def key(name):
+        pairs = [part.partition("=") for part in name.split()[1:]]
+        return [(field, number(value), value) for field, _, value in pairs]
+
+    return sorted(names, key=key)
+
+
+def number(value):
+    try:
+        return float(value)
+    except ValueError:
+        return 0.0
+
+
+CHEN = Preset("last", "clean", 100, (30, 50), 0.1, 3e-4, 256, False, "constant", pick="clean",
+              fresh_last=True, ramp=200, ramp_from=0.1)
 
 PRESETS = {
     # Xu & Yang 2020 (2012.13154) and its code
@@ -48,8 +124,14 @@ PRESETS = {
     # under attack is inferred
     "acl-probe": Preset("linear", "clean", 100, (), 0.1, 0.0, 512, False, "none", nesterov=True),
     "acl-aff-25": Preset("all", "trades", 25, (15, 20), 0.1, 2e-4, 128, True, "constant", uniform=False,
-                         validation=0.1),
+                         pick="pgd20"),
     "acl-aff-100": Preset("all", "trades", 100, (40, 60), 0.1, 2e-4, 128, True, "constant", uniform=False),
+    # Chen et al. 2020 (2003.12862), P x F; not stated: that a frozen trunk is in eval mode. Decay and ramp
+    # are the code's, which has F4 alone and lowers the rate at 60 and 80
+    "chen-f1": CHEN,
+    "chen-f2": CHEN._replace(loss="pgd"),
+    "chen-f3": CHEN._replace(trains="all"),
+    "chen-f4": CHEN._replace(trains="all", loss="pgd"),
     # Fan et al. 2021 (2111.01124)
     "advcl-slf": Preset("linear", "clean", 25, (15, 20), 0.01, 2e-4, 512, False, "constant"),
     # The RobustSSL benchmark, CIFAR-10. To be given by hand: for ACL and DynACL its milestones are (10,

@@ -5,7 +5,6 @@ all its numbers, the BatchNorm branch, the seed, and the contents of the data; `
 attack are in the result itself. Where key and conditions are the same, nothing is measured again.
 """
 import hashlib
-import json
 import pathlib
 import sys
 
@@ -15,8 +14,9 @@ from common import encoders, files, run
 from evaluation import foreign, table
 from evaluation.attacks import Attack, AutoAttack, DeepFool
 from evaluation.finetune import Classifier
-from evaluation.flags import OVER, titles
+from evaluation.flags import OVER, asked, titles_of
 from evaluation.names import attack_named
+from evaluation.presets import PRESETS, filled, in_order, name_of, recipe_of
 from evaluation.published import GROUPS, PUBLISHED
 
 
@@ -43,10 +43,11 @@ FORMAT = "evaluated classifier, version 1"
 
 def save_classifier(net, path, made=None, image_size=None):
     """Write the classifier: how to build it, its weights, the side of the images that it was trained
-    on, and of what it was `made`."""
+    on, of what it was `made`, the epoch that was picked, and the accuracies it was picked by."""
     files.save({"format": FORMAT, **net.encoder.recipe, "branch": net.encoder.branch, "made": made,
                 "image_size": image_size, "classes": net.head.out_features,
                 "batch_norm": isinstance(net.norm, nn.BatchNorm1d),
+                "picked_epoch": net.picked_epoch, "history": net.history,
                 "state": encoders.one_branch(net.state_dict(), net.encoder.branch)}, path)
 
 
@@ -64,6 +65,8 @@ def load_classifier(path):
         raise ValueError(f"{path}: {bad} is not finite")
     net.encoder.branch = saved["branch"]
     net.made = saved.get("made")
+    net.picked_epoch = saved.get("picked_epoch")
+    net.history = saved.get("history", [])
     net.image_size = saved.get("image_size")
     net.path = path
     return net.eval()
@@ -72,20 +75,25 @@ def load_classifier(path):
 def key_of(path, encoder, name, preset, args, shown):
     """What tells the evaluation of the encoder at `path` by preset `name` from others, but for the
     attack; plain types. `preset` is None for k-NN; `shown` are the images (sets.Sets)."""
-    recipe = preset._asdict() if preset else {"k": 200, "temperature": 0.1}
+    recipe = recipe_of(preset) if preset else {"k": 200, "temperature": 0.1}
     origin = {}
     if args.encoder:
         code = digest_of(args.encoder.rpartition(":")[0]) if ".py:" in args.encoder else None
         origin = {"network": [args.encoder, code, args.prefix, args.bn, args.mean, args.std]}
     return {"encoder": digest_of(path), **origin, "preset": name, "bn": encoder.branch, "seed": args.seed,
             "data": args.data, "image_size": shown.size, "train": shown.train_digest,
-            "recipe": json.loads(json.dumps(recipe))}
+            "recipe": recipe}
 
 
 def classifier_stem(path, encoder, name, preset):
-    """What the names of the classifier's file and pictures say: [encoder's file-]preset[-BN]."""
+    """What the names of the classifier's file and pictures say: [encoder's file-]preset[-changes][-BN]."""
     bn = "dual" if encoder.branch and preset and preset.dual else encoder.branch
     file = "" if path.name == "encoder.pt" else path.stem
+    if preset:
+        # What is changed of BatchNorm's branches is said by `bn`.
+        name = name_of(name, recipe_of(preset._replace(dual=PRESETS[name].dual))).replace(" ", "-")
+    if len(name) > 150:  # a file's may have 255
+        name = f"{name[:130]}-{digest(name.encode())}"
     return "-".join(filter(None, (file, name, bn)))
 
 
@@ -126,10 +134,11 @@ def kept_table(args, named):
     where that is nothing."""
     wanted = {name: named[name] for name in ("bn", "image_size") if name in named}
     source = digest_of(args.source) if args.source else None  # digest of the classifier
-    columns = titles(args)
+    presets, attacks = asked(args)
 
     def accept(line, attack, result):
-        return (line["preset"], attack) in columns and is_named(line, attack, result, named, source)
+        wished = attack == "clean" if line["preset"] == "knn" else attack in attacks
+        return line["preset"] in presets and wished and is_named(line, attack, result, named, source)
 
     runs = []
     paths = encoder_paths(args)
@@ -137,14 +146,17 @@ def kept_table(args, named):
     name_foreign_lines(folders)
     for path, folder in zip(paths, folders):
         for file in table.evaluated(folder) if path == folder else [path.name]:
-            runs.append((row_path(folder / file), table.read_folder(folder, file, accept, **wanted)))
+            found = table.with_epochs(table.read_folder(folder, file, accept, **wanted))
+            runs.append((row_path(folder / file), found))
     if not any(results for _, results in runs):
         lines = [line for folder in folders for line in table.measurements(folder)]
         measured = dict.fromkeys(
-            f"{line['preset']} {attack}" for line in lines for attack in table.results(line))
+            f"{name_of(line['preset'], line.get('recipe'))} {attack}" for line in lines for attack in table.results(line))
         raise ValueError("nothing was measured of what these flags name; there is "
                          f"{', '.join(measured) or 'nothing'}")
-    return table.markdown(runs, columns, GROUPS, PUBLISHED, run.FREE)
+    names = dict.fromkeys(name for _, found in runs for name, _ in found)
+    names = [name for preset in presets for name in in_order(n for n in names if n.split()[0] == preset)]
+    return table.markdown(runs, titles_of(names, attacks), GROUPS, PUBLISHED, run.FREE)
 
 
 def is_named(line, attack, result, named, source):
@@ -153,6 +165,8 @@ def is_named(line, attack, result, named, source):
     row = attack_named(attack)
     flags = line.get("flags") if isinstance(line.get("flags"), dict) else {}  # old lines say more there
     recipe = line.get("recipe") if isinstance(line.get("recipe"), dict) else {}
+    if "trains" in recipe:  # not of k-NN
+        recipe = filled(recipe)
     random = isinstance(row, (Attack, AutoAttack))
     moves = isinstance(row, (Attack, DeepFool))
     restarts = named.get("restarts", 1)

@@ -10,12 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from common import data
+from common import data, encoders
 from evaluation import attacks, corruptions, foreign
 from evaluation.attacks import Attack, AutoAttack, DeepFool, check_finite, resized
-from evaluation.finetune import held_out
+from evaluation.finetune import hold_out
 from evaluation.flags import asked, preset_of
 from evaluation.names import attack_named
+from evaluation.presets import HELD_OUT
 from evaluation.results import contents, digest, digest_of, load_classifier
 
 
@@ -81,11 +82,11 @@ def check_sets(args, sets):
         if name == "knn":
             continue
         p = preset_of(args, name)
-        held = held_out(sets.train, p)
-        if p.validation and not held:
-            raise ValueError(f"--preset {name}: holds out a {p.validation:g} of the training images, of "
+        held, rest = hold_out(sets.train, p)
+        if p.pick and not held:
+            raise ValueError(f"--preset {name}: holds out a {HELD_OUT:g} of the training images, of "
                              f"{len(sets.train)} that is none")
-        data.steps_per_epoch(len(sets.train) - held, p.batch_size)
+        data.steps_per_epoch(len(rest), p.batch_size)
         if p.augment == "reflect" and side <= 4:
             raise ValueError(f"--preset {name}: reflects 4 pixels at the edges, for which images of side "
                              f"{side} are too small; --image-size 32")
@@ -109,6 +110,9 @@ def try_encoder(path, args, env, sets):
     """Say on images of which side the encoder at `path` is judged, if that may surprise, and show it
     one: what it cannot take, or makes no finite feature of, is a ValueError now."""
     encoder = foreign.load(path, args)
+    for name in asked(args)[0]:
+        if name != "knn" and preset_of(args, name).fresh_last:
+            encoders.last_stage(encoder, f"{path}: --preset {name}")
     side = side_of(sets.test)
     if encoder.image_size:
         past = f"was pretrained at {encoder.image_size}"

@@ -11,6 +11,7 @@ import statistics
 from typing import NamedTuple
 
 from common import files
+from evaluation.presets import name_of as name_of_result
 
 
 def lines(path):
@@ -71,9 +72,9 @@ def measurements(folder):
 
 
 def read_folder(folder, file="encoder.pt", accept=None, **wanted):
-    """{(preset, attack): result} that eval.jsonl in `folder` holds of the encoder in `file` there: of
-    lines and results that agree with `wanted` and for which accept(line, attack, result), if given, is
-    true.
+    """{(name, attack): result} that eval.jsonl in `folder` holds of the encoder in `file` there, names as
+    `presets.name_of` has them: of lines and results that agree with `wanted` and for which accept(line,
+    attack, result), if given, is true.
 
     Raises FileNotFoundError where there is no eval.jsonl, and ValueError where something was measured
     twice in different ways."""
@@ -91,7 +92,7 @@ def read_folder(folder, file="encoder.pt", accept=None, **wanted):
             condition = {name: both.get(name) for name in (
                 "encoder", "network", "bn", "data", "image_size", "seed", "recipe", "train", "test", "images",
                 "settings", "restarts", "source", "files", "batch_size")}
-            name = line["preset"], attack
+            name = name_of_result(line["preset"], line.get("recipe")), attack
             first = conditions.setdefault(name, condition)
             differ = [key for key in condition if condition[key] != first[key]]
             if differ:
@@ -100,6 +101,14 @@ def read_folder(folder, file="encoder.pt", accept=None, **wanted):
                                  "eval.jsonl")
             chosen[name] = result
     return chosen
+
+
+def with_epochs(results):
+    """`results` {(name, attack): result}, and under (name, "epoch") the epoch that was picked, where one
+    was."""
+    epochs = {(name, "epoch"): {"epoch": result["picked_epoch"]} for (name, _), result in results.items()
+              if is_number(result.get("picked_epoch"))}
+    return {**results, **epochs}
 
 
 def is_folder(path):
@@ -155,7 +164,7 @@ def rows(paths, free):
 
 def markdown(runs, columns, groups, published, free):
     """The table of `runs`, pairs of a path (see `Run`) and its results {column: {"accuracy",
-    "stderr"}}.
+    "stderr"}}, or {"epoch"}.
 
     Each run's script, flags and time are in the folder's log.jsonl. Runs that differ in their seed, or
     in flags of the set `free`, are one row: mean ± standard deviation. One alone has its standard error
@@ -222,13 +231,13 @@ def group_of(run, groups):
 
 
 def cell(results, seeds=1):
-    values = [found["accuracy"] for found in results]
+    values = [found["epoch"] if "epoch" in found else found["accuracy"] for found in results]
     if not values:
         return ""
     if len(values) > 1:
         text = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
     else:
-        text = f"{values[0]:.2f}"
+        text = str(values[0]) if "epoch" in results[0] else f"{values[0]:.2f}"
         if is_number(results[0].get("stderr")):
             text += f" ({results[0]['stderr']:.2f})"
     return text + "†" * any(doubtful(found) for found in results) + (

@@ -37,7 +37,7 @@ def tests_of(path):
     if (ROOT / path).parent == ROOT and name not in ("eval", "plot"):
         found += [(test, name) for test in SHARED if (ROOT / "tests" / test).exists()]
     if path.startswith("evaluation/") or name == "eval":
-        found += [(test, None) for test in ("test_eval.py", "test_eval_faults.py") if (test, None) not in found]
+        found += [(test, None) for test in ("test_presets.py", "test_eval.py", "test_eval_faults.py") if (test, None) not in found]
     for more in MORE.get(path, ()):
         found.append((more, None))
     return found
@@ -47,9 +47,9 @@ MORE = {
     "adpe.py": ("test_encoders.py",),
     "common/augment.py": ("test_data.py", "test_data_faults.py"),
     "common/bank.py": ("test_step_amoc.py", "test_step_adco.py"),
-    "common/data.py": ("test_augment.py", "test_faults.py"),
+    "common/data.py": ("test_augment.py", "test_faults.py", "test_presets.py"),
     "common/dist.py": ("test_run.py", "test_faults.py", "test_all_scripts.py"),
-    "common/encoders.py": ("test_export.py",),
+    "common/encoders.py": ("test_export.py", "test_presets.py"),
     "common/files.py": ("test_faults.py",),
     "common/log.py": ("test_run.py", "test_faults.py", "test_wiring.py"),
     "common/optim.py": ("test_wiring.py", "test_step_rocl.py"),

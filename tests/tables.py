@@ -11,7 +11,9 @@ def presets():
     losses = {"clean": "clean images", "pgd": "PGD-10 images", "trades": "TRADES"}
     for name, p in PRESETS.items():
         schedule = f", ×0.1 at {', '.join(map(str, p.milestones))}" if p.milestones else ", cosine"
-        trains = "the linear layer" if p.trains == "linear" else "everything"
+        trains = {"linear": "the linear layer", "last": "the last stage, anew", "all": "everything"}[p.trains]
+        if p.fresh_last and p.trains == "all":
+            trains += ", the last stage anew"
         rows.append(f"| `{name}` | {trains} | {losses[p.loss]} | {p.epochs} | {p.lr:g}{schedule} ({p.optimizer}) "
                     f"| {p.batch_size} | {p.augment} |")
     return "\n".join(rows)

@@ -16,6 +16,7 @@ from evaluation.flags import check
 from tests.recipes import A, X, Z
 from tests.scripts import tiny_npz
 
+SHORT = "epochs=1-milestones=none-batch-size=16"  # what run_main changes, as it is in the names of files
 x, y, W = X(4, 3, 8, 8), torch.arange(4), 0.1 * Z(5, 192)
 
 
@@ -141,8 +142,10 @@ def test_the_epoch_that_is_best_on_held_out_training_images_is_taken(monkeypatch
     scores, states, held, taught = iter([10, 60, 60, 20]), [], [], []
     batches = data.batches
 
-    def judge(net, images, attack, seed):
-        assert attack == attacks.ATTACKS["pgd20"]
+    def judge(net, images, attack=None, seed=0, limit=None):
+        if not attack:
+            return {"accuracy": 7}
+        assert attack == attacks.ATTACKS["pgd20"] and limit is None
         held.append(images), states.append({k: v.clone() for k, v in net.state_dict().items()})
         return {"accuracy": next(scores)}
 
@@ -164,15 +167,15 @@ def test_the_epoch_that_is_best_on_held_out_training_images_is_taken(monkeypatch
 
 def test_learning_rate_steps_and_cosine():
     p = presets.PRESETS["amoc-slf"]
-    assert [finetune.lr_at(p, e, e) for e in (0, 14, 15, 20)] == pytest.approx([0.1, 0.1, 0.01, 0.001])
+    assert [finetune.lr_at(p, e, e, e) for e in (0, 14, 15, 20)] == pytest.approx([0.1, 0.1, 0.01, 0.001])
     p = presets.PRESETS["acl-probe"]
-    assert [finetune.lr_at(p, 0, t) for t in (0, 50, 100)] == pytest.approx([0.1, (0.1 + 1e-6) / 2, 1e-6])
+    assert [finetune.lr_at(p, 0, t, t) for t in (0, 50, 100)] == pytest.approx([0.1, (0.1 + 1e-6) / 2, 1e-6])
 
 
 @pytest.mark.parametrize("epoch, lr", [
     (0, 0), (2.5, 0.001), (5, 0.002), (28.75, 0.00170725), (52.5, 0.0010005), (100, 1e-6)])
 def test_fine_tuning_rate_equals_printed_values(epoch, lr):
-    assert finetune.lr_at(presets.PRESETS["mae-tune"], int(epoch), epoch) == pytest.approx(lr, rel=1e-5)
+    assert finetune.lr_at(presets.PRESETS["mae-tune"], int(epoch), epoch, epoch) == pytest.approx(lr, rel=1e-5)
 
 
 def test_fine_tuning_groups_are_maes():
@@ -263,7 +266,9 @@ def test_the_command_fine_tunes_a_vit_and_its_classifier_can_be_loaded(tmp_path,
     assert [line["preset"] for line in lines] == 2 * ["mae-tune"] + 2 * ["mae-slf-cifar"] + ["knn"]
     assert lines[0]["recipe"]["warmup"] == 1 and lines[0]["recipe"]["layer_decay"] == 0.65
     images = data.load(str(tmp_path / "tiny.npz"), split="test")
-    for name, line in zip(("mae-tune", "mae-slf-cifar"), lines[::2]):
+    names = ("mae-tune-epochs=2-lr=0.01-batch-size=16-warmup=1",
+             "mae-slf-cifar-epochs=2-milestones=none-lr=0.01-batch-size=16-warmup=1-mixup=0.8")
+    for name, line in zip(names, lines[::2]):
         net = command.load_classifier(tmp_path / f"classifier-{name}.pt")
         assert attacks.judge(net, images)["accuracy"] == line["results"]["clean"]["accuracy"]
 
@@ -352,7 +357,7 @@ def test_the_command_writes_a_line_for_each_figure_a_row_and_a_classifier(export
     cells = [f"{found['accuracy']:.2f} ({found['stderr']:.2f})" for found in results]
     assert last_row(capsys).removesuffix(" |").split(" | ")[3:] == cells
 
-    net = command.load_classifier(exported / "classifier-amoc-slf-adv.pt")
+    net = command.load_classifier(exported / f"classifier-amoc-slf-{SHORT}-adv.pt")
     assert not net.training and net.encoder.branch == "adv"
     images = data.load(str(exported / "tiny.npz"), split="test")
     assert attacks.judge(net, images)["accuracy"] == results[1]["accuracy"]
@@ -447,7 +452,7 @@ def test_under_restarts_the_worst_counts_image_by_image(monkeypatch):
 
 def test_a_transferred_attack_is_made_on_its_source(exported, tmp_path):
     lines = run_main(exported, "--preset", "amoc-slf", "--attacks", "clean", "pgd20")
-    source = str(exported / "classifier-amoc-slf-adv.pt")
+    source = str(exported / f"classifier-amoc-slf-{SHORT}-adv.pt")
     flags = ["--preset", "amoc-slf", "--attacks", "clean", "pgd20", "--source", source]
     (line,) = run_main(exported, *flags)[len(lines):]  # "clean" has no source, and is there
     assert line["results"]["pgd20"]["source"] == results.digest(open(source, "rb").read())
@@ -502,7 +507,7 @@ def test_the_command_measures_corruptions_and_a_curve_and_draws(exported):
     assert [attack for found in curve for attack in found] == list(attacks.CURVE)
     radii = [getattr(attacks.ATTACKS.get(a), "eps", 0) * 255 for a in attacks.CURVE]
     assert radii == pytest.approx([0, 1, 2, 4, 6, 8, 12, 16])
-    picture = torchvision.io.read_image(str(exported / "attacked-amoc-slf-adv-pgd20.png"))
+    picture = torchvision.io.read_image(str(exported / f"attacked-amoc-slf-{SHORT}-adv-pgd20.png"))
     assert picture.shape[1] == 3 * (4 * 32 + 2) + 28 and picture.shape[2] > 5 * (4 * 32 + 2)  # a key, names
 
 
@@ -602,7 +607,7 @@ def test_a_classifier_that_cannot_be_read_is_named(exported, content, words):
 
 def test_a_missing_tensor_is_named(exported):
     run_main(exported, "--preset", "amoc-slf", "--attacks", "clean")
-    path = exported / "classifier-amoc-slf-adv.pt"
+    path = exported / f"classifier-amoc-slf-{SHORT}-adv.pt"
     saved = torch.load(path, weights_only=True)
     del saved["state"]["head.bias"]
     torch.save(saved, path)
@@ -648,6 +653,10 @@ rocl-alf         linear pgd    150 30,50,100   0.1  5e-4  1024 default none
 acl-probe        linear clean  100 cosine      0.1  0      512 default none
 acl-aff-25       all    trades  25 15,20       0.1  2e-4   128 zero    constant
 acl-aff-100      all    trades 100 40,60       0.1  2e-4   128 zero    constant
+chen-f1          last   clean  100 30,50       0.1  3e-4   256 default constant
+chen-f2          last   pgd    100 30,50       0.1  3e-4   256 default constant
+chen-f3          all    clean  100 30,50       0.1  3e-4   256 default constant
+chen-f4          all    pgd    100 30,50       0.1  3e-4   256 default constant
 advcl-slf        linear clean   25 15,20       0.01 2e-4   512 default constant
 robustssl-slf    linear clean   25 15,20       0.01 2e-4   512 zero    constant
 robustssl-alf    linear pgd     25 15,20       0.01 2e-4   512 zero    constant
@@ -659,7 +668,8 @@ mae-slf-cifar    linear clean   25 15,20       0.1  0      128 zero    constant
 """
 GAUSSIAN_START = ["acl-aff-25", "acl-aff-100", "robustssl-aff"]
 MORE = {
-    "rocl-alf": {"step_size": 0.007}, "acl-probe": {"nesterov": True}, "acl-aff-25": {"validation": 0.1},
+    "rocl-alf": {"step_size": 0.007}, "acl-probe": {"nesterov": True}, "acl-aff-25": {"pick": "pgd20"},
+    **{f"chen-f{i}": {"pick": "clean", "fresh_last": True, "ramp": 200, "ramp_from": 0.1} for i in (1, 2, 3, 4)},
     "robustssl-aff": {"dual": True},
     "mae-tune": {"optimizer": "adamw", "warmup": 5, "layer_decay": 0.65, "drop_path": 0.1, "smoothing": 0.1,
                  "mixup": 0.8, "cutmix": 1.0, "head_std": 2e-5, "renew_norm": True},
@@ -670,7 +680,7 @@ MORE = {
 BY_DEFAULT = {
     "step_size": 2 / 255, "nesterov": False, "optimizer": "sgd", "warmup": 0, "layer_decay": 1.0, "drop_path": 0.0,
     "smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "head_std": 0.0, "renew_norm": False, "batch_norm": False,
-    "validation": 0.0, "dual": False}
+    "pick": "", "dual": False, "fresh_last": False, "ramp": 0, "ramp_from": 0.0}
 
 
 def typed():
@@ -688,7 +698,7 @@ TYPED = dict(typed())
 
 def test_the_presets_are_those_of_the_papers():
     assert {name: p._asdict() for name, p in presets.PRESETS.items()} == TYPED
-    assert len(TYPED) == 19
+    assert len(TYPED) == 23
 
 
 def test_the_attacks_are_those_of_the_papers():
@@ -716,7 +726,7 @@ def test_the_attacks_are_those_of_the_papers():
 
 FALLS = {  # what remains of the rate in the epochs up to, and from, each
     (25, (15, 20)): [1] * 15 + [0.1] * 5 + [0.01] * 5, (40, (30, 35)): [1] * 30 + [0.1] * 5 + [0.01] * 5,
-    (100, (40, 60)): [1] * 40 + [0.1] * 20 + [0.01] * 40,
+    (100, (40, 60)): [1] * 40 + [0.1] * 20 + [0.01] * 40, (100, (30, 50)): [1] * 30 + [0.1] * 20 + [0.01] * 50,
     (150, (30, 50, 100)): [1] * 30 + [0.1] * 20 + [0.01] * 50 + [0.001] * 50}
 
 
@@ -732,7 +742,10 @@ def test_the_rate_of_every_preset_in_every_epoch(name):
                 want = row["lr"] * t / warm
             else:
                 want = 1e-6 + (row["lr"] - 1e-6) * (1 + math.cos(math.pi * (t - warm) / (row["epochs"] - warm))) / 2
-            assert finetune.lr_at(p, epoch, t) == pytest.approx(want, rel=1e-9), (epoch, part)
+            step = 150 * t  # where an epoch has so many
+            if step < row["ramp"]:
+                want *= 0.1 + 0.9 * step / 200
+            assert finetune.lr_at(p, epoch, t, step) == pytest.approx(want, rel=1e-9), (epoch, part)
 
 
 class Wavy64(nn.Module):
@@ -783,7 +796,7 @@ def test_the_training_attack_of_a_preset_equals_a_slow_loop(name):
 class Spy(nn.Module):
     """An encoder that notes, at each query, its mode, the head's, and whether its weights want a gradient."""
 
-    dim, branch, recipe = 4, None, {}
+    dim, branch, recipe = 4, None, {"arch": "spy"}
 
     def __init__(self):
         super().__init__()
@@ -791,8 +804,12 @@ class Spy(nn.Module):
         self.bn1 = nn.BatchNorm2d(4)
 
     def forward(self, x):
-        self.queries.append((self.training, self.net[0].training, self.conv1.weight.requires_grad))
+        self.queries.append((self.training, self.net[0].training, self.conv1.weight.requires_grad,
+                             self.bn1.training, self.bn1.weight.requires_grad))
         return self.bn1(self.conv1(x)).mean((2, 3))
+
+    def last_stage(self):
+        return [self.bn1]
 
 
 @pytest.mark.parametrize("name", TYPED)
@@ -802,13 +819,14 @@ def test_the_modes_of_training_and_whose_weights_move(name):
     net = finetune.Classifier(encoder, 3, row["batch_norm"])
     encoder.net.append(net)
     p = presets.PRESETS[name]._replace(
-        epochs=1, milestones=(), warmup=0, batch_size=16, validation=0.0, dual=False)
+        epochs=1, milestones=(), warmup=0, batch_size=16, pick="", dual=False)
     command.train(net, coloured(16), p, seed=0)
     everything = row["trains"] == "all"
+    last = row["trains"] != "linear"
     attack = {"clean": 0, "pgd": 10, "trades": 11}[row["loss"]]
     update = 2 if row["loss"] == "trades" else 1
-    in_attack = (False, False, everything)
-    in_update = (everything, True, everything)
+    in_attack = (False, False, everything, False, last)
+    in_update = (everything, True, everything, last, last)
     assert encoder.queries == attack * [in_attack] + update * [in_update]
     assert not net.training and not encoder.training
 
@@ -832,8 +850,8 @@ def test_each_step_has_the_rate_of_its_epoch_and_the_optimizer_of_the_preset(nam
     row, net = TYPED[name], finetune.Classifier(encoders.make("slim"), 3)
     falls = (1,) if row["milestones"] else ()
     warm = min(1, row["warmup"])
-    p = presets.PRESETS[name]._replace(epochs=2, milestones=falls, warmup=warm, batch_size=8, validation=0.0,
-                                          dual=False, lr=1e-3)
+    p = presets.PRESETS[name]._replace(epochs=2, milestones=falls, warmup=warm, batch_size=8, pick="",
+                                          dual=False, lr=1e-3, ramp=0)
     command.train(net, coloured(16), p, seed=0)
     half = 1e-6 + (1e-3 - 1e-6) * (1 + math.cos(math.pi / 2)) / 2
     three = [1e-6 + (1e-3 - 1e-6) * (1 + math.cos(math.pi * t / 4)) / 2 for t in range(4)]
@@ -919,7 +937,18 @@ def test_mixed_images_and_labels_reach_the_loss(monkeypatch, mixup, cutmix):
 def test_a_tenth_is_held_out_and_only_where_the_preset_says_so(n, held):
     images = data.Images(torch.zeros(n, 3, 1, 1, dtype=torch.uint8), torch.zeros(n).long(), 2)
     for name, p in presets.PRESETS.items():
-        assert finetune.held_out(images, p) == (held if name == "acl-aff-25" else 0)
+        kept, rest = finetune.hold_out(images, p)
+        if name == "acl-aff-25" or name.startswith("chen-"):
+            assert len(kept) == held and sorted([*kept.rows, *rest.rows]) == list(range(n))
+            assert kept.rows.tolist() == data.fixed_order(n)[:held]
+        else:
+            assert kept is None and rest is images
+
+
+def test_a_share_that_leaves_nothing_to_train_on_is_refused():
+    for share in (-0.1, 1, 1.5):
+        with pytest.raises(ValueError, match="must be from 0 to below 1"):
+            data.hold_out(coloured(10), share)
 
 
 # ----------------------------------------------------------------------------------------------------------

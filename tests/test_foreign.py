@@ -163,8 +163,8 @@ def test_the_command_judges_it_and_its_classifier_loads(spec, tmp_path, monkeypa
     lines = [json.loads(line) for line in open("eval.jsonl")]
     code = results.digest_of("mine.py") if spec == "mine.py:make" else None
     assert len(lines) == 2 and lines[0]["network"] == [spec, code, "", None, None, None]
-    net = results.load_classifier("classifier-weights-amoc-slf.pt")
-    kept = results.load_classifier("classifier-weights-amoc-slf.pt")
+    net = results.load_classifier("classifier-weights-amoc-slf-epochs=1-milestones=none-batch-size=16.pt")
+    kept = results.load_classifier("classifier-weights-amoc-slf-epochs=1-milestones=none-batch-size=16.pt")
     x = data.load(images, split="test").x[:4] / 255
     assert isinstance(net, finetune.Classifier) and torch.equal(net(x), kept(x))
     command.main(["weights.pth", "--encoder", spec, "--data", images, "--attacks", "clean", "pgd20-1", *PROBE])
