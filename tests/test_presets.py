@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import eval as command
-from common import data, encoders, files
+from common import data, encoders
 from evaluation import attacks, finetune, presets, results, table
 from tests.scripts import tiny_npz
 
