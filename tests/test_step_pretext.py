@@ -8,7 +8,7 @@ from torch import nn
 
 import pretext
 from tests import steps
-from tests.scripts import named
+from tests.scripts import TINY, named, tiny_npz
 
 B = 3  # images a step
 EPS, STEP_SIZE, STEPS = 40 / 255, 25 / 255, 3
@@ -198,3 +198,28 @@ def test_a_run_hands_the_step_what_the_method_starts_with(monkeypatch, tmp_path,
     assert len(seen["targets"]) == len(tasks) and seen["tasks"] == tasks
     if tasks == ["rotation"]:
         assert seen["targets"][0].bincount().tolist() == [4, 4, 4, 4]
+
+
+def test_every_step_of_a_run_has_its_rate_and_images_targets_and_noise_of_its_own(monkeypatch, tmp_path):
+    seen = []
+    step = pretext.train_step
+
+    def train_step(net, opt, x, targets, noise, **settings):
+        rates = {group["lr"] for group in opt.param_groups}
+        seen.append((rates, x.clone(), [target.clone() for target in targets], noise.clone(), settings))
+        return step(net, opt, x, targets, noise, **settings)
+
+    monkeypatch.setattr(pretext, "train_step", train_step)
+    flags = ["--lr", "0.02", "--final-lr", "0.004", "--ramp", "2", "--lam", "-0.2", "--clean-weight", "0.3", "--eps", "6",
+             "--step-size", "3", "--steps", "1", "--pool-layers", "1", "--held-out", "0", "--image-size", "16"]
+    pretext.main([*TINY, *flags, "--data", tiny_npz(tmp_path / "d.npz"), "--out", str(tmp_path / "run")])
+    cosine = [0.004 + 0.016 * (1 + math.cos(math.pi * i / 6)) / 2 for i in range(6)]
+    assert [rate for rates, *_ in seen for rate in rates] == pytest.approx([0.002, 0.011, *cosine[2:]])
+    for i, (_, x, targets, noise, settings) in enumerate(seen):
+        assert len(x) == 3 * (16 if i % 3 < 2 else 12) and noise.shape == (len(x), 3 * 16 * 16)
+        assert settings == dict(tasks=["selfie", "rotation", "jigsaw"], lam=-0.2, clean_weight=0.3, double_softmax=False,
+                                eps=6 / 255, step_size=3 / 255, steps=1, sigma=None)
+        for _, other_x, other_targets, other_noise, _ in seen[:i]:
+            assert not torch.equal(noise[0], other_noise[0]) and not torch.equal(x[:8], other_x[:8])
+            assert not torch.equal(targets[0], other_targets[0])
+        assert len(noise.unique(dim=0)) == len(noise)  # each image of each task has its own
