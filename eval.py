@@ -36,6 +36,7 @@ MAE's recipe also has RandAugment and random erasing, which are not here.
     python eval.py runs/adv_mae/encoder.pt --preset mae-tune-cifar mae-slf-cifar
     python eval.py runs/amoc/encoder.pt --data stl10 --image-size 32     another data set than its own
     python eval.py runs/amoc/encoder.pt --attacks curve c-like --pictures
+    python eval.py runs/amoc/encoder.pt --test-data cifar10.1_v6_data.npy   other test images too
     python eval.py runs/amoc/encoder.pt --attacks pgd20 --source runs/rocl/classifier-amoc-slf.pt    transfer
     python eval.py results/cifar10-jpeg/* --kept --preset amoc-slf       the table of what was measured
     python eval.py weights.pth --encoder torchvision:resnet18 --prefix module.backbone.    another program's
@@ -192,12 +193,13 @@ def kept_or_trained(encoder, file, key, preset, images):
     return net
 
 
-def evaluate(path, name, args, env, shown, source=None):
-    """Every attack that is asked for on the encoder at `path` by preset `name`: {(name, attack):
-    result}.
+def evaluate(path, name, args, env, shown, source=None, others=()):
+    """Every attack that is asked for on the encoder at `path` by preset `name`: {column: result}, see
+    table.column.
 
-    `shown` are the images (sets.Sets). What eval.jsonl holds is not measured again; what is
-    measured goes there at once.
+    `shown` are the images (sets.Sets), `others` the same with other test images, on which the same
+    classifier is judged too. What eval.jsonl holds is not measured again; what is measured goes there at
+    once.
     """
     preset = None if name == "knn" else flags.preset_of(args, name)
     encoder = foreign.load(path, args, all_branches=preset is not None and preset.dual)
@@ -207,21 +209,25 @@ def evaluate(path, name, args, env, shown, source=None):
     stem = results.classifier_stem(path, encoder, name, preset)
     net = None
     measured = {}
-    for attack in flags.asked(args)[1] if preset else ["clean"]:
+    todo = [(judged, attack) for judged in (shown, *others)
+            for attack in flags.attacks_on(args, name, judged.test_data)]
+    for judged, attack in todo:
         began = time.time()
-        conditions = sets.conditions(attack, args, shown, source)
+        conditions = sets.conditions(attack, args, judged, source)
         result = table.find(path.parent / "eval.jsonl", key, attack, conditions, path.name)
         row = attacks.ATTACKS.get(attack)
-        picture = preset and args.pictures and isinstance(row, (attacks.Attack, attacks.DeepFool))
+        drawn = isinstance(row, (attacks.Attack, attacks.DeepFool)) and not judged.test_data
+        picture = preset and args.pictures and drawn
         if preset and not net and (picture or not result):
             file = path.parent / f"classifier-{stem}.pt"
             net = kept_or_trained(encoder, file, key, preset, shown.train)
         if not result:
             if preset:
-                result = sets.measure(net, shown.test, attack, args, conditions, source)
+                result = sets.measure(net, judged, attack, args, conditions, source)
             else:
-                accuracy = knn.knn(encoder, shown.train, shown.test, **key["recipe"])
-                result = attacks.score(accuracy, len(shown.test))
+                among = {"present": judged.present} if judged.present else {}
+                accuracy = knn.knn(encoder, shown.train, judged.test, **key["recipe"], **among)
+                result = attacks.score(accuracy, len(judged.test))
             warnings = result.get("warnings", [])
             if conditions["source"]:
                 warnings = warnings + sets.doubts_of(source, args, shown)
@@ -233,11 +239,12 @@ def evaluate(path, name, args, env, shown, source=None):
                           "epoch": "best on held-out images" if preset and preset.validation else "last",
                           "seconds": round(time.time() - began, 1), **header(args, env)}
             files.append_json_line(path.parent / "eval.jsonl", line)
-        measured[name, attack] = result
-        print(f"{path} {name} {attack}: {table.cell([result])}", flush=True)
+        measured[table.column(name, attack, judged.test_data)] = result
+        where = f" on {judged.test_data}" if judged.test_data else ""
+        print(f"{path} {name} {attack}{where}: {table.cell([result])}", flush=True)
         if picture:
             picture_path = path.parent / f"attacked-{stem}-{attack}.png"
-            attacks.pictures(picture_path, net, shown.test, row, args.seed, source and source.net)
+            attacks.pictures(picture_path, net, judged.test, row, args.seed, source and source.net)
     return measured
 
 
@@ -262,12 +269,14 @@ def measured_table(args, named):
         print(foreign.describe(args))
     source = sets.load_source(args, env.device)
     of_size = {}
+    others = {}
     for path, size in sizes.items():
         if size not in of_size:
             of_size[size] = sets.load_sets(args, env.device, size)
             sets.check_sets(args, of_size[size])
             sets.doubts_of(source, args, of_size[size])
             print(sets.describe(args, of_size[size]))
+            others[size] = sets.load_others(args, env.device, of_size[size])
         sets.try_encoder(path, args, env, of_size[size])
     presets, asked = flags.asked(args)
     if "knn" in presets and "attacks" in named and asked != ["clean"]:
@@ -276,7 +285,7 @@ def measured_table(args, named):
     for path, size in sizes.items():
         measured = {}
         for name in presets:
-            measured |= evaluate(path, name, args, env, of_size[size], source)
+            measured |= evaluate(path, name, args, env, of_size[size], source, others[size])
         runs.append((results.row_path(path), measured))
     return "\n" + table.markdown(runs, flags.titles(args), GROUPS, PUBLISHED, run.FREE)
 

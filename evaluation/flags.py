@@ -1,8 +1,10 @@
 """What the flags of eval.py ask for."""
 import argparse
+import pathlib
 
 from common import run
-from evaluation.attacks import ATTACKS, CURVE, AutoAttack
+from evaluation import table
+from evaluation.attacks import ATTACKS, CURVE, AutoAttack, Corruptions
 from evaluation.presets import PRESETS, PROTOCOLS
 
 
@@ -30,6 +32,9 @@ def parser(doc):
     p.add_argument("--std", type=run.number(above=0), nargs=3, metavar=("R", "G", "B"))
     p.add_argument("--data", default="cifar10", type=run.path,
                    help="cifar10, cifar100, stl10, shapes, an .npz, a folder")
+    p.add_argument("--test-data", nargs="+", default=[], type=run.path, metavar="PATH",
+                   help="other test sets, on which the classifier is judged too: .npz, *_data.npy, "
+                   "folders of class folders")
     p.add_argument("--data-dir", default="data", type=run.path,
                    help="where torchvision's files are, or go, and CIFAR-10-C")
     p.add_argument("--limit", type=whole, help="train on the first so many images of a fixed shuffle")
@@ -86,6 +91,30 @@ def asked(args):
     return list(dict.fromkeys(presets or ["amoc-slf"])), list(dict.fromkeys(attacks))
 
 
+def attacks_on(args, preset, test_data=None):
+    """The attacks that are asked for with `preset` on the data's own test images, or on the test set at
+    `test_data`: k-NN is not attacked, and of no other test set there are public corruptions."""
+    names = ["clean"] if preset == "knn" else asked(args)[1]
+    return [name for name in names if not (test_data and is_public(name))]
+
+
+def is_public(attack):
+    """Whether `attack`, a name, is corruptions of public files."""
+    row = ATTACKS.get(attack)
+    return isinstance(row, Corruptions) and row.public
+
+
+def test_names(args):
+    """{path: name} of the other test sets: the last part of the path, or all of it where two agree in
+    that."""
+    names = {}
+    for path in args.test_data:
+        name = pathlib.PurePath(path).name
+        names[path] = name.removesuffix(".npz").removesuffix("_data.npy") or path
+    taken = list(names.values())
+    return {path: name if taken.count(name) == 1 else path for path, name in names.items()}
+
+
 def preset_of(args, name):
     """Preset `name` with what the flags change."""
     changes = {flag: getattr(args, flag) for flag in OVER if getattr(args, flag) is not None}
@@ -101,9 +130,13 @@ def check(args):
     presets, attacks = asked(args)
     if args.kept:
         return
-    if "c" in attacks and args.data not in ("cifar10", "cifar100"):
-        raise ValueError(f"--attacks c: there is a CIFAR-10-C and a CIFAR-100-C, but none of {args.data}; "
-                         "c-like works for all of side 32")
+    for name in attacks:
+        if is_public(name) and args.data not in ("cifar10", "cifar100"):
+            raise ValueError(f"--attacks {name}: there is a CIFAR-10-C and a CIFAR-100-C, but none of "
+                             f"{args.data}; c-like works for all of side 32")
+    if args.test_data and all(is_public(name) for name in attacks) and "knn" not in presets:
+        raise ValueError(f"--test-data: of other test sets there are no public corruptions, --attacks "
+                         f"{' '.join(attacks)}; take c-like")
     if not args.encoder and (args.prefix or args.mean or args.std):
         raise ValueError("--prefix, --mean and --std go with --encoder")
     if (args.mean is None) != (args.std is None):
@@ -140,11 +173,10 @@ def check(args):
 
 def titles(args):
     """{(preset, attack): title} of the columns that the flags ask for."""
-    presets, attacks = asked(args)
     columns = {}
-    for preset in presets:
-        if preset == "knn":
-            columns[preset, "clean"] = "k-NN"
-        else:
-            columns |= {(preset, attack): f"{preset} {attack}" for attack in attacks}
+    for preset in asked(args)[0]:
+        for test_data, name in {None: None, **test_names(args)}.items():
+            for attack in attacks_on(args, preset, test_data):
+                title = "k-NN" if preset == "knn" else f"{preset} {attack}"
+                columns[table.column(preset, attack, test_data)] = f"{title}, {name}" if name else title
     return columns

@@ -128,7 +128,8 @@ def kept_table(args, named):
     columns = titles(args)
 
     def accept(line, attack, result):
-        return (line["preset"], attack) in columns and is_named(line, attack, result, named, source)
+        column = table.column(line["preset"], attack, result.get("test_data"))
+        return column in columns and is_named(line, attack, result, named, source)
 
     runs = []
     paths = encoder_paths(args)
@@ -136,11 +137,13 @@ def kept_table(args, named):
     name_foreign_lines(folders)
     for path, folder in zip(paths, folders):
         for file in table.evaluated(folder) if path == folder else [path.name]:
-            runs.append((row_path(folder / file), table.read_folder(folder, file, accept, **wanted)))
+            found = table.read_folder(folder, file, accept, others=True, **wanted)
+            runs.append((row_path(folder / file), found))
     if not any(results for _, results in runs):
         lines = [line for folder in folders for line in table.measurements(folder)]
         measured = dict.fromkeys(
-            f"{line['preset']} {attack}" for line in lines for attack in table.results(line))
+            " ".join(table.column(line["preset"], attack, result.get("test_data")))
+            for line in lines for attack, result in table.results(line).items())
         raise ValueError("nothing was measured of what these flags name; there is "
                          f"{', '.join(measured) or 'nothing'}")
     return table.markdown(runs, columns, GROUPS, PUBLISHED, run.FREE)
@@ -166,7 +169,10 @@ def is_named(line, attack, result, named, source):
         return False
     images = result.get("images", line.get("test_images"))
     limits = [named[name] for name in ("test_limit", "aa_limit") if name in named]
-    if not isinstance(row, AutoAttack):
+    if result.get("test_data"):  # which may have fewer images than the limit
+        if limits and not (table.is_number(images) and images <= limits[0]):
+            return False
+    elif not isinstance(row, AutoAttack):
         if "test_limit" in named and images != named["test_limit"]:
             return False
     elif "aa_limit" in named:

@@ -55,6 +55,11 @@ def find(path, key, attack, conditions, file="encoder.pt"):
     return None
 
 
+def column(preset, attack, test_data=None):
+    """The name of a column: a pair; for results on another test set, given by --test-data, a triple."""
+    return (preset, attack, test_data) if test_data else (preset, attack)
+
+
 def evaluated(folder):
     """The names of the encoders' files of which eval.jsonl in `folder` holds results. Raises
     FileNotFoundError where there is none."""
@@ -70,10 +75,10 @@ def measurements(folder):
     return [line for line in lines(path) if results(line)]
 
 
-def read_folder(folder, file="encoder.pt", accept=None, **wanted):
+def read_folder(folder, file="encoder.pt", accept=None, others=False, **wanted):
     """{(preset, attack): result} that eval.jsonl in `folder` holds of the encoder in `file` there: of
     lines and results that agree with `wanted` and for which accept(line, attack, result), if given, is
-    true.
+    true. With `others` results on other test sets count too, as {(preset, attack, test_data): result}.
 
     Raises FileNotFoundError where there is no eval.jsonl, and ValueError where something was measured
     twice in different ways."""
@@ -83,6 +88,8 @@ def read_folder(folder, file="encoder.pt", accept=None, **wanted):
         if file_of(line) != file:
             continue
         for attack, result in results(line).items():
+            if result.get("test_data") and not others:
+                continue
             both = {**line, **result}
             if any(both.get(name) != value for name, value in wanted.items()):
                 continue
@@ -91,7 +98,7 @@ def read_folder(folder, file="encoder.pt", accept=None, **wanted):
             condition = {name: both.get(name) for name in (
                 "encoder", "network", "bn", "data", "image_size", "seed", "recipe", "train", "test", "images",
                 "settings", "restarts", "source", "files", "batch_size")}
-            name = line["preset"], attack
+            name = column(line["preset"], attack, result.get("test_data"))
             first = conditions.setdefault(name, condition)
             differ = [key for key in condition if condition[key] != first[key]]
             if differ:
