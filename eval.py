@@ -22,8 +22,8 @@ without TF32.
 
 Attacks (evaluation/attacks.py) have names: pgd20 is 20 steps at linf 8/255, pgd20-4 at 4/255,
 pgd50-l2-amoc is 50 steps in l2 as in AMOC's paper, aa is AutoAttack, curve is pgd20 at eight radii,
-and c and c-like are corruptions, no attack. PGD alone flatters: on the papers' frozen encoders it
-reads 4 to 11 points above AutoAttack. With each AutoAttack comes a check that its figure means
+and c, c19, c-like and c17-like are corruptions, no attack. PGD alone flatters: on the papers' frozen
+encoders it reads 4 to 11 points above AutoAttack. With each AutoAttack comes a check that its figure means
 something (`sanity`).
 
 Masked-image models are judged by fine-tuning on clean images (mae-tune; it works for ResNets too):
@@ -294,7 +294,9 @@ def main(argv=None):
     args = parser().parse_args(argv)
     flags.check(args)
     named = flags.named_flags(parser, argv)
-    if args.kept:
+    if args.kinds:
+        print(results.kinds_tables(args, named))
+    elif args.kept:
         print(results.kept_table(args, named))
     else:
         with screen.stoppable():

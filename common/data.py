@@ -562,7 +562,8 @@ def load_test(path, classes, names=None, device="cpu", limit=None, size=None, wo
     if path.is_dir():
         arrays = sorted(path.glob("*_data.npy"))
         if len(arrays) > 1:
-            raise ValueError(f"{path}: holds {' and '.join(array.name for array in arrays)}; give one of them")
+            found = " and ".join(array.name for array in arrays)
+            raise ValueError(f"{path}: holds {found}; give one of them")
         if not arrays:
             samples, present = _from_class_folders(path, classes, names)
             samples = [samples[i] for i in fixed_order(len(samples))[:limit]]
@@ -623,14 +624,16 @@ def _from_class_folders(folder, classes, names):
     ascending order."""
     found = _classes(folder)
     if not found:
-        raise ValueError(f"{folder}: holds no class folders, by which its images would have labels; it must be "
-                         f"{folder}/<class>/<image>.png, .jpg, …")
+        raise ValueError(f"{folder}: holds no class folders, by which its images would have labels; it must "
+                         f"be {folder}/<class>/<image>.png, .jpg, …")
     label_of = {name: label for label, name in enumerate(names or [])}
     if not label_of.keys() & set(found) and all(name.isdecimal() for name in found):
         label_of = {name: int(name) for name in found if int(name) < classes}
     unknown = [name for name in found if name not in label_of]
     if unknown:
-        wanted = f"they are named {', '.join(names[:3])}, …" if names else f"they are numbers, 0 to {classes - 1}"
+        wanted = f"they are numbers, 0 to {classes - 1}"
+        if names:
+            wanted = f"they are named {', '.join(names[:3])}, …"
         raise ValueError(f"{folder}: class {unknown[0]!r} is none of the {classes} of training; {wanted}")
     present = sorted({label_of[name] for name in found})
     samples = []

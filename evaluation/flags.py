@@ -51,6 +51,9 @@ def parser(doc):
                    "none, as they are, 32 for a folder")
     p.add_argument("--pictures", action="store_true", help="of PGD and DeepFool: attacked-*.png")
     p.add_argument("--kept", action="store_true", help="measure nothing: the table of what was measured")
+    p.add_argument("--kinds", action="store_true",
+                   help="measure nothing: of the corruptions among --attacks that were measured, tables kind "
+                   "by kind")
     p.add_argument("--seed", type=run.integer(0, 2**32 - 1), default=0)
     p.add_argument("--device", help="default: cuda if there is one, else cpu")
     p.add_argument("--workers", type=run.integer(0, 1000), default=4,
@@ -128,7 +131,10 @@ def preset_of(args, name):
 def check(args):
     """ValueError for flags that do not go together."""
     presets, attacks = asked(args)
-    if args.kept:
+    if args.kinds and not any(isinstance(ATTACKS.get(name), Corruptions) for name in attacks):
+        names = [name for name, row in ATTACKS.items() if isinstance(row, Corruptions)]
+        raise ValueError(f"--kinds: name corruptions by --attacks: {', '.join(names)}")
+    if args.kept or args.kinds:
         return
     for name in attacks:
         if is_public(name) and args.data not in ("cifar10", "cifar100"):

@@ -123,6 +123,23 @@ def name_foreign_lines(folders):
 def kept_table(args, named):
     """The table of what was measured and is what the flags `named` (see `named_flags`) say. ValueError
     where that is nothing."""
+    return table.markdown(kept_runs(args, named), titles(args), GROUPS, PUBLISHED, run.FREE)
+
+
+def kinds_tables(args, named):
+    """Of the corruptions among those results, a table for each column: kind by kind, a row for each
+    encoder. ValueError where there are none."""
+    runs = kept_runs(args, named)
+    columns = {column: title for column, title in titles(args).items()
+               if any("kinds" in results.get(column, {}) for _, results in runs)}
+    if not columns:
+        raise ValueError("--kinds: of none of these results the kinds were kept")
+    return "\n\n".join(table.kinds(runs, column, title) for column, title in columns.items())
+
+
+def kept_runs(args, named):
+    """What was measured and is what the flags `named` say: pairs of a path and its results {column:
+    result}. ValueError where that is nothing."""
     wanted = {name: named[name] for name in ("bn", "image_size") if name in named}
     source = digest_of(args.source) if args.source else None  # digest of the classifier
     columns = titles(args)
@@ -146,7 +163,7 @@ def kept_table(args, named):
             for line in lines for attack, result in table.results(line).items())
         raise ValueError("nothing was measured of what these flags name; there is "
                          f"{', '.join(measured) or 'nothing'}")
-    return table.markdown(runs, columns, GROUPS, PUBLISHED, run.FREE)
+    return runs
 
 
 def is_named(line, attack, result, named, source):

@@ -117,9 +117,9 @@ def check_sets(args, sets):
                              "square and of one size; give an --image-size to bring them to, as 32")
     if len(sets.train.y.unique()) < 2:
         raise ValueError(f"{args.data}: the training images are all of one class; an evaluation needs two")
-    if "c-like" in names and side != 32:
-        raise ValueError(f"--attacks c-like: its constants are for side 32, not {side}; --image-size 32")
     for name in names:
+        if name in ("c-like", "c17-like") and side != 32:
+            raise ValueError(f"--attacks {name}: its constants are for side 32, not {side}; --image-size 32")
         if is_public(name):
             check_public(public_corruptions(args), sets.test, ATTACKS[name].kinds)
     for name in names:
@@ -176,8 +176,8 @@ def public_corruptions(args):
 
 
 def public_contents(args, kinds=corruptions.MAIN):
-    """A digest of the public corruptions that count, `kinds`. Each file is read whole, once as long as its size
-    and its times stay."""
+    """A digest of the public corruptions that count, `kinds`. Each file is read whole, once as long as its
+    size and its times stay."""
     parts = []
     for name in (*kinds, "labels"):
         path = public_corruptions(args) / f"{name}.npy"

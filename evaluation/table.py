@@ -206,6 +206,21 @@ def markdown(runs, columns, groups, published, free):
     return "\n".join("| " + " | ".join(row) + " |" for row in out)
 
 
+def kinds(runs, column, title):
+    """The table of `runs` (see `markdown`) kind by kind of the corruptions in `column`: accuracy over the
+    five severities, and the mean over all kinds. A row for each run that has them."""
+    runs = [(path, results[column]) for path, results in runs if "kinds" in results.get(column, {})]
+    names = list(dict.fromkeys(kind for _, found in runs for kind in found["kinds"]))
+    out = [[title, "mean", *(name.replace("_", " ") for name in names)], ["---"] * (len(names) + 2)]
+    for path, found in runs:
+        cells = [cell([found]).split()[0]]
+        for name in names:
+            value = found["kinds"].get(name)
+            cells.append(f"{value:.2f}" if is_number(value) else "")
+        out.append([f"[{path.name if is_folder(path) else path.stem}]({path.as_posix()})", *cells])
+    return "\n".join("| " + " | ".join(row) + " |" for row in out)
+
+
 def name_of(row):
     """What the names of a row's folders have in common; for encoders that are files of their own, the
     file's, after that of the folder if it is a run's."""

@@ -10,9 +10,9 @@ from PIL import Image
 from torch import nn
 
 import eval as command
-from common import data
-from evaluation import attacks, flags as flags_of, knn, sets as sets_of, table
-from tests.test_eval_faults import evaluate, export, no_training, pixels
+from common import data, files
+from evaluation import attacks, corruptions, flags as flags_of, knn, sets as sets_of, table
+from tests.test_eval_faults import PROBE, evaluate, export, no_training, pixels
 
 NAMES = ["ant", "bee", "cat", "dog"]
 
@@ -336,3 +336,56 @@ def test_curves_and_other_readers_see_the_datas_own_images_alone(tmp_path):
     assert table.find(path, key, "clean", {"test_data": None})["accuracy"] == 1  # as lines of older versions
     assert table.find(path, key, "clean", {"test_data": "o", "test": "b"})["accuracy"] == 2
     assert table.find(path, key, "clean", {"test_data": "o", "test": "c"}) is None
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Corruptions kind by kind
+# ----------------------------------------------------------------------------------------------------------
+def test_c19_reads_all_nineteen_files_and_is_not_c(exported, monkeypatch):
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda name, *rest: load(
+        str(exported / "tiny.npz") if name == "cifar10" else name, *rest))
+    folder = exported / "CIFAR-10-C"
+    folder.mkdir()
+    for i, kind in enumerate(corruptions.MAIN + corruptions.EXTRA):
+        np.save(folder / f"{kind}.npy", pixels(100, 32, 32, seed=i))
+    np.save(folder / "labels.npy", np.tile(np.arange(20) % 4, 5))
+    args = [str(exported / "encoder.pt"), *PROBE, "--data-dir", str(exported), "--attacks", "c"]
+    other = ["--test-data", other_npz(exported / "other.npz")]
+    command.main([*args, "c19", "clean", *other])
+    c, c19, *rest = table.lines(exported / "eval.jsonl")
+    assert [list(line["results"]) for line in rest] == [["clean"], ["clean"]]  # of other sets there is no c
+    c, c19 = c["results"]["c"], c19["results"]["c19"]
+    assert len(c["kinds"]) == 15 and len(c19["kinds"]) == 19 and c["files"] != c19["files"]
+    assert c["kinds"].items() <= c19["kinds"].items()
+    assert c19["accuracy"] == pytest.approx(sum(c19["kinds"].values()) / 19, abs=0.02)
+    assert c["files"] == sets_of.public_contents(command.parser().parse_args(args))  # as older versions have it
+    path = folder / "spatter.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    command.main([*args, "c19"])
+    lines = table.lines(exported / "eval.jsonl")
+    assert len(lines) == 5 and list(lines[-1]["results"]) == ["c19"]  # c does not read it
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="spatter.npy: no such file"):
+        command.main([*args, "c19"])
+    command.main(args)
+    with pytest.raises(ValueError, match="--attacks c: there is a CIFAR-10-C"):
+        command.main([*args, "c19", "--data", "shapes"])
+
+
+def test_kinds_are_a_table_with_a_row_for_each_encoder(tmp_path, capsys):
+    for name, low in (("a", 10), ("b", 30)):
+        (tmp_path / name).mkdir()
+        found = {"accuracy": low + 1, "stderr": 1, "kinds": {"fog": low, "zoom_blur": low + 2}}
+        files.append_json_line(tmp_path / name / "eval.jsonl", {"preset": "amoc-slf", "seed": 0, "results": {
+            "c-like": found, "clean": {"accuracy": 99, "stderr": 1}}})
+    folders = [str(tmp_path / name) for name in "ab"]
+    command.main([*folders, "--kinds", "--attacks", "clean", "c-like"])
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["| amoc-slf c-like | mean | fog | zoom blur |", "| --- | --- | --- | --- |",
+                    f"| [a]({folders[0]}) | 11.00 | 10.00 | 12.00 |", f"| [b]({folders[1]}) | 31.00 | 30.00 | 32.00 |"]
+    with pytest.raises(ValueError, match="--kinds: name corruptions by --attacks: c, c-like, c19, c17-like"):
+        command.main([*folders, "--kinds"])
+    for flags in (["--attacks", "c19"], ["--attacks", "c-like", "--seed", "1"]):
+        with pytest.raises(ValueError, match="nothing was measured"):
+            command.main([*folders, "--kinds", *flags])
