@@ -23,9 +23,9 @@ without TF32.
 
 Attacks (evaluation/attacks.py) have names: pgd20 is 20 steps at linf 8/255, pgd20-4 at 4/255,
 pgd50-l2-amoc is 50 steps in l2 as in AMOC's paper, aa is AutoAttack, curve is pgd20 at eight radii,
-and c and c-like are corruptions, no attack. Any other PGD or AutoAttack has a name by a grammar
-(evaluation/names.py): pgd50-8/0.8, pgd20-1-l2, aa-2. PGD alone flatters: on the papers' frozen encoders it
-reads 4 to 11 points above AutoAttack. With each AutoAttack comes a check that its figure means
+c, c19, c-like and c17-like are corruptions, no attack. Any other PGD or AutoAttack has a name by a
+grammar (evaluation/names.py): pgd50-8/0.8, pgd20-1-l2, aa-2. PGD alone flatters: on the papers' frozen
+encoders it reads 4 to 11 points above AutoAttack. With each AutoAttack comes a check that its figure means
 something (`sanity`).
 
 Masked-image models are judged by fine-tuning on clean images (mae-tune; it works for ResNets too):
@@ -38,6 +38,7 @@ MAE's recipe also has RandAugment and random erasing, which are not here.
     python eval.py runs/adv_mae/encoder.pt --preset mae-tune-cifar mae-slf-cifar
     python eval.py runs/amoc/encoder.pt --data stl10 --image-size 32     another data set than its own
     python eval.py runs/amoc/encoder.pt --attacks curve c-like --pictures
+    python eval.py runs/amoc/encoder.pt --test-data cifar10.1_v6_data.npy   other test images too
     python eval.py runs/amoc/encoder.pt --attacks pgd20 --source runs/rocl/classifier-amoc-slf.pt    transfer
     python eval.py results/cifar10-jpeg/* --kept --preset amoc-slf       the table of what was measured
     python eval.py weights.pth --encoder torchvision:resnet18 --prefix module.backbone.    another program's
@@ -215,12 +216,13 @@ def kept_or_trained(encoder, file, key, preset, images):
     return net
 
 
-def evaluate(path, name, args, env, shown, source=None):
-    """Every attack that is asked for on the encoder at `path` by preset `name`: {(name, attack): result},
-    the name with what the flags change of the preset.
+def evaluate(path, name, args, env, shown, source=None, others=()):
+    """Every attack that is asked for on the encoder at `path` by preset `name`: {column: result}, see
+    table.column, under the preset's name with what the flags change of it.
 
-    `shown` are the images (sets.Sets). What eval.jsonl holds is not measured again; what is
-    measured goes there at once.
+    `shown` are the images (sets.Sets), `others` the same with other test images, on which the same
+    classifier is judged too. What eval.jsonl holds is not measured again; what is measured goes there at
+    once.
     """
     preset = None if name == "knn" else flags.preset_of(args, name)
     encoder = foreign.load(path, args, all_branches=preset is not None and preset.dual)
@@ -231,21 +233,25 @@ def evaluate(path, name, args, env, shown, source=None):
     shown_name = name_of(name, key["recipe"])
     net = None
     measured = {}
-    for attack in flags.asked(args)[1] if preset else ["clean"]:
+    todo = [(judged, attack) for judged in (shown, *others)
+            for attack in flags.attacks_on(args, name, judged.test_data)]
+    for judged, attack in todo:
         began = time.time()
-        conditions = sets.conditions(attack, args, shown, source)
+        conditions = sets.conditions(attack, args, judged, source)
         result = table.find(path.parent / "eval.jsonl", key, attack, conditions, path.name)
         row = names.attack_named(attack)
-        picture = preset and args.pictures and isinstance(row, (attacks.Attack, attacks.DeepFool))
+        drawn = isinstance(row, (attacks.Attack, attacks.DeepFool)) and not judged.test_data
+        picture = preset and args.pictures and drawn
         if preset and not net and (picture or not result):
             file = path.parent / f"classifier-{stem}.pt"
             net = kept_or_trained(encoder, file, key, preset, shown.train)
         if not result:
             if preset:
-                result = sets.measure(net, shown.test, attack, args, conditions, source)
+                result = sets.measure(net, judged, attack, args, conditions, source)
             else:
-                accuracy = knn.knn(encoder, shown.train, shown.test, **key["recipe"])
-                result = attacks.score(accuracy, len(shown.test))
+                among = {"present": judged.present} if judged.present else {}
+                accuracy = knn.knn(encoder, shown.train, judged.test, **key["recipe"], **among)
+                result = attacks.score(accuracy, len(judged.test))
             warnings = result.get("warnings", [])
             if encoder.fresh and (not preset or preset.trains == "linear"):
                 warnings = warnings + [f"{encoder.fresh} of this encoder was never trained"]
@@ -263,8 +269,9 @@ def evaluate(path, name, args, env, shown, source=None):
             if net and net.history:
                 line["history"] = net.history
             files.append_json_line(path.parent / "eval.jsonl", line)
-        measured[shown_name, attack] = result
-        print(f"{path} {shown_name} {attack}: {table.cell([result])}", flush=True)
+        measured[table.column(shown_name, attack, judged.test_data)] = result
+        where = f" on {judged.test_data}" if judged.test_data else ""
+        print(f"{path} {shown_name} {attack}{where}: {table.cell([result])}", flush=True)
         if picture:
             picture_path = path.parent / f"attacked-{stem}-{attack.replace('/', '_')}.png"
             attacks.pictures(picture_path, net, shown.test, row, args.seed, source and source.net)
@@ -290,12 +297,14 @@ def measured_table(args, named):
         print(foreign.describe(args))
     source = sets.load_source(args, env.device)
     of_size = {}
+    others = {}
     for path, size in sizes.items():
         if size not in of_size:
             of_size[size] = sets.load_sets(args, env.device, size)
             sets.check_sets(args, of_size[size])
             sets.doubts_of(source, args, of_size[size])
             print(sets.describe(args, of_size[size]))
+            others[size] = sets.load_others(args, env.device, of_size[size])
         sets.try_encoder(path, args, env, of_size[size])
     presets, asked = flags.asked(args)
     if "knn" in presets and "attacks" in named and asked != ["clean"]:
@@ -304,7 +313,7 @@ def measured_table(args, named):
     for path, size in sizes.items():
         measured = {}
         for name in presets:
-            measured |= evaluate(path, name, args, env, of_size[size], source)
+            measured |= evaluate(path, name, args, env, of_size[size], source, others[size])
         runs.append((results.row_path(path), measured))
     runs = [(path, table.with_epochs(found)) for path, found in runs]
     return "\n" + table.markdown(runs, flags.titles(args), GROUPS, PUBLISHED, run.FREE)
@@ -321,7 +330,9 @@ def main(argv=None):
             print(together.measured(args))
         return
     flags.check(args)
-    if args.kept:
+    if args.kinds:
+        print(results.kinds_tables(args, named))
+    elif args.kept:
         print(results.kept_table(args, named))
     else:
         with screen.stoppable():

@@ -326,9 +326,7 @@ def _from_npz(path, split):
             raise ValueError(f"{path}: {key} is not in it; it must hold x_train, x_test and their labels "
                              "y_train, y_test (for pretraining x_train alone will do)")
     dtype, shape = archive.header(f"x_{part}")
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
-        raise ValueError(
-            f"{path}: x_{part} is {dtype} {shape}; it must be uint8 (N, H, W, 3), and not empty")
+    _check_pixels(dtype, shape, f"{path}: x_{part}")
     n = shape[0]
     x = (torch.from_numpy(some).permute(0, 3, 1, 2) for some in archive.parts(f"x_{part}"))
     if "y_train" not in archive.keys:
@@ -348,6 +346,11 @@ def _from_npz(path, split):
         raise ValueError(f"{path}: y_{part} goes from {y.min()} to {y.max()}; "
                          f"y_train has classes 0 to {classes - 1}")
     return x, torch.from_numpy(y.astype(np.int64)), classes
+
+
+def _check_pixels(dtype, shape, what):
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+        raise ValueError(f"{what} is {dtype} {shape}; it must be uint8 (N, H, W, 3), and not empty")
 
 
 class _Npz:
@@ -538,6 +541,128 @@ def _is_folder(entry):
         return entry.is_dir()
     except OSError:  # a link to itself
         return False
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Other test sets
+# ----------------------------------------------------------------------------------------------------------
+def class_names(name, root="data"):
+    """The names of the classes of the training images that `load(name, root)` gives, in the order of their
+    labels: of a folder, those of its class folders; None of an .npz, whose classes are numbers."""
+    name = str(name)
+    if name == "shapes":
+        return list(SHAPES)
+    if name in NAMES:
+        return _torchvisions_names(name, root)
+    train = pathlib.Path(name) / "train"
+    return _classes(train) if train.is_dir() else None
+
+
+def _torchvisions_names(name, root):
+    if name == "stl10":
+        return list(datasets.STL10(root, split="test").classes)
+    return list({"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name](root, train=False).classes)
+
+
+def load_test(path, classes, names=None, device="cpu", limit=None, size=None, workers=4):
+    """Test images at `path` for a classifier that was trained on other data, of `classes` classes with the
+    `names` (`class_names`): `Images` or `Folder`, and which classes they can be of, a list of labels in
+    ascending order. Their `y` are places in that list.
+
+    path    an .npz with x_test and y_test, labels as in training; a folder with <name>_data.npy and
+            <name>_labels.npy (as CIFAR-10.1 is published), or that first file; there every class can be. Or a
+            folder of class folders, named as in training, of all classes or some; where no name is one of
+            training, and all are numbers, they are labels (as ImageNet-V2 is published).
+    limit   keep the first `limit` images of `fixed_order`, all where there are fewer.
+    size    folders of pictures only: the side of the decoded square in pixels.
+
+    Raises ValueError, FileNotFoundError or OSError, naming the path and what would work.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        arrays = sorted(path.glob("*_data.npy"))
+        if len(arrays) > 1:
+            found = " and ".join(array.name for array in arrays)
+            raise ValueError(f"{path}: holds {found}; give one of them")
+        if not arrays:
+            samples, present = _from_class_folders(path, classes, names)
+            samples = [samples[i] for i in fixed_order(len(samples))[:limit]]
+            return Folder(str(path), samples, len(present), size, device, workers), present
+        path = arrays[0]
+    if path.name.endswith("_data.npy"):
+        parts, y = _from_two_arrays(path)
+    elif path.suffix == ".npz":
+        parts, y = _from_test_npz(path)
+    elif not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    else:
+        raise ValueError(f"{path}: must be an .npz, a <name>_data.npy, or a folder of class folders")
+    if y.min() < 0 or y.max() >= classes:
+        raise ValueError(f"{path}: its labels go from {y.min()} to {y.max()}; training has classes 0 to "
+                         f"{classes - 1}")
+    rows = torch.tensor(fixed_order(len(y))[:limit])
+    y = torch.from_numpy(y.astype(np.int64))[rows].to(device)
+    return Images(_gathered(parts, rows, device), y, classes), list(range(classes))
+
+
+def _from_test_npz(path):
+    """The images in parts (k, 3, H, W) uint8, an iterator, and y (N,) integers."""
+    archive = _Npz(path)
+    for key in ("x_test", "y_test"):
+        if key not in archive.keys:
+            raise ValueError(f"{path}: {key} is not in it; a test set is x_test and its labels y_test")
+    dtype, shape = archive.header("x_test")
+    _check_pixels(dtype, shape, f"{path}: x_test")
+    y = archive.read("y_test")
+    _check_labels(y, shape[0], f"{path}: y_test")
+    return (torch.from_numpy(some).permute(0, 3, 1, 2) for some in archive.parts("x_test")), y
+
+
+def _from_two_arrays(path):
+    """The same of <name>_data.npy, at `path`, and <name>_labels.npy beside it."""
+    arrays = []
+    for file in (path, path.with_name(path.name.removesuffix("_data.npy") + "_labels.npy")):
+        try:
+            arrays.append(np.load(file, allow_pickle=False))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{file}: no such file; images and labels come as two") from None
+        except Exception as e:
+            raise ValueError(f"{file}: not a readable .npy file ({' '.join(str(e).split())})") from None
+    x, y = arrays
+    _check_pixels(x.dtype, x.shape, str(path))
+    _check_labels(y, len(x), str(file))
+    return [torch.from_numpy(x).permute(0, 3, 1, 2)], y
+
+
+def _check_labels(y, n, what):
+    if y.shape != (n,) or y.dtype.kind not in "iu":
+        raise ValueError(f"{what} is {y.dtype} {y.shape}; it must be integers ({n},)")
+
+
+def _from_class_folders(folder, classes, names):
+    """A list of the pictures' (path, place in `present`), and `present`, the labels of the class folders in
+    ascending order."""
+    found = _classes(folder)
+    if not found:
+        raise ValueError(f"{folder}: holds no class folders, by which its images would have labels; it must "
+                         f"be {folder}/<class>/<image>.png, .jpg, …")
+    label_of = {name: label for label, name in enumerate(names or [])}
+    if not label_of.keys() & set(found) and all(name.isdecimal() for name in found):
+        label_of = {name: int(name) for name in found if int(name) < classes}
+    unknown = [name for name in found if name not in label_of]
+    if unknown:
+        wanted = f"they are numbers, 0 to {classes - 1}"
+        if names:
+            wanted = f"they are named {', '.join(names[:3])}, …"
+        raise ValueError(f"{folder}: class {unknown[0]!r} is none of the {classes} of training; {wanted}")
+    present = sorted({label_of[name] for name in found})
+    samples = []
+    for name in found:
+        paths = _pictures(os.path.join(folder, name))
+        if not paths:
+            raise ValueError(f"{folder}: class {name!r} has no images; add some, or remove its folder")
+        samples += [(path, present.index(label_of[name])) for path in paths]
+    return samples, present
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -62,6 +62,8 @@ ATTACKS = {
     "apgd": AutoAttack("linf", 8 / 255, "apgd"),  # its first two stages: not AutoAttack, and said so
     "c": Corruptions(corruptions.MAIN, True),
     "c-like": Corruptions(tuple(corruptions.LIKE), False),
+    "c19": Corruptions(corruptions.MAIN + corruptions.EXTRA, True),
+    "c17-like": Corruptions(tuple(corruptions.LIKE | corruptions.LIKE_MORE), False),
 }
 
 CURVE = ("clean", "pgd20-1", "pgd20-2", "pgd20-4", "pgd20-6", "pgd20", "pgd20-12", "pgd20-16")

@@ -1,8 +1,10 @@
 """What the flags of eval.py ask for."""
 import argparse
+import pathlib
 
 from common import run
-from evaluation.attacks import ATTACKS, AutoAttack
+from evaluation import table
+from evaluation.attacks import ATTACKS, AutoAttack, Corruptions
 from evaluation.names import CURVES, GRAMMAR, attack_named, canonical
 from evaluation.presets import PRESETS, PROTOCOLS, name_of, recipe_of
 
@@ -42,6 +44,9 @@ def parser(doc):
     p.add_argument("--std", type=run.number(above=0), nargs=3, metavar=("R", "G", "B"))
     p.add_argument("--data", default="cifar10", type=run.path,
                    help="cifar10, cifar100, stl10, shapes, an .npz, a folder")
+    p.add_argument("--test-data", nargs="+", default=[], type=run.path, metavar="PATH",
+                   help="other test sets, on which the classifier is judged too: .npz, *_data.npy, "
+                   "folders of class folders")
     p.add_argument("--data-dir", default="data", type=run.path,
                    help="where torchvision's files are, or go, and CIFAR-10-C")
     p.add_argument("--limit", type=whole, help="train on the first so many images of a fixed shuffle")
@@ -64,6 +69,9 @@ def parser(doc):
                    help="with --ensemble or --matrix: the folder for their results; default: that of the first")
     p.add_argument("--pictures", action="store_true", help="of PGD and DeepFool: attacked-*.png")
     p.add_argument("--kept", action="store_true", help="measure nothing: the table of what was measured")
+    p.add_argument("--kinds", action="store_true",
+                   help="measure nothing: of the corruptions among --attacks that were measured, tables kind "
+                   "by kind")
     p.add_argument("--seed", type=run.integer(0, 2**32 - 1), default=0)
     p.add_argument("--device", help="default: cuda if there is one, else cpu")
     p.add_argument("--workers", type=run.integer(0, 1000), default=4,
@@ -104,6 +112,30 @@ def asked(args):
     return list(dict.fromkeys(presets or ["amoc-slf"])), list(dict.fromkeys(attacks))
 
 
+def attacks_on(args, preset, test_data=None):
+    """The attacks that are asked for with `preset` on the data's own test images, or on the test set at
+    `test_data`: k-NN is not attacked, and of no other test set there are public corruptions."""
+    names = ["clean"] if preset == "knn" else asked(args)[1]
+    return [name for name in names if not (test_data and is_public(name))]
+
+
+def is_public(attack):
+    """Whether `attack`, a name, is corruptions of public files."""
+    row = ATTACKS.get(attack)
+    return isinstance(row, Corruptions) and row.public
+
+
+def test_names(args):
+    """{path: name} of the other test sets: the last part of the path, or all of it where two agree in
+    that."""
+    names = {}
+    for path in args.test_data:
+        name = pathlib.PurePath(path).name
+        names[path] = name.removesuffix(".npz").removesuffix("_data.npy") or path
+    taken = list(names.values())
+    return {path: name if taken.count(name) == 1 else path for path, name in names.items()}
+
+
 def preset_of(args, name):
     """Preset `name` with what the flags change."""
     changes = {flag: getattr(args, flag) for flag in OVER if getattr(args, flag) is not None}
@@ -121,11 +153,18 @@ def check(args):
         raise ValueError("PATH is missing: give encoders, or classifiers by --ensemble or --matrix")
     if args.out:
         raise ValueError("--out goes with --ensemble or --matrix; the results of an encoder are kept beside it")
-    if args.kept:
+    if args.kinds and not any(isinstance(attack_named(name), Corruptions) for name in attacks):
+        names = [name for name, row in ATTACKS.items() if isinstance(row, Corruptions)]
+        raise ValueError(f"--kinds: name corruptions by --attacks: {', '.join(names)}")
+    if args.kept or args.kinds:
         return
-    if "c" in attacks and args.data not in ("cifar10", "cifar100"):
-        raise ValueError(f"--attacks c: there is a CIFAR-10-C and a CIFAR-100-C, but none of {args.data}; "
-                         "c-like works for all of side 32")
+    for name in attacks:
+        if is_public(name) and args.data not in ("cifar10", "cifar100"):
+            raise ValueError(f"--attacks {name}: there is a CIFAR-10-C and a CIFAR-100-C, but none of "
+                             f"{args.data}; c-like works for all of side 32")
+    if args.test_data and all(is_public(name) for name in attacks) and "knn" not in presets:
+        raise ValueError(f"--test-data: of other test sets there are no public corruptions, --attacks "
+                         f"{' '.join(attacks)}; take c-like")
     if not args.encoder and (args.prefix or args.mean or args.std):
         raise ValueError("--prefix, --mean and --std go with --encoder")
     if (args.mean is None) != (args.std is None):
@@ -161,18 +200,22 @@ def check(args):
 
 
 def titles(args):
-    """{(name, attack): title} of the columns that the flags ask for; names as `name_of` has them."""
+    """{column: title} of the columns that the flags ask for, under names as `name_of` has them."""
     names = [name if name == "knn" else name_of(name, recipe_of(preset_of(args, name)))
              for name in asked(args)[0]]
-    return titles_of(names, asked(args)[1])
+    return titles_of(names, args)
 
 
-def titles_of(names, attacks):
-    """{(name, attack): title} of the columns of results that are called so."""
+def titles_of(names, args):
+    """{column: title} of the columns (table.column) of results that are called so, under the attacks and on
+    the test sets that the flags ask for."""
     columns = {}
     for name in names:
-        if name == "knn":
-            columns[name, "clean"] = "k-NN"
-        else:
-            columns |= {(name, attack): f"{name} {attack}" for attack in [*attacks, "epoch"]}
+        for test_data, short in {None: None, **test_names(args)}.items():
+            todo = attacks_on(args, name, test_data)
+            if name != "knn" and not test_data:
+                todo = [*todo, "epoch"]
+            for attack in todo:
+                title = "k-NN" if name == "knn" else f"{name} {attack}"
+                columns[table.column(name, attack, test_data)] = f"{title}, {short}" if short else title
     return columns

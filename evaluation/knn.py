@@ -7,11 +7,12 @@ from evaluation.attacks import check_finite, in_order
 
 
 @torch.no_grad()
-def knn(encoder, train_images, test_images, k=200, temperature=0.1):
+def knn(encoder, train_images, test_images, k=200, temperature=0.1, present=None):
     """Weighted k-nearest-neighbour accuracy in per cent on un-augmented images (Wu et al. 2018, arXiv
     1805.01978): each of the k most similar training images votes for its class with weight exp(cosine /
-    temperature). Temperature 0.1 as in MoCo's CIFAR-10 demo. Raises ValueError where a feature is not
-    finite."""
+    temperature). Temperature 0.1 as in MoCo's CIFAR-10 demo. `present`: the classes that test images can be
+    of, whose labels are places in it; votes for others do not count. Raises ValueError where a feature is
+    not finite."""
     with eval_mode(encoder):
         bank, labels = features(encoder, train_images, "training images")
         queries, wanted = features(encoder, test_images, "test images")
@@ -20,6 +21,8 @@ def knn(encoder, train_images, test_images, k=200, temperature=0.1):
         similar, index = (h @ bank.T).topk(min(k, len(bank)), dim=1)
         votes = torch.zeros(len(h), train_images.classes, device=h.device)
         votes.scatter_add_(1, labels[index], (similar / temperature).exp())
+        if present:
+            votes = votes[:, present]
         right += (votes.argmax(1) == y).sum()
     return 100 * int(right) / len(test_images)
 

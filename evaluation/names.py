@@ -86,15 +86,3 @@ def canonical(name):
 def shortest(number):
     """The decimal `number`, a text, without zeros that mean nothing."""
     return format(decimal.Decimal(number).normalize(), "f")
-
-
-def plain_pgd(name):
-    """The `Attack` of a name whose step is the one that the grammar would take; None for any other name."""
-    try:
-        row = attack_named(name)
-    except ValueError:
-        return None
-    if not isinstance(row, Attack) or row.norm not in STEPS_PER_EPS:
-        return None
-    plain = row._replace(step_size=row.eps / STEPS_PER_EPS[row.norm])
-    return row if same(row, plain) else None

@@ -14,7 +14,7 @@ from common import encoders, files, run
 from evaluation import foreign, table
 from evaluation.attacks import Attack, AutoAttack, DeepFool
 from evaluation.finetune import Classifier
-from evaluation.flags import OVER, asked, titles_of
+from evaluation.flags import OVER, asked, attacks_on, titles_of
 from evaluation.names import attack_named
 from evaluation.presets import PRESETS, filled, in_order, name_of, recipe_of
 from evaluation.published import GROUPS, PUBLISHED
@@ -132,13 +132,34 @@ def name_foreign_lines(folders):
 def kept_table(args, named):
     """The table of what was measured and is what the flags `named` (see `named_flags`) say. ValueError
     where that is nothing."""
+    runs = kept_runs(args, named)
+    return table.markdown(runs, kept_columns(args, runs), GROUPS, PUBLISHED, run.FREE)
+
+
+def kinds_tables(args, named):
+    """Of the corruptions among those results, a table for each column: kind by kind, a row for each
+    encoder. ValueError where there are none."""
+    runs = kept_runs(args, named)
+    columns = {column: title for column, title in kept_columns(args, runs).items()
+               if any("kinds" in results.get(column, {}) for _, results in runs)}
+    if not columns:
+        raise ValueError("--kinds: of none of these results the kinds were kept")
+    return "\n\n".join(table.kinds(runs, column, title) for column, title in columns.items())
+
+
+def kept_runs(args, named):
+    """What was measured and is what the flags `named` say: pairs of a path and its results {column:
+    result}. ValueError where that is nothing."""
     wanted = {name: named[name] for name in ("bn", "image_size") if name in named}
     source = digest_of(args.source) if args.source else None  # digest of the classifier
-    presets, attacks = asked(args)
+    presets = asked(args)[0]
 
     def accept(line, attack, result):
-        wished = attack == "clean" if line["preset"] == "knn" else attack in attacks
-        return line["preset"] in presets and wished and is_named(line, attack, result, named, source)
+        if line["preset"] not in presets or attack not in attacks_on(args, line["preset"]):
+            return False
+        if result.get("test_data") and result["test_data"] not in args.test_data:
+            return False
+        return is_named(line, attack, result, named, source)
 
     runs = []
     paths = encoder_paths(args)
@@ -146,17 +167,24 @@ def kept_table(args, named):
     name_foreign_lines(folders)
     for path, folder in zip(paths, folders):
         for file in table.evaluated(folder) if path == folder else [path.name]:
-            found = table.with_epochs(table.read_folder(folder, file, accept, **wanted))
+            found = table.read_folder(folder, file, accept, others=True, **wanted)
+            found = table.with_epochs(found)
             runs.append((row_path(folder / file), found))
     if not any(results for _, results in runs):
         lines = [line for folder in folders for line in table.measurements(folder)]
         measured = dict.fromkeys(
-            f"{name_of(line['preset'], line.get('recipe'))} {attack}" for line in lines for attack in table.results(line))
+            " ".join(table.column(name_of(line["preset"], line.get("recipe")), attack, result.get("test_data")))
+            for line in lines for attack, result in table.results(line).items())
         raise ValueError("nothing was measured of what these flags name; there is "
                          f"{', '.join(measured) or 'nothing'}")
-    names = dict.fromkeys(name for _, found in runs for name, _ in found)
-    names = [name for preset in presets for name in in_order(n for n in names if n.split()[0] == preset)]
-    return table.markdown(runs, titles_of(names, attacks), GROUPS, PUBLISHED, run.FREE)
+    return runs
+
+
+def kept_columns(args, runs):
+    """{column: title} of what `kept_runs` found, all variants of a preset beside each other."""
+    found = dict.fromkeys(column[0] for _, results in runs for column in results)
+    names = [name for preset in asked(args)[0] for name in in_order(n for n in found if n.split()[0] == preset)]
+    return titles_of(names, args)
 
 
 def is_named(line, attack, result, named, source):
@@ -181,7 +209,10 @@ def is_named(line, attack, result, named, source):
         return False
     images = result.get("images", line.get("test_images"))
     limits = [named[name] for name in ("test_limit", "aa_limit") if name in named]
-    if not isinstance(row, AutoAttack):
+    if result.get("test_data"):  # which may have fewer images than the limit
+        if limits and not (table.is_number(images) and images <= limits[0]):
+            return False
+    elif not isinstance(row, AutoAttack):
         if "test_limit" in named and images != named["test_limit"]:
             return False
     elif "aa_limit" in named:

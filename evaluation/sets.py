@@ -14,7 +14,7 @@ from common import data, encoders
 from evaluation import attacks, corruptions, foreign
 from evaluation.attacks import Attack, AutoAttack, DeepFool, check_finite, resized
 from evaluation.finetune import hold_out
-from evaluation.flags import asked, preset_of
+from evaluation.flags import asked, is_public, preset_of
 from evaluation.names import attack_named
 from evaluation.presets import HELD_OUT
 from evaluation.results import contents, digest, digest_of, load_classifier
@@ -29,6 +29,8 @@ class Sets(NamedTuple):
     test_digest: str
     size: object  # the side that they were brought to; None: they are as they were
     before: object  # (height, width) before that, None for a folder
+    test_data: object = None  # where `test` is another test set, its path
+    present: object = None  # if not all, the classes that its images can be of; its labels are places in it
 
 
 def load_sets(args, device, size):
@@ -48,6 +50,52 @@ def load_split(args, device, size, split, limit):
     images = data.load(args.data, args.data_dir, split, device, limit, size or 32, args.workers, shuffle)
     before = tuple(images.x.shape[2:]) if hasattr(images, "x") else None
     return resized(images, size), before
+
+
+def load_others(args, device, sets):
+    """The other test sets that the flags name, at the side of the test images of `sets`: copies of `sets`
+    with another `test`. ValueError where one does not suit. Each is described in a line."""
+    found = []
+    side = side_of(sets.test)
+    names = None
+    for path in dict.fromkeys(args.test_data):
+        if names is None and pathlib.Path(path).is_dir():
+            names = data.class_names(args.data, args.data_dir)
+        classes = sets.train.classes
+        try:
+            images, present = data.load_test(path, classes, names, device, args.test_limit, side,
+                                             args.workers)
+        except OSError as e:
+            raise OSError(f"--test-data {e}") from None
+        except ValueError as e:
+            raise ValueError(f"--test-data {e}") from None
+        if len(present) < 2:
+            raise ValueError(f"--test-data {path}: its images are all of one class, of which no classifier "
+                             "can miss one; an evaluation needs two")
+        change = ""
+        if hasattr(images, "x") and images.size != side:
+            height, width = images.x.shape[2:]
+            change = f", of {height} x {width} pixels, brought to side {side}"
+        print(f"{path}: {len(images)} test images, {len(present)} of the {classes} classes{change}")
+        images = resized(images, side)
+        present = present if len(present) < classes else None
+        own = digest(contents(images).encode(), json.dumps(present).encode())
+        found.append(sets._replace(test=images, test_digest=own, test_data=path, present=present))
+    return found
+
+
+class Among(nn.Module):
+    """The classifier `net` among the classes `present`, a list of labels: its logits of those, (B,
+    len(present)), in that order."""
+
+    def __init__(self, net, present):
+        super().__init__()
+        self.net = net
+        self.present = present
+        self.path = getattr(net, "path", "the network")
+
+    def forward(self, x):
+        return self.net(x)[:, self.present]
 
 
 def describe(args, sets):
@@ -96,10 +144,11 @@ def check_attacks(args, test):
     """ValueError where the square images `test` do not suit the attacks that are asked for."""
     names = asked(args)[1]
     side = side_of(test)
-    if "c-like" in names and side != 32:
-        raise ValueError(f"--attacks c-like: its constants are for side 32, not {side}; --image-size 32")
-    if "c" in names:
-        check_public(public_corruptions(args), test)
+    for name in names:
+        if name in ("c-like", "c17-like") and side != 32:
+            raise ValueError(f"--attacks {name}: its constants are for side 32, not {side}; --image-size 32")
+        if is_public(name):
+            check_public(public_corruptions(args), test, attack_named(name).kinds)
     for name in names:
         if isinstance(attack_named(name), AutoAttack) and side < 5:
             raise ValueError(f"--attacks {name}: AutoAttack needs images of side 5, these have {side}; "
@@ -144,11 +193,11 @@ def public_corruptions(args):
     return pathlib.Path(args.data_dir) / ("CIFAR-10-C" if args.data == "cifar10" else "CIFAR-100-C")
 
 
-def public_contents(args):
-    """A digest of the public corruptions that count. Each file is read whole, once as long as its size
-    and its times stay."""
+def public_contents(args, kinds=corruptions.MAIN):
+    """A digest of the public corruptions that count, `kinds`. Each file is read whole, once as long as its
+    size and its times stay."""
     parts = []
-    for name in (*corruptions.MAIN, "labels"):
+    for name in (*kinds, "labels"):
         path = public_corruptions(args) / f"{name}.npy"
         about = path.stat()
         times = about.st_mtime_ns, about.st_ctime_ns
@@ -156,10 +205,10 @@ def public_contents(args):
     return digest(*parts)
 
 
-def check_public(folder, images):
+def check_public(folder, images, kinds=corruptions.MAIN):
     """ValueError where the public corruptions in `folder` cannot be those of the test images `images`:
     their labels are not, in the same order."""
-    for kind in corruptions.MAIN:  # every file is there, and as long as the labels
+    for kind in kinds:  # every file is there, and as long as the labels
         corruptions.read(folder, kind, 1)
     for severity in range(1, 6):
         _, y = corruptions.read(folder, corruptions.MAIN[0], severity)
@@ -231,16 +280,23 @@ def conditions(attack, args, sets, source):
             "restarts": args.restarts if random and args.restarts > 1 else None,
             "batch_size": args.test_batch_size if random and args.test_batch_size != 500 else None,
             "source": source.digest if source and moves else None,
-            "files": public_contents(args) if attack == "c" else None}
+            "files": public_contents(args, row.kinds) if is_public(attack) else None,
+            "test_data": sets.test_data}
 
 
-def measure(net, test_images, attack, args, conditions, source):
-    """Judge the classifier `net` under `attack`, a name: the result for eval.jsonl."""
+def measure(net, sets, attack, args, conditions, source):
+    """Judge the classifier `net` on the test images of `sets` under `attack`, a name: the result for
+    eval.jsonl."""
     row = attack_named(attack)
+    test_images = sets.test
+    if sets.present:
+        net = Among(net, sets.present)
     if isinstance(row, attacks.Corruptions):
         folder = public_corruptions(args) if row.public else None
         return attacks.corrupted(net, test_images, row.kinds, folder, args.seed)
     source = source.net if conditions["source"] else None
+    if source and sets.present:
+        source = Among(source, sets.present)
     n = conditions["images"]
     size = args.test_batch_size
     result = attacks.judge(net, test_images, row, args.seed, n, conditions["restarts"] or 1, source, size)

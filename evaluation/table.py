@@ -56,6 +56,11 @@ def find(path, key, attack, conditions, file="encoder.pt"):
     return None
 
 
+def column(preset, attack, test_data=None):
+    """The name of a column: a pair; for results on another test set, given by --test-data, a triple."""
+    return (preset, attack, test_data) if test_data else (preset, attack)
+
+
 def evaluated(folder):
     """The names of the encoders' files of which eval.jsonl in `folder` holds results. Raises
     FileNotFoundError where there is none."""
@@ -71,10 +76,11 @@ def measurements(folder):
     return [line for line in lines(path) if results(line)]
 
 
-def read_folder(folder, file="encoder.pt", accept=None, **wanted):
+def read_folder(folder, file="encoder.pt", accept=None, others=False, **wanted):
     """{(name, attack): result} that eval.jsonl in `folder` holds of the encoder in `file` there, names as
     `presets.name_of` has them: of lines and results that agree with `wanted` and for which accept(line,
-    attack, result), if given, is true.
+    attack, result), if given, is true. With `others` results on other test sets count too, as {(name,
+    attack, test_data): result}.
 
     Raises FileNotFoundError where there is no eval.jsonl, and ValueError where something was measured
     twice in different ways."""
@@ -84,6 +90,8 @@ def read_folder(folder, file="encoder.pt", accept=None, **wanted):
         if file_of(line) != file:
             continue
         for attack, result in results(line).items():
+            if result.get("test_data") and not others:
+                continue
             both = {**line, **result}
             if any(both.get(name) != value for name, value in wanted.items()):
                 continue
@@ -92,7 +100,7 @@ def read_folder(folder, file="encoder.pt", accept=None, **wanted):
             condition = {name: both.get(name) for name in (
                 "encoder", "network", "bn", "data", "image_size", "seed", "recipe", "train", "test", "images",
                 "settings", "restarts", "source", "files", "batch_size")}
-            name = name_of_result(line["preset"], line.get("recipe")), attack
+            name = column(name_of_result(line["preset"], line.get("recipe")), attack, result.get("test_data"))
             first = conditions.setdefault(name, condition)
             differ = [key for key in condition if condition[key] != first[key]]
             if differ:
@@ -106,7 +114,7 @@ def read_folder(folder, file="encoder.pt", accept=None, **wanted):
 def with_epochs(results):
     """`results` {(name, attack): result}, and under (name, "epoch") the epoch that was picked, where one
     was."""
-    epochs = {(name, "epoch"): {"epoch": result["picked_epoch"]} for (name, _), result in results.items()
+    epochs = {(column[0], "epoch"): {"epoch": result["picked_epoch"]} for column, result in results.items()
               if is_number(result.get("picked_epoch"))}
     return {**results, **epochs}
 
@@ -203,6 +211,21 @@ def markdown(runs, columns, groups, published, free):
             out.append([link, str(len(found)), time, *cells, paper])
     if not any(row[-1] for row in out[2:]):
         out = [row[:-1] for row in out]
+    return "\n".join("| " + " | ".join(row) + " |" for row in out)
+
+
+def kinds(runs, column, title):
+    """The table of `runs` (see `markdown`) kind by kind of the corruptions in `column`: accuracy over the
+    five severities, and the mean over all kinds. A row for each run that has them."""
+    runs = [(path, results[column]) for path, results in runs if "kinds" in results.get(column, {})]
+    names = list(dict.fromkeys(kind for _, found in runs for kind in found["kinds"]))
+    out = [[title, "mean", *(name.replace("_", " ") for name in names)], ["---"] * (len(names) + 2)]
+    for path, found in runs:
+        cells = [cell([found]).split()[0]]
+        for name in names:
+            value = found["kinds"].get(name)
+            cells.append(f"{value:.2f}" if is_number(value) else "")
+        out.append([f"[{path.name if is_folder(path) else path.stem}]({path.as_posix()})", *cells])
     return "\n".join("| " + " | ".join(row) + " |" for row in out)
 
 

@@ -21,7 +21,7 @@ from common import data, files, run
 from common.log import header
 from common.pgd import eval_mode
 from evaluation import attacks, sets, table
-from evaluation.flags import asked
+from evaluation.flags import asked, is_public
 from evaluation.names import attack_named
 
 FLAGS = {"ensemble", "matrix", "out", "attacks", "data", "data_dir", "test_limit", "aa_limit",
@@ -46,9 +46,10 @@ def check(args, named):
     if len(paths) < 2:
         raise ValueError(f"{flag} {paths[0]}: give two classifiers or more")
     names = asked(args)[1]
-    if "c" in names and args.data not in ("cifar10", "cifar100"):
-        raise ValueError(f"--attacks c: there is a CIFAR-10-C and a CIFAR-100-C, but none of {args.data}; "
-                         "c-like works for all of side 32")
+    for name in names:
+        if is_public(name) and args.data not in ("cifar10", "cifar100"):
+            raise ValueError(f"--attacks {name}: there is a CIFAR-10-C and a CIFAR-100-C, but none of "
+                             f"{args.data}; c-like works for all of side 32")
     if args.matrix:
         for name in names:
             row = attack_named(name)
@@ -204,7 +205,7 @@ def ensemble_table(path, members, args, env, shown):
             if not found:
                 began = time.time()
                 conditions = sets.conditions(attack, args, shown, None)
-                found = [sets.measure(net, shown.test, attack, args, conditions, None)]
+                found = [sets.measure(net, shown, attack, args, conditions, None)]
                 if found[0].get("warnings"):
                     print("  warnings:", "; ".join(found[0]["warnings"]))
                 keep(path, key, found[0], of, began, args, env)

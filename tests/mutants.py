@@ -37,7 +37,8 @@ def tests_of(path):
     if (ROOT / path).parent == ROOT and name not in ("eval", "plot"):
         found += [(test, name) for test in SHARED if (ROOT / "tests" / test).exists()]
     if path.startswith("evaluation/") or name == "eval":
-        found += [(test, None) for test in ("test_presets.py", "test_eval.py", "test_eval_faults.py") if (test, None) not in found]
+        shared = ("test_presets.py", "test_eval.py", "test_eval_faults.py", "test_testsets.py")
+        found += [(test, None) for test in shared if (test, None) not in found]
     for more in MORE.get(path, ()):
         found.append((more, None))
     return found
@@ -47,7 +48,7 @@ MORE = {
     "adpe.py": ("test_encoders.py",),
     "common/augment.py": ("test_data.py", "test_data_faults.py"),
     "common/bank.py": ("test_step_amoc.py", "test_step_adco.py"),
-    "common/data.py": ("test_augment.py", "test_faults.py", "test_presets.py"),
+    "common/data.py": ("test_augment.py", "test_faults.py", "test_presets.py", "test_testsets.py"),
     "common/dist.py": ("test_run.py", "test_faults.py", "test_all_scripts.py"),
     "common/encoders.py": ("test_export.py", "test_presets.py"),
     "common/files.py": ("test_faults.py",),

@@ -712,8 +712,10 @@ def test_the_attacks_are_those_of_the_papers():
         "pgd20-12": ("linf", 12 / 255, 3 / 255, 20), "pgd20-16": ("linf", 16 / 255, 4 / 255, 20),
         "deepfool": (8 / 255,), "aa": (*linf, "standard"), "aa-4": ("linf", 4 / 255, "standard"),
         "aa-l2": (*l2, "standard"), "apgd": (*linf, "apgd"), "c": (corruptions.MAIN, True),
-        "c-like": (tuple(corruptions.LIKE), False)}
+        "c-like": (tuple(corruptions.LIKE), False), "c19": (corruptions.MAIN + corruptions.EXTRA, True),
+        "c17-like": (tuple(corruptions.LIKE | corruptions.LIKE_MORE), False)}
     kinds = {"deepfool": attacks.DeepFool, "c": attacks.Corruptions, "c-like": attacks.Corruptions,
+             "c19": attacks.Corruptions, "c17-like": attacks.Corruptions,
              **dict.fromkeys(("aa", "aa-4", "aa-l2", "apgd"), attacks.AutoAttack)}
     assert attacks.ATTACKS.keys() == want.keys()
     for name, row in attacks.ATTACKS.items():
