@@ -25,7 +25,7 @@ SCRIPTS = {
     "byorl": ["--steps", "1", "--warmup", "1", "--hidden", "64"],
     "adios": ["--warmup", "1", "--masks", "2", "--mask-width", "8"],
     "rotnet": ["--steps", "1", "--warmup", "1", "--drop-path", "0.3"],
-    "pretext": ["--steps", "1", "--pool-layers", "1", "--held-out", "0"],
+    "pretext": ["--tasks", "jigsaw", "selfie", "--steps", "1", "--pool-layers", "1", "--held-out", "0"],
 }
 PICTURES = {"adv_mae": "recon.png", "adpe": "positions.png", "adios": "masks.png"}  # the others write views.png
 TINY = ["--arch", "slim", "--batch-size", "16", "--epochs", "2", "--device", "cpu"]
