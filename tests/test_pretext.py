@@ -102,6 +102,15 @@ def test_permutations_of_jigsaw_come_from_the_seed_alone():
     assert drawn(0, 1).shape == (30, 16) and (drawn(0, 1).sort(1).values == torch.arange(16)).all()
 
 
+def test_rotation_and_jigsaw_have_last_stages_of_their_own_that_start_differently():
+    net = pretext.network("slim", ["rotation", "jigsaw"], 30, 1, 0)
+    own = dict(net.jigsaw_stage.named_parameters())
+    for name, w in net.encoder.layer4.named_parameters():
+        other = own[f"0.{name}"]
+        assert other is not w and (w.dim() == 1 or not torch.equal(other, w)), name
+    assert not hasattr(pretext.network("slim", ["selfie"], 30, 1, 0), "rotation_head")
+
+
 # Selfie -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("double, value, of_queries, of_features", [
     (False, 2.50776173, (1.87092949, -0.283358841, 0.649669385), (1.15926532, -0.220554843, -0.340980153)),
