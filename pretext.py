@@ -59,8 +59,8 @@ and flags change them. Two tasks have the recipe of three.
 
 Count a forward pass, or a backward pass to the pixels, as 1, and a whole backward pass as 2. A step on one
 task then costs 2 K + 3, 23 with K = 10, and 3 with --eps 0. AP-SE costs 2 K + 4 for each task, for g is
-logged. In AP-DPE each step of the attack, and the update, differentiates a gradient: about 5 K + 8 for each
-task. --clean-weight adds 3.
+logged. In AP-DPE each step of the attack, and the update, differentiates a gradient: counted, 5.3 K + 6.3 for
+each task. --clean-weight adds 3, and Selfie's pooling comes on top.
 
 The encoder is exported with Rotation's last stage or, without Rotation, with Jigsaw's. With Selfie alone no
 last stage is trained: the exported one is random, and the file says so. At test time it sees whole, upright
