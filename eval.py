@@ -69,6 +69,7 @@ variant of a preset in columns of its own. A flag that is left out excludes noth
 """
 import contextlib
 import json
+import math
 import os
 import time
 
@@ -98,8 +99,21 @@ def trades(logits, logits_adv, y, beta=6.0):
     return F.cross_entropy(logits, y) + beta * kl(logits, logits_adv)
 
 
-def classifier_loss(net, x, y, preset, noise, eps=8 / 255, steps=10):
+def nt_xent(z1, z2, temperature=0.5):
+    """Mean over the 2 B rows of z1 and z2 (B, D) of -log(e^(u_i.u_j/T) / sum_k!=i e^(u_i.u_k/T)), u of length
+    1, j the other view of i (RoCL, arXiv 2006.07589, with its temperature)."""
+    u = F.normalize(torch.cat([z1, z2]))
+    scores = u @ u.T / temperature  # (2 B, 2 B)
+    scores.fill_diagonal_(-torch.inf)
+    partner = torch.arange(len(u), device=u.device).roll(len(z1))
+    return F.cross_entropy(scores, partner)
+
+
+def classifier_loss(net, x, y, preset, noise, x2=None, eps=8 / 255, steps=10):
     """The loss of `preset` on a batch x (B, 3, H, W) in [0, 1], y (B,) or, mixed, (B, classes).
+
+    "at+ss" is cross-entropy on [x, x2, x_adv], in one pass, plus `nt_xent` of the projections of x and
+    x2, a second view of the same images.
 
     `noise` (B, 3, H, W) is uniform in [0, 1) and starts the attack: at a point of the ball, or in
     TRADES' way at Gaussian noise of 0.001 around the image.
@@ -130,6 +144,10 @@ def classifier_loss(net, x, y, preset, noise, eps=8 / 255, steps=10):
         x_adv = pgd(loss_of_images, x, eps, preset.step_size, steps, start=start.clamp(0, 1))
     if preset.loss == "trades":
         return trades(logits(x, "clean"), logits(x_adv, "adv"), y)
+    if preset.loss == "at+ss":
+        h = net.norm(net.encoder(torch.cat([x, x2, x_adv])))  # (3 B, dim)
+        z1, z2 = net.projector(h[: 2 * len(x)]).chunk(2)
+        return F.cross_entropy(net.head(h), y.repeat(3)) + nt_xent(z1, z2)
     return F.cross_entropy(logits(x_adv, "adv"), y)
 
 
@@ -159,24 +177,32 @@ def train(net, images, preset, seed):
     best = None
     net.history = []
     steps_per_epoch = data.steps_per_epoch(len(images), preset.batch_size)
-    for epoch in range(preset.epochs):
+    epochs = preset.epochs or math.ceil(preset.steps / steps_per_epoch)
+    for epoch in range(epochs):
         total = 0.0
-        for i, (x, y, rng) in enumerate(data.batches(images, preset.batch_size, seed, epoch)):
+        for i, (pixels, y, rng) in enumerate(data.batches(images, preset.batch_size, seed, epoch)):
             step = epoch * steps_per_epoch + i
             lr = finetune.lr_at(preset, epoch, epoch + i / steps_per_epoch, step)
             for group in opt.param_groups:
                 group["lr"] = lr * group["scale"]
-            x, y = finetune.augment(x, y, rng, preset, mix)
+            x2 = None
+            if preset.loss == "at+ss":
+                x2, _ = finetune.augment(pixels, y, rng, preset, mix)
+            x, y = finetune.augment(pixels, y, rng, preset, mix)
             noise = None if preset.loss == "clean" else rng.uniform(*x.shape[1:], device=x.device)
-            loss = classifier_loss(net, x, y, preset, noise)
+            loss = classifier_loss(net, x, y, preset, noise, x2)
             opt.zero_grad()
             loss.backward()
+            if preset.clip:
+                torch.nn.utils.clip_grad_norm_(net.parameters(), preset.clip)
             opt.step()
             total = total + loss.detach()
-        mean = float(total) / steps_per_epoch
+            if step + 1 == preset.steps:
+                break
+        mean = float(total) / (i + 1)
         if not mean < float("inf"):
             raise ValueError(f"the classifier's loss is not finite in epoch {epoch}; try a lower --lr")
-        screen.show_epoch(epoch, preset.epochs, f"lr {lr:.2g}  loss {mean:.4f}")
+        screen.show_epoch(epoch, epochs, f"lr {lr:.2g}  loss {mean:.4f}")
         if held:
             now = held_out_accuracies(net, held, preset, seed)
             net.history.append({"epoch": epoch + 1, **now})
@@ -185,6 +211,7 @@ def train(net, images, preset, seed):
                 net.picked_epoch = epoch + 1
     if best:
         net.load_state_dict(best[1])
+    net.projector = None
     bad = files.not_finite(net.state_dict())
     if bad:  # after the last step, whose loss was finite
         raise ValueError(f"the classifier's {bad} is not finite after training; try a lower --lr")

@@ -4,7 +4,8 @@ from torch import nn
 from torchvision.transforms import v2
 
 from common import data, encoders, optim
-from common.augment import random_flip, random_pad_crop, random_resized_crop, to_float
+from common.augment import (
+    random_color_jitter, random_flip, random_grayscale, random_pad_crop, random_resized_crop, to_float)
 from evaluation.presets import HELD_OUT
 
 
@@ -17,6 +18,7 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder, classes, batch_norm=False):
         super().__init__()
+        self.projector = None  # of loss "at+ss", while it is trained
         self.picked_epoch = None
         self.history = []
         self.encoder = encoder
@@ -39,6 +41,8 @@ def start(net, p):
         encoders.renew_norm(net.encoder)
     if p.fresh_last:
         encoders.renew_last_stage(net.encoder, "this preset")
+    if p.loss == "at+ss":
+        net.projector = encoders.mlp(net.encoder.dim, 2048, 128).to(net.head.weight.device)
     encoders.drop_path(net.encoder, p.drop_path)
 
 
@@ -55,8 +59,10 @@ def lr_at(p, epoch, progress, step):
     """The learning rate of preset `p` in `epoch`, `progress` epochs and `step` steps into the run."""
     if p.milestones:
         lr = p.lr * 0.1 ** sum(epoch >= m for m in p.milestones)
+    elif p.steps:
+        lr = optim.cosine((step - p.ramp) / (p.steps - p.ramp), p.lr, p.lr_end)
     else:
-        lr = optim.warmup_cosine(progress, p.epochs, p.warmup, p.lr, 1e-6)
+        lr = optim.warmup_cosine(progress, p.epochs, p.warmup, p.lr, p.lr_end)
     if step < p.ramp:
         lr *= p.ramp_from + (1 - p.ramp_from) * step / p.ramp
     return lr
@@ -81,6 +87,11 @@ def augment(x, y, rng, p, mix):
     it."""
     if p.augment == "rrc":
         x = random_resized_crop(x, rng, x.shape[2], scale=(0.08, 1.0), flip=0.5, filter="bicubic")
+    elif p.augment == "rocl":  # as in its pretraining
+        x = random_grayscale(random_color_jitter(to_float(x), rng, 0.4, 0.4, 0.4, 0.1, p=0.8), rng, p=0.2)
+        x = random_resized_crop(x, rng, x.shape[2], scale=(0.08, 1.0), flip=0.5)
+    elif p.augment == "flip":
+        x = random_flip(to_float(x), rng)
     elif p.augment != "none":
         x = random_flip(random_pad_crop(to_float(x), rng, 4, p.augment), rng)
     x, y = mix(to_float(x), y)

@@ -78,6 +78,8 @@ def parser(doc):
                    help="decoding processes, for an ImageFolder")
     g = p.add_argument_group("instead of the preset's")
     g.add_argument("--epochs", type=whole)
+    g.add_argument("--steps", type=whole, help="of presets that have steps instead of epochs")
+    g.add_argument("--ramp", type=run.integer(0), help="steps in which the rate rises, of presets with such")
     g.add_argument("--milestones", type=whole, nargs="*", help="epochs where the rate falls; none: cosine")
     g.add_argument("--lr", type=run.number(above=0))
     g.add_argument("--weight-decay", type=run.number(0))
@@ -92,7 +94,7 @@ def parser(doc):
 
 
 # What a flag may change of a preset.
-OVER = ("epochs", "milestones", "lr", "weight_decay", "batch_size",
+OVER = ("epochs", "steps", "ramp", "milestones", "lr", "weight_decay", "batch_size",
         "warmup", "layer_decay", "drop_path", "smoothing", "mixup", "cutmix")
 
 
@@ -179,15 +181,22 @@ def check(args):
         if name == "knn":
             continue
         p = preset_of(args, name)
-        if max(p.milestones, default=0) >= p.epochs:
+        if args.milestones and p.steps:
+            raise ValueError(f"--milestones: preset {name} has steps, no epochs, and follows a cosine")
+        if p.ramp >= p.steps > 0:
+            raise ValueError(f"--steps {p.steps}: preset {name} raises its rate in {p.ramp}; lower --ramp")
+        if max(p.milestones, default=-1) >= p.epochs:
             raise ValueError(f"--epochs {p.epochs}: preset {name} lowers its rate in epoch "
                              f"{max(p.milestones)}; give other --milestones, or none: a cosine")
         if args.milestones and PRESETS[name].warmup:
             raise ValueError(f"--milestones: preset {name} warms up and follows a cosine")
-        if p.warmup >= p.epochs:
+        if p.warmup and p.warmup >= p.epochs and not p.steps:
             raise ValueError(f"--epochs {p.epochs}: preset {name} warms up for {p.warmup}; lower --warmup")
         has_place = dict(
-            warmup=not p.milestones,
+            epochs=not PRESETS[name].steps,
+            steps=PRESETS[name].steps,
+            ramp=PRESETS[name].ramp,
+            warmup=not p.milestones and not p.steps,
             layer_decay=p.optimizer == "adamw",
             drop_path=p.trains == "all",
             smoothing=p.loss == "clean",

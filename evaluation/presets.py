@@ -9,14 +9,15 @@ class Preset(NamedTuple):
     cosine."""
 
     trains: str  # "linear" (encoder frozen), "last" (the last stage of a ResNet is not), or "all"
-    loss: str  # "clean", "pgd" or "trades"
-    epochs: int
-    milestones: tuple  # empty: cosine to 1e-6
+    loss: str  # "clean", "pgd", "trades" or "at+ss" (see eval.classifier_loss)
+    epochs: int  # 0: see `steps`
+    milestones: tuple  # empty: cosine to `lr_end`
     lr: float
     weight_decay: float
     batch_size: int
     zero: bool  # the classifier starts at zero, else at PyTorch's default
-    augment: str  # "reflect" or "constant" (pad 4, crop, flip), "rrc" (resized crop, flip), or "none"
+    augment: str  # "reflect" or "constant" (pad 4, crop, flip), "rrc" (resized crop, flip), "flip", "none", or
+    # "rocl" (jitter, grey, resized crop, flip)
     step_size: float = 2 / 255  # of the training attack: linf 8/255, 10 steps
     nesterov: bool = False
     uniform: bool = True  # start of the training attack: uniform in the ball, else TRADES' Gaussian of 0.001
@@ -35,10 +36,14 @@ class Preset(NamedTuple):
     fresh_last: bool = False  # encoders.renew_last_stage
     ramp: int = 0  # steps in which the rate rises linearly, from `ramp_from` of what it would be
     ramp_from: float = 0.0
+    steps: int = 0  # instead of epochs; the cosine begins after the ramp
+    clip: float = 0.0  # largest norm of the gradient of all weights together; 0: any
+    lr_end: float = 1e-6  # of the cosine
 
 
 HELD_OUT = 0.1  # share of the training images by which an epoch is picked
-LATER = ("fresh_last", "ramp", "ramp_from")  # a recipe does not name these where they are as by default
+# A recipe does not name these where they are as by default.
+LATER = ("fresh_last", "ramp", "ramp_from", "steps", "clip", "lr_end")
 
 
 def recipe_of(p):
@@ -108,6 +113,9 @@ def number(value):
 
 CHEN = Preset("last", "clean", 100, (30, 50), 0.1, 3e-4, 256, False, "constant", pick="clean",
               fresh_last=True, ramp=200, ramp_from=0.1)
+MAE_TUNE = Preset("all", "clean", 100, (), 2e-3, 0.05, 1024, True, "rrc", optimizer="adamw", warmup=5,
+                  layer_decay=0.65, drop_path=0.1, smoothing=0.1, mixup=0.8, cutmix=1.0, head_std=2e-5,
+                  renew_norm=True)
 
 PRESETS = {
     # Xu & Yang 2020 (2012.13154) and its code
@@ -120,6 +128,9 @@ PRESETS = {
     # Kim et al. 2020 (2006.07589); that the adversarial probe is un-augmented too is inferred
     "rocl-slf": Preset("linear", "clean", 150, (30, 50, 100), 0.1, 5e-4, 1024, False, "none"),
     "rocl-alf": Preset("linear", "pgd", 150, (30, 50, 100), 0.1, 5e-4, 1024, False, "none", step_size=0.007),
+    # AT+SS. No command for it was published: schedule and decay are those of the probes; the code's projector
+    # is the pretrained one, which an exported encoder lacks: here a new one of its shape
+    "rocl-aff": Preset("all", "at+ss", 150, (30, 50, 100), 0.1, 5e-4, 1024, False, "rocl", step_size=0.007),
     # Jiang et al. 2020 (2010.13337); the probe reads BN clean: --bn clean. That the best epoch is best
     # under attack is inferred
     "acl-probe": Preset("linear", "clean", 100, (), 0.1, 0.0, 512, False, "none", nesterov=True),
@@ -141,10 +152,24 @@ PRESETS = {
     "robustssl-alf": Preset("linear", "pgd", 25, (15, 20), 0.01, 2e-4, 512, True, "constant"),
     "robustssl-aff": Preset("all", "trades", 25, (15, 20), 0.1, 2e-4, 128, True, "constant", uniform=False,
                             dual=True),
-    # He et al. 2021 (2111.06377) and its code, ViT-B; the probe reads our features, not the cls token
-    "mae-tune": Preset("all", "clean", 100, (), 2e-3, 0.05, 1024, True, "rrc", optimizer="adamw", warmup=5,
-                       layer_decay=0.65, drop_path=0.1, smoothing=0.1, mixup=0.8, cutmix=1.0,
-                       head_std=2e-5, renew_norm=True),
+    # From scratch, for encoders exported with --epochs 0. Adversarial training as in AMOC's tables; TRADES as
+    # in its paper (Zhang et al. 2019, 1901.08573), whose further milestones 90 and 100 are never reached
+    "at": Preset("all", "pgd", 200, (102, 154), 0.1, 2e-4, 128, False, "reflect"),
+    "trades": Preset("all", "trades", 76, (75,), 0.1, 2e-4, 128, False, "constant", uniform=False),
+    # Hu et al. 2021 (2011.08435) and Wang et al. 2022 (2203.14370), ImageNet; of CaCo's, start and crop are
+    # taken from AdCo's, and the biases are left alone
+    "adco-slf": Preset("linear", "clean", 100, (), 10.0, 0.0, 256, True, "rrc", head_std=0.01, lr_end=0.01),
+    "caco-slf": Preset("linear", "clean", 100, (), 0.4, 0.0, 4096, True, "rrc", optimizer="lars", head_std=0.01,
+                       lr_end=0.0),
+    # Shi et al. 2022 (2201.13100), its code, which puts LARS around SGD by default; the crop is inferred
+    "adios-slf": Preset("linear", "clean", 100, (60, 80), 0.1, 0.0, 128, False, "rrc"),
+    # Rebuffi et al. 2023, App. E. What is not said of the first is MAE's; layer decays .65 to .95 were swept
+    "rebuffi-tune": MAE_TUNE._replace(lr=5e-4, batch_size=512),
+    "rebuffi-sgd": Preset("all", "clean", 0, (), 0.01, 0.0, 512, False, "flip", renew_norm=True, ramp=500,
+                          steps=2500, clip=1.0, lr_end=0.0),
+    # He et al. 2021 (2111.06377) and its code, ViT-B; the probe reads our features, not the cls token. The
+    # code's recipe has a rate of 5e-4 per 256 images and layer decay .65; the paper's Table 9 has 1e-3 and .75
+    "mae-tune": MAE_TUNE,
     "mae-slf": Preset("linear", "clean", 90, (), 6.4, 0.0, 16384, True, "rrc", optimizer="lars", warmup=10,
                       head_std=0.01, batch_norm=True),
     # Ours, for CIFAR-10; not tuned

@@ -8,13 +8,15 @@ from evaluation.presets import PRESETS
 
 def presets():
     rows = ["| preset | trains | on | epochs | lr | batch | augmentation |", "|---|---|---|---|---|---|---|"]
-    losses = {"clean": "clean images", "pgd": "PGD-10 images", "trades": "TRADES"}
+    losses = {"clean": "clean images", "pgd": "PGD-10 images", "trades": "TRADES",
+              "at+ss": "two views, PGD-10 images, contrast"}
     for name, p in PRESETS.items():
         schedule = f", ×0.1 at {', '.join(map(str, p.milestones))}" if p.milestones else ", cosine"
+        length = p.epochs or f"{p.steps} steps"
         trains = {"linear": "the linear layer", "last": "the last stage, anew", "all": "everything"}[p.trains]
         if p.fresh_last and p.trains == "all":
             trains += ", the last stage anew"
-        rows.append(f"| `{name}` | {trains} | {losses[p.loss]} | {p.epochs} | {p.lr:g}{schedule} ({p.optimizer}) "
+        rows.append(f"| `{name}` | {trains} | {losses[p.loss]} | {length} | {p.lr:g}{schedule} ({p.optimizer}) "
                     f"| {p.batch_size} | {p.augment} |")
     return "\n".join(rows)
 

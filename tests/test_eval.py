@@ -9,6 +9,7 @@ import torchvision
 from torch import nn
 
 import eval as command
+import rocl
 from common import augment, data, encoders, resnet
 from common.pgd import pgd
 from evaluation import attacks, corruptions, finetune, knn, presets, results, table
@@ -650,6 +651,7 @@ amoc-aff         all    pgd     40 30,35       0.1  5e-4   128 zero    reflect
 amoc-aff-trades  all    trades 100 40,60       0.1  5e-4   128 zero    reflect
 rocl-slf         linear clean  150 30,50,100   0.1  5e-4  1024 default none
 rocl-alf         linear pgd    150 30,50,100   0.1  5e-4  1024 default none
+rocl-aff         all    at+ss  150 30,50,100   0.1  5e-4  1024 default rocl
 acl-probe        linear clean  100 cosine      0.1  0      512 default none
 acl-aff-25       all    trades  25 15,20       0.1  2e-4   128 zero    constant
 acl-aff-100      all    trades 100 40,60       0.1  2e-4   128 zero    constant
@@ -661,18 +663,29 @@ advcl-slf        linear clean   25 15,20       0.01 2e-4   512 default constant
 robustssl-slf    linear clean   25 15,20       0.01 2e-4   512 zero    constant
 robustssl-alf    linear pgd     25 15,20       0.01 2e-4   512 zero    constant
 robustssl-aff    all    trades  25 15,20       0.1  2e-4   128 zero    constant
+at               all    pgd    200 102,154     0.1  2e-4   128 default reflect
+trades           all    trades  76 75          0.1  2e-4   128 default constant
+adco-slf         linear clean  100 cosine       10  0      256 zero    rrc
+caco-slf         linear clean  100 cosine      0.4  0     4096 zero    rrc
+adios-slf        linear clean  100 60,80       0.1  0      128 default rrc
+rebuffi-tune     all    clean  100 cosine     5e-4  0.05   512 zero    rrc
+rebuffi-sgd      all    clean    0 cosine     0.01  0      512 default flip
 mae-tune         all    clean  100 cosine     2e-3  0.05  1024 zero    rrc
 mae-slf          linear clean   90 cosine      6.4  0    16384 zero    rrc
 mae-tune-cifar   all    clean  100 cosine     1e-3  0.05   256 zero    constant
 mae-slf-cifar    linear clean   25 15,20       0.1  0      128 zero    constant
 """
-GAUSSIAN_START = ["acl-aff-25", "acl-aff-100", "robustssl-aff"]
+GAUSSIAN_START = ["trades", "acl-aff-25", "acl-aff-100", "robustssl-aff"]
 MORE = {
-    "rocl-alf": {"step_size": 0.007}, "acl-probe": {"nesterov": True}, "acl-aff-25": {"pick": "pgd20"},
+    "rocl-alf": {"step_size": 0.007}, "rocl-aff": {"step_size": 0.007},
+    "adco-slf": {"head_std": 0.01, "lr_end": 0.01},
+    "caco-slf": {"head_std": 0.01, "lr_end": 0.0, "optimizer": "lars"},
+    "rebuffi-sgd": {"renew_norm": True, "ramp": 500, "steps": 2500, "clip": 1.0, "lr_end": 0.0},
+    **{name: {"optimizer": "adamw", "warmup": 5, "layer_decay": 0.65, "drop_path": 0.1, "smoothing": 0.1, "mixup": 0.8,
+              "cutmix": 1.0, "head_std": 2e-5, "renew_norm": True} for name in ("mae-tune", "rebuffi-tune")},
+    "acl-probe": {"nesterov": True}, "acl-aff-25": {"pick": "pgd20"},
     **{f"chen-f{i}": {"pick": "clean", "fresh_last": True, "ramp": 200, "ramp_from": 0.1} for i in (1, 2, 3, 4)},
     "robustssl-aff": {"dual": True},
-    "mae-tune": {"optimizer": "adamw", "warmup": 5, "layer_decay": 0.65, "drop_path": 0.1, "smoothing": 0.1,
-                 "mixup": 0.8, "cutmix": 1.0, "head_std": 2e-5, "renew_norm": True},
     "mae-slf": {"optimizer": "lars", "warmup": 10, "head_std": 0.01, "batch_norm": True},
     "mae-tune-cifar": {"optimizer": "adamw", "warmup": 5, "layer_decay": 0.75, "drop_path": 0.1, "smoothing": 0.1,
                        "head_std": 2e-5, "renew_norm": True},
@@ -680,7 +693,8 @@ MORE = {
 BY_DEFAULT = {
     "step_size": 2 / 255, "nesterov": False, "optimizer": "sgd", "warmup": 0, "layer_decay": 1.0, "drop_path": 0.0,
     "smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "head_std": 0.0, "renew_norm": False, "batch_norm": False,
-    "pick": "", "dual": False, "fresh_last": False, "ramp": 0, "ramp_from": 0.0}
+    "pick": "", "dual": False, "fresh_last": False, "ramp": 0, "ramp_from": 0.0, "steps": 0,
+    "clip": 0.0, "lr_end": 1e-6}
 
 
 def typed():
@@ -698,7 +712,7 @@ TYPED = dict(typed())
 
 def test_the_presets_are_those_of_the_papers():
     assert {name: p._asdict() for name, p in presets.PRESETS.items()} == TYPED
-    assert len(TYPED) == 23
+    assert len(TYPED) == 31
 
 
 def test_the_attacks_are_those_of_the_papers():
@@ -729,6 +743,8 @@ def test_the_attacks_are_those_of_the_papers():
 FALLS = {  # what remains of the rate in the epochs up to, and from, each
     (25, (15, 20)): [1] * 15 + [0.1] * 5 + [0.01] * 5, (40, (30, 35)): [1] * 30 + [0.1] * 5 + [0.01] * 5,
     (100, (40, 60)): [1] * 40 + [0.1] * 20 + [0.01] * 40, (100, (30, 50)): [1] * 30 + [0.1] * 20 + [0.01] * 50,
+    (200, (102, 154)): [1] * 102 + [0.1] * 52 + [0.01] * 46, (76, (75,)): [1] * 75 + [0.1],
+    (100, (60, 80)): [1] * 60 + [0.1] * 20 + [0.01] * 20,
     (150, (30, 50, 100)): [1] * 30 + [0.1] * 20 + [0.01] * 50 + [0.001] * 50}
 
 
@@ -743,7 +759,8 @@ def test_the_rate_of_every_preset_in_every_epoch(name):
             elif t < warm:
                 want = row["lr"] * t / warm
             else:
-                want = 1e-6 + (row["lr"] - 1e-6) * (1 + math.cos(math.pi * (t - warm) / (row["epochs"] - warm))) / 2
+                end = row["lr_end"]
+                want = end + (row["lr"] - end) * (1 + math.cos(math.pi * (t - warm) / (row["epochs"] - warm))) / 2
             step = 150 * t  # where an epoch has so many
             if step < row["ramp"]:
                 want *= 0.1 + 0.9 * step / 200
@@ -763,7 +780,7 @@ class Wavy64(nn.Module):
         return (25 * x).sin().flatten(1) @ self.weight.T
 
 
-@pytest.mark.parametrize("name", [name for name, row in TYPED.items() if row["loss"] != "clean"])
+@pytest.mark.parametrize("name", [name for name, row in TYPED.items() if row["loss"] in ("pgd", "trades")])
 def test_the_training_attack_of_a_preset_equals_a_slow_loop(name):
     """Start, ball, step, number of steps and objective; the modes of the network; the loss."""
     row, net = TYPED[name], Wavy64()
@@ -821,11 +838,11 @@ def test_the_modes_of_training_and_whose_weights_move(name):
     net = finetune.Classifier(encoder, 3, row["batch_norm"])
     encoder.net.append(net)
     p = presets.PRESETS[name]._replace(
-        epochs=1, milestones=(), warmup=0, batch_size=16, pick="", dual=False)
+        epochs=1, milestones=(), warmup=0, batch_size=16, pick="", dual=False, steps=0)
     command.train(net, coloured(16), p, seed=0)
     everything = row["trains"] == "all"
     last = row["trains"] != "linear"
-    attack = {"clean": 0, "pgd": 10, "trades": 11}[row["loss"]]
+    attack = {"clean": 0, "pgd": 10, "trades": 11, "at+ss": 10}[row["loss"]]
     update = 2 if row["loss"] == "trades" else 1
     in_attack = (False, False, everything, False, last)
     in_update = (everything, True, everything, last, last)
@@ -853,7 +870,7 @@ def test_each_step_has_the_rate_of_its_epoch_and_the_optimizer_of_the_preset(nam
     falls = (1,) if row["milestones"] else ()
     warm = min(1, row["warmup"])
     p = presets.PRESETS[name]._replace(epochs=2, milestones=falls, warmup=warm, batch_size=8, pick="",
-                                          dual=False, lr=1e-3, ramp=0)
+                                          dual=False, lr=1e-3, ramp=0, steps=0, lr_end=1e-6)
     command.train(net, coloured(16), p, seed=0)
     half = 1e-6 + (1e-3 - 1e-6) * (1 + math.cos(math.pi / 2)) / 2
     three = [1e-6 + (1e-3 - 1e-6) * (1 + math.cos(math.pi * t / 4)) / 2 for t in range(4)]
@@ -893,7 +910,7 @@ def test_the_classifier_starts_as_the_preset_says(name, start):
         assert weight.std().item() == pytest.approx(0.01, rel=0.1) and bias.abs().max() < 1e-20
 
 
-@pytest.mark.parametrize("kind", ["reflect", "constant", "rrc", "none"])
+@pytest.mark.parametrize("kind", ["reflect", "constant", "rrc", "flip", "rocl", "none"])
 def test_augmentation_is_that_of_the_preset(kind):
     p = presets.PRESETS["amoc-slf"]._replace(augment=kind)
     x, y = coloured(6).x, torch.arange(6)
@@ -901,6 +918,10 @@ def test_augmentation_is_that_of_the_preset(kind):
     rng, float_x = data.Rng((1, 2, 3), 6, slice(6)), x.float() / 255
     if kind == "none":
         want = float_x
+    elif kind == "flip":
+        want = torch.where((rng.uniform(1) < 0.5).view(-1, 1, 1, 1), float_x.flip(3), float_x)
+    elif kind == "rocl":
+        want = rocl.augment(x, rng, 32)
     elif kind == "rrc":
         want = augment.random_resized_crop(x, rng, 32, scale=(0.08, 1.0), flip=0.5, filter="bicubic")
     else:

@@ -1,12 +1,17 @@
 """What single presets do: the last stage alone, the epoch that is picked, warnings, names of results."""
+import copy
 import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import eval as command
 from common import data, encoders
+from common.pgd import pgd
 from evaluation import attacks, finetune, presets, results, table
+from evaluation.flags import check
+from tests.recipes import A
 from tests.scripts import tiny_npz
 
 FLAGS = ["--device", "cpu", "--epochs", "2", "--milestones", "1", "--batch-size", "16"]
@@ -275,3 +280,118 @@ def test_the_name_of_a_file_stays_short(tmp_path):
         "amoc-slf"]._replace(epochs=200, milestones=(*range(150), last))) for last in (160, 170)]
     assert stems[0] != stems[1] and all(len(stem) < 200 for stem in stems)
     assert all(character.isalnum() or character in "-=,." for character in "".join(stems))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Steps instead of epochs, a clipped gradient, another end of the cosine
+# ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("step, lr", [
+    (0, 0), (250, 0.005), (499, 0.00998), (500, 0.01), (1000, 0.01 * (2 + 2**0.5) / 4), (1500, 0.005), (2500, 0)])
+def test_the_rate_of_steps_rises_and_follows_a_cosine(step, lr):
+    assert finetune.lr_at(presets.PRESETS["rebuffi-sgd"], 3, 3.5, step) == pytest.approx(lr, abs=1e-12)
+
+
+@pytest.mark.parametrize("name, end", [("adco-slf", 0.01), ("caco-slf", 0.0), ("mae-tune", 1e-6)])
+def test_the_cosine_ends_where_the_preset_says(name, end):
+    assert finetune.lr_at(presets.PRESETS[name], 100, 100, 10**6) == pytest.approx(end)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+def test_training_takes_just_so_many_steps(steps, monkeypatch):
+    asked = []
+    lr_at = finetune.lr_at
+    monkeypatch.setattr(finetune, "lr_at", lambda *args: asked.append(args[3]) or lr_at(*args))
+    p = presets.PRESETS["rebuffi-sgd"]._replace(steps=steps, ramp=0, batch_size=18)
+    net = classifier()
+    command.train(net, small(36), p, seed=0)  # two steps per epoch
+    assert asked == list(range(steps)) and net.encoder.bn1.num_batches_tracked == steps
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-3, 1e6])
+def test_the_gradient_of_all_weights_together_is_clipped(clip):
+    """The first step of SGD moves the weights by rate times gradient."""
+    p = presets.PRESETS["rebuffi-sgd"]._replace(steps=1, ramp=0, batch_size=16, lr=0.5, clip=clip, head_std=0.1, zero=True)
+    net = classifier()
+    before = {key: w.detach().clone() for key, w in net.named_parameters() if key.startswith("encoder")}
+    command.train(net, small(16), p, seed=0)
+    moved = torch.cat([(w - before[key]).flatten() for key, w in net.named_parameters() if key in before])
+    if clip == 1e-3:
+        assert 0.1 * 0.5 * clip < moved.norm() <= 0.5 * clip * 1.001
+        assert net.head.weight.grad is None or torch.cat(
+            [w.grad.flatten() for w in net.parameters()]).norm().item() == pytest.approx(clip, rel=1e-3)
+    else:
+        assert moved.norm() > 0.5 * 1e-2
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--epochs", "5"], "--epochs: preset rebuffi-sgd has no place for it"),
+    (["--warmup", "1"], "--warmup: preset rebuffi-sgd has no place for it"),
+    (["--steps", "100"], "--steps 100: preset rebuffi-sgd raises its rate in 500; lower --ramp"),
+    (["--milestones", "3"], "--milestones: preset rebuffi-sgd has steps"),
+    (["--preset", "amoc-slf", "--steps", "5"], "--steps: preset amoc-slf has no place for it"),
+    (["--preset", "amoc-slf", "--ramp", "5"], "--ramp: preset amoc-slf has no place for it")])
+def test_flags_of_steps_that_do_not_fit_are_named(flags, words):
+    with pytest.raises(ValueError, match=words):
+        check(command.parser().parse_args(["encoder.pt", "--preset", "rebuffi-sgd", *flags]))
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_every_preset_passes_the_check_of_flags(name):
+    check(command.parser().parse_args(["encoder.pt", "--preset", name]))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# RoCL's joint fine-tuning
+# ----------------------------------------------------------------------------------------------------------
+def test_nt_xent_equals_printed_values_and_a_slow_loop():
+    z1, z2 = (A(8, 8, 0)[:4].clone().requires_grad_(), A(8, 8, 0)[4:].clone().requires_grad_())
+    loss = command.nt_xent(z1, z2)
+    assert loss.item() == pytest.approx(4.255083800077276, rel=1e-9)
+    grads = torch.autograd.grad(loss, (z1, z2))
+    assert torch.cat(grads).norm().item() == pytest.approx(0.2471084263370869, rel=1e-9)
+    rows = [row / row.norm() for row in (*z1.detach(), *z2.detach())]
+    slow = 0
+    for i in range(8):
+        others = sum((rows[i] @ rows[k] / 0.3).exp() for k in range(8) if k != i)
+        slow -= ((rows[i] @ rows[(i + 4) % 8] / 0.3).exp() / others).log() / 8
+    assert command.nt_xent(z1, z2, 0.3).item() == pytest.approx(slow.item(), rel=1e-9)
+
+
+def test_joint_fine_tuning_is_cross_entropy_on_three_images_and_contrast_of_two_views():
+    p = presets.PRESETS["rocl-aff"]
+    net = classifier()
+    finetune.start(net, p)
+    assert [tuple(m.weight.shape) for m in net.projector if hasattr(m, "weight")] == [(2048, 128), (128, 2048)]
+    net.train()
+    x, x2, noise = torch.rand(3, 6, 3, 16, 16)
+    y = torch.arange(6) % 3
+    loss = command.classifier_loss(copy.deepcopy(net), x, y, p, noise, x2)
+
+    net.eval()
+    start = (x + 8 / 255 * (2 * noise - 1)).clamp(0, 1)
+    x_adv = pgd(lambda v: F.cross_entropy(net(v), y), x, 8 / 255, 0.007, 10, start=start)
+    net.train()
+    h = net.encoder(torch.cat([x, x2, x_adv]))  # one pass: common statistics
+    parts = [F.cross_entropy(net.head(part), y) for part in h.chunk(3)]
+    want = sum(parts) / 3 + command.nt_xent(net.projector(h[:6]), net.projector(h[6:12]))
+    torch.testing.assert_close(loss, want)
+
+
+def test_two_views_differ_and_the_projector_is_trained_and_left(monkeypatch, tmp_path):
+    seen, projected = [], []
+    loss_of = command.classifier_loss
+
+    def loss(net, x, y, p, noise, x2):
+        seen.append((x, x2))
+        projected.append(net.projector[0].weight.detach().clone())
+        return loss_of(net, x, y, p, noise, x2)
+
+    monkeypatch.setattr(command, "classifier_loss", loss)
+    p = presets.PRESETS["rocl-aff"]._replace(epochs=1, milestones=(), batch_size=18)
+    net = classifier()
+    command.train(net, small(36), p, seed=0)
+    assert all(x.shape == x2.shape and not torch.equal(x, x2) for x, x2 in seen)
+    assert not torch.equal(*projected) and net.projector is None
+    results.save_classifier(net, tmp_path / "c.pt")
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(command.load_classifier(tmp_path / "c.pt")(x), net(x))
