@@ -5,7 +5,7 @@ from torch import nn
 
 import amoc
 import rocl
-from common import encoders
+from common import encoders, resnet
 from common.resnet import BranchNorm, branch
 from tests.scripts import TINY, tiny_npz
 
@@ -176,9 +176,18 @@ def test_a_renewed_last_stage_is_random_again_and_the_trunk_stays():
             assert w.std().item() == pytest.approx(wanted, rel=0.1), name
 
 
-def test_depth_is_counted_and_dropped_in_pre_activation_networks_too():
-    encoder = encoders.make("preact_resnet18")
-    assert len(encoders.stages(encoder)) == 1 + 8
+@pytest.mark.parametrize("block", [resnet.PreActBlock(4, 4, 1, nn.BatchNorm2d), resnet.PreActBottleneck(4, 1, 1, nn.BatchNorm2d)])
+def test_a_block_is_skipped_in_training_alone(block):
+    block.drop = 1.0
+    x = torch.rand(3, 4, 5, 5)
+    assert torch.equal(block(x), x)
+    assert not torch.equal(block.eval()(x), x)
+
+
+@pytest.mark.parametrize("arch, blocks", [("preact_resnet18", 8), ("preact_resnet50", 16)])
+def test_depth_is_counted_and_dropped_in_pre_activation_networks_too(arch, blocks):
+    encoder = encoders.make(arch)
+    assert len(encoders.stages(encoder)) == 1 + blocks
     encoders.drop_path(encoder, 0.7)
     drops = [m.drop for m in encoder.modules() if hasattr(m, "drop")]
     assert drops[0] == 0 and drops[-1] == pytest.approx(0.7) and drops == sorted(drops)
