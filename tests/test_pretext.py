@@ -23,7 +23,7 @@ def wsum(t):
 
 
 def near(found, wanted, rel=1e-8):
-    assert [float(torch.as_tensor(v).detach()) for v in found] == pytest.approx(wanted, rel=rel)
+    assert [float(torch.as_tensor(v).detach()) for v in found] == pytest.approx([float(v) for v in wanted], rel=rel)
 
 
 # The tasks --------------------------------------------------------------------------------------------------
