@@ -327,6 +327,7 @@ def test_the_gradient_of_all_weights_together_is_clipped(clip):
     (["--epochs", "5"], "--epochs: preset rebuffi-sgd has no place for it"),
     (["--warmup", "1"], "--warmup: preset rebuffi-sgd has no place for it"),
     (["--steps", "100"], "--steps 100: preset rebuffi-sgd raises its rate in 500; lower --ramp"),
+    (["--steps", "500"], "--steps 500: preset rebuffi-sgd raises its rate in 500; lower --ramp"),
     (["--milestones", "3"], "--milestones: preset rebuffi-sgd has steps"),
     (["--preset", "amoc-slf", "--steps", "5"], "--steps: preset amoc-slf has no place for it"),
     (["--preset", "amoc-slf", "--ramp", "5"], "--ramp: preset amoc-slf has no place for it")])
