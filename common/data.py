@@ -279,8 +279,8 @@ def fixed_order(n):
 
 def hold_out(images, share):
     """The data set `images` cut in two at random, always in the same way: the `share` of them that is held
-    out for a choice (None where that is none), and the rest, on which to train. ValueError for a share that is
-    not from 0 to below 1."""
+    out for a choice (None where that is none), and the rest, on which to train. ValueError for a share that
+    is not from 0 to below 1."""
     if not 0 <= share < 1:
         raise ValueError(f"share {share}: must be from 0 to below 1")
     n = round(share * len(images))

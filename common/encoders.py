@@ -152,7 +152,7 @@ def last_stage(encoder, why):
     """The modules after the `trunk` of a ResNet, in order: its last stage. Raises ValueError, with `why` one
     is needed, for an encoder without."""
     if not hasattr(encoder, "last_stage"):
-        raise ValueError(f"{why} needs a ResNet, and {encoder.recipe['arch']} is none")
+        raise ValueError(f"{why} needs a ResNet of this project, and {encoder.recipe['arch']} is none")
     return encoder.last_stage()
 
 

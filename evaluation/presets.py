@@ -16,8 +16,8 @@ class Preset(NamedTuple):
     weight_decay: float
     batch_size: int
     zero: bool  # the classifier starts at zero, else at PyTorch's default
-    augment: str  # "reflect" or "constant" (pad 4, crop, flip), "rrc" (resized crop, flip), "flip", "none", or
-    # "rocl" (jitter, grey, resized crop, flip)
+    augment: str  # "reflect" or "constant" (pad 4, crop, flip), "rrc" (resized crop, flip), "flip",
+    # "rocl" (jitter, grey, resized crop, flip), or "none"
     step_size: float = 2 / 255  # of the training attack: linf 8/255, 10 steps
     nesterov: bool = False
     uniform: bool = True  # start of the training attack: uniform in the ball, else TRADES' Gaussian of 0.001
@@ -65,7 +65,8 @@ def name_of(preset, recipe):
     """What a result of the preset named `preset` by `recipe`, both as eval.jsonl has them, is called: the
     preset, and what was changed of it: "mae-tune layer-decay=0.75"."""
     changed = changes(preset, recipe)
-    return " ".join([preset, *(f"{field.replace('_', '-')}={text(value)}" for field, value in changed.items())])
+    parts = [f"{field.replace('_', '-')}={text(value)}" for field, value in changed.items()]
+    return " ".join([preset, *parts])
 
 
 def changes(preset, recipe):
@@ -159,8 +160,8 @@ PRESETS = {
     # Hu et al. 2021 (2011.08435) and Wang et al. 2022 (2203.14370), ImageNet; of CaCo's, start and crop are
     # taken from AdCo's, and the biases are left alone
     "adco-slf": Preset("linear", "clean", 100, (), 10.0, 0.0, 256, True, "rrc", head_std=0.01, lr_end=0.01),
-    "caco-slf": Preset("linear", "clean", 100, (), 0.4, 0.0, 4096, True, "rrc", optimizer="lars", head_std=0.01,
-                       lr_end=0.0),
+    "caco-slf": Preset("linear", "clean", 100, (), 0.4, 0.0, 4096, True, "rrc", optimizer="lars",
+                       head_std=0.01, lr_end=0.0),
     # Shi et al. 2022 (2201.13100), its code, which puts LARS around SGD by default; the crop is inferred
     "adios-slf": Preset("linear", "clean", 100, (60, 80), 0.1, 0.0, 128, False, "rrc"),
     # Rebuffi et al. 2023, App. E. What is not said of the first is MAE's; layer decays .65 to .95 were swept
@@ -168,7 +169,7 @@ PRESETS = {
     "rebuffi-sgd": Preset("all", "clean", 0, (), 0.01, 0.0, 512, False, "flip", renew_norm=True, ramp=500,
                           steps=2500, clip=1.0, lr_end=0.0),
     # He et al. 2021 (2111.06377) and its code, ViT-B; the probe reads our features, not the cls token. The
-    # code's recipe has a rate of 5e-4 per 256 images and layer decay .65; the paper's Table 9 has 1e-3 and .75
+    # code's recipe has a rate of 5e-4 per 256 images and layer decay .65; the paper's Table 9, 1e-3 and .75
     "mae-tune": MAE_TUNE,
     "mae-slf": Preset("linear", "clean", 90, (), 6.4, 0.0, 16384, True, "rrc", optimizer="lars", warmup=10,
                       head_std=0.01, batch_norm=True),

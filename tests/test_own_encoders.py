@@ -154,7 +154,7 @@ def test_trunk_and_last_stage_are_the_encoder(arch):
     for module in encoders.last_stage(encoder, "this test"):
         y = module(y)
     torch.testing.assert_close(y.mean((2, 3)), encoder(x), rtol=0, atol=0)
-    with pytest.raises(ValueError, match="this test needs a ResNet, and vit_slim is none"):
+    with pytest.raises(ValueError, match="this test needs a ResNet of this project, and vit_slim is none"):
         encoders.last_stage(encoders.make("vit_slim"), "this test")
 
 

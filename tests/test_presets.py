@@ -149,13 +149,13 @@ def test_epochs_are_averaged_over_seeds_like_accuracies():
 def test_a_network_without_a_last_stage_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "train", None)
     export(tmp_path, "vit_slim")
-    with pytest.raises(ValueError, match="encoder.pt: --preset chen-f3 needs a ResNet, and vit_slim is none"):
+    with pytest.raises(ValueError, match="encoder.pt: --preset chen-f3 needs a ResNet of this project, and vit_slim is none"):
         lines(tmp_path, "--preset", "amoc-slf", "chen-f3")
     own = tmp_path / "own.py"
     own.write_text("from torch import nn\n\ndef make():\n"
                    "    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 4))\n")
     export(tmp_path, f"{own}:make")
-    with pytest.raises(ValueError, match="--preset chen-f1 needs a ResNet, and .*own.py:make is none"):
+    with pytest.raises(ValueError, match="--preset chen-f1 needs a ResNet of this project, and .*own.py:make is none"):
         lines(tmp_path, "--preset", "chen-f1")
     assert not (tmp_path / "eval.jsonl").exists()
 

@@ -366,7 +366,7 @@ def test_each_task_has_its_recipe_and_flags_change_it(tasks, wanted):
     (["--tasks", "rotation", "rotation"], "--tasks rotation rotation: rotation is there twice"),
     (["--tasks", "colour"], "--tasks colour: choose one of selfie, rotation, jigsaw"),
     (["--image-size", "30"], "--image-size 30: images are cut into 4 x 4 patches"),
-    (["--arch", "vit_slim"], "pretext.py needs a ResNet, and vit_slim is none"),
+    (["--arch", "vit_slim"], "pretext.py needs a ResNet of this project, and vit_slim is none"),
     (["--compile"], "--compile: has no second derivative, which log_det needs"),
     (["--sync-bn"], "--sync-bn: has no second derivative, which log_det needs"),
     (["--held-out", "0.9"], "batch size 16 is larger than the data: 4 images"),
