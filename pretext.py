@@ -78,12 +78,12 @@ mode: chance is 25 %, 13 % (the share of unshuffled images) and 25 %. `loss` has
 near 0 is the rule; near -11 two tasks have the same input gradient (or one has none), near -22 all three.
 With --steps 0 the images are moved by the random start alone.
 
-Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of CIFAR-10 (JPEG),
-linf 8/255, K = 2: a linear probe reaches 33.2 %, and 18.3 under PGD-20 at 8/255, after 6.7 minutes of Rotation
-(20 epochs); without attack (6 minutes, 40 epochs) 42.4 and 0; a random encoder has 27.4 and 0. AP-DPE has 30.3
-and 4.6 after 11.7 minutes, which are 3 epochs, AP-SE 30.5 and 5.2 after 8.9 (8 epochs). Nothing has run on a
-GPU yet. The 78.30 and 18.22 that Fan et al. (2021) print of AP-DPE are of a ResNet-18 on CIFAR-10; the second
-is also what the paper has for Rotation alone, fine-tuned by F1.
+Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of CIFAR-10
+(JPEG), linf 8/255, K = 2: a linear probe reaches 33.2 %, and 18.3 under PGD-20 at 8/255, after 6.7
+minutes of Rotation (20 epochs); without attack (6 minutes, 40 epochs) 42.4 and 0; a random encoder has
+27.4 and 0. AP-DPE has 30.3 and 4.6 after 11.7 minutes, which are 3 epochs; AP-SE 30.5 and 5.2 after 8.9
+(8 epochs). Nothing has run on a GPU yet. The 78.30 and 18.22 that Fan et al. (2021) print for AP-DPE are
+of a ResNet-18 on CIFAR-10; the second is also what the paper has for Rotation alone, fine-tuned by F1.
 """
 import argparse
 import copy
