@@ -35,7 +35,8 @@ Paper and code differ in these places:
 - The loss of Eqs. 1 and 2 is of attacked images alone: so is ours. The code takes the mean of the attacked
   and the clean loss, which is --clean-weight 0.5.
 - Eq. 2 adds up the losses of the tasks, with a lambda from a grid search in the supplement. We take the
-  code's mean, and its lambda, 0.1; only their ratio matters. The attack uses the sum, in both.
+  code's mean, and its lambda, 0.1; three times that is the paper's sum with 0.3. The attack uses the sum,
+  in both.
 - The code's Selfie puts a softmax before its cross-entropy, which has one of its own. We do not;
   --double-softmax does.
 - The paper says nothing of modes in the attack. In the code, running statistics move at each of its steps,
