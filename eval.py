@@ -28,7 +28,7 @@ grammar (evaluation/names.py): pgd50-8/0.8, pgd20-1-l2, aa-2. PGD alone flatters
 encoders it reads 4 to 11 points above AutoAttack. With each AutoAttack comes a check that its figure means
 something (`sanity`).
 
-Masked-image models are judged by fine-tuning on clean images (mae-tune; it works for ResNets too):
+Masked-image models are usually judged by fine-tuning on clean images (mae-tune; it works for ResNets too):
 AdamW, a lower rate for earlier blocks, and for a ViT a new LayerNorm after the mean of its tokens.
 MAE's recipe also has RandAugment and random erasing, which are not here.
 
@@ -43,14 +43,15 @@ MAE's recipe also has RandAugment and random erasing, which are not here.
     python eval.py results/cifar10-jpeg/* --kept --preset amoc-slf       the table of what was measured
     python eval.py weights.pth --encoder torchvision:resnet18 --prefix module.backbone.    another program's
 
-    python eval.py --ensemble runs/*/classifier-amoc-slf.pt --attacks clean pgd20 aa     their mean softmax
-    python eval.py --matrix runs/*/classifier-amoc-slf.pt --attacks pgd20     attack on each, accuracy of all
+    python eval.py --ensemble runs/*/classifier-amoc-slf*.pt --attacks clean pgd20 aa    their mean softmax
+    python eval.py --matrix runs/*/classifier-amoc-slf*.pt --attacks pgd20    attack on each, accuracy of all
 
 With --encoder (see evaluation/foreign.py and docs/evaluation.md) the weights may come from any
 program.
 
 The table has a row per method, mean ± standard deviation over seeds, and beside it what was
-published, with its setting. Compare figures within a column: columns differ in preset or attack.
+published, with its setting. Compare figures within a column: columns differ in preset, attack or test
+set.
 Published figures are of other networks and epochs than small runs, and are there for orientation.
 
 The file of an encoder holds the image size of its pretraining, and images are brought to that size,
@@ -59,13 +60,14 @@ unless --image-size names another.
 As soon as a result is there it becomes a line of eval.jsonl beside the encoder. It is not measured
 a second time while the encoder, the data, the recipe, the seed, and the attack with its settings
 (images, restarts, source) are the same. The last classifier of each preset is kept there too, as
-classifier-<preset>-<BN>.pt (BN is "dual" where both branches were trained). What flags change of a
-preset is part of its name, in the table and in files: "mae-tune layer-decay=0.75" and
-classifier-mae-tune-layer-decay=0.75.pt. The classifier of an encoder in weights.pt is
-classifier-weights-<preset>.pt. One process at a time works in a folder.
+classifier-<preset>[-<BN>].pt; BN is the BatchNorm branch, "dual" where both were trained, and is left
+out for networks without branches. What flags change of a preset is part of its name, in the table
+and in files: "mae-tune layer-decay=0.75" and classifier-mae-tune-layer-decay=0.75.pt. The classifier of
+an encoder in weights.pt is classifier-weights-<preset>.pt. One process at a time works in a folder.
 
 --kept measures nothing: it prints the results that are kept and agree with the flags given, each
-variant of a preset in columns of its own. A flag that is left out excludes nothing, except --preset and --attacks, whose defaults count.
+variant of a preset in columns of its own. A flag that is left out excludes nothing, except --preset
+and --attacks, whose defaults count: amoc-slf, and clean and pgd20.
 """
 import contextlib
 import json
