@@ -1,0 +1,143 @@
+"""results/run_all.py: the commands of its rows, the number of epochs, and what it keeps and takes up again."""
+import importlib
+import json
+import pathlib
+import sys
+
+import pytest
+
+from common import encoders
+from tests.scripts import ROOT, read_flags
+
+sys.path.insert(0, str(ROOT / "results"))
+import run_all  # noqa: E402
+
+
+@pytest.mark.parametrize("name", run_all.ROWS)
+def test_the_commands_of_the_rows_are_accepted(name):
+    row = run_all.ROWS[name]
+    script, *flags = run_all.command_of(row, "data/cifar10.npz", 1, "runs/x", 3)
+    args = read_flags(importlib.import_module(script.removesuffix(".py")), *flags)
+    assert args.seed == 1 and args.limit is None and args.batch_size == row.batch_size
+    assert args.epochs == (0 if name in ("random", "vit-random") else 3)
+
+
+def test_no_two_rows_are_the_same():
+    assert len({row.command for row in run_all.ROWS.values()}) == len(run_all.ROWS)
+
+
+def test_a_row_that_reads_an_encoder_names_its_row():
+    for row in run_all.ROWS.values():
+        reads = [word for word in row.command.split() if word.endswith("encoder.pt")]
+        assert reads == ([f"runs/cpu-20/{row.needs}/encoder.pt"] if row.needs else [])
+
+
+@pytest.mark.parametrize("flags", run_all.EVALUATIONS)
+def test_the_evaluations_are_accepted(flags):
+    import eval as evaluation
+
+    read_flags(evaluation, "runs/x/encoder.pt", *flags.split())
+
+
+def test_epochs_fill_the_time():
+    # 50 steps take 10 s and an epoch has 200 of them: 40 s. 400 s hold ten, without the 15 s once nine and a half.
+    assert run_all.epochs_for(400, 200, 10, 10) == 10
+    assert run_all.epochs_for(400, 200, 35, 10) == 9
+    assert run_all.epochs_for(400, 200, 8, 10) == 10  # a first epoch that was faster by chance
+    assert run_all.epochs_for(5, 200, 10, 10) == 1
+
+
+def test_first_seeds_come_first():
+    jobs = run_all.in_order(["random", "acc", "moco"])
+    assert jobs == [("random", 0), ("acc", 0), ("moco", 0), ("acc", 1), ("moco", 1)]
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """run_all with commands that are noted down rather than run: each leaves behind what it would."""
+    commands = []
+
+    def run(words):
+        commands.append(words)
+        if words[0] == "eval.py":
+            folder = pathlib.Path(words[1]).parent
+            preset = words[words.index("--preset") + 1:words.index("--attacks")]
+            preset = [word for word in preset if not word.startswith("-") and not word.isdigit()]
+            attacks = [word for word in words[words.index("--attacks") + 1:] if word != "500" and word != "--aa-limit"]
+            with open(folder / "eval.jsonl", "a") as file:
+                for name in preset:
+                    line = {"preset": name, "results": dict.fromkeys(["clean"] if name == "knn" else attacks, {})}
+                    file.write(json.dumps(line) + "\n")
+            return
+        folder = pathlib.Path(words[words.index("--out") + 1])
+        folder.mkdir(parents=True)
+        lines = [{}, {"cpu_seconds": 12.0}, {"cpu_seconds": 22.0}]
+        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        encoders.export(encoders.make("slim"), folder / "encoder.pt", image_size=32)
+
+    monkeypatch.setattr(run_all, "run", run)
+    data = tmp_path / "data.npz"
+    data.touch()
+    flags = ["--data", str(data), "--jobs", "1", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "kept"),
+             "--encoders", str(tmp_path / "encoders")]
+    return tmp_path, commands, flags
+
+
+def test_a_row_is_timed_trained_judged_and_kept_once(made):
+    folder, commands, flags = made
+    run_all.main(["moco", *flags])
+    assert (folder / "encoders" / "moco.pt").exists() and not (folder / "encoders" / "moco-1.pt").exists()
+    assert (folder / "kept" / "moco" / "log.jsonl").exists() and (folder / "kept" / "moco-1" / "eval.jsonl").exists()
+    # 50 steps of 64 images take 10 s, 781 steps 156 s; once, 2 s. In 1,200 s that is eight epochs, for both seeds.
+    runs = [words for words in commands if words[0] == "amoc.py"]
+    assert [words[words.index("--epochs") + 1] for words in runs] == ["2", "8", "8"]
+    assert [words[words.index("--seed") + 1] for words in runs] == ["0", "0", "1"]
+    assert "--limit" in runs[0] and "--limit" not in runs[1]
+    assert len(commands) == 3 + 2 * len(run_all.EVALUATIONS)
+
+    commands.clear()
+    run_all.main(["moco", *flags])
+    assert not commands
+
+
+def test_a_row_whose_run_is_gone_goes_on_from_what_was_kept(made):
+    folder, commands, flags = made
+    run_all.main(["random", *flags])
+    kept = folder / "kept" / "random" / "eval.jsonl"
+    kept.write_text("".join(kept.read_text().splitlines(keepends=True)[:-1]))  # the last evaluation is missing
+    for file in (folder / "runs").rglob("*.*"):
+        file.unlink()
+    commands.clear()
+    run_all.main(["random", *flags])
+    assert {words[0] for words in commands} == {"eval.py"}
+    assert run_all.is_complete("random", 0, run_all.parser().parse_args(flags))
+
+
+def test_what_a_row_needs_is_made_before_it(made):
+    _, commands, flags = made
+    run_all.main(["advcl-labels", *flags])
+    scripts = [words[0] for words in commands if words[0] != "eval.py"]
+    assert scripts == ["acl.py", "acl.py", "advcl.py", "advcl.py"]  # each is timed first
+
+
+def test_a_row_that_fails_is_named_and_stops_no_other(made, monkeypatch, capsys):
+    folder, _, flags = made
+    run = run_all.run
+
+    def failing(words):
+        if words[0] == "acl.py":
+            raise run_all.subprocess.CalledProcessError(1, ["nice", "-n", "19", "python", *words])
+        run(words)
+
+    monkeypatch.setattr(run_all, "run", failing)
+    with pytest.raises(SystemExit, match="not all rows"):
+        run_all.main(["acl", "random", *flags])
+    assert "acl FAILED: python acl.py" in capsys.readouterr().out
+    assert (folder / "encoders" / "random.pt").exists()
+    with pytest.raises(SystemExit, match="simclr, which another row needs, FAILED: python acl.py .* --variant s2s"):
+        run_all.main(["advcl-labels", *flags])
+
+
+def test_an_unknown_row_is_refused():
+    with pytest.raises(SystemExit, match="no row nonsense; there are random, "):
+        run_all.main(["nonsense"])
