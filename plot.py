@@ -6,6 +6,8 @@ All commands have one form: what is drawn, the folders of runs, and flags. --out
 From the logs, and from what eval.py has measured and kept in eval.jsonl:
 
     python plot.py loss results/shapes/*                 the loss of each run over its epochs
+    python plot.py loss runs/* --column loss cosine unique    other columns of the log, a panel each
+    python plot.py loss runs/* --column knn "amoc-slf pgd20"    accuracies, after evaluation/snapshots.py
     python plot.py tradeoff results/cifar10-jpeg/*       clean accuracy over that under PGD-20, a point per run
     python plot.py tradeoff runs/* --along eps           lines join runs that differ in --eps alone
     python plot.py tradeoff runs/* --preset mae-tune --along preset.layer-decay --attack aa
@@ -46,6 +48,7 @@ USES = {  # the flags that have no meaning for other pictures
     "steps": ("curve", "landscape"),
     "eps": ("curve-steps", "landscape"),
     "tsne": ("features",),
+    "column": ("loss",),
     "grid": ("landscape",),
     "span": ("landscape",),
     "seed": ("landscape",),
@@ -67,13 +70,15 @@ def draw_lines(axes, folders, args, lines_of, measured):
     axes.legend(fontsize=7)
 
 
-def losses(folder, args):
-    return series.losses(folder)
-
-
 def draw_loss(axes, folders, args):
-    draw_lines(axes[0], folders, args, losses, "loss")
-    axes[0].set(xlabel="epoch", ylabel="loss")
+    for ax, column in zip(axes, args.column):
+        for folder in folders:
+            points = series.of_log(folder, column) or series.of_snapshots(folder, column, args.of_data)
+            if not points:
+                raise ValueError(f"{folder}: no {column} was measured there over the epochs")
+            ax.plot(*points, marker=".", label=folder.name)
+        ax.set(xlabel="epoch", ylabel=column)
+    axes[0].legend(fontsize=7)
 
 
 def curves(folder, args):
@@ -309,6 +314,8 @@ def parser():
                    "c-like, where both were measured")
     p.add_argument("--along", metavar="FLAG", help="for tradeoff: join runs that differ in this flag alone, as "
                    "eps, or in this field of the preset alone, as preset.layer-decay")
+    p.add_argument("--column", nargs="+", default=["loss"],
+                   help="for loss: columns of the log, or of results of encoders kept over the epochs")
     p.add_argument("--norm", choices=("linf", "l2", "l1"), default="linf", help="for curve")
     p.add_argument("--steps", type=run.integer(1), help="of PGD, for curve and landscape; default: 20")
     p.add_argument("--eps", type=run.number(0, 255),
@@ -370,6 +377,8 @@ def main(argv=None):
     check_out(out)
     folders = [pathlib.Path(folder) for folder in args.folders]
     across = len(folders) if args.what in PANELS else 1
+    if args.what == "loss":
+        across = len(args.column)
     width = 10 if args.what == "corruptions" else 4 * across + 2 * (across == 1)
     figure = Figure((width, 4), layout="constrained")
     axes = figure.subplots(1, across, squeeze=False)[0]

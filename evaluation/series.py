@@ -16,11 +16,28 @@ from evaluation.attacks import ATTACKS, Attack
 USUAL_STEP = {"linf": 0.25, "l2": 0.2, "l1": 0.1}
 
 
-def losses(folder):
-    """{"": (epochs, mean losses)} of the log of the run in `folder`."""
-    points = [(line["epoch"], line["loss"]) for line in table.lines(folder / "log.jsonl")
-              if table.is_number(line.get("epoch")) and table.is_number(line.get("loss"))]
-    return {"": tuple(zip(*points))} if points else {}
+def of_log(folder, column):
+    """(epochs, means) of a `column` of the log of the run in `folder`, as "loss"; None where the log has none."""
+    points = [(line["epoch"], line[column]) for line in table.lines(folder / "log.jsonl")
+              if table.is_number(line.get("epoch")) and table.is_number(line.get(column))]
+    return tuple(zip(*points)) if points else None
+
+
+def of_snapshots(folder, column, data=None):
+    """(epochs, accuracies) of a `column` of results, as "knn" or "amoc-slf pgd20", of the encoders
+    encoder-002.pt, ... in `folder`, kept after so many epochs (evaluation/snapshots.py); None where there
+    are none."""
+    if not (folder / "eval.jsonl").exists():
+        return None
+    preset, _, attack = column.rpartition(" ") if " " in column else (column, "", "clean")
+    points = []
+    for file in table.evaluated(folder):
+        stem, _, epoch = pathlib.PurePath(file).stem.rpartition("-")
+        if stem == "encoder" and epoch.isdigit():
+            result = read(folder, file, preset, data).get((preset, attack))
+            if result:
+                points.append((int(epoch), result["accuracy"]))
+    return tuple(zip(*sorted(points))) if points else None
 
 
 # ----------------------------------------------------------------------------------------------------------

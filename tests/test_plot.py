@@ -44,6 +44,10 @@ def test_the_pictures_are_drawn(tmp_path):
         plot.main([what, str(tmp_path), "--data", "shapes", "--test-limit", "50", "--out", str(out)])
         assert out.stat().st_size > 1000
         assert_drawn(out)
+    write(tmp_path / "eval.jsonl", *({"preset": "knn", "path": f"encoder-{n}.pt", "results": {"clean": {"accuracy": n}}}
+                                     for n in (2, 4)))
+    plot.main(["loss", str(tmp_path), "--column", "loss", "knn", "--out", str(out)])
+    assert_drawn(out)
 
 
 def npz(path, n, side=32):

@@ -12,7 +12,8 @@ def write(path, *lines):
 
 def test_losses_and_curves_are_those_of_the_logs(tmp_path):
     write(tmp_path / "log.jsonl", {"flags": {}}, {"epoch": 0, "loss": 3.5}, {"epoch": 1, "loss": 2.5})
-    assert series.losses(tmp_path) == {"": ((0, 1), (3.5, 2.5))}
+    assert series.of_log(tmp_path, "loss") == ((0, 1), (3.5, 2.5))
+    assert series.of_log(tmp_path, "unique") is None
     results = [("slf", "pgd20", 20), ("slf", "clean", 50), ("slf", "pgd20-16", 5), ("slf", "pgd20-l2", 1), ("knn", "clean", 9)]
     write(tmp_path / "eval.jsonl", *({"preset": p, "results": {a: {"accuracy": v}}} for p, a, v in results))
     assert series.curves(series.results_of(tmp_path)) == {"slf": ((0, 8, 16), (50, 20, 5))}  # one point alone is no curve
@@ -21,11 +22,22 @@ def test_losses_and_curves_are_those_of_the_logs(tmp_path):
 def test_foreign_lines_cost_no_picture(tmp_path):
     foreign = b'5\n[1]\n\xff\n{"loss": 1}\n{"epoch": 1, "loss": "high"}\n{"epoch": 0, "loss": NaN}\n{"epo'
     (tmp_path / "log.jsonl").write_bytes(b'{"epoch": 0, "loss": 3.5}\n' + foreign)
-    assert series.losses(tmp_path) == {"": ((0,), (3.5,))}
+    assert series.of_log(tmp_path, "loss") == ((0,), (3.5,))
     lines = [{"preset": "slf", "results": {a: {"accuracy": v}}} for a, v in (("clean", 50), ("pgd20", 20))]
     lines += [{**line, "path": "runs/b.pt"} for line in lines]
     (tmp_path / "eval.jsonl").write_bytes("\n".join(map(json.dumps, lines)).encode() + b"\n" + foreign)
     assert series.curves(series.results_of(tmp_path)) == {"slf": ((0, 8), (50, 20)), "b slf": ((0, 8), (50, 20))}
+
+
+def test_snapshots_are_in_the_order_of_their_epochs(tmp_path):
+    assert series.of_snapshots(tmp_path, "knn") is None
+    lines = [("encoder-010.pt", "knn", "clean", 30.0), ("encoder-002.pt", "knn", "clean", 20.0),
+             ("encoder.pt", "knn", "clean", 40.0), ("encoder-010.pt", "slf", "pgd20", 5.0), ("other-3.pt", "knn", "clean", 1.0)]
+    write(tmp_path / "eval.jsonl", *({"preset": preset, "path": f"runs/a/{file}", "results": {attack: {"accuracy": accuracy}}}
+                                     for file, preset, attack, accuracy in lines))
+    assert series.of_snapshots(tmp_path, "knn") == ((2, 10), (20.0, 30.0))
+    assert series.of_snapshots(tmp_path, "slf pgd20") == ((10,), (5.0,))
+    assert series.of_snapshots(tmp_path, "slf") is None
 
 
 def test_curves_leave_out_transferred_and_repeated_attacks(tmp_path):
