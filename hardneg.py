@@ -383,6 +383,9 @@ def check(args):
                              "use --base moco")
         if args.hard > args.bank_size:
             raise ValueError(f"--hard {args.hard}: the bank has --bank-size {args.bank_size} rows only")
+        if 0 < args.epochs <= args.mix_from:
+            raise ValueError(f"--mix-from {args.mix_from}: must be less than --epochs {args.epochs}, "
+                             "or nothing is mixed")
 
 
 def network(arch, stem=None):
@@ -416,7 +419,7 @@ def loss_settings(args):
 def chance_of(args):
     """The loss where all embeddings are equal, mixtures included."""
     count = args.bank_size if args.base == "moco" else 2 * args.batch_size - 2
-    if args.negatives == "mochi" and args.mix_from < args.epochs:
+    if args.negatives == "mochi":
         count += args.mix + args.mix_query
     chance = math.log(count + 1)
     if args.negatives != "ifm":
