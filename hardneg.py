@@ -51,8 +51,8 @@ any. No image is attacked.
     python hardneg.py --negatives plain --out runs/moco    MoCo
     python hardneg.py --negatives ifm --out runs/ifm
     python hardneg.py --negatives hcl --base simclr --out runs/hcl    HCL on the base of its paper
-    python hardneg.py --data path/to/imagenet --arch resnet50 --stem imagenet --image-size 224 --blur --lr 0.03 \
---lr-final 6e-4 --weight-decay 1e-4 --ema 0.999 --bank-size 65536
+    python hardneg.py --data path/to/imagenet --arch resnet50 --stem imagenet --image-size 224 --blur \
+--lr 0.03 --lr-final 6e-4 --weight-decay 1e-4 --ema 0.999 --bank-size 65536
     python eval.py runs/hardneg/encoder.pt --preset knn amoc-slf
 
 The encoder is exported without the projector.
@@ -290,8 +290,8 @@ def train_step(net, target, opt, bank, x1, x2, order, numbers, *, ema, hard, neg
         rows = bank.rows
         if numbers is not None:
             mixed = mixtures(q, rows, numbers, hard)
-    loss = objective(q, k, rows, mixed, negatives=negatives, temperature=temperature, shift=shift, alpha=alpha,
-                     ifm_only=ifm_only, beta=beta, tau=tau)
+    loss = objective(q, k, rows, mixed, negatives=negatives, temperature=temperature, shift=shift,
+                     alpha=alpha, ifm_only=ifm_only, beta=beta, tau=tau)
 
     opt.zero_grad()
     loss.backward()
@@ -352,12 +352,14 @@ def parser():
     p.add_argument("--lr", type=run.number(), default=0.06, help="of SGD, at its peak (ours)")
     p.add_argument("--lr-final", type=run.number(), default=0.0, help="of SGD, at the end (ours)")
     p.add_argument("--weight-decay", type=run.number(0, 1e6), default=5e-4, help="(ours)")
-    p.add_argument("--ema", type=run.number(0, 1), default=0.99, help="moco: momentum of the key network (ours)")
+    p.add_argument("--ema", type=run.number(0, 1), default=0.99,
+                   help="moco: momentum of the key network (ours)")
     p.add_argument("--temperature", type=run.number(above=0),
                    help="T; default: 0.2 on MoCo for plain, ifm and mochi, else 0.5 (paper)")
     p.add_argument("--bank-size", type=run.integer(1), default=4096, help="moco: K (ours)")
     p.add_argument("--shift", type=run.number(0, 2), default=0.1, help="ifm: eps, of a cosine (paper)")
-    p.add_argument("--alpha", type=run.number(), default=1.0, help="ifm: weight of the shifted term (paper)")
+    p.add_argument("--alpha", type=run.number(), default=1.0,
+                   help="ifm: weight of the shifted term (paper)")
     p.add_argument("--ifm-only", help="ifm: the shifted term alone (authors' code)", **switch)
     p.add_argument("--beta", type=run.number(0, 100), default=1.0,
                    help="hcl: how much more a near negative weighs (paper)")
@@ -365,7 +367,8 @@ def parser():
                    help="hcl, debiased: share of the negatives that has the query's class (paper)")
     p.add_argument("--hard", type=run.integer(1), default=1024,
                    help="mochi: how many of a query's nearest rows are mixed (paper)")
-    p.add_argument("--mix", type=run.integer(0, 10**6), default=512, help="mochi: mixtures of two rows (paper)")
+    p.add_argument("--mix", type=run.integer(0, 10**6), default=512,
+                   help="mochi: mixtures of two rows (paper)")
     p.add_argument("--mix-query", type=run.integer(0, 10**6), default=256,
                    help="mochi: mixtures of a row and the query (paper)")
     p.add_argument("--mix-from", type=run.integer(0), default=10,
