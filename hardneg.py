@@ -66,7 +66,8 @@ softmax, and accuracy how often a query's key is nearer than all of them, as in 
 its temperature of 0.05 (--bank-temperature), whatever the loss's own is, so that all runs compare.
 (AdCo's are those of the bank after its step.) cosine is the mean largest cosine of a query with a
 negative. IFM's shift and HCL's weights, which move no point, do not enter. Chance for the loss, all
-embeddings equal, is ln(N + 1) with N negatives, and for IFM more: the screen says it.
+embeddings equal, is ln(N + 1) with N negatives, and for IFM more: the screen says it. While the bank
+is noise, which is near no query, the loss lies below where it goes from there.
 
 Measured: nothing yet. This has not been run beyond a few steps. Robinson, Sun et al. report 81.4 on
 ImageNet-100 for IFM (linear probe, ResNet-50; MoCo v2 80.5), and Kalantidis et al. 68.0 on ImageNet for
