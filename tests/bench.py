@@ -44,6 +44,7 @@ import advcl
 import amoc
 import byorl
 import caco
+import hardneg
 import rocl
 import pretext
 import rotnet
@@ -64,6 +65,8 @@ SCRIPTS = {  # variants, the base first; made by <script>_step. Those of the mas
     "advcl": ("without pseudo-labels", "with"),
     "adco": ("bank", "batch-negatives", "symmetric", "hybrid"),
     "caco": ("cooperative",),
+    "hardneg": ("--negatives plain", "--negatives ifm", "--negatives hcl", "--negatives mochi",
+                "--negatives plain --base simclr", "--negatives hcl --base simclr"),
     "adv_mae": ("--eps 0", "--steps 1", "--steps 2", "--steps 2 --norm l2"),
     "adpe": ("--radius 0", "--adversary persistent", "--adversary pgd", "--position absolute --radius 0",
              "--position absolute"),
@@ -74,6 +77,7 @@ SCRIPTS = {  # variants, the base first; made by <script>_step. Those of the mas
 }
 COMPILED = {  # on CUDA, once more with --compile
     "amoc": "ACC", "rocl": "with", "acl": "ds", "advcl": "with", "adco": "bank", "caco": "cooperative",
+    "hardneg": "--negatives mochi",
     "adv_mae": "--steps 2", "adpe": "--adversary persistent", "byorl": "K = 5", "adios": "ADIOS",
     "rotnet": "--steps 2", "pretext": "--tasks rotation"}
 VITS = {"slim": "vit_slim", "resnet18": "vit_tiny"}  # what the masked autoencoders have instead
@@ -498,6 +502,27 @@ def bank_step(s, script, args, compiled):
 
     def one():
         script.train_step(net, target, opt, bank, *inputs_of_step, **settings)
+
+    return one
+
+
+def hardneg_step(s, variant, compiled):
+    """The same for hard negatives by rule."""
+    args = hardneg.parser().parse_args(variant.split())
+    args.hard = min(args.hard, s.bank)
+    net, target, bank = hardneg.network(s.arch).to(s.device), None, None
+    x1, x2 = views(s)
+    if args.base == "moco":
+        target = copy.deepcopy(net).requires_grad_(False)
+        bank = Bank(s.bank, 128).to(s.device)
+    opt = torch.optim.SGD(net.parameters(), 0.0, momentum=0.9, weight_decay=args.weight_decay)
+    rng = data.Rng((0, 0, 0), s.batch, slice(None))
+    order, numbers = hardneg.random_order(x1, rng), hardneg.mixing_numbers(x1, rng, args, args.mix_from)
+    compile_(s, compiled, *([net] if target is None else [net, target]))
+    settings = dict(ema=args.ema, hard=args.hard, **hardneg.loss_settings(args))
+
+    def one():
+        hardneg.train_step(net, target, opt, bank, x1, x2, order, numbers, **settings)
 
     return one
 

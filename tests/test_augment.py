@@ -70,6 +70,7 @@ def plain(script, *names, **flags):
         "advcl": lambda: list(module.augment(x, rng, 32)),
         "adco": lambda: in_order(*module.views(x, rng, 32, **flags)),
         "caco": lambda: module.views(x, rng, 32, **flags),
+        "hardneg": lambda: [module.augment(x, rng, 32, **flags) for _ in range(2)],
         "byorl": lambda: [module.augment(x, rng, 32, p) for p in (0, 0.2)],
         "adv_mae": lambda: [module.augment(x, rng, 32)],
         "adpe": lambda: list(module.augment(x, rng, 32, 0.3, 2).split(len(x))),
@@ -110,6 +111,8 @@ AUGMENTATIONS = {  # the calls of each view in turn
         plain("caco", multi_crop=True, blur=True),
         2 * [[crop(0.14), MOCO, GREY, blur(0.5), solarize(0)]]
         + 6 * [[crop(0.05, 0.14, size=round(32 * 96 / 224)), MOCO, GREY, blur(0.5), solarize(0)]]),
+    "hardneg": (plain("hardneg", blur=False), 2 * [STRONG + [blur(0)]]),
+    "hardneg, blurred": (plain("hardneg", blur=True), 2 * [STRONG + [blur(0.5)]]),
     "byorl": (
         plain("byorl"), [[crop(0.08), jitter(0.4, 0.4, 0.2, 0.1), GREY, solarize(p)] for p in (0, 0.2)]),
     "adv_mae": (plain("adv_mae"), [[crop(0.2, filter="bicubic")]]),
@@ -200,6 +203,8 @@ DIGESTS = {  # of the numbers that Rng((7, 3, 5)) draws
     "caco": [0.459852, 0.296818, -0.084856],
     "caco, blurred": [0.460094, 0.294080, -0.070456],
     "caco, multi-crop": [0.491186, 0.325098, -0.051289],
+    "hardneg": [0.498582, 0.333524, -0.049751],
+    "hardneg, blurred": [0.498576, 0.331415, -0.014801],
     "byorl": [0.464694, 0.308221, 0.021565],
     "adv_mae": [0.498057, 0.349328, 0.007123],
     "adpe": [0.498075, 0.349348, 0.002343],

@@ -19,6 +19,7 @@ SMALL = "--arch slim --batch-size 16 --epochs 1 --device cpu"
 AMOC = "--warmup 0 --ema 0.5 --bank-size 48 --steps 1"
 ADCO = "--ema 0.5 --bank-size 48 --fill-steps 3"
 CACO = ADCO + " --dim 24"
+HARDNEG = "--ema 0.5 --bank-size 48 --hard 8 --mix 6 --mix-query 4 --mix-from 0"
 BYORL = "--warmup 0 --ema 0.5 --steps 1 --hidden 40"
 VIT = "--arch vit_slim --decoder 16 1 2 --warmup 0"
 ADIOS = "--warmup 0 --ema 0.5 --masks 2 --mask-width 8"
@@ -44,6 +45,8 @@ CASES = {  # script, flags, the BN branch that is exported (None: it has none), 
     "adco symmetric": ("adco", ADCO + " --symmetric", None, set()),
     "adco hybrid": ("adco", ADCO + " --eps 8 --steps 1", None, set()),
     "caco": ("caco", CACO + " --stem cifar", None, set()),
+    "hardneg": ("hardneg", HARDNEG + " --stem cifar", None, set()),
+    "hardneg simclr": ("hardneg", "--base simclr --negatives hcl", None, set()),
     "byorl": ("byorl", BYORL, None, set()),
     "byorl clean": ("byorl", BYORL + " --eps 0", None, set()),
     "adv_mae": ("adv_mae", VIT, None, set()),
@@ -59,7 +62,7 @@ CASES = {  # script, flags, the BN branch that is exported (None: it has none), 
 }
 every_case = pytest.mark.parametrize("case", CASES)
 one_of_each_kind = pytest.mark.parametrize("case", [
-    "amoc CAC", "amoc ACC", "rocl", "acl s2s", "acl ds", "advcl", "adco", "caco", "byorl", "adv_mae",
+    "amoc CAC", "amoc ACC", "rocl", "acl s2s", "acl ds", "advcl", "adco", "caco", "hardneg", "byorl", "adv_mae",
     "adpe relative coordinate", "adios byol", "adios mae"])
 NORMALISATION = {
     "amoc": ([0.4914, 0.4824, 0.4467], [0.2471, 0.2435, 0.2617]),
@@ -67,7 +70,7 @@ NORMALISATION = {
     "byorl": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
     "adios": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
     **{script: ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-       for script in ("acl", "adco", "caco", "adv_mae", "adpe")}}
+       for script in ("acl", "adco", "caco", "hardneg", "adv_mae", "adpe")}}
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +195,7 @@ def test_the_file_says_how_wide_its_images_were_and_how_they_are_normalised(case
     a_vit = script in ("adv_mae", "adpe") or case == "adios mae"
     assert exported["arch"] == ("vit_slim" if a_vit else "slim")
     if exported["arch"] == "slim":
-        assert exported["stem"] == ("cifar" if case in ("adco", "caco") else "small")
+        assert exported["stem"] == ("cifar" if case in ("adco", "caco", "hardneg") else "small")
     else:
         assert exported["size"] == SIDE and exported["positions"] == "sincos" and not exported["fc_norm"]
         assert exported["relative"] == case.startswith("adpe relative")

@@ -24,6 +24,7 @@ from tests.processes import free_port, in_two_processes, script_in_two_processes
 from tests.scripts import PICTURES, ROOT, SCRIPTS, TINY, environment, tiny_npz
 
 BANKS = ("adco", "caco")
+NO_WARMUP = ("adco", "hardneg", "pretext")
 BATCH_NORM = [s for s in SCRIPTS if s not in ("adv_mae", "adpe")]
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
@@ -47,7 +48,7 @@ def flags(script, npz, out, *more):
 
 def main(script, npz, out, *more):
     words = flags(script, npz, out, *more)
-    if script in ("adco", "pretext"):  # which have no warm-up
+    if script in NO_WARMUP:
         at = words.index("--warmup")
         del words[at : at + 2]
     importlib.import_module(script).main(words)
@@ -429,6 +430,7 @@ TALKS = {
     "amoc": [["--variant", "AAA"], ["--variant", "ACA_PLUS"], ["--variant", "CAC"]],
     "byorl": [["--eps", "0"]],
     "caco": [["--positives", "adversarial", "--multi-crop"], ["--optimizer", "lars"]],
+    "hardneg": [["--base", "simclr", "--negatives", "hcl"], ["--negatives", "ifm"]],
     "pretext": [["--tasks", "jigsaw"], ["--tasks", "selfie", "--noise", "8"]],
     "rocl": [["--reg-weight", "0"], ["--attack-to", "original"]],
 }
@@ -439,7 +441,7 @@ def test_two_processes_reach_the_end_whatever_they_talk_about(script, more, npz,
     encoders.export(encoders.make("slim"), tmp_path / "teacher.pt")
     more = [str(tmp_path / "teacher.pt") if word == "TEACHER" else word for word in more]
     words = flags(script, npz, tmp_path / "run", *more, "--limit", "32")
-    if script in ("adco", "pretext"):
+    if script in NO_WARMUP:
         del words[words.index("--warmup") : words.index("--warmup") + 2]
     script_in_two_processes(script, *words, dump=tmp_path)
     assert (tmp_path / "run" / "encoder.pt").exists()

@@ -5,6 +5,7 @@ from torch import nn
 
 import acl
 import advcl
+import hardneg
 import rocl
 from tests.processes import in_two_processes
 from tests.recipes import X, Z
@@ -38,8 +39,33 @@ def gradients(script, rank, world):
     return {k: v.detach() for k, v in losses.items()}, [p.grad for p in net.parameters()]
 
 
+def hard_gradients(negatives, rank, world):
+    """The same of hardneg.py on SimCLR, whose negatives are those of all processes."""
+    x = X(8, 3, 4, 4).chunk(world)[rank]
+    net = nn.Sequential(nn.Flatten(), linear(6, 48))
+    opt = torch.optim.SGD(net.parameters(), 0.0)
+    args = hardneg.parser().parse_args(["--base", "simclr", "--negatives", negatives])
+    losses = hardneg.train_step(net, None, opt, None, x.flip(3), x.flip(2), torch.arange(len(x)).flip(0), None,
+                                ema=0.5, hard=1, **hardneg.loss_settings(args))
+    return {k: v.detach() for k, v in losses.items()}, [p.grad for p in net.parameters()]
+
+
+HARD = ("plain", "ifm", "hcl", "debiased")
+
+
 def all_gradients(rank, world):
-    return [gradients(script, rank, world) for script in (rocl, acl, advcl)]
+    of_scripts = [gradients(script, rank, world) for script in (rocl, acl, advcl)]
+    return of_scripts + [hard_gradients(negatives, rank, world) for negatives in HARD]
+
+
+@pytest.mark.parametrize("negatives", HARD)
+def test_hard_negatives_of_two_processes_are_those_of_one(negatives, two):
+    losses, grads = hard_gradients(negatives, 0, 1)
+    for found_losses, found_grads in (part[3 + HARD.index(negatives)] for part in two):
+        for a, b in zip(found_grads, grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+        for name in losses:
+            torch.testing.assert_close(found_losses[name], losses[name], rtol=1e-12, atol=1e-12)
 
 
 @pytest.fixture(scope="module")

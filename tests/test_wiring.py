@@ -34,6 +34,8 @@ ADCO = ("--lr 0.11 --lr-final 0.02 --weight-decay 0.003 --ema 0.6 --bank-size 40
 CACO = ("--lr 0.11 --lr-final 0.02 --warmup 1 --weight-decay 0.003 --ema 0.6 --bank-size 40 --fill-steps 3 "
         "--bank-lr 0.23 --bank-warmup 2 --bank-momentum 0.7 --temperature 0.1 --fill-temperature 0.3 "
         "--dim 24")
+HARDNEG = ("--lr 0.11 --lr-final 0.02 --weight-decay 0.003 --ema 0.6 --bank-size 40 --hard 8 --mix 6 --mix-query 4 "
+           "--mix-from 1 --shift 0.15 --alpha 0.7 --beta 0.8 --tau 0.2")
 BYORL = "--lr 0.9 --weight-decay 0.003 --warmup 2 --ema 0.6 --hidden 40"
 ADV_MAE = "--arch vit_slim --decoder 16 1 2 --lr 0.004 --weight-decay 0.03 --warmup 2"
 ADPE = ADV_MAE + " --adv-lr 0.006 --radius 0.4"
@@ -57,6 +59,9 @@ CASES = {  # the script, and flags besides SMALL
     "adco multi-crop": ("adco", ADCO + " --multi-crop"),
     "caco": ("caco", CACO + " --stem cifar"),
     "caco lars": ("caco", CACO + " --optimizer lars --multi-crop"),
+    "hardneg": ("hardneg", HARDNEG + " --stem cifar"),
+    "hardneg ifm": ("hardneg", HARDNEG + " --negatives ifm --ifm-only --temperature 0.3"),
+    "hardneg simclr": ("hardneg", HARDNEG + " --negatives hcl --base simclr --blur"),
     "byorl": ("byorl", BYORL + " --eps 6 --steps 2"),
     "byorl l2": ("byorl", BYORL + " --norm l2 --eps 90 --step-size 40 --steps 1"),
     "byorl clean": ("byorl", BYORL + " --eps 0"),
@@ -74,6 +79,7 @@ CASES = {  # the script, and flags besides SMALL
     "rotnet trades": ("rotnet", ROTNET + " --target labels --loss trades --norm l2 --eps 90 --step-size 40 --optimizer sgd"),
     "rotnet clean": ("rotnet", ROTNET + " --eps 0 --no-random-start --jitter 0"),
 }
+WHOLE_TARGETS = ("amoc", "adco", "caco", "hardneg")  # the target is a copy of the whole network
 every_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -183,7 +189,7 @@ def watch(module, patch):
         if not record.steps:
             step.groups = {name: [dict(group) for group in given[name].param_groups] for name in step.rates}
             if isinstance(given.get("target"), nn.Module):
-                part = given["net"] if script_of(module) in ("amoc", "adco", "caco") else given["net"][:2]
+                part = given["net"] if script_of(module) in WHOLE_TARGETS else given["net"][:2]
                 step.target_is_a_copy = same_weights(given["target"], part)
                 step.target_asks = any(w.requires_grad for w in given["target"].parameters())
             banks = {name: net for name, net in step.nets.items() if isinstance(net, Bank)}
@@ -306,7 +312,7 @@ def script_of(module):
 
 VIEWS = {  # the images that train_step is given
     "amoc": "x1 x2", "rocl": "x1 x2", "acl": "x1 x2", "advcl": "x1 x2 x", "adco": "x_q x_k", "caco": "x",
-    "byorl": "x1 x2", "adv_mae": "x", "adpe": "x", "adios": "x1 x2",
+    "hardneg": "x1 x2", "byorl": "x1 x2", "adv_mae": "x", "adpe": "x", "adios": "x1 x2",
     "rotnet": "x"}
 
 
@@ -352,6 +358,7 @@ RATES = {  # of each of the eight steps; two epochs, or four steps, are warm-up 
     + [advcl_c(3), advcl_c(3), advcl_c(4), advcl_c(4)],
     ("adco", "opt"): by_epoch(*(0.02 + (0.11 - 0.02) * fall(e / 4) for e in range(EPOCHS))),
     ("caco", "opt"): by_epoch(0.11, *(0.02 + (0.11 - 0.02) * fall(e / 3) for e in range(3))),
+    ("hardneg", "opt"): by_epoch(*(0.02 + (0.11 - 0.02) * fall(e / 4) for e in range(EPOCHS))),
     ("byorl", "opt"): [0, 0.9 / 4, 0.9 / 2, 0.9 * 3 / 4] + [0.9 * fall(s / 4) for s in range(4)],
     ("adv_mae", "opt"): mae_rates(0.004),
     ("adpe", "opt"): mae_rates(0.004),
@@ -401,6 +408,7 @@ def test_the_log_has_each_epochs_mean_loss_and_last_rate_and_its_chance_value(ca
 CHANCE = {  # the values in the log's first line
     "amoc": [math.log(48 + 1)], "rocl": [2 * math.log(3 * 16 - 1), math.log(2 * 16 - 1)],
     "acl": [math.log(2 * 16 - 1)], "advcl": [], "adco": [math.log(40 + 1)], "caco": [2 * math.log(40)],
+    "hardneg": [],  # it depends on the case
     "byorl": [], "adv_mae": [1 - 1 / 48], "adpe": [1 - 1 / 48], "adios": [],  # that of ADIOS: test_adios.py
     "rotnet": []}  # it depends on the case
 
@@ -430,6 +438,12 @@ def test_numbers_that_the_step_is_given_by_name_are_those_of_their_flags(case, w
 def test_rotnets_chance_value_is_that_of_its_targets(watched):
     for case, classes in (("rotnet", 4), ("rotnet trades", N)):
         assert f"ln {classes} = {math.log(classes):.3f}" in watched(case).lines[0]["note"]
+
+
+def test_hardnegs_chance_value_is_that_of_its_negatives_and_its_shift(watched):
+    for case, chance in (("hardneg", math.log(40 + 6 + 4 + 1)), ("hardneg simclr", math.log(2 * 16 - 1)),
+                         ("hardneg ifm", math.log(1 + 40 * math.exp(2 * 0.15 / 0.3)))):
+        assert f"chance loss = {chance:.3f}" in watched(case).lines[0]["note"]
 
 
 def test_advcls_chance_value_counts_its_views(watched):
@@ -476,6 +490,7 @@ OPTIMIZERS = {  # argument of train_step: class, and the groups by what they hol
     "adco": {"opt": sgd(0.003)},
     "caco": {"opt": sgd(0.003)},
     "caco lars": {"opt": lars(0.003)},
+    "hardneg": {"opt": sgd(0.003)},
     "byorl": {"opt": lars(0.003)},
     "adv_mae": {"opt": adamw(0.03)},
     "adpe": {"opt": adamw(0.03), "opt_delta": ASCENT},
@@ -527,13 +542,15 @@ EMA = {  # which network the target follows, that before or after the optimizer'
     "amoc": ("after", [0.6] * STEPS),
     "adco": ("before", [0.6] * STEPS),
     "caco": ("before", by_epoch(*(1 - (1 - 0.6) * fall(e / 4) for e in range(EPOCHS)))),
+    "hardneg": ("before", [0.6] * STEPS),
     "byorl": ("after", [1 - (1 - 0.6) * fall(s / 8) for s in range(STEPS)]),
     "adios": ("after", [1 - (1 - 0.6) * fall(s / 8) for s in range(STEPS)]),
 }
 
 
 @pytest.mark.parametrize("case", [case for case, (script, flags) in CASES.items()
-                                  if script in EMA and (script != "adios" or "byol" in flags)])
+                                  if script in EMA and (script != "adios" or "byol" in flags)
+                                  and "simclr" not in flags])
 def test_the_target_begins_as_a_copy_and_follows_with_its_momentum(case, watched):
     script, _ = CASES[case]
     steps = watched(case).steps
@@ -598,6 +615,41 @@ def test_two_banks_of_unit_noise_begin_and_differ(case, watched):
     assert not torch.equal(clean.rows, adv.rows)
     keys = {"amoc": [16], "amoc CCC": [16], "amoc CCA": [16], "amoc CAA": [16, 16], "amoc AAC": [16, 16]}[case]
     assert [len(push.keys) for push in watched(case).pushes] == keys * STEPS
+
+
+@cases_of("hardneg")
+def test_a_queue_of_unit_noise_begins_and_takes_all_keys(case, watched):
+    record = watched(case)
+    if case == "hardneg simclr":
+        assert not record.steps[0].banks and not record.pushes
+        assert all(step.given["target"] is None and step.given["bank"] is None for step in record.steps)
+        return
+    (bank,) = record.steps[0].banks.values()
+    assert bank.rows.shape == (40, 128) and bank.pointer == 0
+    torch.testing.assert_close(bank.rows.norm(dim=1), torch.ones(40))
+    assert bank.rows.mean().abs() < 0.01
+    assert [len(push.keys) for push in record.pushes] == [16] * STEPS
+
+
+@cases_of("hardneg")
+def test_mixtures_have_numbers_of_their_own_from_their_epoch_on(case, watched):
+    numbers = [step.given["numbers"] for step in watched(case).steps]
+    if case != "hardneg":
+        assert numbers == [None] * STEPS
+        return
+    assert numbers[:2] == [None] * 2  # --mix-from 1
+    for place, shape in ((0, (16, 6, 3)), (1, (16, 4, 2))):
+        values = torch.stack([pair[place] for pair in numbers[2:]])
+        assert values.shape == (6, *shape)
+        assert len(values.flatten(0, 1).flatten(1).unique(dim=0)) == 6 * 16
+        unit(values.flatten(), values.numel())
+
+
+@cases_of("hardneg")
+def test_the_rule_of_the_flags_and_its_temperature_reach_the_step(case, watched):
+    rule, temperature = {"hardneg": ("mochi", 0.2), "hardneg ifm": ("ifm", 0.3), "hardneg simclr": ("hcl", 0.5)}[case]
+    for step in watched(case).steps:
+        assert (step.given["negatives"], step.given["temperature"]) == (rule, temperature)
 
 
 @cases_of("caco")
@@ -666,6 +718,7 @@ AUGMENTED = {  # what augment is told for the views of a step, in turn, besides 
     "caco": [dict(view=(224, (0.2, 1.0), 0.2, 1.0, 0.0)), dict(view=(224, (0.2, 1.0), 0.2, 0.1, 0.2))],
     "caco lars": 2 * [dict(view=(224, (0.14, 1.0), 0.4, 0.5, 0.0))]
     + 6 * [dict(view=(96, (0.05, 0.14), 0.4, 0.5, 0.0))],
+    "hardneg": 2 * [dict(blur=False)], "hardneg simclr": 2 * [dict(blur=True)],
     "byorl": [dict(solarize=0), dict(solarize=0.2)],  # of the second view now and then
     "adpe": [dict(min_scale=0.2, crops=1)], "adpe pgd": [dict(min_scale=0.2, crops=2)],
     "adpe pgd l2": [dict(min_scale=0.5, crops=1)],
@@ -713,6 +766,7 @@ NOISE = {  # argument: its shape, the kind of its numbers, and how many of its a
     "adco": {},
     "adco hybrid": {"noise": ((2, 16, 3, 16, 16), box, 2)},
     "caco": {},
+    "hardneg": {},
     "byorl": {"noise": ((16, 2, 768), box, 2)},
     "byorl l2": {"noise": ((16, 2, 768), ball, 2)},
     "adv_mae": {"u": ((16, 16), unit, 1), "noise": ((16, 4 * 48), box, 1)},
@@ -746,7 +800,7 @@ def test_noise_fills_its_range_and_is_new_for_each_image_view_and_step(case, wat
         kind(rows if kind is ball else rows.flatten(), len(rows) if kind is ball else rows.numel())
 
 
-@cases_of("adco")
+@cases_of("adco", "hardneg")
 def test_keys_have_a_new_order_each_step(case, watched):
     orders = [step.given["order"].tolist() for step in watched(case).steps]
     assert all(sorted(order) == list(range(BATCH)) for order in orders)
@@ -903,6 +957,7 @@ NETWORKS = {  # the heads of the network as it is trained; mean and std of the f
     "advcl teacher": (["128-128+ BN relu 128-128+", "128-7+"], ([0, 0, 0], [1, 1, 1])),
     "adco": (["128-128+ relu 128-128+"], IMAGENET),
     "caco": (["128-128 BN relu 128-128 BN relu 128-24"], IMAGENET),
+    "hardneg": (["128-128+ relu 128-128+"], IMAGENET),
     "byorl": (["128-40+ BN relu 40-256+", "256-40+ BN relu 40-256+"], CIFAR),
     "adios": (["128-2048+ relu 2048-128+"], CIFAR),
     "adios byol": (["128-4096+ BN relu 4096-256+", "256-8192+ BN relu 8192-256+"], CIFAR),
@@ -915,7 +970,7 @@ def parts_of(net):
     return list(net.values()) if isinstance(net, nn.ModuleDict) else list(net)
 
 
-@cases_of("amoc", "rocl", "acl", "advcl", "adco", "caco", "byorl", "adios", "rotnet")
+@cases_of("amoc", "rocl", "acl", "advcl", "adco", "caco", "hardneg", "byorl", "adios", "rotnet")
 def test_heads_and_normalisation_are_the_papers(case, watched):
     script, _ = CASES[case]
     heads, (mean, std) = NETWORKS.get(case, NETWORKS[script])
@@ -925,7 +980,7 @@ def test_heads_and_normalisation_are_the_papers(case, watched):
             encoder, *found = parts_of(net)
             assert encoder.mean.flatten().tolist() == pytest.approx(mean)
             assert encoder.std.flatten().tolist() == pytest.approx(std)
-            whole = heads if name == "net" or script in ("amoc", "adco", "caco") else heads[:1]
+            whole = heads if name == "net" or script in WHOLE_TARGETS else heads[:1]
             assert [layers(head) for head in found] == whole
 
 
@@ -935,7 +990,7 @@ def test_adios_simsiam_projector_ends_in_a_norm_without_affine():
         "128-2048+ BN relu 2048-2048+ BN relu 2048-2048+ bn", "2048-512+ BN relu 512-2048+"]
 
 
-@cases_of("amoc", "rocl", "acl", "advcl", "adco", "caco", "byorl", "adios", "rotnet")
+@cases_of("amoc", "rocl", "acl", "advcl", "adco", "caco", "hardneg", "byorl", "adios", "rotnet")
 def test_convolutions_start_as_kaimings_but_rocls_as_pytorchs(case, watched):
     """He's normal distribution by the fan out, or a uniform one up to the root of 1 / fan in."""
     weight = watched(case).first_weights["0.layer4.0.conv2.weight"]
@@ -968,11 +1023,12 @@ def test_masked_autoencoders_have_the_decoder_of_their_flag_and_imagenets_colour
         assert net.encoder.relative and net.delta.shape == (5, 2)
 
 
-@cases_of("adco", "caco")
+@cases_of("adco", "caco", "hardneg")
 def test_the_stem_is_that_of_the_flag(case, watched):
     for name in ("net", "target"):
-        stem = watched(case).steps[0].nets[name][0].recipe["stem"]
-        assert stem == ("cifar" if case in ("adco", "caco") else "small")
+        net = watched(case).steps[0].nets.get(name)
+        if net is not None:
+            assert net[0].recipe["stem"] == ("cifar" if case in ("adco", "caco", "hardneg") else "small")
 
 
 @cases_of("adios")
@@ -1022,6 +1078,10 @@ DEFAULTS = {  # of each flag that a paper or its authors' code names
         lr=0.06, lr_final=0, warmup=0, weight_decay=5e-4, ema=0.99, temperature=0.08, dim=128, bank_size=4096,
         bank_lr=0.3, bank_warmup=10, bank_momentum=0.9, fill_steps=256, fill_temperature=0.2, blur=False,
         arch="resnet18"),
+    "hardneg": dict(
+        negatives="mochi", base="moco", stem=None, epochs=200, batch_size=256, lr=0.06, lr_final=0, weight_decay=5e-4,
+        ema=0.99, temperature=None, bank_size=4096, shift=0.1, alpha=1, ifm_only=False, beta=1, tau=0.1, hard=1024,
+        mix=512, mix_query=256, mix_from=10, blur=False, arch="resnet18"),
     "byorl": dict(
         hidden=4096, epochs=200, batch_size=512, lr=2, warmup=10, weight_decay=5e-4, ema=0.996, norm="linf",
         eps=8, step_size=None, steps=5, arch="resnet18"),

@@ -1,0 +1,512 @@
+"""Hard negatives by rule: IFM, HCL, debiased contrastive learning and MoCHi, on MoCo or SimCLR.
+
+AdCo (adco.py) trains its negatives to be hard. These four make them hard by a rule. Each changes one
+thing of one base, so that one flag of one script tells them apart:
+
+    --negatives plain       the base itself: MoCo (He et al. 2020, arXiv 1911.05722), or SimCLR (Chen et
+                            al. 2020, arXiv 2002.05709)
+                ifm         scores are shifted: the positive's down, the negatives' up (Robinson, Sun et
+                            al. 2021, arXiv 2106.11230)
+                hcl         negatives weigh more the nearer they are, and the share of them that has the
+                            query's class is taken off (Robinson, Chuang et al. 2021, arXiv 2010.04592)
+                debiased    only the latter (Chuang et al. 2020, arXiv 2007.00224)
+                mochi       mixtures of the nearest negatives, and of these with the query, join them
+                            (Kalantidis et al. 2020, arXiv 2010.01028)
+
+    papers                              this file
+    f_q, f_k                            net, target: an encoder and a projector each
+    u(z) = z / |z|                      embed: the network's output, normalised
+    s+, s_j                             the cosines q.k and q.n_j of a positive and of a negative
+    the queue; the 2B - 2 of a batch    bank: its rows; None
+    InfoNCE, NT-Xent                    info_nce
+    IFM: s+ - eps, s_j + eps            ifm_loss; eps is --shift
+    HCL: beta, tau+                     hcl_loss; debiased where beta is 0
+    MoCHi: N, s, s'                     --hard, --mix, --mix-query; hardest, mix_negatives, mochi_loss
+
+The base is MoCo (--base moco): the negatives are a queue of old keys, which a slowly moving copy of
+the network has made. With --base simclr they are the other images of the batch, there is no copy, and
+both views are anchors; MoCHi needs a queue. The authors of HCL and of debiased contrastive learning
+have SimCLR, those of MoCHi MoCo, those of IFM both.
+
+Everything that is not a rule is as in adco.py, with the flags of the same names and their defaults:
+the augmentation, the projector, SGD and its schedule, the momentum of the key network, which moves
+before the keys are made, the size of the bank, and BatchNorm in groups of at most 32 images, which the
+second views enter in random order. (With common statistics the network could tell a query's key by
+its batch.) So these runs, MoCo's and AdCo's differ in their negatives alone. Two differences stay:
+AdCo begins with 256 steps of MoCo (--fill-steps), while this bank begins with noise, which is
+overwritten after K / B steps; and each loss has its own temperature. If --temperature is not given it
+is the papers': 0.2 on MoCo for plain, ifm and mochi, and 0.5 for the rest and on SimCLR.
+
+Where the papers are silent we follow their authors' code (MoCHi has published none): IFM's loss is a
+mean weighted by 1 and alpha, not a sum, so that a step keeps its size; and HCL's gradient flows
+through its weights. We depart from it in two places:
+    - HCL's floor N e^(-1/T) passes no gradient, and sums are taken in logarithms, so that no
+      temperature overflows.
+    - MoCHi's i and j of a mixture are drawn independently; they may be the same row.
+
+On MoCo a step costs 4 forward passes (a whole backward pass counts two), on SimCLR 6; no rule adds
+any. No image is attacked.
+
+    python hardneg.py                                    MoCHi on MoCo: CIFAR-10, ResNet-18, 200 epochs
+    python hardneg.py --negatives plain --out runs/moco    MoCo
+    python hardneg.py --negatives ifm --out runs/ifm
+    python hardneg.py --negatives hcl --base simclr --out runs/hcl    HCL on the base of its paper
+    python hardneg.py --data path/to/imagenet --arch resnet50 --stem imagenet --image-size 224 --blur \
+--lr 0.03 --lr-final 6e-4 --weight-decay 1e-4 --ema 0.999 --bank-size 65536
+    python eval.py runs/hardneg/encoder.pt --preset knn amoc-slf
+
+The encoder is exported without the projector.
+
+On several processes order, augmentation and mixtures are those of one process. The queue is equal on
+all of them, SimCLR's negatives are those of all, and each group of BatchNorm has images of one
+process alone.
+
+The log tells how hard the negatives are, MoCHi's mixtures among them: mass is their share of the
+softmax, and accuracy how often a query's key is nearer than all of them, as in adco.py's log and at
+its temperature of 0.05 (--bank-temperature), whatever the loss's own is, so that all runs compare.
+(AdCo's are those of the bank after its step.) cosine is the mean largest cosine of a query with a
+negative. IFM's shift and HCL's weights, which move no point, do not enter. Chance for the loss, all
+embeddings equal, is ln(N + 1) with N negatives, and for IFM more: the screen says it. While the bank
+is noise, which is near no query, the loss lies below where it goes from there.
+
+Measured: nothing yet. This has not been run beyond a few steps. Robinson, Sun et al. report 81.4 on
+ImageNet-100 for IFM (linear probe, ResNet-50; MoCo v2 80.5), and Kalantidis et al. 68.0 on ImageNet for
+MoCHi (linear probe, 200 epochs).
+"""
+import argparse
+import math
+import pathlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import data, dist, encoders, optim, run
+from common.augment import (
+    random_color_jitter, random_gaussian_blur, random_grayscale, random_resized_crop)
+from common.bank import Bank, bank_logsumexp, bank_summary
+from common.log import Log
+from common.pictures import save_rows
+from common.speed import compile_networks
+
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in adco.py
+STD = (0.229, 0.224, 0.225)
+
+# --temperature where it is not given: the papers'.
+TEMPERATURES = {
+    "moco": {"plain": 0.2, "ifm": 0.2, "hcl": 0.5, "debiased": 0.5, "mochi": 0.2},
+    "simclr": {"plain": 0.5, "ifm": 0.5, "hcl": 0.5, "debiased": 0.5},
+}
+LOGGED_TEMPERATURE = 0.05  # of the mass in the log: that of AdCo's bank
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The method
+# ----------------------------------------------------------------------------------------------------------
+class GroupedNorm(nn.BatchNorm2d):
+    """BatchNorm that sees groups of 2 to 32 images, at least two groups where it can."""
+
+    folds = True  # in eval mode it is a plain BatchNorm: see conv_norm of common/resnet.py
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        count = min(max(2, math.ceil(len(x) / 32)), len(x) // 2)
+        sizes = [(len(x) + i) // count for i in reversed(range(count))]  # equal, or the first have one more
+        groups = x.split(sizes)  # unlike tensor_split, whose backward pass adds up whole batches
+        outputs = []
+        for group in groups:  # together they move the running statistics about as far as one batch does
+            outputs.append(F.batch_norm(group, self.running_mean, self.running_var, self.weight, self.bias,
+                                        True, self.momentum / len(groups), self.eps))
+        return torch.cat(outputs)
+
+
+def augment(x, rng, size, blur):
+    """One view of the uint8 images x (B, 3, H, W): floats (B, 3, size, size) in [0, 1]."""
+    x = random_resized_crop(x, rng, size, scale=(0.2, 1.0), flip=0.5)
+    x = random_color_jitter(x, rng, 0.4, 0.4, 0.4, 0.1, p=0.8)
+    x = random_grayscale(x, rng, p=0.2)
+    x = random_gaussian_blur(x, rng, sigma=(0.1, 2.0), p=0.5 if blur else 0.0, kernel_size=13)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def embed(net, x):
+    """u(f(x)) of x (B, 3, S, S): (B, 128), unit rows, in x's dtype."""
+    with run.autocast(x.device):
+        z = net(x)
+    return F.normalize(z.to(x.dtype), dim=1)
+
+
+def embed_in_order(net, x, order):
+    """The same, where BatchNorm groups the images in `order`, a permutation of B."""
+    return embed(net, x[order])[order.argsort()]
+
+
+# Below, q and k (N, D) have unit rows. With a bank (K, D) of unit rows, q are the anchors and these rows
+# are the negatives of each. Without one, where `bank` is None, all 2N rows of q and k are anchors, each is
+# the positive of its partner, and the 2N - 2 others are its negatives. M is N or 2N, the number of anchors.
+def positive_cosines(q, k, bank):
+    """s+ of each anchor: (M,)."""
+    cosines = (q * k).sum(1)
+    return cosines if bank is not None else cosines.repeat(2)
+
+
+def cosines_in_batch(q, k):
+    """s_j of each row of q and k with every row: (2N, 2N), -inf for itself and its partner."""
+    rows = torch.cat([q, k])
+    no_negatives = torch.eye(len(q), dtype=torch.bool, device=q.device).repeat(2, 2)
+    return (rows @ rows.T).masked_fill(no_negatives, -math.inf)
+
+
+def log_negatives(q, k, bank, temperature):
+    """ln sum_j e^(s_j/T) over the negatives of each anchor: (M,)."""
+    if bank is not None:
+        return bank_logsumexp(q, bank, temperature)
+    return (cosines_in_batch(q, k) / temperature).logsumexp(1)
+
+
+def info_nce(q, k, bank, temperature):
+    """The mean over the anchors of -log( e^(s+/T) / (e^(s+/T) + sum_j e^(s_j/T)) ): InfoNCE, or in-batch
+    NT-Xent."""
+    positive = positive_cosines(q, k, bank) / temperature
+    return F.softplus(log_negatives(q, k, bank, temperature) - positive).mean()
+
+
+def ifm_loss(q, k, bank, temperature, eps, alpha=1.0, ifm_only=False):
+    """Implicit feature modification: the mean, weighted by 1 and `alpha`, of `info_nce` and of the same where
+    every s+ is less by `eps` and every s_j is more. `ifm_only`: the latter alone.
+
+    These are the cosines after the attack that moves the positive by -eps q and a negative by +eps q, which
+    is the worst within that distance for this anchor.
+    """
+    positive = positive_cosines(q, k, bank) / temperature
+    odds = log_negatives(q, k, bank, temperature) - positive
+    attacked = F.softplus(odds + 2 * eps / temperature).mean()
+    if ifm_only:
+        return attacked
+    return (F.softplus(odds).mean() + alpha * attacked) / (1 + alpha)
+
+
+def hcl_loss(q, k, bank, temperature, beta, tau):
+    """The mean over the anchors of -log( p / (p + G) ), with p = e^(s+/T), n_j = e^(s_j/T), N negatives,
+
+        R = sum_j n_j^(1 + beta) / mean_j n_j^beta
+        G = max{ (R - tau N p) / (1 - tau), N e^(-1/T) }.
+
+    `beta` is how hard the negatives are, and `tau`, below 1, the share of them that has the anchor's class.
+    With beta = 0 this is debiased contrastive learning, and with tau = 0 too `info_nce`.
+    """
+    positive = positive_cosines(q, k, bank) / temperature  # ln p
+    count = 2 * len(q) - 2 if bank is None else len(bank)
+    log_g = log_negatives(q, k, bank, temperature / (1 + beta))  # ln R, where beta is 0
+    if beta:
+        log_g = log_g - log_negatives(q, k, bank, temperature / beta) + math.log(count)
+    if tau:
+        floor = math.log(count) - 1 / temperature
+        share = positive + math.log(tau * count) - log_g  # ln(tau N p / R); from 0 on nothing is left of R
+        left = torch.log(-torch.expm1(share.clamp_max(-1e-12)))
+        log_g = torch.where(share < 0, log_g + left - math.log(1 - tau), floor).clamp_min(floor)
+    return F.softplus(log_g - positive).mean()
+
+
+@torch.no_grad()
+def hardest(q, bank, n):
+    """The `n` rows of bank (K, D) with the largest products with each row of q (N, D), the largest first:
+    (N, n) int64."""
+    return (q @ bank.T).topk(n, dim=1).indices
+
+
+@torch.no_grad()
+def mix_negatives(q, bank, pairs, a, partners, b):
+    """Mixtures for each query: first u(a n_i + (1 - a) n_j) with (i, j) = pairs (N, s, 2) and a (N, s), then
+    u(b q + (1 - b) n_j) with j = partners (N, s') and b (N, s'): (N, s + s', D), constant."""
+    a = a[..., None]
+    b = b[..., None]
+    of_two = a * bank[pairs[..., 0]] + (1 - a) * bank[pairs[..., 1]]
+    of_query = b * q[:, None] + (1 - b) * bank[partners]
+    return F.normalize(torch.cat([of_two, of_query], 1), dim=2)
+
+
+def mochi_loss(q, k, bank, mixed, temperature):
+    """`info_nce` over the rows of bank (K, D) and, for each query, its own `mixed` ones (N, S, D)."""
+    positive = positive_cosines(q, k, bank) / temperature
+    negative = log_negatives(q, k, bank, temperature)
+    if mixed.shape[1]:
+        own = torch.einsum("nd,nsd->ns", q, mixed) / temperature
+        negative = torch.logaddexp(negative, own.logsumexp(1))
+    return F.softplus(negative - positive).mean()
+
+
+def mixtures(q, bank, numbers, hard):
+    """MoCHi's mixtures (B, s + s', D) of the `hard` hardest rows of bank (K, D) for each query (B, D).
+
+    `numbers` are uniform in [0, 1): (B, s, 3) for i, j and a; and (B, s', 2) for j and b, which is at most
+    1/2, so that the query never dominates.
+    """
+    of_two, of_query = numbers
+    nearest = hardest(q, bank, hard)
+
+    def rows_of(uniform):
+        """The row of the bank that a number stands for."""
+        ranks = (uniform * hard).long().clamp_max(hard - 1)
+        return nearest.gather(1, ranks.flatten(1)).view(ranks.shape)
+
+    pairs = rows_of(of_two[..., :2])
+    partners = rows_of(of_query[..., 0])
+    return mix_negatives(q, bank, pairs, of_two[..., 2], partners, of_query[..., 1] / 2)
+
+
+def objective(q, k, bank, mixed, *, negatives, temperature, shift, alpha, ifm_only, beta, tau):
+    """The loss that `negatives` names; `mixed` (N, S, D) or, before MoCHi mixes and for the others, None."""
+    if negatives == "ifm":
+        return ifm_loss(q, k, bank, temperature, shift, alpha, ifm_only)
+    if negatives == "hcl":
+        return hcl_loss(q, k, bank, temperature, beta, tau)
+    if negatives == "debiased":
+        return hcl_loss(q, k, bank, temperature, 0.0, tau)
+    if mixed is not None:
+        return mochi_loss(q, k, bank, mixed, temperature)
+    return info_nce(q, k, bank, temperature)
+
+
+def train_step(net, target, opt, bank, x1, x2, order, numbers, *, ema, hard, negatives, temperature, shift,
+               alpha, ifm_only, beta, tau):
+    """One iteration on two views (B, 3, S, S) of B images; the losses to be logged.
+
+    `target` and `bank` are None on SimCLR. BatchNorm groups x2 in `order`, a permutation of B. `numbers`
+    are as in `mixtures`; None: nothing is mixed.
+    """
+    rows = None
+    mixed = None
+    if bank is None:
+        # Both views are anchors, and all processes' images are negatives.
+        q = dist.gather(embed(net, x1))
+        k = dist.gather(embed_in_order(net, x2, order))
+    else:
+        # The key network moves first (its parameters; its running statistics are its own).
+        optim.ema(target, net, ema)
+        with torch.no_grad():
+            k = embed_in_order(target, x2, order)
+        q = embed(net, x1)
+        rows = bank.rows
+        if numbers is not None:
+            mixed = mixtures(q, rows, numbers, hard)
+    loss = objective(q, k, rows, mixed, negatives=negatives, temperature=temperature, shift=shift,
+                     alpha=alpha, ifm_only=ifm_only, beta=beta, tau=tau)
+
+    opt.zero_grad()
+    loss.backward()
+    dist.average_grads(net.parameters())
+    opt.step()
+    losses = {"loss": loss, **hardness(q, k, rows, mixed)}
+    if bank is None:
+        dist.average_buffers(net)  # else the running statistics of the processes drift apart
+    else:
+        dist.average_buffers(net, target)
+        bank.push(k)  # last, so that no query meets its own key among the negatives
+    return losses
+
+
+@torch.no_grad()
+def hardness(q, k, bank, mixed):
+    """How hard the negatives of unit rows q and k are, with the rows of `mixed` (N, S, D) where it is not
+    None."""
+    positive = positive_cosines(q, k, bank)
+    if bank is None:
+        cosines = cosines_in_batch(q, k)
+        negative = (cosines / LOGGED_TEMPERATURE).logsumexp(1)
+        nearest = cosines.amax(1)
+    else:
+        negative, nearest = bank_summary(q, bank, LOGGED_TEMPERATURE)
+        nearest = nearest * LOGGED_TEMPERATURE
+    if mixed is not None and mixed.shape[1]:
+        own = torch.einsum("nd,nsd->ns", q, mixed)
+        negative = torch.logaddexp(negative, (own / LOGGED_TEMPERATURE).logsumexp(1))
+        nearest = torch.maximum(nearest, own.amax(1))
+    return {
+        "mass": (negative - positive / LOGGED_TEMPERATURE).sigmoid().mean(),
+        "accuracy": (positive > nearest).float().mean(),
+        "cosine": nearest.mean(),
+    }
+
+
+def lr_at(epoch, epochs, lr, final):
+    """The learning rate of `epoch`: a cosine from `lr` towards `final`."""
+    return optim.cosine(epoch / epochs, lr, final)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------------------
+def parser():
+    p = run.parser(__doc__, name="hardneg", arch="resnet18")
+    switch = dict(action=argparse.BooleanOptionalAction, default=False)
+    p.add_argument("--negatives", choices=TEMPERATURES["moco"], default="mochi",
+                   help="the rule that makes them harder; plain: none (ours)")
+    p.add_argument("--base", choices=TEMPERATURES, default="moco",
+                   help="a queue of old keys, or the other images of the batch (ours)")
+    p.add_argument("--stem", help="cifar, imagenet, small; default: the architecture's own")
+    p.add_argument("--epochs", type=run.integer(0), default=200,
+                   help="0 exports the random encoder; default (ours)")
+    p.add_argument("--batch-size", type=run.integer(1), default=256,
+                   help="images per step, over all processes (ours)")
+    p.add_argument("--lr", type=run.number(), default=0.06, help="of SGD, at its peak (ours)")
+    p.add_argument("--lr-final", type=run.number(), default=0.0, help="of SGD, at the end (ours)")
+    p.add_argument("--weight-decay", type=run.number(0, 1e6), default=5e-4, help="(ours)")
+    p.add_argument("--ema", type=run.number(0, 1), default=0.99,
+                   help="moco: momentum of the key network (ours)")
+    p.add_argument("--temperature", type=run.number(above=0),
+                   help="T; default: 0.2 on MoCo for plain, ifm and mochi, else 0.5 (paper)")
+    p.add_argument("--bank-size", type=run.integer(1), default=4096, help="moco: K (ours)")
+    p.add_argument("--shift", type=run.number(0, 2), default=0.1, help="ifm: eps, of a cosine (paper)")
+    p.add_argument("--alpha", type=run.number(), default=1.0,
+                   help="ifm: weight of the shifted term (paper)")
+    p.add_argument("--ifm-only", help="ifm: the shifted term alone (authors' code)", **switch)
+    p.add_argument("--beta", type=run.number(0, 100), default=1.0,
+                   help="hcl: how much more a near negative weighs (paper)")
+    p.add_argument("--tau", type=run.number(0, 0.999), default=0.1,
+                   help="hcl, debiased: share of the negatives that has the query's class (paper)")
+    p.add_argument("--hard", type=run.integer(1), default=1024,
+                   help="mochi: how many of a query's nearest rows are mixed (paper)")
+    p.add_argument("--mix", type=run.integer(0, 10**6), default=512,
+                   help="mochi: mixtures of two rows (paper)")
+    p.add_argument("--mix-query", type=run.integer(0, 10**6), default=256,
+                   help="mochi: mixtures of a row and the query (paper)")
+    p.add_argument("--mix-from", type=run.integer(0), default=10,
+                   help="mochi: the epoch that is the first with mixtures (paper)")
+    p.add_argument("--blur", help="blur views, as on ImageNet (authors' code)", **switch)
+    p.add_argument("--image-size", type=run.integer(1, 10000),
+                   help="side of a view in pixels; default: that of the images, and 32 for a folder")
+    return p
+
+
+def check(args):
+    if args.negatives == "mochi":
+        if args.base == "simclr":
+            raise ValueError("--negatives mochi mixes rows of a queue, which --base simclr has not; "
+                             "use --base moco")
+        if args.hard > args.bank_size:
+            raise ValueError(f"--hard {args.hard}: the bank has --bank-size {args.bank_size} rows only")
+        if 0 < args.epochs <= args.mix_from:
+            raise ValueError(f"--mix-from {args.mix_from}: must be less than --epochs {args.epochs}, "
+                             "or nothing is mixed")
+
+
+def network(arch, stem=None):
+    """An encoder with grouped BatchNorm, and a projector without BatchNorm: images (B, 3, S, S) ->
+    (B, 128)."""
+    encoder = encoders.make(arch, stem=stem, mean=MEAN, std=STD)
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = GroupedNorm  # the same state, another forward
+    projector = encoders.mlp(encoder.dim, encoder.dim, 128)
+    return nn.Sequential(encoder, projector).to(memory_format=torch.channels_last)
+
+
+def temperature_of(args):
+    return args.temperature or TEMPERATURES[args.base][args.negatives]
+
+
+def loss_settings(args):
+    """The named arguments of `objective` as the flags have them."""
+    return dict(
+        negatives=args.negatives,
+        temperature=temperature_of(args),
+        shift=args.shift,
+        alpha=args.alpha,
+        ifm_only=args.ifm_only,
+        beta=args.beta,
+        tau=args.tau,
+    )
+
+
+def chance_of(args):
+    """The loss where all embeddings are equal, mixtures included."""
+    count = args.bank_size if args.base == "moco" else 2 * args.batch_size - 2
+    if args.negatives == "mochi":
+        count += args.mix + args.mix_query
+    chance = math.log(count + 1)
+    if args.negatives != "ifm":
+        return chance
+    shifted = math.log(1 + count * math.exp(2 * args.shift / temperature_of(args)))
+    return shifted if args.ifm_only else (chance + args.alpha * shifted) / (1 + args.alpha)
+
+
+def random_order(x, rng):
+    """The order in which BatchNorm groups the second views of images x (B, ...): a permutation of B."""
+    return rng.uniform(1, device=x.device)[:, 0].argsort()
+
+
+def mixing_numbers(x, rng, args, epoch):
+    """The numbers that `mixtures` takes for images x (B, ...), or None where `epoch` mixes nothing."""
+    if args.negatives != "mochi" or epoch < args.mix_from:
+        return None
+    return rng.uniform(args.mix, 3, device=x.device), rng.uniform(args.mix_query, 2, device=x.device)
+
+
+def pictures(images, size, args):
+    """Rows for `save_rows` of up to eight images: both views."""
+    x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
+    x1 = augment(x, rng, size, args.blur)
+    x2 = augment(x, rng, size, args.blur)
+    return [("x1", x1), ("x2", x2)]
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    check(args)
+    env = run.setup(args)
+    device = env.device
+    out = pathlib.Path(args.out)
+    images = data.load(args.data, args.data_dir, "train", device, args.limit,
+                       args.image_size or 32, args.workers)
+    size = run.image_size(args, images)
+    steps_per_epoch = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
+
+    net = run.to_device(network(args.arch, args.stem), args, env)
+    target = None
+    bank = None
+    opt = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    log = Log(args, env, steps_per_epoch * args.epochs, images)
+    state = dict(net=net, opt=opt, log=log)
+    if args.base == "moco":
+        target = run.to_device(network(args.arch, args.stem), args, env).requires_grad_(False)
+        target.load_state_dict(net.state_dict())
+        bank = Bank(args.bank_size, 128).to(device)
+        state.update(target=target, bank=bank)
+        compile_networks(args, env, net, target)
+    else:
+        compile_networks(args, env, net)
+
+    step = run.resume(args, env, state)
+    log.start(step, f"chance loss = {chance_of(args):.3f}")
+
+    settings = dict(ema=args.ema, hard=args.hard, **loss_settings(args))
+    for epoch in range(step // steps_per_epoch, args.epochs):
+        lr = lr_at(epoch, args.epochs, args.lr, args.lr_final)
+        optim.set_lr(opt, lr)
+        first = step % steps_per_epoch  # not 0 where a run was stopped within an epoch
+        for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, first):
+            run.stop_if_signalled(args, env, state, step)
+            x1 = augment(x, rng, size, args.blur)
+            x2 = augment(x, rng, size, args.blur)  # another view: `rng` has moved on
+            order = random_order(x, rng)
+            numbers = mixing_numbers(x, rng, args, epoch)
+            losses = train_step(net, target, opt, bank, x1, x2, order, numbers, **settings)
+            log.step(step, len(x) * env.world, **losses)
+            step += 1
+        log.epoch(epoch, step, lr=lr)
+        if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+            # Pictures come before the checkpoint: a run that is stopped between the two draws them
+            # again.
+            rows = pictures(images, size, args)
+            if env.rank == 0:
+                save_rows(out / "views.png", rows)
+            run.save(args, env, state, step)
+    if env.rank == 0:
+        encoders.export(net[0], out / "encoder.pt", image_size=size)
+        print(f"{out / 'encoder.pt'} holds the encoder")
+
+
+if __name__ == "__main__":
+    run.cli(main)
