@@ -34,6 +34,7 @@ negatives that stand still.)
     python acl.py                                        the paper's DS: CIFAR-10, ResNet-18, 1000 epochs
     torchrun --standalone --nproc-per-node 4 acl.py      the same on 4 GPUs, 128 of the 512 images on each
     python acl.py --variant s2s --out runs/s2s           SimCLR, the clean base
+    python acl.py --norm l2 --eps 128 --out runs/l2      l2 128/255 (ours)
     python eval.py runs/acl/encoder.pt --preset robustssl-slf robustssl-alf acl-aff-100
     python eval.py runs/acl/encoder.pt --preset acl-probe --bn clean
 
@@ -64,8 +65,8 @@ from torch import nn
 from common import data, dist, encoders, optim, run
 from common.augment import random_color_jitter, random_grayscale, random_resized_crop
 from common.log import Log
-from common.pgd import eval_mode, pgd
-from common.pictures import difference, save_rows
+from common.pgd import ball_point, eval_mode, pgd
+from common.pictures import attack_key, difference, save_rows
 from common.resnet import BranchNorm, branch
 from common.speed import compile_networks, graphed
 
@@ -122,12 +123,13 @@ def nt_xent(z1, z2, temperature):
 
 
 @graphed
-def attack(net, x1, x2, noise, kinds, *, temperature, eps, step_size, steps):
+def attack(net, x1, x2, noise, kinds, *, temperature, norm, eps, step_size, steps):
     """Move the views of kind "adv", one or both, within eps so as to maximise nt_xent of the pair;
     returns both views (B, 3, S, S), the clean one as it is.
 
     x1, x2 are in [0, 1], and eps and step_size in the same units. The search starts at x + eps
-    `noise`, noise (B, 2, 3, S, S) in [-1, 1], or, where noise is None, at x.
+    `noise`, noise (B, 2, 3, S, S) in the unit ball of the `norm`, or, where noise is None, at x. Each
+    view of each image has a ball of its own.
     """
     start1 = x1
     start2 = x2
@@ -145,7 +147,7 @@ def attack(net, x1, x2, noise, kinds, *, temperature, eps, step_size, steps):
 
             both = torch.cat([x1, x2])
             start = torch.cat([start1, start2])
-            return pgd(loss_of_both, both, eps, step_size, steps, start=start).chunk(2)
+            return pgd(loss_of_both, both, eps, step_size, steps, norm, start=start).chunk(2)
 
         if kinds == ("adv", "clean"):
             z2 = embed(net, x2, "clean").detach()
@@ -153,7 +155,7 @@ def attack(net, x1, x2, noise, kinds, *, temperature, eps, step_size, steps):
             def loss_of_first(x1_adv):
                 return nt_xent(embed(net, x1_adv, "adv"), z2, temperature)
 
-            return pgd(loss_of_first, x1, eps, step_size, steps, start=start1), x2
+            return pgd(loss_of_first, x1, eps, step_size, steps, norm, start=start1), x2
 
         if kinds == ("clean", "adv"):
             z1 = embed(net, x1, "clean").detach()
@@ -161,11 +163,11 @@ def attack(net, x1, x2, noise, kinds, *, temperature, eps, step_size, steps):
             def loss_of_second(x2_adv):
                 return nt_xent(z1, embed(net, x2_adv, "adv"), temperature)
 
-            return x1, pgd(loss_of_second, x2, eps, step_size, steps, start=start2)
+            return x1, pgd(loss_of_second, x2, eps, step_size, steps, norm, start=start2)
     return x1, x2
 
 
-def train_step(net, opt, x1, x2, noise, *, variant, temperature, eps, step_size, steps):
+def train_step(net, opt, x1, x2, noise, *, variant, temperature, norm, eps, step_size, steps):
     """One iteration on two views (B, 3, S, S) of B images; the losses to be logged. `variant`
     is a row of VARIANTS; `noise` is as in `attack`."""
     losses = {}
@@ -173,7 +175,7 @@ def train_step(net, opt, x1, x2, noise, *, variant, temperature, eps, step_size,
         # In train mode a term moves the running statistics of its branches once. DS has its two
         # terms in branches of their own, so their order does not matter.
         x1_term, x2_term = attack(net, x1, x2, noise, kinds, temperature=temperature,
-                                  eps=eps, step_size=step_size, steps=steps)
+                                  norm=norm, eps=eps, step_size=step_size, steps=steps)
         z1, z2 = embed_pair(net, x1_term, x2_term, kinds)
         name = kinds[0] if kinds[0] == kinds[1] else "_".join(kinds)
         # Negatives of all processes. The gradient flows through both views, and not into the
@@ -210,10 +212,13 @@ def parser():
     p.add_argument("--warmup", type=run.integer(0), default=10, help="in epochs (authors' code)")
     p.add_argument("--weight-decay", type=run.number(0, 1e6), default=1e-6, help="(authors' code)")
     p.add_argument("--temperature", type=run.number(above=0), default=0.5, help="T (authors' code)")
-    p.add_argument("--eps", type=run.number(0, 255), default=8.0,
-                   help="linf radius of the attack, in 1/255 (authors' code)")
-    p.add_argument("--step-size", type=run.number(0, 255), default=2.0,
-                   help="of the attack, in 1/255 (authors' code)")
+    p.add_argument("--norm", choices=("linf", "l2"), default="linf",
+                   help="of the attack; with l2, for example --eps 128 (ours)")
+    p.add_argument("--eps", type=run.number(0, 1e6), default=8.0,
+                   help="radius of the attack, in 1/255 (authors' code)")
+    p.add_argument("--step-size", type=run.number(0, 1e6),
+                   help="of the attack, in 1/255; default: for linf 2 (authors' code), for l2 "
+                        "1.25 eps / steps (ours)")
     p.add_argument("--steps", type=run.integer(0), default=5, help="of the attack (authors' code)")
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
                    help="start the attack at a random point of the ball (authors' code); without it, at "
@@ -221,6 +226,11 @@ def parser():
     p.add_argument("--image-size", type=run.integer(1, 10000),
                    help="side of a view in pixels; default: that of the images, and 32 for a folder")
     return p
+
+
+def check(args):
+    if args.norm == "linf" and args.eps > 255:
+        raise ValueError(f"--eps {args.eps:g}: with --norm linf at most 255, the range of a pixel")
 
 
 def kinds_of(variant):
@@ -241,20 +251,25 @@ def network(arch, variant):
     return nn.Sequential(encoder, projector).to(memory_format=torch.channels_last)
 
 
-def start_noise(x1, rng):
-    """Where the attacks on the views x1 and x2 start: (B, 2, 3, S, S), uniform in [-1, 1]."""
-    return 2 * rng.uniform(2, *x1.shape[1:], device=x1.device) - 1
+def start_noise(x1, norm, rng):
+    """Where the attacks on the views x1 and x2 start: (B, 2, 3, S, S), each view of each image uniform
+    in a unit ball of the `norm`."""
+    # One number more than pixels: under l2 it is how far from the centre.
+    u = rng.uniform(2, 1 + x1[0].numel(), device=x1.device)
+    return ball_point(u, norm).view(len(x1), 2, *x1.shape[1:])
 
 
 def attack_settings(args):
     """The named arguments of `attack` as the flags have them; eps and step_size as pixel values in
     [0, 1]."""
-    return dict(
-        temperature=args.temperature,
-        eps=args.eps / 255,
-        step_size=args.step_size / 255,
-        steps=args.steps,
-    )
+    eps = args.eps / 255
+    if args.step_size is not None:
+        step_size = args.step_size / 255
+    elif args.norm == "l2":
+        step_size = 1.25 * eps / max(1, args.steps)
+    else:
+        step_size = 2 / 255
+    return dict(temperature=args.temperature, norm=args.norm, eps=eps, step_size=step_size, steps=args.steps)
 
 
 def pictures(net, images, size, args):
@@ -264,20 +279,22 @@ def pictures(net, images, size, args):
     x1 = augment(x, rng, size)
     x2 = augment(x, rng, size)
     rows = [("x1", x1), ("x2", x2)]
-    noise = start_noise(x1, rng) if args.random_start else None
+    noise = start_noise(x1, args.norm, rng) if args.random_start else None
+    full_scale = args.eps / 255 if args.norm == "linf" else None
     for kinds in VARIANTS[args.variant]:
         if "adv" in kinds:
             x1_adv, x2_adv = attack(net, x1, x2, noise, kinds, **attack_settings(args))
             if kinds[0] == "adv":
-                rows += [("x1_adv", x1_adv), ("x1_adv - x1", difference(x1_adv, x1, args.eps / 255))]
+                rows += [("x1_adv", x1_adv), ("x1_adv - x1", difference(x1_adv, x1, full_scale))]
             if kinds[1] == "adv":
-                rows += [("x2_adv", x2_adv), ("x2_adv - x2", difference(x2_adv, x2, args.eps / 255))]
+                rows += [("x2_adv", x2_adv), ("x2_adv - x2", difference(x2_adv, x2, full_scale))]
             break
     return rows
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
+    check(args)
     env = run.setup(args)
     device = env.device
     out = pathlib.Path(args.out)
@@ -305,7 +322,7 @@ def main(argv=None):
             optim.set_lr(opt, lr)
             x1 = augment(x, rng, size)
             x2 = augment(x, rng, size)  # another view: `rng` has moved on
-            noise = start_noise(x1, rng) if args.random_start else None
+            noise = start_noise(x1, args.norm, rng) if args.random_start else None
             losses = train_step(net, opt, x1, x2, noise, **settings)
             log.step(step, len(x) * env.world, **losses)
             step += 1
@@ -315,7 +332,7 @@ def main(argv=None):
             # again.
             rows = pictures(net, images, size, args)
             if env.rank == 0:
-                save_rows(out / "views.png", rows, key=(f"-{args.eps:g}/255", f"+{args.eps:g}/255"))
+                save_rows(out / "views.png", rows, key=attack_key(args.norm, args.eps))
             run.save(args, env, state, step)
     if env.rank == 0:
         # The branch of the attacked images, if there are any. The authors' own linear probe reads

@@ -39,6 +39,7 @@ depart from that code in three places:
     python advcl.py --labels labels.npz --out runs/labels     pseudo-labels from a file, as below
     torchrun --standalone --nproc-per-node 4 advcl.py         without pseudo-labels, on 4 GPUs
     python advcl.py --views x1+d x2+d x1 x2 --out runs/four   another row of Table 4
+    python advcl.py --norm l2 --eps 128 --out runs/advcl-l2   l2 128/255 (ours)
     python eval.py runs/advcl/encoder.pt --preset advcl-slf robustssl-alf
 
 --labels takes an .npz with integers "labels", a row of N for each of --clusters; -1 is an image
@@ -90,8 +91,8 @@ from common.augment import (
     random_color_jitter, random_flip, random_grayscale, random_pad_crop, random_resized_crop, resize)
 from common.kmeans import kmeans
 from common.log import Log
-from common.pgd import frozen_stats, pgd
-from common.pictures import difference, save_rows
+from common.pgd import ball_point, frozen_stats, pgd
+from common.pictures import attack_key, difference, save_rows
 from common.resnet import branch
 from common.speed import compile_networks
 
@@ -178,12 +179,12 @@ def cluster_loss(net, x, labels, clusters):
     return total / len(clusters)
 
 
-def attack(net, loss_fn, x, noise, *, eps, step_size, steps):
+def attack(net, loss_fn, x, noise, *, norm, eps, step_size, steps):
     """Eq. 9, inner maximum: x (..., 3, S, S) in [0, 1] moved within eps so as to maximise
     loss_fn(x).
 
     eps and step_size are in the units of x. The search starts at x + eps `noise`, noise of x's
-    shape in [-1, 1], or, where noise is None, at x.
+    shape in the unit ball of the `norm`, or, where noise is None, at x.
     """
     start = x if noise is None else (x + eps * noise).clamp(0, 1)
 
@@ -194,7 +195,8 @@ def attack(net, loss_fn, x, noise, *, eps, step_size, steps):
     # running statistic changes.
     with frozen_stats(net):
         # As (A B, 3, S, S): each view of each image has a ball of its own.
-        x_adv = pgd(loss_of_images, x.flatten(0, -4), eps, step_size, steps, start=start.flatten(0, -4))
+        x_adv = pgd(loss_of_images, x.flatten(0, -4), eps, step_size, steps, norm,
+                    start=start.flatten(0, -4))
     return x_adv.view(x.shape)
 
 
@@ -206,12 +208,12 @@ def contrast(net, x, constants, temperature):
 
 
 def train_step(net, opt, x1, x2, x, labels, noise, *,
-               views, cutoff, clusters, cluster_weight, temperature, eps, step_size, steps):
+               views, cutoff, clusters, cluster_weight, temperature, norm, eps, step_size, steps):
     """One iteration on two strong views and the weak one (B, 3, S, S); the losses to be logged.
 
     labels (B, len(clusters)); without `clusters` there is no classification term. `noise` (A + 1,
-    B, 3, S, S) in [-1, 1] starts the attack on the classifier and those on the A views; None: they
-    start at the images.
+    B, 3, S, S) in the unit ball starts the attack on the classifier and those on the A views; None:
+    they start at the images.
     """
     clean, to_attack = choose(views, x1, x2, x, cutoff)
 
@@ -225,7 +227,8 @@ def train_step(net, opt, x1, x2, x, labels, noise, *,
         return contrast(net, x_adv, constants, temperature)
 
     view_noise = None if noise is None else noise[1:]
-    x_adv = attack(net, loss_of_views, to_attack, view_noise, eps=eps, step_size=step_size, steps=steps)
+    x_adv = attack(net, loss_of_views, to_attack, view_noise,
+                   norm=norm, eps=eps, step_size=step_size, steps=steps)
     z_adv = [embed(net, view, "adv") for view in x_adv]
     embeddings = [dist.gather(z) for z in [*z_clean, *z_adv]]  # of all processes, with gradient
     loss_con = multiview_loss(embeddings, temperature)
@@ -238,7 +241,8 @@ def train_step(net, opt, x1, x2, x, labels, noise, *,
             return cluster_loss(net, x_ce, labels, clusters)
 
         label_noise = None if noise is None else noise[0]
-        x_ce = attack(net, loss_of_labels, x, label_noise, eps=eps, step_size=step_size, steps=steps)
+        x_ce = attack(net, loss_of_labels, x, label_noise,
+                      norm=norm, eps=eps, step_size=step_size, steps=steps)
         losses["loss_ce"] = cluster_loss(net, x_ce, labels, clusters)
         loss = loss_con + cluster_weight * losses["loss_ce"]
 
@@ -287,10 +291,13 @@ def parser():
     p.add_argument("--warmup", type=run.integer(0), default=10, help="in epochs (authors' code)")
     p.add_argument("--weight-decay", type=run.number(0, 1e6), default=1e-4, help="(authors' code)")
     p.add_argument("--temperature", type=run.number(above=0), default=0.5, help="T (authors' code)")
-    p.add_argument("--eps", type=run.number(0, 255), default=8.0,
-                   help="linf radius of the attacks, in 1/255 (paper)")
-    p.add_argument("--step-size", type=run.number(0, 255), default=2.0,
-                   help="of the attacks, in 1/255 (authors' code)")
+    p.add_argument("--norm", choices=("linf", "l2"), default="linf",
+                   help="of the attacks; with l2, for example --eps 128 (ours)")
+    p.add_argument("--eps", type=run.number(0, 1e6), default=8.0,
+                   help="radius of the attacks, in 1/255 (paper)")
+    p.add_argument("--step-size", type=run.number(0, 1e6),
+                   help="of the attacks, in 1/255; default: for linf 2 (authors' code), for l2 "
+                        "1.25 eps / steps (ours)")
     p.add_argument("--steps", type=run.integer(0), default=5, help="of the attacks (paper)")
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
                    help="start the attacks at random points of the ball (authors' code); without it, at "
@@ -305,6 +312,8 @@ def check(args):
         raise ValueError(f"--views {' '.join(args.views)}: each view once")
     if len(args.views) < 2 or not any(view.endswith("+d") for view in args.views):
         raise ValueError(f"--views {' '.join(args.views)}: needs two views, one of them attacked (+d)")
+    if args.norm == "linf" and args.eps > 255:
+        raise ValueError(f"--eps {args.eps:g}: with --norm linf at most 255, the range of a pixel")
     if args.teacher and args.labels:
         raise ValueError("--teacher and --labels: both give the pseudo-labels; give one of them")
 
@@ -399,17 +408,26 @@ def labels_of_file(args, images):
     return torch.from_numpy(labels.astype("int64").T[list(rows)])
 
 
-def start_noise(x, views, rng):
+def start_noise(x, views, norm, rng):
     """Where the attack on the classifier and those on the A attacked views start: (A + 1, B, 3, S,
-    S), uniform in [-1, 1]."""
+    S), each view of each image uniform in a unit ball of the `norm`."""
     attacks = 1 + sum(is_attacked(view) for view in views)
-    return 2 * rng.uniform(attacks, *x.shape[1:], device=x.device).transpose(0, 1) - 1
+    # One number more than pixels: under l2 it is how far from the centre.
+    u = rng.uniform(attacks, 1 + x[0].numel(), device=x.device)
+    return ball_point(u, norm).view(len(x), attacks, *x.shape[1:]).transpose(0, 1)
 
 
 def attack_settings(args):
     """The named arguments of `attack` as the flags have them; eps and step_size as pixel values in
     [0, 1]."""
-    return dict(eps=args.eps / 255, step_size=args.step_size / 255, steps=args.steps)
+    eps = args.eps / 255
+    if args.step_size is not None:
+        step_size = args.step_size / 255
+    elif args.norm == "l2":
+        step_size = 1.25 * eps / max(1, args.steps)
+    else:
+        step_size = 2 / 255
+    return dict(norm=args.norm, eps=eps, step_size=step_size, steps=args.steps)
 
 
 def pictures(net, images, size, args):
@@ -418,7 +436,7 @@ def pictures(net, images, size, args):
     are those of these few images."""
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
     x1, x2, x = augment(x, rng, size)
-    noise = start_noise(x, args.views, rng)[1:] if args.random_start else None
+    noise = start_noise(x, args.views, args.norm, rng)[1:] if args.random_start else None
     clean, to_attack = choose(args.views, x1, x2, x, args.cutoff)
     with frozen_stats(net):
         constants = [embed(net, view, "clean").detach() for view in clean]
@@ -429,8 +447,9 @@ def pictures(net, images, size, args):
     x_adv = attack(net, loss_of_views, to_attack, noise, **attack_settings(args))
     rows = [("x1", x1), ("x2", x2), ("x", x), ("xh", 0.5 + high_frequency(x, args.cutoff))]
     names = [view for view in args.views if is_attacked(view)]
+    full_scale = args.eps / 255 if args.norm == "linf" else None
     for name, before, after in zip(names, to_attack, x_adv):
-        rows += [(name, after), (f"d of {name}", difference(after, before, args.eps / 255))]
+        rows += [(name, after), (f"d of {name}", difference(after, before, full_scale))]
     return rows
 
 
@@ -477,7 +496,7 @@ def main(argv=None):
             lr = lr_at(step, steps_per_epoch, args.epochs, args.lr, args.warmup)
             optim.set_lr(opt, lr)
             x1, x2, x = augment(x, rng, size)
-            noise = start_noise(x, args.views, rng) if args.random_start else None
+            noise = start_noise(x, args.views, args.norm, rng) if args.random_start else None
             losses = train_step(net, opt, x1, x2, x, y, noise, **settings)
             log.step(step, len(x) * env.world, **losses)
             step += 1
@@ -487,7 +506,7 @@ def main(argv=None):
             # again. All processes draw them, since a SyncBatchNorm in train mode asks them all.
             rows = pictures(net, images, size, args)
             if env.rank == 0:
-                save_rows(out / "views.png", rows, key=(f"-{args.eps:g}/255", f"+{args.eps:g}/255"))
+                save_rows(out / "views.png", rows, key=attack_key(args.norm, args.eps))
             run.save(args, env, state, step)
     if env.rank == 0:
         encoders.export(net["encoder"], out / "encoder.pt", "adv", image_size=size)

@@ -37,6 +37,7 @@ We depart from the authors' code in three places:
     python amoc.py                                       the paper's ACC: CIFAR-10, ResNet-18, 200 epochs
     torchrun --standalone --nproc-per-node 8 amoc.py     the same on 8 GPUs, 32 of the 256 images on each
     python amoc.py --variant CCC --out runs/moco         MoCo, the clean base
+    python amoc.py --norm l2 --eps 128 --out runs/l2     l2 128/255 (ours)
     python eval.py runs/amoc/encoder.pt --preset amoc-slf
 
 The encoder is exported without the projector, with the BatchNorm branch through which L_* sees its
@@ -73,8 +74,8 @@ from common.augment import (
     random_color_jitter, random_gaussian_blur, random_grayscale, random_resized_crop)
 from common.bank import Bank, bank_logsumexp
 from common.log import Log
-from common.pgd import eval_mode, pgd
-from common.pictures import difference, save_rows
+from common.pgd import ball_point, eval_mode, pgd
+from common.pictures import attack_key, difference, save_rows
 from common.resnet import branch
 from common.speed import compile_networks, graphed
 
@@ -147,14 +148,14 @@ def info_nce(q, k, bank, temperature):
 
 
 @graphed
-def attack(net, target, x1, x2, noise, bank, *, variant, temperature, eps, step_size, steps):
+def attack(net, target, x1, x2, noise, bank, *, variant, temperature, norm, eps, step_size, steps):
     """Eq. 3.3: move the views that `variant` attacks within eps so as to maximise L_*; returns
     (x1_adv, x2_adv).
 
     x1, x2 (B, 3, S, S) are in [0, 1], and eps and step_size in the units of these pixels. The
-    search starts at x + eps `noise`, noise (B, 2, 3, S, S) in [-1, 1], or, where noise is None, at
-    x. `bank` (K, D) is the one that L_* reads. L_CCC does not depend on the perturbation, so L_*
-    alone is maximised.
+    search starts at x + eps `noise`, noise (B, 2, 3, S, S) in the unit ball of the `norm`, or, where
+    noise is None, at x. Each view of each image has a ball of its own. `bank` (K, D) is the one that
+    L_* reads. L_CCC does not depend on the perturbation, so L_* alone is maximised.
     """
     start1 = x1
     start2 = x2
@@ -174,7 +175,7 @@ def attack(net, target, x1, x2, noise, bank, *, variant, temperature, eps, step_
 
             both = torch.cat([x1, x2])
             start = torch.cat([start1, start2])
-            return pgd(loss_of_both, both, eps, step_size, steps, start=start).chunk(2)
+            return pgd(loss_of_both, both, eps, step_size, steps, norm, start=start).chunk(2)
 
         if variant.adv_query:
             k = embed(target, x2, "clean").detach()
@@ -182,18 +183,18 @@ def attack(net, target, x1, x2, noise, bank, *, variant, temperature, eps, step_
             def loss_of_query(x1_adv):
                 return info_nce(embed(net, x1_adv, "adv"), k, bank, temperature)
 
-            return pgd(loss_of_query, x1, eps, step_size, steps, start=start1), x2
+            return pgd(loss_of_query, x1, eps, step_size, steps, norm, start=start1), x2
 
         q = embed(net, x1, "clean").detach()
 
         def loss_of_key(x2_adv):
             return info_nce(q, embed(target, x2_adv, "adv"), bank, temperature)
 
-        return x1, pgd(loss_of_key, x2, eps, step_size, steps, start=start2)
+        return x1, pgd(loss_of_key, x2, eps, step_size, steps, norm, start=start2)
 
 
 def train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, *,
-               variant, lam, temperature, ema, eps, step_size, steps):
+               variant, lam, temperature, ema, norm, eps, step_size, steps):
     """One iteration on two views (B, 3, S, S) of B images; the losses to be logged. `noise` as in
     `attack`."""
     bank = bank_adv if variant.adv_bank else bank_clean  # the one that L_* reads
@@ -202,7 +203,7 @@ def train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, *,
         # The attack comes first: it uses the running statistics that the step before has left.
         x1_adv, x2_adv = attack(
             net, target, x1, x2, noise, bank.rows,
-            variant=variant, temperature=temperature, eps=eps, step_size=step_size, steps=steps)
+            variant=variant, temperature=temperature, norm=norm, eps=eps, step_size=step_size, steps=steps)
 
     # From here on all BatchNorms are in train mode: they normalise by the batch and move the
     # running statistics of the branch they run in. Keys get no gradient: the parameters of `target`
@@ -267,10 +268,13 @@ def parser():
     p.add_argument("--ema", type=run.number(0, 1), default=0.999, help="m of Eq. 3.2 (paper)")
     p.add_argument("--bank-size", type=run.integer(1), default=32768, help="K, of each bank (paper)")
     p.add_argument("--lam", type=run.number(0, 1), default=0.5, help="weight of L_CCC in Eq. 3.4 (paper)")
-    p.add_argument("--eps", type=run.number(0, 255), default=8.0,
-                   help="linf radius of the attack, in 1/255 (authors' code)")
-    p.add_argument("--step-size", type=run.number(0, 255), default=2.0,
-                   help="of the attack, in 1/255 (authors' code)")
+    p.add_argument("--norm", choices=("linf", "l2"), default="linf",
+                   help="of the attack; with l2, for example --eps 128 (ours)")
+    p.add_argument("--eps", type=run.number(0, 1e6), default=8.0,
+                   help="radius of the attack, in 1/255 (authors' code)")
+    p.add_argument("--step-size", type=run.number(0, 1e6),
+                   help="of the attack, in 1/255; default: for linf 2 (authors' code), for l2 "
+                        "1.25 eps / steps (ours)")
     p.add_argument("--steps", type=run.integer(0), default=5, help="of the attack (authors' code)")
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
                    help="start the attack at a random point of the ball (authors' code); without it, at "
@@ -278,6 +282,11 @@ def parser():
     p.add_argument("--image-size", type=run.integer(1, 10000),
                    help="side of a view in pixels; default: that of the images, and 32 for a folder")
     return p
+
+
+def check(args):
+    if args.norm == "linf" and args.eps > 255:
+        raise ValueError(f"--eps {args.eps:g}: with --norm linf at most 255, the range of a pixel")
 
 
 def network(arch):
@@ -288,19 +297,30 @@ def network(arch):
     return nn.Sequential(encoder, projector).to(memory_format=torch.channels_last)
 
 
-def start_noise(x1, rng):
-    """Where the attacks on the views x1 and x2 start: (B, 2, 3, S, S), uniform in [-1, 1]."""
-    return 2 * rng.uniform(2, *x1.shape[1:], device=x1.device) - 1
+def start_noise(x1, norm, rng):
+    """Where the attacks on the views x1 and x2 start: (B, 2, 3, S, S), each view of each image uniform
+    in a unit ball of the `norm`."""
+    # One number more than pixels: under l2 it is how far from the centre.
+    u = rng.uniform(2, 1 + x1[0].numel(), device=x1.device)
+    return ball_point(u, norm).view(len(x1), 2, *x1.shape[1:])
 
 
 def attack_settings(args):
     """The named arguments of `attack` as the flags have them; eps and step_size as pixel values in
     [0, 1]."""
+    eps = args.eps / 255
+    if args.step_size is not None:
+        step_size = args.step_size / 255
+    elif args.norm == "l2":
+        step_size = 1.25 * eps / max(1, args.steps)
+    else:
+        step_size = 2 / 255
     return dict(
         variant=VARIANTS[args.variant],
         temperature=args.temperature,
-        eps=args.eps / 255,
-        step_size=args.step_size / 255,
+        norm=args.norm,
+        eps=eps,
+        step_size=step_size,
         steps=args.steps,
     )
 
@@ -314,17 +334,19 @@ def pictures(net, target, bank, images, size, args):
     x2 = augment(x, rng, size)
     rows = [("x1", x1), ("x2", x2)]
     if variant.attacked:
-        noise = start_noise(x1, rng) if args.random_start else None
+        noise = start_noise(x1, args.norm, rng) if args.random_start else None
         x1_adv, x2_adv = attack(net, target, x1, x2, noise, bank.rows, **attack_settings(args))
+        full_scale = args.eps / 255 if args.norm == "linf" else None
         if variant.adv_query:
-            rows += [("x1_adv", x1_adv), ("x1_adv - x1", difference(x1_adv, x1, args.eps / 255))]
+            rows += [("x1_adv", x1_adv), ("x1_adv - x1", difference(x1_adv, x1, full_scale))]
         if variant.adv_key:
-            rows += [("x2_adv", x2_adv), ("x2_adv - x2", difference(x2_adv, x2, args.eps / 255))]
+            rows += [("x2_adv", x2_adv), ("x2_adv - x2", difference(x2_adv, x2, full_scale))]
     return rows
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
+    check(args)
     env = run.setup(args)
     device = env.device
     out = pathlib.Path(args.out)
@@ -359,7 +381,7 @@ def main(argv=None):
             run.stop_if_signalled(args, env, state, step)
             x1 = augment(x, rng, size)
             x2 = augment(x, rng, size)  # another view: `rng` has moved on
-            noise = start_noise(x1, rng) if args.random_start and variant.attacked else None
+            noise = start_noise(x1, args.norm, rng) if args.random_start and variant.attacked else None
             losses = train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, **settings)
             log.step(step, len(x) * env.world, **losses)
             step += 1
@@ -370,7 +392,7 @@ def main(argv=None):
             bank = bank_adv if variant.adv_bank else bank_clean
             rows = pictures(net, target, bank, images, size, args)
             if env.rank == 0:
-                save_rows(out / "views.png", rows, key=(f"-{args.eps:g}/255", f"+{args.eps:g}/255"))
+                save_rows(out / "views.png", rows, key=attack_key(args.norm, args.eps))
             run.save(args, env, state, step)
     if env.rank == 0:
         encoders.export(net[0], out / "encoder.pt", variant.export, image_size=size)

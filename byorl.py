@@ -204,6 +204,11 @@ def parser():
     return p
 
 
+def check(args):
+    if args.norm == "linf" and args.eps > 255:
+        raise ValueError(f"--eps {args.eps:g}: with --norm linf at most 255, the range of a pixel")
+
+
 def network(arch, hidden):
     """Encoder, projector and predictor: images (B, 3, S, S) -> (B, dim) -> (B, 256) -> (B, 256)."""
     encoder = encoders.make(arch, mean=MEAN, std=STD)
@@ -250,6 +255,7 @@ def pictures(net, target, images, size, args):
 
 def main(argv=None):
     args = parser().parse_args(argv)
+    check(args)
     env = run.setup(args)
     device = env.device
     out = pathlib.Path(args.out)

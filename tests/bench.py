@@ -262,7 +262,7 @@ def amoc_attack(s, dtype):
     noise = torch.stack([noise, noise], 1)
     settings = named(amoc.attack, amoc)
     return Attacked(lambda: amoc.attack(net, target, x1, x2, noise, rows, **settings)[0], again,
-                    x1, start, args.eps / 255, args.step_size / 255, args.steps, (net, target), eval_mode)
+                    x1, start, settings["eps"], settings["step_size"], settings["steps"], (net, target), eval_mode)
 
 
 def rocl_attack(s, dtype):
@@ -279,9 +279,10 @@ def acl_attack(s, dtype):
     x1, x2 = (x.to(dtype) for x in views(s))
     start, noise = start_of(x1, args.eps / 255)
     kinds, noise = acl.VARIANTS["a2s"][0], torch.stack([noise, noise], 1)
-    return Attacked(lambda: acl.attack(net, x1, x2, noise, kinds, **named(acl.attack, acl))[0],
+    settings = named(acl.attack, acl)
+    return Attacked(lambda: acl.attack(net, x1, x2, noise, kinds, **settings)[0],
                     lambda x: acl.nt_xent(*acl.embed_pair(net, x, x2, kinds), args.temperature),
-                    x1, start, args.eps / 255, args.step_size / 255, args.steps, (net,), eval_mode)
+                    x1, start, settings["eps"], settings["step_size"], settings["steps"], (net,), eval_mode)
 
 
 def advcl_attack(s, dtype):
@@ -289,6 +290,7 @@ def advcl_attack(s, dtype):
     x1, x2, x = (x.to(dtype) for x in (*views(s), views(s)[0]))
     start, noise = start_of(x, args.eps / 255)
     clean, to_attack = advcl.choose(args.views, x1, x2, x, args.cutoff)
+    settings = advcl.attack_settings(args)
 
     def embed_clean():
         return [advcl.embed(net, view, "clean") for view in clean]
@@ -297,10 +299,10 @@ def advcl_attack(s, dtype):
         with frozen_stats(net):
             z = [v.detach() for v in embed_clean()]
         return advcl.attack(net, lambda x: advcl.contrast(net, x, z, args.temperature),
-                            to_attack, noise[None], **advcl.attack_settings(args))[0]
+                            to_attack, noise[None], **settings)[0]
 
     return Attacked(ours, lambda x: advcl.contrast(net, x[None], embed_clean(), args.temperature),
-                    x, start, args.eps / 255, args.step_size / 255, args.steps, (net,), frozen_stats)
+                    x, start, settings["eps"], settings["step_size"], settings["steps"], (net,), frozen_stats)
 
 
 def start_of(x, eps):

@@ -207,9 +207,12 @@ def through_head(w, name, h, norm, mode):
     return linear(w, f"{name}.outer", torch.relu(batch_norm(w, f"{name}.{norm}", h, mode)))
 
 
-def attack(loss, views, noises, eps, step_size, steps):
+def attack(loss, views, noises, eps, step_size, steps, norm="linf"):
     """The `views`, all at once, moved within eps uphill on loss(*views): begin at the noise, then so many
-    times a step along the sign of the gradient, back into the ball, back into [0, 1]."""
+    times a step along the sign of the gradient, back into the ball, back into [0, 1]. With `norm` "l2" as
+    `attack_l2` has it."""
+    if norm == "l2":
+        return attack_l2(loss, views, noises, eps, step_size, steps)
     moved = [(x + eps * noise).clamp(0, 1) for x, noise in zip(views, noises)]
     for _ in range(steps):
         moved = [x.detach().requires_grad_() for x in moved]
@@ -223,6 +226,39 @@ def attack(loss, views, noises, eps, step_size, steps):
         far = (x_adv - x).abs() > eps - 1e-9
         assert at_the_edge.any() and (far & ~at_the_edge).any() and (~far & ~at_the_edge).any()
     return moved
+
+
+def attack_l2(loss, views, noises, eps, step_size, steps):
+    """The same in l2: each view of each image has a step of that length, along its own gradient, and a ball
+    of its own."""
+    moved = [(x + eps * noise).clamp(0, 1) for x, noise in zip(views, noises)]
+    outside, clipped = set(), set()
+    for _ in range(steps):
+        moved = [x.detach().requires_grad_() for x in moved]
+        gradients = torch.autograd.grad(loss(*moved), moved)
+        for i, x in enumerate(views):
+            images = []
+            for image, at, gradient in zip(x, moved[i].detach(), gradients[i]):
+                away = at - image
+                if gradient.any():  # not where no unit of a ReLU is alive: that image stays
+                    away = away + step_size * gradient / gradient.square().sum().sqrt()
+                length = away.square().sum().sqrt()
+                outside.add(bool(length > eps))
+                if length > eps:
+                    away = away * eps / length
+                images.append((image + away).clamp(0, 1))
+                clipped.add(not torch.equal(images[-1], image + away))
+            moved[i] = torch.stack(images)
+    assert outside == {True, False} and True in clipped  # for the test, as in `attack`
+    return moved
+
+
+def l2_noise(noise):
+    """The `noise` (..., 3, H, W), each of its images with another length from .3 to 1."""
+    images = noise.flatten(0, -4)
+    lengths = torch.linspace(0.3, 1, len(images), dtype=noise.dtype)
+    scale = lengths / images.flatten(1).norm(dim=1)
+    return (images * scale[:, None, None, None]).view(noise.shape)
 
 
 def sgd(w, loss, momentum, lr, weight_decay):

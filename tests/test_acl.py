@@ -242,7 +242,7 @@ def test_network_sizes_are_the_authors():
 
 def test_defaults_are_the_papers_run():
     want = dict(variant="ds", epochs=1000, batch_size=512, lr=5.0, warmup=10, weight_decay=1e-6,
-                temperature=0.5, eps=8, step_size=2, steps=5, arch="resnet18", data="cifar10")
+                temperature=0.5, norm="linf", eps=8, step_size=None, steps=5, arch="resnet18", data="cifar10")
     args = vars(acl.parser().parse_args([]))
     assert {k: args[k] for k in want} == want
 

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from common.pictures import difference, save_rows
+from common.pictures import attack_key, difference, save_rows
 
 
 def test_rows_are_enlarged_images_beside_each_other(tmp_path):
@@ -42,6 +42,14 @@ def test_a_difference_is_grey_where_nothing_changed_and_white_at_full_scale():
     seen = difference(x_adv, x, 8 / 255)[0, 0]
     assert seen.flatten().tolist() == pytest.approx([1.0, 0.0, 0.5, 0.5], abs=1e-5)
     assert difference(x, x, 0.0).eq(0.5).all()
+    x_adv[0, :, 0, 1] -= 8 / 255  # without a scale: that of the largest change, 16/255
+    assert difference(x_adv, x)[0, 0].flatten().tolist() == pytest.approx([0.75, 0.0, 0.5, 0.5], abs=1e-5)
+    assert difference(x, x).eq(0.5).all()
+
+
+def test_the_key_of_an_attack_is_its_radius_where_that_bounds_a_pixel():
+    assert attack_key("linf", 8.0) == ("-8/255", "+8/255") and attack_key("linf", 0.5) == ("-0.5/255", "+0.5/255")
+    assert attack_key("l2", 128.0) == ("largest decrease", "largest increase")
 
 
 def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):

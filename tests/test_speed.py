@@ -130,6 +130,8 @@ def test_a_script_with_compile_takes_the_same_steps(script, tmp_path, monkeypatc
         words = [*TINY, *SCRIPTS[script], "--data", tiny_npz(tmp_path / "data.npz"), "--out", str(out), *flags]
         if script == "rotnet":  # AdamW makes much of gradients that are nothing but rounding
             words += ["--optimizer", "sgd"]
+        if script == "acl":  # its rate of 5 makes much of a pixel whose gradient's sign is rounding
+            words += ["--lr", "0.5"]
         if script == "pretext":
             words += ["--tasks", "rotation"]
         module.main(words)

@@ -9,6 +9,7 @@ import torch
 from common import dist
 from common.bank import Bank
 from common.pgd import pgd
+from common.pictures import difference
 from tests.scripts import SCRIPTS, TINY, tiny_npz
 
 FGSM = ["--no-random-start", "--steps", "1", "--eps", "8", "--step-size", "8"]
@@ -23,20 +24,25 @@ ATTACKS = {  # one step of the whole radius from the image itself: FGSM
     "adpe": ["--adversary", "pgd", "--position", "absolute", "--no-random-start", "--steps", "1",
              "--radius", "0.5", "--step-size", "0.5"],
 }
+WITH_NORM = [script for script in ATTACKS if script != "adpe"  # it has no pixels
+             and hasattr(importlib.import_module(script).parser().parse_args([]), "norm")]
+L2 = ("--random-start", "--norm", "l2", "--eps", "200", "--step-size", "150")  # the steps as in ATTACKS: one
 COLLECTIVES = ("gather", "average_grads", "average_buffers", "barrier")
 
 
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory):
-    """A script's run of two steps with their pictures, made once: `attacks`, what each call of `pgd` was
-    given and gave, and `alone`, the names of collective operations that rank 0 would have called alone."""
+    """A script's run of two steps with their pictures, with `more` flags, made once: `attacks`, what each call of `pgd` was
+    given and gave, `differences` and `keys`, those of its pictures, and `alone`, the names of collective operations
+    that rank 0 would have called alone."""
     folder = tmp_path_factory.mktemp("traced")
     npz = tiny_npz(folder / "tiny.npz", n=16)
 
     @functools.cache
-    def trace(script):
+    def trace(script, *more):
         module = importlib.import_module(script)
-        record, pictures, drawing = SimpleNamespace(attacks=[], alone=[]), module.pictures, []
+        record = SimpleNamespace(attacks=[], alone=[], differences=[], keys=set())
+        pictures, drawing = module.pictures, []
 
         def spy(loss, x, eps, step_size, steps, norm="linf", **options):
             x_adv = pgd(loss, x, eps, step_size, steps, norm, **options)
@@ -44,7 +50,8 @@ def traced(tmp_path_factory):
             with torch.enable_grad():
                 (g,) = torch.autograd.grad(loss(start), start)
             box = options.get("lo", 0.0), options.get("hi", 1.0)
-            seen = SimpleNamespace(x=x, start=start.detach(), g=g, x_adv=x_adv, eps=eps, box=box)
+            seen = SimpleNamespace(x=x, start=start.detach(), g=g, x_adv=x_adv, eps=eps, step_size=step_size,
+                                   norm=norm, box=box)
             record.attacks.append(seen)
             return x_adv
 
@@ -53,6 +60,13 @@ def traced(tmp_path_factory):
             rows = pictures(*args, **settings)
             drawing.clear()
             return rows
+
+        def note_difference(*args):
+            record.differences.append(difference(*args))
+            return record.differences[-1]
+
+        def note_key(path, rows, key):
+            record.keys.add(key)
 
         def watch(name, f):
             def watched(*args, **options):
@@ -69,8 +83,11 @@ def traced(tmp_path_factory):
                 m.setattr(dist, name, watch(name, getattr(dist, name)))
             if script in ATTACKS:
                 m.setattr(module, "pgd", spy)
-            module.main([*TINY, *SCRIPTS[script], *ATTACKS.get(script, []), "--data", npz,
-                         "--out", str(folder / script)])
+                if script != "adpe":
+                    m.setattr(module, "difference", note_difference)
+                    m.setattr(module, "save_rows", note_key)
+            module.main([*TINY, *SCRIPTS[script], *ATTACKS.get(script, []), *more, "--data", npz,
+                         "--out", str(folder / "-".join([script, *more]))])
         return record
 
     return trace
@@ -102,6 +119,32 @@ def test_each_image_is_an_image_to_pgd(script, traced):
     pixels = {"adv_mae": 16 * 48}.get(script, 3 * 32 * 32)  # adv_mae: the visible patches
     for a in traced(script).attacks:
         assert script == "adpe" or a.x[0].numel() == pixels
+
+
+@pytest.mark.parametrize("script", WITH_NORM)
+def test_in_l2_every_view_of_every_image_has_a_ball_and_a_step_of_its_own(script, traced):
+    """Eq. 4 of Qi & Shah 2022 (arXiv 2210.13463): begin in the ball, go a step along the gradient, as long as
+    --step-size, rescale onto the ball, clip to the box; one view of one image at a time."""
+    attacks = traced(script, *L2).attacks
+    assert len(attacks) > 1
+    for a in attacks:
+        assert (a.norm, a.eps, a.step_size) == ("l2", pytest.approx(200 / 255), pytest.approx(150 / 255))
+        for x, start, g, x_adv in zip(a.x, a.start, a.g, a.x_adv):
+            length = (start - x).norm()  # less than eps where it is clipped; adv_mae's one step starts at the image
+            assert length <= a.eps * (1 + 1e-5) and (length > 0.8 * a.eps or script == "adv_mae")
+            away = start + a.step_size * g / g.norm() - x
+            away = away * min(1.0, a.eps / away.norm().item())
+            torch.testing.assert_close(x_adv, (x + away).clamp(*a.box), rtol=0, atol=1e-5)
+            assert 0.7 * a.eps < (x_adv - x).norm() <= a.eps * (1 + 1e-5)  # from the image: a step of 0.75 eps
+
+
+@pytest.mark.parametrize("script", WITH_NORM)
+def test_in_l2_white_or_black_is_the_largest_change_of_a_pixel(script, traced):
+    """In the l2 ball a pixel moves by far less than the radius: on that scale all would be grey."""
+    record = traced(script, *L2)
+    assert record.differences and record.keys == {("largest decrease", "largest increase")}
+    for seen in record.differences:
+        assert (seen - 0.5).abs().max().item() == pytest.approx(0.5, abs=1e-6)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -11,10 +11,13 @@ B = 4  # images a step
 EPS, STEP_SIZE, STEPS = 40 / 255, 25 / 255, 3
 TEMPERATURE, WEIGHT_DECAY, TRUST = 0.4, 0.01, 0.02
 FLAGS = ["--eps", "40", "--step-size", "25", "--steps", "3", "--temperature", "0.4"]
+L2 = ["--norm", "l2", "--eps", "200", "--step-size", "110"]
+HOW = {"linf": (EPS, STEP_SIZE, STEPS, "linf"), "l2": (200 / 255, 110 / 255, STEPS, "l2")}
 
 
-def step_of_script(variant, net, opt, x1, x2, noise):
-    settings = named(acl.train_step, acl, "--variant", variant, *FLAGS)
+def step_of_script(variant, norm, net, opt, x1, x2, noise):
+    more = L2 if norm == "l2" else []
+    settings = named(acl.train_step, acl, "--variant", variant, *FLAGS, *more)
     return acl.train_step(net, opt, x1, x2, noise, **settings)
 
 
@@ -42,31 +45,31 @@ def standard_to_standard(w, x1, x2):
     return nt_xent(*embed(w, torch.cat([x1, x2]), "clean", "train").chunk(2))
 
 
-def adversarial_to_adversarial(w, x1, x2, noise):
+def adversarial_to_adversarial(w, x1, x2, noise, how):
     """Both views attacked, jointly; then they are one batch to BatchNorm."""
     def loss(a1, a2):
         return nt_xent(embed(w, a1, "adv", "eval"), embed(w, a2, "adv", "eval"))
 
-    x1_adv, x2_adv = steps.attack(loss, [x1, x2], [noise[:, 0], noise[:, 1]], EPS, STEP_SIZE, STEPS)
+    x1_adv, x2_adv = steps.attack(loss, [x1, x2], [noise[:, 0], noise[:, 1]], *how)
     return nt_xent(*embed(w, torch.cat([x1_adv, x2_adv]), "adv", "train").chunk(2))
 
 
-def adversarial_to_standard(w, x1, x2, noise):
+def adversarial_to_standard(w, x1, x2, noise, how):
     """The first view attacked; each view by the branch of its kind, and with gradient."""
     def loss(a1):
         return nt_xent(embed(w, a1, "adv", "eval"), embed(w, x2, "clean", "eval"))
 
-    (x1_adv,) = steps.attack(loss, [x1], [noise[:, 0]], EPS, STEP_SIZE, STEPS)
+    (x1_adv,) = steps.attack(loss, [x1], [noise[:, 0]], *how)
     return nt_xent(embed(w, x1_adv, "adv", "train"), embed(w, x2, "clean", "train"))
 
 
-def step_of_paper(variant, w, momentum, x1, x2, noise, lr):
+def step_of_paper(variant, w, momentum, x1, x2, noise, lr, how):
     """One iteration; the dual stream, ds, trains the mean of two losses."""
     losses = {}
     if variant in ("a2a", "ds"):
-        losses["loss_adv"] = adversarial_to_adversarial(w, x1, x2, noise)
+        losses["loss_adv"] = adversarial_to_adversarial(w, x1, x2, noise, how)
     if variant == "a2s":
-        losses["loss_adv_clean"] = adversarial_to_standard(w, x1, x2, noise)
+        losses["loss_adv_clean"] = adversarial_to_standard(w, x1, x2, noise, how)
     if variant in ("s2s", "ds"):
         losses["loss_clean"] = standard_to_standard(w, x1, x2)
     loss = sum(losses.values()) / len(losses)
@@ -75,9 +78,10 @@ def step_of_paper(variant, w, momentum, x1, x2, noise, lr):
 
 
 # The comparison ---------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("variant", ["s2s", "a2a", "a2s", "ds"])
+@pytest.mark.parametrize("variant, norm", [
+    ("s2s", "linf"), ("a2a", "linf"), ("a2s", "linf"), ("ds", "linf"), ("a2s", "l2"), ("ds", "l2")])
 @pytest.mark.parametrize("first", ["clean", "adv"])  # branch: what a BatchNorm is set to between steps
-def test_two_steps_of_every_variant_are_those_of_the_paper(variant, first):
+def test_two_steps_of_every_variant_are_those_of_the_paper(variant, norm, first):
     branches = {"clean": ("clean", "adv"), "adv": ("adv", "clean")}[first]
     net = steps.named(encoder=steps.encoder(48, 6, branches), projector=steps.head(6, 7, 5, branches))
     steps.scrambled(net, 1)
@@ -87,12 +91,14 @@ def test_two_steps_of_every_variant_are_those_of_the_paper(variant, first):
     for number, lr in enumerate([3.0, 2.0]):
         x1, x2 = steps.images((2, B, 3, 4, 4), 10 + number)
         noise = steps.noise((B, 2, 3, 4, 4), 20 + number)
+        if norm == "l2":
+            noise = steps.l2_noise(noise)
         inputs = [t.clone() for t in (x1, x2, noise)]
         steps.set_lr(opt, lr)
-        found = step_of_script(variant, net, opt, *inputs)
-        wanted = step_of_paper(variant, w, momentum, x1, x2, noise, lr)
+        found = step_of_script(variant, norm, net, opt, *inputs)
+        wanted = step_of_paper(variant, w, momentum, x1, x2, noise, lr, HOW[norm])
 
-        what = f"{variant}, step {number}"
+        what = f"{variant}, {norm}, step {number}"
         steps.assert_same(found, wanted, f"{what}, losses")
         steps.assert_same(net.state_dict(), w, f"{what}, network")
         steps.assert_same(steps.momenta(net, opt), momentum, f"{what}, momentum")

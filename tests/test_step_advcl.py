@@ -15,10 +15,13 @@ TEMPERATURE, LAM, WEIGHT_DECAY, CUTOFF = 0.4, 0.3, 0.01, 2
 CLUSTERS = [2, 3]
 FLAGS = ["--eps", "40", "--step-size", "25", "--steps", "2", "--temperature", "0.4", "--cutoff", "2",
          "--cluster-weight", "0.3"]
+L2 = ["--norm", "l2", "--eps", "200", "--step-size", "110"]
+HOW = {"linf": (EPS, STEP_SIZE, STEPS, "linf"), "l2": (200 / 255, 110 / 255, STEPS, "l2")}
 
 
-def step_of_script(views, clusters, net, opt, x1, x2, x, labels, noise):
-    settings = named(advcl.train_step, advcl, "--views", *views, *FLAGS, clusters=clusters)
+def step_of_script(views, norm, clusters, net, opt, x1, x2, x, labels, noise):
+    more = L2 if norm == "l2" else []
+    settings = named(advcl.train_step, advcl, "--views", *views, *FLAGS, *more, clusters=clusters)
     return advcl.train_step(net, opt, x1, x2, x, labels, noise, **settings)
 
 
@@ -69,11 +72,10 @@ def low_frequencies(x):
     return low
 
 
-def step_of_paper(names, labels, w, momentum, x1, x2, x, noise, lr):
+def step_of_paper(names, labels, w, momentum, x1, x2, x, noise, lr, how):
     """One iteration, of the views in Table 4's `names`."""
     low = low_frequencies(x)
     images = {"x1": x1, "x2": x2, "x": x, "xl": low, "xh": x - low}
-    how = EPS, STEP_SIZE, STEPS
 
     # The clean views, each a batch to BatchNorm
     clean = [embed(w, images[name], "clean", "train") for name in names if not name.endswith("+d")]
@@ -104,10 +106,10 @@ def network(branches):
     return steps.scrambled(nn.ModuleDict(parts), 1)
 
 
-@pytest.mark.parametrize("with_labels", [False, True])
+@pytest.mark.parametrize("norm, with_labels", [("linf", False), ("linf", True), ("l2", True)])
 @pytest.mark.parametrize("names", [
     ["x+d", "x1", "x2", "xh"], ["x1+d", "x2+d", "x1", "x2"], ["x+d", "x1", "x2", "xl"]], ids=" ".join)
-def test_two_steps_are_those_of_the_paper(names, with_labels):
+def test_two_steps_are_those_of_the_paper(names, norm, with_labels):
     net = network(("adv", "clean", "adv_ce"))
     opt = torch.optim.SGD(net.parameters(), 0.0, momentum=0.9, weight_decay=WEIGHT_DECAY)
     w, momentum = steps.plain(net), {}
@@ -116,14 +118,16 @@ def test_two_steps_are_those_of_the_paper(names, with_labels):
     for number, lr in enumerate([0.05, 0.03]):
         x1, x2, x = steps.images((3, B, 3, 4, 6), 10 + number)
         noise = steps.noise((1 + attacked, B, 3, 4, 6), 20 + number)
+        if norm == "l2":
+            noise = steps.l2_noise(noise)
         labels = torch.tensor([[0, 2], [1, 1], [1, 0], [0, 1]]).roll(number, 0) if with_labels else None
         inputs = [t.clone() for t in (x1, x2, x, noise)]
         steps.set_lr(opt, lr)
         clusters = CLUSTERS if with_labels else []
-        found = step_of_script(names, clusters, net, opt, *inputs[:3], labels, inputs[3])
-        wanted = step_of_paper(names, labels, w, momentum, x1, x2, x, noise, lr)
+        found = step_of_script(names, norm, clusters, net, opt, *inputs[:3], labels, inputs[3])
+        wanted = step_of_paper(names, labels, w, momentum, x1, x2, x, noise, lr, HOW[norm])
 
-        what = f"{names}, step {number}"
+        what = f"{names}, {norm}, step {number}"
         steps.assert_same(found, wanted, f"{what}, losses")
         steps.assert_same(net.state_dict(), w, f"{what}, network")
         steps.assert_same(steps.momenta(net, opt), momentum, f"{what}, momentum")

@@ -12,11 +12,14 @@ EPS, STEP_SIZE, STEPS = 40 / 255, 25 / 255, 3
 TEMPERATURE, LAM, EMA, WEIGHT_DECAY = 0.4, 0.2, 0.9, 0.01
 FLAGS = ["--eps", "40", "--step-size", "25", "--steps", "3", "--temperature", "0.4", "--lam", "0.2",
          "--ema", "0.9"]
+L2 = ["--norm", "l2", "--eps", "200", "--step-size", "110"]
+HOW = {"linf": (EPS, STEP_SIZE, STEPS, "linf"), "l2": (200 / 255, 110 / 255, STEPS, "l2")}
 VARIANTS = ["CCC", "CCA", "CAC", "CAA", "ACC", "ACA", "AAC", "AAA", "ACA_PLUS"]
 
 
-def step_of_script(variant, net, target, opt, bank_clean, bank_adv, x1, x2, noise):
-    settings = named(amoc.train_step, amoc, "--variant", variant, *FLAGS)
+def step_of_script(variant, norm, net, target, opt, bank_clean, bank_adv, x1, x2, noise):
+    more = L2 if norm == "l2" else []
+    settings = named(amoc.train_step, amoc, "--variant", variant, *FLAGS, *more)
     return amoc.train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, **settings)
 
 
@@ -45,7 +48,7 @@ def enqueue(bank, keys):
         bank["pointer"] = (bank["pointer"] + 1) % K
 
 
-def step_of_paper(variant, query, key, clean, adv, momentum, x1, x2, noise, lr):
+def step_of_paper(variant, query, key, clean, adv, momentum, x1, x2, noise, lr, how):
     """One iteration. `query` and `key` are the networks, `clean` and `adv` the banks. The letters of a
     variant tell of query, key and bank of L_*: A is attacked, or adversarial, and C is clean."""
     branch = {"A": "adv", "C": "clean"}
@@ -59,7 +62,6 @@ def step_of_paper(variant, query, key, clean, adv, momentum, x1, x2, noise, lr):
         return info_nce(q, k, negatives)
 
     x1_adv, x2_adv = x1, x2
-    how = EPS, STEP_SIZE, STEPS
     if query_is + key_is == "AC":
         (x1_adv,) = steps.attack(lambda view1: l_star(view1, x2), [x1], [noise[:, 0]], *how)
     if query_is + key_is == "CA":
@@ -109,8 +111,9 @@ def test_all_variants_are_here():
     assert set(VARIANTS) == set(amoc.VARIANTS)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_two_steps_of_every_variant_are_those_of_the_paper(variant):
+@pytest.mark.parametrize("variant, norm", [
+    *((variant, "linf") for variant in VARIANTS), ("ACC", "l2"), ("CAA", "l2"), ("AAC", "l2")])
+def test_two_steps_of_every_variant_are_those_of_the_paper(variant, norm):
     net, target = network(1), network(2).requires_grad_(False)
     bank_clean, bank_adv = filled_bank(3, 5), filled_bank(4, 4)
     opt = torch.optim.SGD(net.parameters(), 0.0, momentum=0.9, weight_decay=WEIGHT_DECAY)
@@ -121,12 +124,15 @@ def test_two_steps_of_every_variant_are_those_of_the_paper(variant):
     for number, lr in enumerate([0.5, 0.3]):
         x1, x2 = steps.images((2, B, 3, 4, 4), 10 + number)
         noise = steps.noise((B, 2, 3, 4, 4), 20 + number)
+        if norm == "l2":
+            noise = steps.l2_noise(noise)
         inputs = [t.clone() for t in (x1, x2, noise)]
         steps.set_lr(opt, lr)
-        found = step_of_script(variant, net, target, opt, bank_clean, bank_adv, *inputs)
-        wanted = step_of_paper(variant, query, key, clean, adv, momentum, x1, x2, noise, lr)
+        found = step_of_script(variant, norm, net, target, opt, bank_clean, bank_adv, *inputs)
+        wanted = step_of_paper(
+            variant, query, key, clean, adv, momentum, x1, x2, noise, lr, HOW[norm])
 
-        what = f"{variant}, step {number}"
+        what = f"{variant}, {norm}, step {number}"
         steps.assert_same(found, wanted, f"{what}, losses")
         steps.assert_same(net.state_dict(), query, f"{what}, query network")
         steps.assert_same(target.state_dict(), key, f"{what}, key network")

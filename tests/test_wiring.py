@@ -48,10 +48,14 @@ CASES = {  # the script, and flags besides SMALL
     "amoc CCA": ("amoc", AMOC + " --variant CCA"),
     "amoc CAA": ("amoc", AMOC + " --variant CAA"),
     "amoc AAC": ("amoc", AMOC + " --variant AAC"),
+    "amoc l2": ("amoc", AMOC + " --variant AAC --norm l2 --eps 90 --step-size 40"),
     "rocl": ("rocl", "--lr 0.7 --weight-decay 0.003 --warmup 2 --eps 6 --step-size 3 --steps 2"),
     "acl": ("acl", "--lr 2.1 --weight-decay 0.003 --warmup 2 --eps 6 --step-size 3 --steps 2"),
+    "acl l2": ("acl", "--lr 2.1 --weight-decay 0.003 --warmup 2 --norm l2 --eps 90 --steps 2"),
     "acl s2s": ("acl", "--variant s2s --lr 2.1 --weight-decay 0.003 --warmup 2"),
     "advcl": ("advcl", "--lr 0.37 --weight-decay 0.002 --warmup 2 --eps 6 --step-size 3 --steps 2"),
+    "advcl l2": ("advcl", "--lr 0.37 --weight-decay 0.002 --warmup 2 --norm l2 --eps 90 --steps 2 "
+                          "--views x1+d x+d xh"),
     "advcl teacher": ("advcl", "--lr 0.37 --weight-decay 0.002 --warmup 2 --eps 6 --step-size 3 --steps 2 "
                                "--clusters 2 5 --views x1+d x2+d xl"),
     "adco": ("adco", ADCO + " --stem cifar"),
@@ -613,7 +617,8 @@ def test_two_banks_of_unit_noise_begin_and_differ(case, watched):
         torch.testing.assert_close(bank.rows.norm(dim=1), torch.ones(48))
         assert bank.rows.mean().abs() < 0.01
     assert not torch.equal(clean.rows, adv.rows)
-    keys = {"amoc": [16], "amoc CCC": [16], "amoc CCA": [16], "amoc CAA": [16, 16], "amoc AAC": [16, 16]}[case]
+    keys = {"amoc": [16], "amoc CCC": [16], "amoc CCA": [16], "amoc CAA": [16, 16], "amoc AAC": [16, 16],
+            "amoc l2": [16, 16]}[case]
     assert [len(push.keys) for push in watched(case).pushes] == keys * STEPS
 
 
@@ -679,7 +684,7 @@ def test_each_epoch_visits_every_image_once_in_an_order_of_its_own(case, watched
     assert len({tuple(order) for order in orders}) == EPOCHS
 
 
-SIDES = {"adco multi-crop": [16, 14, 11, 9, 7, 16], "caco lars": [16, 16] + 6 * [7], "advcl": [16] * 3,
+SIDES = {"adco multi-crop": [16, 14, 11, 9, 7, 16], "caco lars": [16, 16] + 6 * [7], "advcl": [16] * 3, "advcl l2": [16] * 3,
          "advcl teacher": [16] * 3, "adv_mae": [16], "adv_mae l2": [16], "adv_mae fgsm": [16], "adpe": [16],
          "adpe pgd": [16], "adpe pgd l2": [16], "rotnet": [16], "rotnet trades": [16], "rotnet clean": [16]}
 
@@ -712,7 +717,7 @@ def test_views_are_of_the_steps_images_and_never_the_same_twice(case, watched):
 
 AUGMENTED = {  # what augment is told for the views of a step, in turn, besides the side
     "amoc": [{}, {}], "rocl": [{}, {}], "acl": [{}, {}], "adios": [{}, {}], "adv_mae": [{}],
-    "advcl": [{}], "advcl teacher": [{}],
+    "advcl": [{}],
     "adco": [dict(side=224), dict(side=224)],
     "adco multi-crop": [dict(side=side) for side in (224, 192, 160, 128, 96, 224)],
     "caco": [dict(view=(224, (0.2, 1.0), 0.2, 1.0, 0.0)), dict(view=(224, (0.2, 1.0), 0.2, 0.1, 0.2))],
@@ -761,7 +766,10 @@ NOISE = {  # argument: its shape, the kind of its numbers, and how many of its a
     "amoc CCA": {},
     "rocl": {"noise": ((16, 3, 16, 16), box, 1)},
     "acl": {"noise": ((16, 2, 3, 16, 16), box, 2)},
+    "acl l2": {"noise": ((16, 2, 3, 16, 16), ball, 2)},
+    "amoc l2": {"noise": ((16, 2, 3, 16, 16), ball, 2)},
     "advcl": {"noise": ((2, 16, 3, 16, 16), box, 2)},
+    "advcl l2": {"noise": ((3, 16, 3, 16, 16), ball, 2)},
     "advcl teacher": {"noise": ((3, 16, 3, 16, 16), box, 2)},
     "adco": {},
     "adco hybrid": {"noise": ((2, 16, 3, 16, 16), box, 2)},
@@ -858,6 +866,7 @@ BYORL_L2 = dict(eps=90 / 255, step_size=40 / 255, steps=1, norm="l2", lo=0, hi=1
 MAE_LINF = dict(LINF, step_size=5 / 8 * 6 / 255)  # the default, 5/8 eps
 MAE_L2 = dict(eps=90 / 255, step_size=40 / 255, steps=2, norm="l2", lo=0, hi=1)
 ROTNET_L2 = dict(eps=90 / 255, step_size=40 / 255, steps=2, norm="l2", lo=0, hi=1)
+L2_DEFAULT = dict(ROTNET_L2, step_size=1.25 * 90 / 2 / 255)  # the default, 1.25 eps / steps
 FGSM = dict(LINF, step_size=6 / 255, steps=1)
 ADPE_LINF = dict(eps=0.4, step_size=5 / 8 * 0.4, steps=2, norm="linf", lo=-math.inf, hi=math.inf)
 ADPE_L2 = dict(eps=0.4, step_size=0.3, steps=1, norm="l2", lo=-math.inf, hi=math.inf)
@@ -866,9 +875,12 @@ ATTACKS = {  # options of pgd, how BatchNorms stand, and what is attacked, in tu
     "amoc": (LINF, EVAL, lambda x: [x["x1"]]),
     "amoc CAA": (LINF, EVAL, lambda x: [x["x2"]]),
     "amoc AAC": (LINF, EVAL, lambda x: [torch.cat([x["x1"], x["x2"]])]),
+    "amoc l2": (ROTNET_L2, EVAL, lambda x: [torch.cat([x["x1"], x["x2"]])]),
     "rocl": (LINF, EVAL, lambda x: [x["x1"]]),
     "acl": (LINF, EVAL, lambda x: [torch.cat([x["x1"], x["x2"]])]),
+    "acl l2": (L2_DEFAULT, EVAL, lambda x: [torch.cat([x["x1"], x["x2"]])]),
     "advcl": (LINF, FROZEN, lambda x: [x["x"]]),
+    "advcl l2": (L2_DEFAULT, FROZEN, lambda x: [torch.cat([x["x1"], x["x"]])]),
     "advcl teacher": (LINF, FROZEN, lambda x: [torch.cat([x["x1"], x["x2"]]), x["x"]]),
     "adco hybrid": (LINF, EVAL, lambda x: x["x_q"]),
     "byorl": (BYORL_LINF, FROZEN, lambda x: [x["x1"], x["x2"]]),
@@ -1056,18 +1068,19 @@ def test_the_spread_is_that_of_the_projections_of_whole_images_in_eval_mode(case
 DEFAULTS = {  # of each flag that a paper or its authors' code names
     "amoc": dict(
         variant="ACC", epochs=200, batch_size=256, lr=0.1, warmup=10, weight_decay=5e-4, temperature=0.2,
-        ema=0.999, bank_size=32768, lam=0.5, eps=8, step_size=2, steps=5, arch="resnet18"),
+        ema=0.999, bank_size=32768, lam=0.5, norm="linf", eps=8, step_size=None, steps=5,
+        arch="resnet18"),
     "rocl": dict(
         epochs=1000, batch_size=512, lr=1.5, warmup=10, weight_decay=1e-6, temperature=0.5,
         reg_weight=1 / 256, attack_to="other", regularize_to="other", eps=8, step_size=0.007 * 255, steps=7,
         arch="resnet18"),
     "acl": dict(
-        variant="ds", epochs=1000, batch_size=512, lr=5, warmup=10, weight_decay=1e-6, temperature=0.5, eps=8,
-        step_size=2, steps=5, arch="resnet18"),
+        variant="ds", epochs=1000, batch_size=512, lr=5, warmup=10, weight_decay=1e-6, temperature=0.5,
+        norm="linf", eps=8, step_size=None, steps=5, arch="resnet18"),
     "advcl": dict(
         views=["x+d", "x1", "x2", "xh"], teacher=None, clusters=[2, 10, 50, 100, 500], cluster_weight=0.2,
-        cutoff=8, epochs=1000, batch_size=512, lr=0.5, warmup=10, weight_decay=1e-4, temperature=0.5, eps=8,
-        step_size=2, steps=5, arch="resnet18"),
+        cutoff=8, epochs=1000, batch_size=512, lr=0.5, warmup=10, weight_decay=1e-4, temperature=0.5,
+        norm="linf", eps=8, step_size=None, steps=5, arch="resnet18"),
     "adco": dict(
         stem=None, symmetric=False, multi_crop=False, batch_negatives=False, epochs=200, batch_size=256,
         lr=0.06, lr_final=0, weight_decay=5e-4, ema=0.99, temperature=0.12, bank_temperature=0.05,
@@ -1114,3 +1127,28 @@ def test_a_flag_left_out_has_the_number_of_the_paper_or_of_its_authors_code(scri
     for name, value in DEFAULTS[script].items():
         assert found[name] == (pytest.approx(value) if isinstance(value, float) else value), name
     assert found["image_size"] is None and found["data"] == "cifar10" and found["seed"] == 0
+
+
+@pytest.mark.parametrize("script, linf", [("acl", 2), ("amoc", 2), ("advcl", 2), ("byorl", 1.25 * 8 / 4)])
+def test_the_length_of_a_step_follows_the_norm_where_no_flag_gives_it(script, linf):
+    """In linf it is the paper's or its code's, in l2 it takes 5/4 of the radius in all steps; in 1/255."""
+    module = importlib.import_module(script)
+
+    def length(*flags):
+        args = module.parser().parse_args(["--steps", "4", *flags])
+        return 255 * module.attack_settings(args)["step_size"]
+
+    assert length() == pytest.approx(linf)
+    assert length("--norm", "l2", "--eps", "128") == pytest.approx(1.25 * 128 / 4)
+    assert length("--norm", "l2", "--eps", "128", "--steps", "0") == pytest.approx(1.25 * 128)  # not an error
+    assert length("--step-size", "3") == length("--norm", "l2", "--step-size", "3") == pytest.approx(3)
+
+
+@pytest.mark.parametrize("script", ["acl", "amoc", "advcl", "byorl"])
+def test_a_radius_beyond_the_range_of_pixels_is_for_l2_alone(script):
+    module = importlib.import_module(script)
+    args = module.parser().parse_args(["--norm", "l2", "--eps", "510"])
+    module.check(args)
+    assert module.attack_settings(args)["eps"] == 2
+    with pytest.raises(ValueError, match="--eps 510: with --norm linf at most 255"):
+        module.check(module.parser().parse_args(["--eps", "510"]))
