@@ -38,6 +38,11 @@ negatives that stand still.)
     python eval.py runs/acl/encoder.pt --preset robustssl-slf robustssl-alf acl-aff-100
     python eval.py runs/acl/encoder.pt --preset acl-probe --bn clean
 
+A ViT has no BatchNorm, so clean and attacked images share all of the encoder, and only the
+projector has its BatchNorms twice:
+
+    python acl.py --arch vit_tiny --optimizer adamw --lr 1e-3 --weight-decay 0.05 --out runs/acl-vit
+
 The encoder is exported without the projector, with the BatchNorm branch of the attacked images if
 there are any: at test time it sees clean images too.
 
@@ -208,7 +213,11 @@ def parser():
                    help="0 exports the random encoder; default (paper)")
     p.add_argument("--batch-size", type=run.integer(1), default=512,
                    help="images per step, over all processes (paper)")
-    p.add_argument("--lr", type=run.number(), default=5.0, help="of LARS, at its peak (authors' code)")
+    p.add_argument("--optimizer", choices=("lars", "adamw"), default="lars",
+                   help="lars has momentum 0.9 (authors' code); adamw, for a ViT, decays no biases and "
+                        "norms (ours)")
+    p.add_argument("--lr", type=run.number(), default=5.0,
+                   help="at its peak, for lars (authors' code); for adamw 1e-3, say (ours)")
     p.add_argument("--warmup", type=run.integer(0), default=10, help="in epochs (authors' code)")
     p.add_argument("--weight-decay", type=run.number(0, 1e6), default=1e-6, help="(authors' code)")
     p.add_argument("--temperature", type=run.number(above=0), default=0.5, help="T (authors' code)")
@@ -304,7 +313,11 @@ def main(argv=None):
     steps_per_epoch = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
 
     net = run.to_device(network(args.arch, args.variant), args, env)
-    opt = optim.LARS(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    if args.optimizer == "adamw":
+        groups = optim.groups(net.named_parameters(), args.weight_decay)
+        opt = torch.optim.AdamW(groups, args.lr)
+    else:
+        opt = optim.LARS(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     compile_networks(args, env, net)
 
     log = Log(args, env, steps_per_epoch * args.epochs, images)
@@ -337,9 +350,9 @@ def main(argv=None):
     if env.rank == 0:
         # The branch of the attacked images, if there are any. The authors' own linear probe reads
         # the clean one in any case: eval.py --bn clean.
-        bn = "adv" if "adv" in kinds_of(args.variant) else "clean"
+        bn = encoders.branch_of(net[0], "adv" if "adv" in kinds_of(args.variant) else "clean")
         encoders.export(net[0], out / "encoder.pt", bn, image_size=size)
-        print(f"{out / 'encoder.pt'} holds the encoder; BN branch {bn}")
+        print(f"{out / 'encoder.pt'} holds the encoder" + (f"; BN branch {bn}" if bn else ""))
 
 
 if __name__ == "__main__":

@@ -59,6 +59,10 @@ What --teacher has made is kept as pseudo_labels.pt, and becomes such a file for
     saved = torch.load("runs/advcl/pseudo_labels.pt")
     np.savez("labels.npz", labels=saved["labels"].T.numpy(), checksum=saved["made_with"]["data"])
 
+A ViT has no BatchNorm, so clean and attacked images share all of it:
+
+    python advcl.py --arch vit_tiny --optimizer adamw --lr 1e-3 --weight-decay 0.05 --out runs/advcl-vit
+
 The encoder is exported without its heads, with BatchNorm branch adv: at test time it sees clean
 images too.
 
@@ -145,7 +149,7 @@ def choose(views, x1, x2, x, cutoff):
 
 def embed(net, x, bn):
     """z of x (B, 3, S, S) through BatchNorm branch `bn`: (B, 128), not normalised, in x's dtype."""
-    with branch(net, bn), run.autocast(x.device):
+    with branch(net["encoder"], bn), run.autocast(x.device):
         z = net["projector"](net["encoder"](x))
     return z.to(x.dtype)
 
@@ -170,7 +174,7 @@ def cluster_loss(net, x, labels, clusters):
 
     Each is a mean over the images whose label is not -1, and 0 where there is none.
     """
-    with branch(net, "adv_ce"), run.autocast(x.device):
+    with branch(net["encoder"], "adv_ce"), run.autocast(x.device):
         logits = net["classifier"](net["encoder"](x))  # (B, sum of all K)
     total = 0.0
     for part, y in zip(logits.to(x.dtype).split(clusters, dim=1), labels.T):
@@ -287,7 +291,11 @@ def parser():
                    help="0 exports the random encoder; default (authors' code)")
     p.add_argument("--batch-size", type=run.integer(1), default=512,
                    help="images per step, over all processes (authors' code)")
-    p.add_argument("--lr", type=run.number(), default=0.5, help="of SGD, at its peak (authors' code)")
+    p.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd",
+                   help="sgd has momentum 0.9 (authors' code); adamw, for a ViT, decays no biases and "
+                        "norms (ours)")
+    p.add_argument("--lr", type=run.number(), default=0.5,
+                   help="at its peak, for sgd (authors' code); for adamw 1e-3, say (ours)")
     p.add_argument("--warmup", type=run.integer(0), default=10, help="in epochs (authors' code)")
     p.add_argument("--weight-decay", type=run.number(0, 1e6), default=1e-4, help="(authors' code)")
     p.add_argument("--temperature", type=run.number(above=0), default=0.5, help="T (authors' code)")
@@ -468,7 +476,11 @@ def main(argv=None):
         images.y = labels_of_file(args, images).to(device)
 
     net = run.to_device(network(args.arch, clusters), args, env)
-    opt = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    if args.optimizer == "adamw":
+        groups = optim.groups(net.named_parameters(), args.weight_decay)
+        opt = torch.optim.AdamW(groups, args.lr)
+    else:
+        opt = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     compile_networks(args, env, net["encoder"])
 
     log = Log(args, env, steps_per_epoch * args.epochs, images)
@@ -509,8 +521,9 @@ def main(argv=None):
                 save_rows(out / "views.png", rows, key=attack_key(args.norm, args.eps))
             run.save(args, env, state, step)
     if env.rank == 0:
-        encoders.export(net["encoder"], out / "encoder.pt", "adv", image_size=size)
-        print(f"{out / 'encoder.pt'} holds the encoder; BN branch adv")
+        bn = encoders.branch_of(net["encoder"], "adv")
+        encoders.export(net["encoder"], out / "encoder.pt", bn, image_size=size)
+        print(f"{out / 'encoder.pt'} holds the encoder" + (f"; BN branch {bn}" if bn else ""))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,10 @@ We depart from the authors' code in three places:
     python amoc.py --norm l2 --eps 128 --out runs/l2     l2 128/255 (ours)
     python eval.py runs/amoc/encoder.pt --preset amoc-slf
 
+A ViT has no BatchNorm, so clean and attacked images share the whole network:
+
+    python amoc.py --arch vit_tiny --optimizer adamw --lr 1e-3 --weight-decay 0.05 --out runs/amoc-vit
+
 The encoder is exported without the projector, with the BatchNorm branch through which L_* sees its
 query (adv in ACC): at test time this branch, with its running statistics, sees clean images too.
 
@@ -260,8 +264,10 @@ def parser():
     p.add_argument("--batch-size", type=run.integer(1), default=256,
                    help="images per step, over all processes (authors' code)")
     p.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd",
-                   help="sgd has momentum 0.9 (authors' code); adamw, for short runs (ours)")
-    p.add_argument("--lr", type=run.number(), default=0.1, help="at its peak (authors' code)")
+                   help="sgd has momentum 0.9 (authors' code); adamw, for short runs and ViTs, decays no "
+                        "biases and norms (ours)")
+    p.add_argument("--lr", type=run.number(), default=0.1,
+                   help="at its peak, for sgd (authors' code); for adamw 1e-3, say (ours)")
     p.add_argument("--warmup", type=run.integer(0), default=10, help="in epochs (authors' code)")
     p.add_argument("--weight-decay", type=run.number(0, 1e6), default=5e-4, help="(authors' code)")
     p.add_argument("--temperature", type=run.number(above=0), default=0.2, help="T of Eq. 3.1 (paper)")
@@ -362,7 +368,8 @@ def main(argv=None):
     bank_clean = Bank(args.bank_size, 128).to(device)
     bank_adv = Bank(args.bank_size, 128).to(device)
     if args.optimizer == "adamw":
-        opt = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=args.weight_decay)
+        groups = optim.groups(net.named_parameters(), args.weight_decay)
+        opt = torch.optim.AdamW(groups, args.lr)
     else:
         opt = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     compile_networks(args, env, net, target)
@@ -395,8 +402,9 @@ def main(argv=None):
                 save_rows(out / "views.png", rows, key=attack_key(args.norm, args.eps))
             run.save(args, env, state, step)
     if env.rank == 0:
-        encoders.export(net[0], out / "encoder.pt", variant.export, image_size=size)
-        print(f"{out / 'encoder.pt'} holds the encoder; BN branch {variant.export}")
+        bn = encoders.branch_of(net[0], variant.export)
+        encoders.export(net[0], out / "encoder.pt", bn, image_size=size)
+        print(f"{out / 'encoder.pt'} holds the encoder" + (f"; BN branch {bn}" if bn else ""))
 
 
 if __name__ == "__main__":

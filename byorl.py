@@ -37,6 +37,7 @@ pixels as one forward pass and a whole one as two, a step costs 28 forward passe
     python byorl.py --norm l2 --eps 128 --out runs/l2    l2 128/255
     python byorl.py --eps 0 --out runs/byol              BYOL, the clean base
     python byorl.py --steps 2 --out runs/byorl-2         the attack of Rebuffi et al. 2023, App. C
+    python byorl.py --arch vit_tiny --optimizer adamw --lr 1e-3 --weight-decay 0.05 --out runs/byorl-tiny
     python eval.py runs/byorl/encoder.pt --preset amoc-slf amoc-alf
 
 Rebuffi et al. pretrain a ViT-B/16 so on ImageNet, at 224 pixels. Their best radii are 2/255 in linf
@@ -185,7 +186,10 @@ def parser():
                    help="0 exports the random encoder; default (ours)")
     p.add_argument("--batch-size", type=run.integer(1), default=512,
                    help="images per step, over all processes (paper)")
-    p.add_argument("--lr", type=run.number(), default=2.0, help="of LARS, at its peak (paper)")
+    p.add_argument("--optimizer", choices=("lars", "adamw"), default="lars",
+                   help="lars has momentum 0.9 (paper); adamw, for a ViT, decays no biases and norms (ours)")
+    p.add_argument("--lr", type=run.number(), default=2.0,
+                   help="at its peak, for lars (paper); for adamw 1e-3, say (ours)")
     p.add_argument("--warmup", type=run.integer(0), default=10, help="in epochs (BYOL's)")
     p.add_argument("--weight-decay", type=run.number(0, 1e6), default=5e-4, help="(paper)")
     p.add_argument("--ema", type=run.number(0, 1), default=0.996, help="tau, at the start (paper)")
@@ -267,7 +271,11 @@ def main(argv=None):
     net = run.to_device(network(args.arch, args.hidden), args, env)
     target = run.to_device(network(args.arch, args.hidden)[:2], args, env).requires_grad_(False)
     target.load_state_dict(net[:2].state_dict())
-    opt = optim.LARS(optim.lars_groups(net), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    if args.optimizer == "adamw":
+        groups = optim.groups(net.named_parameters(), args.weight_decay)
+        opt = torch.optim.AdamW(groups, args.lr)
+    else:
+        opt = optim.LARS(optim.lars_groups(net), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     compile_networks(args, env, net, target)
 
     all_steps = steps_per_epoch * args.epochs

@@ -221,6 +221,11 @@ def export(encoder, path, branch=None, image_size=None):
                 "state": state, "others": states}, path)
 
 
+def branch_of(encoder, branch):
+    """`branch`, or None where `encoder` has no BatchNorm branches, as a ViT: what `export` takes."""
+    return branch if any(isinstance(m, BranchNorm) for m in encoder.modules()) else None
+
+
 FORMAT = "exported encoder, version 1"
 
 

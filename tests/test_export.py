@@ -236,3 +236,26 @@ def test_without_an_epoch_the_untrained_encoder_is_exported(case, folder, ran):
 def test_the_side_of_the_datas_images_is_exported_where_none_is_given(case, folder):
     untrained = run_of(case, folder, "--epochs", "0", side=None)
     assert torch.load(untrained.path, weights_only=True)["image_size"] == 32
+
+
+@pytest.mark.parametrize("script, more", [
+    ("acl", "--variant ds"), ("acl", "--variant s2s"), ("amoc", ""), ("amoc", "--variant CCC"), ("advcl", ""),
+    ("advcl", "--teacher"), ("rocl", ""), ("byorl", "")])
+def test_a_vit_has_no_batchnorm_branch_that_were_exported_or_named(script, more, folder, tmp_path, capsys):
+    """It is trained, and exported, without one: whatever the method's branches are."""
+    case = "advcl teacher" if more == "--teacher" else next(case for case in CASES if CASES[case][0] == script)
+    words = [*SMALL.split(), *CASES[case][1].split(), *more.split()]
+    if more == "--teacher":
+        words.append(str(folder / "teacher.pt"))
+    module = importlib.import_module(script)
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    module.main([*words, "--arch", "vit_slim", "--data", str(folder / "images.npz"), "--out", str(tmp_path)])
+    for number, handler in handlers:
+        signal.signal(number, handler)
+    printed = capsys.readouterr().out
+    assert "holds the encoder" in printed and "branch" not in printed
+    exported = torch.load(tmp_path / "encoder.pt", weights_only=True)
+    assert exported["branch"] is None and exported["others"] == {} and exported["arch"] == "vit_slim"
+    trained = tensors_of(script, torch.load(tmp_path / "last.pt", weights_only=True)["state"]["net"])
+    assert len(trained) > 20 and same(exported["state"], trained)
+    assert encoders.load_encoder(tmp_path / "encoder.pt").branch is None

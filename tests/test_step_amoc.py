@@ -156,10 +156,3 @@ def test_a_run_hands_the_step_what_the_paper_starts_with(monkeypatch, tmp_path):
     for bank in (seen["bank_clean"], seen["bank_adv"]):
         assert bank.rows.shape == (24, 128) and bank.pointer == 0
     assert not torch.allclose(seen["bank_clean"].rows, seen["bank_adv"].rows)
-
-
-def test_adamw_is_there_for_short_runs(monkeypatch, tmp_path):
-    seen = steps.first_step(amoc, monkeypatch, tmp_path, "--bank-size", "24", "--optimizer", "adamw",
-                            "--weight-decay", "0.02", "--lr", "0.003", "--warmup", "0")
-    steps.assert_optimizer(seen["opt"], seen["net"], torch.optim.AdamW, lr=0.003, weight_decay=0.02,
-                           betas=(0.9, 0.999))

@@ -24,6 +24,8 @@ from common import data, encoders, log, optim, run
 from common.bank import Bank
 from common.resnet import BranchNorm
 from common.pgd import pgd
+from tests.scripts import SCRIPTS
+from tests.steps import first_step
 
 N, BATCH, SIDE, EPOCHS, STEPS = 32, 16, 16, 4, 8
 SMALL = "--arch slim --batch-size 16 --epochs 4 --save-every 3 --device cpu --seed 5"
@@ -1152,3 +1154,37 @@ def test_a_radius_beyond_the_range_of_pixels_is_for_l2_alone(script):
     assert module.attack_settings(args)["eps"] == 2
     with pytest.raises(ValueError, match="--eps 510: with --norm linf at most 255"):
         module.check(module.parser().parse_args(["--eps", "510"]))
+
+
+def choices(script, flag):
+    actions = importlib.import_module(script).parser()._actions
+    return next((action.choices for action in actions if action.dest == flag), None) or ()
+
+
+MAES_BETAS = {"rotnet": (0.9, 0.95)}
+
+
+@pytest.mark.parametrize("arch", ["vit_slim", "slim"])
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if "adamw" in choices(script, "optimizer")])
+def test_adamw_spares_biases_norms_and_fixed_positions(script, arch, monkeypatch, tmp_path):
+    """As in adv_mae.py: what has two dimensions or more decays."""
+    words = ["--optimizer", "adamw", "--weight-decay", "0.02", "--lr", "0.003", "--arch", arch]
+    seen = first_step(importlib.import_module(script), monkeypatch, tmp_path, *SCRIPTS[script], *words)
+    opt = seen["opt"]
+    assert type(opt) is torch.optim.AdamW and len(opt.param_groups) == 2
+    names = {w: name for name, w in seen["net"].named_parameters()}
+    held = [(names[w], w, group) for group in opt.param_groups for w in group["params"]]
+    assert sorted(name for name, _, _ in held) == sorted(name for w, name in names.items() if w.requires_grad)
+    assert {name.split(".")[-1] for w, name in names.items() if not w.requires_grad} <= {"pos_embed"}
+    for name, w, group in held:
+        assert group["weight_decay"] == (0.02 if w.dim() > 1 else 0), name
+        assert group["betas"] == MAES_BETAS.get(script, (0.9, 0.999)) and group["eps"] == 1e-8
+    decayed = {name.split(".")[-1] for name, w, group in held if group["weight_decay"]}
+    assert decayed <= {"weight", "cls_token"} and not any(
+        "norm" in name or "bn" in name for name, w, group in held if group["weight_decay"])
+
+
+@pytest.mark.parametrize("script", ["acl", "amoc", "advcl", "byorl"])
+def test_without_the_flag_the_optimizer_is_the_papers(script):
+    args = importlib.import_module(script).parser().parse_args([])
+    assert args.optimizer == {"acl": "lars", "byorl": "lars", "amoc": "sgd", "advcl": "sgd"}[script]
