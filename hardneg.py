@@ -37,12 +37,10 @@ AdCo begins with 256 steps of MoCo (--fill-steps), while this bank begins with n
 overwritten after K / B steps; and each loss has its own temperature. If --temperature is not given it
 is the papers': 0.2 on MoCo for plain, ifm and mochi, and 0.5 for the rest and on SimCLR.
 
-Where the papers are silent we follow their authors' code (MoCHi has published none): IFM's loss is a
-mean weighted by 1 and alpha, not a sum, so that a step keeps its size; and HCL's gradient flows
-through its weights. We depart from it in two places:
-    - HCL's floor N e^(-1/T) passes no gradient, and sums are taken in logarithms, so that no
-      temperature overflows.
-    - MoCHi's i and j of a mixture are drawn independently; they may be the same row.
+Where the papers are silent we follow their authors' code (for MoCHi there is none): IFM's loss is a
+mean weighted by 1 and alpha, not a sum, so that a step keeps its size; HCL's gradient flows through
+its weights, and stops at its floor N e^(-1/T). HCL's sums are taken in logarithms here, so that no
+temperature overflows. MoCHi's i and j of a mixture are drawn independently, and may be the same row.
 
 On MoCo a step costs 4 forward passes (a whole backward pass counts two), on SimCLR 6; no rule adds
 any. No image is attacked.
@@ -360,12 +358,12 @@ def parser():
     p.add_argument("--bank-size", type=run.integer(1), default=4096, help="moco: K (ours)")
     p.add_argument("--shift", type=run.number(0, 2), default=0.1, help="ifm: eps, of a cosine (paper)")
     p.add_argument("--alpha", type=run.number(), default=1.0,
-                   help="ifm: weight of the shifted term (paper)")
+                   help="ifm: weight of the shifted term (authors' code)")
     p.add_argument("--ifm-only", help="ifm: the shifted term alone (authors' code)", **switch)
     p.add_argument("--beta", type=run.number(0, 100), default=1.0,
-                   help="hcl: how much more a near negative weighs (paper)")
+                   help="hcl: how much more a near negative weighs (authors' code)")
     p.add_argument("--tau", type=run.number(0, 0.999), default=0.1,
-                   help="hcl, debiased: share of the negatives that has the query's class (paper)")
+                   help="hcl, debiased: share of the negatives that has the query's class (authors' code)")
     p.add_argument("--hard", type=run.integer(1), default=1024,
                    help="mochi: how many of a query's nearest rows are mixed (paper)")
     p.add_argument("--mix", type=run.integer(0, 10**6), default=512,
@@ -373,7 +371,7 @@ def parser():
     p.add_argument("--mix-query", type=run.integer(0, 10**6), default=256,
                    help="mochi: mixtures of a row and the query (paper)")
     p.add_argument("--mix-from", type=run.integer(0), default=10,
-                   help="mochi: the epoch that is the first with mixtures (paper)")
+                   help="mochi: the epoch that is the first with mixtures (ours)")
     p.add_argument("--blur", help="blur views, as on ImageNet (authors' code)", **switch)
     p.add_argument("--image-size", type=run.integer(1, 10000),
                    help="side of a view in pixels; default: that of the images, and 32 for a folder")
@@ -383,7 +381,7 @@ def parser():
 def check(args):
     if args.negatives == "mochi":
         if args.base == "simclr":
-            raise ValueError("--negatives mochi mixes rows of a queue, which --base simclr has not; "
+            raise ValueError("--negatives mochi mixes rows of a queue, and --base simclr has none; "
                              "use --base moco")
         if args.hard > args.bank_size:
             raise ValueError(f"--hard {args.hard}: the bank has --bank-size {args.bank_size} rows only")

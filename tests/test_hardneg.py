@@ -378,7 +378,7 @@ def test_each_rule_has_the_temperature_of_its_paper():
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--base", "simclr"], "--negatives mochi mixes rows of a queue, which --base simclr has not; use --base moco"),
+    (["--base", "simclr"], "--negatives mochi mixes rows of a queue, and --base simclr has none; use --base moco"),
     (["--bank-size", "512"], "--hard 1024: the bank has --bank-size 512 rows only"),
     (["--epochs", "10"], "--mix-from 10: must be less than --epochs 10, or nothing is mixed"),
     (["--negatives", "hard"], "--negatives hard: choose one of plain, ifm, hcl, debiased, mochi"),
