@@ -67,6 +67,117 @@ def test_the_loss_is_finite_at_any_temperature_in_float32():
     assert loss.isfinite() and all(v.grad.isfinite().all() for v in views)
 
 
+def S(n, d, p):
+    i, j = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(d, dtype=torch.float64)
+    return torch.sin(p + 1.3 * i + 0.7 * j + 0.31 * i * j)
+
+
+def slow_asymmetric_loss(views, T, a, weight=1.0, hard=False, beta=1.0, tau=0.12):
+    """One anchor and one positive at a time; the second factor of every similarity is a constant."""
+    clean, attacked, B = (0, 1), 2, len(views[0])
+    z = {(view, image): unit(row[None])[0] for view, rows in enumerate(views) for image, row in enumerate(rows)}
+
+    def e(i, k):
+        return torch.exp(torch.dot(z[i], z[k].detach()) / T)
+
+    def term(i, j):
+        view, image = i
+        denominator = sum(e(i, k) for k in z if k != i)
+        if hard:
+            n = [e(i, k) for k in z if k[1] != image]
+            p = sum(e(i, (other, image)) for other in range(3) if other != view) / 2
+            R = sum(v ** (1 + beta) for v in n) / (sum(v**beta for v in n) / len(n))
+            G = (R - tau * len(n) * p) / (1 - tau)
+            denominator = p + max(G, torch.tensor(len(n) * math.exp(-1 / T), dtype=torch.float64))
+        return -torch.log(e(i, j) / denominator)
+
+    total = 0.0
+    for image in range(B):
+        for view in clean:
+            total = total + term((view, image), (1 - view, image))
+            total = total + weight * a * term((view, image), (attacked, image))
+            total = total + weight * (1 - a) * term((attacked, image), (view, image))
+    return total / (3 * B)
+
+
+S_VIEWS = S(4, 5, 0), S(4, 5, 0.4), S(4, 5, 1.1)
+
+
+@pytest.mark.parametrize("settings, value, norm, entries", [
+    (dict(T=0.5, a=0.2), 1.71674288, 0.261968815, (-0.0348769278, 0.0150280183, 0.00897653119)),
+    (dict(T=0.5, a=0.2, hard=True), 1.54676782, 0.673611072, (-0.118205843, -0.0539622643, 0.0199341592)),
+    (dict(T=0.2, a=0.3, weight=1.2), 1.46036108, 0.528921209, (-0.0506847723, 0.000819200041, 0.0128172055)),
+    (dict(T=0.3, a=0.5, weight=0.7, hard=True, beta=0.5, tau=0.05), 0.773398738, 0.600218582,
+     (-0.148873489, -0.0491407089, 0.0101462545)),
+    (dict(T=0.5, a=0.5, weight=2.0), 2.79133029, 0.379383705, (-0.0800759485, -0.0134923016, 0.011220664)),
+    (dict(T=0.5, a=0.9, hard=True, tau=0.4), None, None, None)])  # eight of twelve anchors on the floor
+def test_the_asymmetric_loss_equals_slow_loops_and_the_printed_values_and_gradients(settings, value, norm, entries):
+    grads, losses = [], []
+    for loss_of in (rocl.asymmetric_loss, slow_asymmetric_loss):
+        inputs = [v.clone().requires_grad_() for v in S_VIEWS]
+        T, a, *_ = settings.values()
+        others = {name: value for name, value in settings.items() if name not in ("T", "a")}
+        losses.append(loss_of(inputs, T, a, **others))
+        grads.append(torch.stack(torch.autograd.grad(losses[-1], inputs)))
+    torch.testing.assert_close(*losses, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
+    if value:
+        assert losses[0].item() == pytest.approx(value, abs=1e-8)
+        assert grads[0].norm().item() == pytest.approx(norm, abs=1e-8)
+        found = [grads[0][at].item() for at in ((0, 0, 0), (1, 2, 3), (2, 3, 4))]
+        assert found == pytest.approx(entries, abs=1e-8)
+
+
+def test_at_half_and_weight_two_the_asymmetric_loss_is_rocls_in_value_but_not_in_gradient():
+    found, wanted = [], []
+    for loss_of, into in ((rocl.nt_xent, wanted), (rocl.asymmetric_loss, found)):
+        inputs = [v.clone().requires_grad_() for v in S_VIEWS]
+        loss = loss_of(inputs, 0.5) if into is wanted else loss_of(inputs, 0.5, 0.5, 2.0)
+        into += [loss.item(), torch.stack(torch.autograd.grad(loss, inputs))]
+    assert found[0] == pytest.approx(wanted[0], rel=1e-12)
+    assert (found[1] - wanted[1]).norm() > 0.1 * wanted[1].norm()
+
+
+def test_hard_negatives_without_their_weights_and_their_correction_are_all_negatives_alike():
+    """beta 0 and tau 0: the denominator is the mean of the two positives plus the negatives' sum."""
+    found = rocl.asymmetric_loss(S_VIEWS, 0.5, 0.2, hard=True, beta=0.0, tau=0.0).item()
+    plain = rocl.asymmetric_loss(S_VIEWS, 0.5, 0.2).item()
+    u = [unit(v) for v in S_VIEWS]
+    correction = 0.0
+    for a in range(3):
+        for b in range(3):
+            if a != b:
+                share = {(0, 1): 1.0, (1, 0): 1.0}.get((a, b), 0.2 if b == 2 else 0.8)
+                third = 3 - a - b
+                for i in range(4):
+                    p = [torch.exp(u[a][i] @ u[k][i] / 0.5) for k in (b, third)]
+                    n = sum(torch.exp(u[a][i] @ u[k][j] / 0.5) for k in range(3) for j in range(4) if j != i)
+                    correction += share * (torch.log(sum(p) / 2 + n) - torch.log(sum(p) + n)).item()
+    assert found == pytest.approx(plain + correction / 12, rel=1e-12)
+
+
+@pytest.mark.parametrize("hard, inner", [(False, 3 * 512 - 1), (True, 3 * 512 - 2)])
+def test_equal_rows_give_the_asymmetric_losses_chance_which_the_run_prints(hard, inner):
+    row = torch.ones(512, 4, dtype=torch.float64)
+    found = rocl.asymmetric_loss([row] * 3, 0.5, 0.2, hard=hard).item()
+    assert found == pytest.approx(4 / 3 * math.log(inner), rel=1e-9)
+    flags = ["--asymmetry", "0.2", *(["--hard"] if hard else [])]
+    assert rocl.chance(read_flags(rocl, *flags))[1] == pytest.approx(found, rel=1e-9)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_the_asymmetric_loss_is_finite_at_any_temperature_in_float32(hard):
+    views = [v.float().requires_grad_() for v in S_VIEWS]
+    loss = rocl.asymmetric_loss(views, 0.001, 0.2, hard=hard)
+    loss.backward()
+    assert loss.isfinite() and all(v.grad.isfinite().all() for v in views)
+
+
+def test_hard_negatives_go_with_an_asymmetry():
+    with pytest.raises(ValueError, match="^--hard: goes with --asymmetry"):
+        read_flags(rocl, "--hard")
+
+
 class Linear(nn.Module):
     """The network of the printed values: x -> W x."""
 
@@ -205,7 +316,7 @@ def test_defaults_are_the_authors_run():
     (["--attack-to", "x3"], "--attack-to x3: choose one of other, original"),
     (["--regularize-to", "x3"], "--regularize-to x3: choose one of other, original"),
     (["--eps", "-8"], "--eps -8: must be"), (["--steps", "-1"], "--steps -1"),
-    (["--temperature", "0"], "--temperature 0: must be"),
+    (["--temperature", "0"], "--temperature 0: must be"), (["--asymmetry", "1.1"], "--asymmetry 1.1: must be"),
     (["--reg-weight", "-1"], "--reg-weight -1: must be")])
 def test_bad_flags_of_the_method_are_named(flags, words):
     with pytest.raises(ValueError, match=words):

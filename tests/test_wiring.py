@@ -1003,8 +1003,8 @@ DEFAULTS = {  # of each flag that a paper or its authors' code names
         ema=0.999, bank_size=32768, lam=0.5, eps=8, step_size=2, steps=5, arch="resnet18"),
     "rocl": dict(
         epochs=1000, batch_size=512, lr=1.5, warmup=10, weight_decay=1e-6, temperature=0.5,
-        reg_weight=1 / 256, attack_to="other", regularize_to="other", eps=8, step_size=0.007 * 255, steps=7,
-        arch="resnet18"),
+        reg_weight=1 / 256, attack_to="other", regularize_to="other", asymmetry=None, hard=False, eps=8,
+        step_size=0.007 * 255, steps=7, arch="resnet18"),
     "acl": dict(
         variant="ds", epochs=1000, batch_size=512, lr=5, warmup=10, weight_decay=1e-6, temperature=0.5, eps=8,
         step_size=2, steps=5, arch="resnet18"),
