@@ -52,6 +52,8 @@ image by the mean of that image's row instead of the anchor's.
     python rocl.py --reg-weight 0 --out runs/rocl-0      without the regulariser
     python rocl.py --asymmetry 0.2 --out runs/a-rocl     A-InfoNCE
     python rocl.py --asymmetry 0.2 --hard --out runs/a-rocl-hard    and with hard negatives
+    python rocl.py --norm l2 --eps 128 --out runs/rocl-l2           attacked in l2, at 128/255
+    python rocl.py --arch vit_tiny --optimizer adamw --lr 1e-3 --weight-decay 0.05 --out runs/rocl-vit
     python eval.py runs/rocl/encoder.pt --preset rocl-slf rocl-alf
 
 The encoder is exported without the projector; its running statistics are of clean and attacked
@@ -64,8 +66,8 @@ GPUs) those of all, as in the authors' code.
 
 In the log, chance is 2 ln(3B - 1) for loss_rocl and ln(2B - 1) for loss_reg, with B images per
 step; both fall below it. With --asymmetry it is 4/3 ln(3B - 1) for loss_rocl, and with --hard 4/3
-ln(3B - 2); such a loss is no longer the log of a probability, and may become negative. With --eps 0 the third view is x1 itself; with --steps 0 it is x1 plus the
-random start.
+ln(3B - 2); with --hard a term is no longer the log of a probability, and may be negative. With --eps
+0 the third view is x1 itself; with --steps 0 it is x1 plus the random start.
 
 Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
 CIFAR-10 (JPEG), in 4.7 minutes (10 epochs, 2 attack steps; mean of 2 seeds): a linear probe reaches
@@ -84,7 +86,7 @@ from torch import nn
 from common import data, dist, encoders, optim, run
 from common.augment import random_color_jitter, random_grayscale, random_resized_crop, to_float
 from common.log import Log
-from common.pgd import eval_mode, pgd
+from common.pgd import ball_point, eval_mode, pgd
 from common.pictures import difference, save_rows
 from common.speed import compile_networks, graphed
 
@@ -179,13 +181,13 @@ def hard_denominator(scores, same, itself, temperature, beta, tau):
 
 
 @graphed
-def attack(net, x1, x2, noise, *, attack_to, temperature, eps, step_size, steps):
+def attack(net, x1, x2, noise, *, attack_to, temperature, norm, eps, step_size, steps):
     """x_adv (B, 3, S, S): x1 moved within eps so as to maximise the contrastive loss of the pair
     (x_adv, target).
 
     The target is x2, or with attack_to "original" x1. x1, x2 are in [0, 1], and eps and step_size
-    in the same units. The search starts at x1 + eps `noise`, noise (B, 3, S, S) in [-1, 1], or,
-    where noise is None, at x1.
+    in the same units; each image has a ball of the `norm` of its own. The search starts at x1 + eps
+    `noise`, noise (B, 3, S, S) in the unit ball, or, where noise is None, at x1.
     """
     target = x2 if attack_to == "other" else x1
     start = x1 if noise is None else (x1 + eps * noise).clamp(0, 1)
@@ -199,11 +201,12 @@ def attack(net, x1, x2, noise, *, attack_to, temperature, eps, step_size, steps)
             (z_adv,) = embed(net, x_adv)
             return nt_xent([z_adv, z], temperature)
 
-        return pgd(loss_of_view, x1, eps, step_size, steps, start=start)
+        return pgd(loss_of_view, x1, eps, step_size, steps, norm, start=start)
 
 
 def train_step(net, opt, x1, x2, noise, *,
-               reg_weight, regularize_to, asymmetry, hard, attack_to, temperature, eps, step_size, steps):
+               reg_weight, regularize_to, asymmetry, hard, attack_to, temperature, norm, eps, step_size,
+               steps):
     """One iteration on two views (B, 3, S, S) of B images; the losses to be logged. `noise` as in
     `attack`; without an asymmetry (None) the loss of the three views is RoCL's."""
 
@@ -212,7 +215,7 @@ def train_step(net, opt, x1, x2, noise, *,
 
     # The attack comes first: it uses the running statistics that the step before has left.
     x_adv = attack(net, x1, x2, noise, attack_to=attack_to, temperature=temperature,
-                   eps=eps, step_size=step_size, steps=steps)
+                   norm=norm, eps=eps, step_size=step_size, steps=steps)
 
     # Two passes in train mode, each normalised by its own batch: first [x_adv; x2], then [x1; x2;
     # x_adv]. Each moves the running statistics, so their order matters, and the exported ones
@@ -256,7 +259,9 @@ def parser():
                    help="0 exports the random encoder; default (authors' code)")
     p.add_argument("--batch-size", type=run.integer(1), default=512,
                    help="images per step, over all processes (authors' code)")
-    p.add_argument("--lr", type=run.number(), default=1.5, help="of LARS, at its peak (authors' code)")
+    p.add_argument("--optimizer", choices=("lars", "adamw"), default="lars",
+                   help="lars (authors' code); adamw, for a ViT (ours)")
+    p.add_argument("--lr", type=run.number(), default=1.5, help="at its peak (authors' code)")
     p.add_argument("--warmup", type=run.integer(0), default=10, help="in epochs (authors' code)")
     p.add_argument("--weight-decay", type=run.number(0, 1e6), default=1e-6, help="(authors' code)")
     p.add_argument("--temperature", type=run.number(above=0), default=0.5,
@@ -272,10 +277,13 @@ def parser():
                         "attacked one; default: none, RoCL's loss (paper)")
     p.add_argument("--hard", action=argparse.BooleanOptionalAction, default=False,
                    help="with --asymmetry, hard negatives, as A-InfoNCE has them too; default (paper)")
-    p.add_argument("--eps", type=run.number(0, 255), default=8.0,
-                   help="linf radius of the attack, in 1/255 (authors' code)")
-    p.add_argument("--step-size", type=run.number(0, 255), default=1.785,
-                   help="of the attack, in 1/255; this is 0.007 (authors' code)")
+    p.add_argument("--norm", choices=("linf", "l2"), default="linf",
+                   help="of the attack: linf (authors' code), or l2 with, say, --eps 128 (ours)")
+    p.add_argument("--eps", type=run.number(0, 1e6), default=8.0,
+                   help="radius of the attack, in 1/255 (authors' code)")
+    p.add_argument("--step-size", type=run.number(0, 1e6),
+                   help="of the attack, in 1/255; default: for l2 1.25 eps / steps (ours), and for linf "
+                        "1.785, which is 0.007 (authors' code)")
     p.add_argument("--steps", type=run.integer(0), default=7, help="of the attack (authors' code)")
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
                    help="start the attack at a random point of the ball (authors' code); without it, at "
@@ -286,6 +294,9 @@ def parser():
 
 
 def check(args):
+    for flag, value in (("--eps", args.eps), ("--step-size", args.step_size or 0)):
+        if args.norm == "linf" and value > 255:
+            raise ValueError(f"{flag} {value:g}: must be at most 255 with --norm linf; it is in 1/255")
     if args.hard and args.asymmetry is None:
         raise ValueError("--hard: goes with --asymmetry, as in --asymmetry 0.2 --hard")
 
@@ -301,19 +312,29 @@ def network(arch):
     return nn.Sequential(encoder, projector).to(memory_format=torch.channels_last)
 
 
-def start_noise(x1, rng):
-    """Where the attack on the view x1 starts: (B, 3, S, S), uniform in [-1, 1]."""
-    return 2 * rng.uniform(*x1.shape[1:], device=x1.device) - 1
+def start_noise(x1, norm, rng):
+    """Where the attack on the view x1 starts: (B, 3, S, S), each image uniform in the unit ball of the
+    `norm`."""
+    # One number more than pixels: under l2 it is how far from the centre.
+    return ball_point(rng.uniform(1 + x1[0].numel(), device=x1.device), norm).view(x1.shape)
 
 
 def attack_settings(args):
     """The named arguments of `attack` as the flags have them; eps and step_size as pixel values in
     [0, 1]."""
+    eps = args.eps / 255
+    if args.step_size is not None:
+        step_size = args.step_size / 255
+    elif args.norm == "linf":
+        step_size = 1.785 / 255
+    else:
+        step_size = 1.25 * eps / max(1, args.steps)
     return dict(
         attack_to=args.attack_to,
         temperature=args.temperature,
-        eps=args.eps / 255,
-        step_size=args.step_size / 255,
+        norm=args.norm,
+        eps=eps,
+        step_size=step_size,
         steps=args.steps,
     )
 
@@ -329,14 +350,14 @@ def chance(args):
 
 def pictures(net, images, size, args):
     """Rows for `save_rows` of up to eight images: both views, the attacked view, and what the
-    attack added."""
+    attack added, of which white and black are eps, or under l2 the largest change."""
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
     x1 = augment(x, rng, size)
     x2 = augment(x, rng, size)
-    noise = start_noise(x1, rng) if args.random_start else None
+    noise = start_noise(x1, args.norm, rng) if args.random_start else None
     x_adv = attack(net, x1, x2, noise, **attack_settings(args))
-    return [("x1", x1), ("x2", x2), ("x_adv", x_adv),
-            ("x_adv - x1", difference(x_adv, x1, args.eps / 255))]
+    most = args.eps / 255 if args.norm == "linf" else (x_adv - x1).abs().max()
+    return [("x1", x1), ("x2", x2), ("x_adv", x_adv), ("x_adv - x1", difference(x_adv, x1, most))]
 
 
 def main(argv=None):
@@ -351,7 +372,11 @@ def main(argv=None):
     steps_per_epoch = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
 
     net = run.to_device(network(args.arch), args, env)
-    opt = optim.LARS(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    if args.optimizer == "adamw":
+        groups = optim.groups(net.named_parameters(), args.weight_decay)
+        opt = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95))
+    else:
+        opt = optim.LARS(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     compile_networks(args, env, net)
 
     log = Log(args, env, steps_per_epoch * args.epochs, images)
@@ -372,7 +397,7 @@ def main(argv=None):
             run.stop_if_signalled(args, env, state, step)
             x1 = augment(x, rng, size)
             x2 = augment(x, rng, size)  # another view: `rng` has moved on
-            noise = start_noise(x1, rng) if args.random_start else None
+            noise = start_noise(x1, args.norm, rng) if args.random_start else None
             losses = train_step(net, opt, x1, x2, noise, **settings)
             log.step(step, len(x) * env.world, **losses)
             step += 1
@@ -382,7 +407,10 @@ def main(argv=None):
             # again.
             rows = pictures(net, images, size, args)
             if env.rank == 0:
-                save_rows(out / "views.png", rows, key=(f"-{args.eps:g}/255", f"+{args.eps:g}/255"))
+                key = (f"-{args.eps:g}/255", f"+{args.eps:g}/255")
+                if args.norm != "linf":
+                    key = ("largest decrease", "largest increase")
+                save_rows(out / "views.png", rows, key=key)
             run.save(args, env, state, step)
     if env.rank == 0:
         encoders.export(net[0], out / "encoder.pt", image_size=size)

@@ -264,10 +264,12 @@ def amoc_attack(s, dtype):
 def rocl_attack(s, dtype):
     args, net = rocl.parser().parse_args([]), rocl.network(s.arch).to(s.device, dtype)
     x1, x2 = (x.to(dtype) for x in views(s))
-    start, noise = start_of(x1, args.eps / 255)
-    return Attacked(lambda: rocl.attack(net, x1, x2, noise, **named(rocl.attack, rocl)),
+    settings = named(rocl.attack, rocl)
+    eps, step_size = settings["eps"], settings["step_size"]
+    start, noise = start_of(x1, eps)
+    return Attacked(lambda: rocl.attack(net, x1, x2, noise, **settings),
                     lambda x: rocl.nt_xent([*rocl.embed(net, x), *rocl.embed(net, x2)], args.temperature),
-                    x1, start, args.eps / 255, args.step_size / 255, args.steps, (net,), eval_mode)
+                    x1, start, eps, step_size, args.steps, (net,), eval_mode)
 
 
 def acl_attack(s, dtype):

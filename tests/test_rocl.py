@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import rocl
+from common import data
 from common.pgd import eval_mode, pgd
 from tests.recipes import A, X, Z, unit
 from tests.scripts import named, read_flags
@@ -251,6 +252,26 @@ def real():
     return rocl.network("slim"), x1, x2, 2 * noise - 1
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_each_image_starts_and_stays_in_a_ball_of_its_own(norm):
+    """Uniformly: the length of a point to the power of its dimension is uniform in [0, 1)."""
+    net, x1, x2, _ = real()
+    x1 = 0.5 + 0.01 * x1  # far from the edges of the box
+    noise = rocl.start_noise(x1, norm, data.Rng((0,), 8, slice(None)))
+    assert noise.shape == x1.shape and len(noise.flatten(1).unique(dim=0)) == 8
+    order = math.inf if norm == "linf" else 2
+    flags = ["--norm", norm, "--eps", "8" if norm == "linf" else "100"]
+    settings = named(rocl.attack, rocl, *flags)
+    x_adv = rocl.attack(net, x1, x2, noise, **settings)
+    for points, radius in ((noise, 1.0), (x_adv - x1, settings["eps"])):
+        lengths = points.flatten(1).norm(order, dim=1)
+        assert 0.95 * radius < lengths.min() and lengths.max() <= radius * (1 + 1e-5)
+    many = rocl.start_noise(torch.zeros(4000, 3, 1, 1), norm, data.Rng((0,), 4000, slice(None)))
+    volume = many.flatten(1).norm(order, dim=1) ** 3
+    assert volume.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert volume.var().item() == pytest.approx(1 / 12, abs=0.01)
+
+
 def test_the_target_embedded_once_changes_no_bit():
     net, x1, x2, noise = real()
     eps = 8 / 255
@@ -306,16 +327,20 @@ def test_network_sizes_are_the_authors_and_pixels_are_not_normalised():
 
 def test_defaults_are_the_authors_run():
     want = dict(epochs=1000, batch_size=512, lr=1.5, warmup=10, weight_decay=1e-6, temperature=0.5,
-                reg_weight=1 / 256, attack_to="other", regularize_to="other", eps=8, step_size=255 * 0.007,
-                steps=7, arch="resnet18", data="cifar10")
+                reg_weight=1 / 256, attack_to="other", regularize_to="other", norm="linf", eps=8, steps=7,
+                optimizer="lars", arch="resnet18", data="cifar10")
     args = vars(rocl.parser().parse_args([]))
     assert {k: args[k] for k in want} == pytest.approx(want)
+    assert rocl.attack_settings(read_flags(rocl))["step_size"] == pytest.approx(0.007)
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--attack-to", "x3"], "--attack-to x3: choose one of other, original"),
     (["--regularize-to", "x3"], "--regularize-to x3: choose one of other, original"),
-    (["--eps", "-8"], "--eps -8: must be"), (["--steps", "-1"], "--steps -1"),
+    (["--eps", "-8"], "--eps -8: must be"), (["--eps", "256"], "--eps 256: must be at most 255 with --norm linf"),
+    (["--step-size", "300"], "--step-size 300: must be at most 255 with --norm linf"),
+    (["--norm", "l1"], "--norm l1: choose one of linf, l2"), (["--optimizer", "sgd"], "--optimizer sgd: choose one"),
+    (["--steps", "-1"], "--steps -1"),
     (["--temperature", "0"], "--temperature 0: must be"), (["--asymmetry", "1.1"], "--asymmetry 1.1: must be"),
     (["--reg-weight", "-1"], "--reg-weight -1: must be")])
 def test_bad_flags_of_the_method_are_named(flags, words):

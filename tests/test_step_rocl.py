@@ -61,14 +61,34 @@ def asymmetric(views, a, hard):
     return total / len(rows)
 
 
-def step_of_paper(w, momentum, x1, x2, noise, lr, reg_weight, attack_to, regularize_to, a=None, hard=False):
+def attack_l2(loss, x, noise, eps, step_size):
+    """One image at a time: a step along the gradient of unit length, back into the ball, back into [0, 1]."""
+    x_adv = (x + eps * noise).clamp(0, 1)
+    for _ in range(STEPS):
+        x_adv = x_adv.detach().requires_grad_()
+        (g,) = torch.autograd.grad(loss(x_adv), x_adv)
+        moved = []
+        for i in range(len(x)):
+            delta = x_adv[i].detach() + step_size * g[i] / g[i].norm() - x[i]
+            if delta.norm() > eps:
+                delta = delta * eps / delta.norm()
+            moved.append((x[i] + delta).clamp(0, 1))
+        x_adv = torch.stack(moved)
+    return x_adv
+
+
+def step_of_paper(w, momentum, x1, x2, noise, lr, reg_weight, attack_to, regularize_to, a=None, hard=False,
+                  l2=None):
     """One iteration."""
     partner = {"other": x2, "original": x1}
 
     def pair_loss(x):
         return nt_xent([embed(w, x, "eval"), embed(w, partner[attack_to], "eval")])
 
-    (x_adv,) = steps.attack(pair_loss, [x1], [noise], EPS, STEP_SIZE, STEPS)
+    if l2:
+        x_adv = attack_l2(pair_loss, x1, noise, *l2)
+    else:
+        (x_adv,) = steps.attack(pair_loss, [x1], [noise], EPS, STEP_SIZE, STEPS)
 
     losses, loss_reg = {}, 0.0
     if reg_weight > 0:  # a pass of two views, and then one of three: each a batch to BatchNorm
@@ -113,6 +133,28 @@ def test_two_steps_are_those_of_the_method(reg_weight, attack_to, regularize_to,
         assert all(torch.equal(a, b) for a, b in zip(inputs, (x1, x2, noise))), "inputs are not changed"
 
 
+@pytest.mark.parametrize("flags, l2", [
+    (["--eps", "200", "--step-size", "150"], (200 / 255, 150 / 255)),
+    (["--eps", "128"], (128 / 255, 1.25 * 128 / 255 / 3))])
+def test_two_steps_in_l2_are_those_of_the_method(flags, l2):
+    net = steps.named(encoder=steps.encoder(48, 6), projector=torch.nn.Linear(6, 5))
+    steps.scrambled(net, 1)
+    opt = optim.LARS(net.parameters(), 0.0, momentum=0.9, weight_decay=WEIGHT_DECAY, trust=TRUST)
+    w, momentum = steps.plain(net), {}
+    flags = ["--norm", "l2", "--steps", "3", "--temperature", "0.4", "--reg-weight", "0.3", *flags]
+    for number in range(2):
+        x1, x2 = steps.images((2, B, 3, 4, 4), 10 + number)
+        noise = steps.noise((B, 3, 4, 4), 20 + number)
+        share = torch.tensor([0.3, 1, 0.6, 1]).double()  # two inside the ball, two on its edge
+        noise = noise * (share / noise.flatten(1).norm(dim=1))[:, None, None, None]
+        steps.set_lr(opt, 2.0)
+        settings = named(rocl.train_step, rocl, *flags)
+        found = rocl.train_step(net, opt, x1, x2, noise, **settings)
+        wanted = step_of_paper(w, momentum, x1, x2, noise, 2.0, 0.3, "other", "other", l2=l2)
+        steps.assert_same(found, wanted, f"{flags}, step {number}, losses")
+        steps.assert_same(net.state_dict(), w, f"{flags}, step {number}, network")
+
+
 def test_a_run_hands_the_step_what_the_method_starts_with(monkeypatch, tmp_path):
     seen = steps.first_step(rocl, monkeypatch, tmp_path, "--weight-decay", "0.02", "--lr", "0.7",
                             "--warmup", "0")
@@ -121,6 +163,7 @@ def test_a_run_hands_the_step_what_the_method_starts_with(monkeypatch, tmp_path)
     steps.assert_views(seen["x1"], seen["x2"])
     steps.assert_noise(seen["noise"], (16, 3, 32, 32))
     assert seen["asymmetry"] is None and not seen["hard"]
+    assert (seen["norm"], seen["eps"], seen["step_size"]) == ("linf", 8 / 255, 1.785 / 255)
 
 
 def test_a_run_hands_the_step_its_asymmetry_and_prints_the_chance_of_that_loss(monkeypatch, tmp_path, capsys):
