@@ -174,6 +174,10 @@ def test_the_asymmetric_loss_is_finite_at_any_temperature_in_float32(hard):
     assert loss.isfinite() and all(v.grad.isfinite().all() for v in views)
 
 
+def test_a_radius_in_l2_may_be_larger_than_the_range_of_a_pixel():
+    assert rocl.attack_settings(read_flags(rocl, "--norm", "l2", "--eps", "510"))["eps"] == 2
+
+
 def test_hard_negatives_go_with_an_asymmetry():
     with pytest.raises(ValueError, match="^--hard: goes with --asymmetry"):
         read_flags(rocl, "--hard")
