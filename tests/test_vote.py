@@ -189,6 +189,19 @@ def test_gradients_of_version_rand_are_means_over_20_draws_and_no_point_stops_ea
     assert report["standing"] == [True] * 3 and report["robust"] == 100
 
 
+def test_a_point_that_a_draw_misclassifies_goes_on_to_the_end_of_its_stage(monkeypatch):
+    """Its last misclassified iterate counts, not the first, which may be luck."""
+    monkeypatch.setattr(aa, "apgd", functools.partial(aa.apgd, steps=5))
+    asked = []
+    gradient = aa.Queries.gradient
+    monkeypatch.setattr(aa.Queries, "gradient", lambda query, x, loss: asked.append(len(x)) or gradient(query, x, loss))
+    x = torch.full((40, 3, 5, 5), 0.5)
+    x[:, 0] = 0.7
+    _, report = aa.autoattack(Coin(1.0), x, torch.zeros(40, dtype=torch.long), 1e-3, version="rand")
+    points = [stage["points"] for stage in report["stages"].values()]
+    assert asked[-12:] == 6 * [points[0]] + 6 * [points[1]] and 40 > points[0] > points[1] > 0
+
+
 def test_the_mean_gradient_is_that_of_the_draws_and_logits_and_loss_are_the_last_ones():
     x = X(2, 3, 5, 5).float()
     y = torch.tensor([0, 1])
