@@ -40,11 +40,17 @@ MAE's recipe also has RandAugment and random erasing, which are not here.
     python eval.py runs/amoc/encoder.pt --attacks curve c-like --pictures
     python eval.py runs/amoc/encoder.pt --test-data cifar10.1_v6_data.npy   other test images too
     python eval.py runs/amoc/encoder.pt --attacks pgd20 --source runs/rocl/classifier-amoc-slf.pt    transfer
+    python eval.py runs/amoc/encoder.pt --vote 10 --vote-sigma 0.25 --attacks clean pgd20 aa --aa-limit 100
     python eval.py results/cifar10-jpeg/* --kept --preset amoc-slf       the table of what was measured
     python eval.py weights.pth --encoder torchvision:resnet18 --prefix module.backbone.    another program's
 
     python eval.py --ensemble runs/*/classifier-amoc-slf*.pt --attacks clean pgd20 aa    their mean softmax
     python eval.py --matrix runs/*/classifier-amoc-slf*.pt --attacks pgd20    attack on each, accuracy of all
+
+With --vote n, what is judged is the mean softmax over n copies of an image with Gaussian noise, a vote
+(evaluation/vote.py), and its columns are named so. Every query draws new noise, and each attack averages
+its gradient over several draws: otherwise the noise would hide the gradient, and the figure would mean
+nothing. AutoAttack is then its version rand.
 
 With --encoder (see evaluation/foreign.py and docs/evaluation.md) the weights may come from any
 program.
@@ -86,6 +92,7 @@ from evaluation import attacks, finetune, flags, foreign, knn, names, results, s
 from evaluation.presets import name_of
 from evaluation.published import GROUPS, PUBLISHED
 from evaluation.results import load_classifier
+from evaluation.vote import vote
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -259,7 +266,7 @@ def evaluate(path, name, args, env, shown, source=None, others=()):
     encoder.path = path
     key = results.key_of(path, encoder, name, preset, args, shown)
     stem = results.classifier_stem(path, encoder, name, preset)
-    shown_name = name_of(name, key["recipe"])
+    shown_name = name_of(name, key["recipe"], flags.vote_of(args))
     net = None
     measured = {}
     todo = [(judged, attack) for judged in (shown, *others)

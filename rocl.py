@@ -13,6 +13,7 @@ alike, and the negatives are the other images of the batch: no bank and no momen
     L_con                       nt_xent of two views, which the attack maximises
     L_RoCL                      loss_rocl in train_step: nt_xent of the three views x1, x2, x_adv
     L_reg, lambda               loss_reg in train_step, --reg-weight
+    A-InfoNCE, alpha            asymmetric_loss, --asymmetry
 
 We know the equations from later restatements (the survey by Qi & Shah 2022, arXiv 2210.13463) and
 all hyper-parameters from the authors' code. We depart from that code in four places:
@@ -37,9 +38,22 @@ The loss that the attack maximises is symmetric: the target is an anchor too, an
 of the other images are negatives. (The survey's Eq. 4 has one anchor, and negatives that stand
 still.)
 
+With --asymmetry, loss_rocl is A-InfoNCE (Yu et al. 2022, arXiv 2207.08374): an attacked view is no
+positive like any other. A similarity trains its anchor alone; the pair of clean views counts in
+full, and of a clean and an attacked view, the share --asymmetry trains the clean one, and the rest
+the attacked one. --hard moreover weighs the other images by their similarity to the anchor, as
+hard-negative contrastive learning does (HCL, Robinson et al. 2021, arXiv 2010.04592). Attack and
+regulariser stay RoCL's. HCL's mean is over the negatives, and so is ours; the released code of
+A-InfoNCE also counts the anchor and its positives as zeros, and divides the similarities to an
+image by the mean of that image's row instead of the anchor's.
+
     python rocl.py                                       the authors' run: CIFAR-10, ResNet-18, 1000 epochs
     torchrun --standalone --nproc-per-node 2 rocl.py --sync-bn    the same on 2 GPUs, 256 images on each
     python rocl.py --reg-weight 0 --out runs/rocl-0      without the regulariser
+    python rocl.py --asymmetry 0.2 --out runs/a-rocl     A-InfoNCE
+    python rocl.py --asymmetry 0.2 --hard --out runs/a-rocl-hard    and with hard negatives
+    python rocl.py --norm l2 --eps 128 --out runs/rocl-l2           attacked in l2, at 128/255
+    python rocl.py --arch vit_tiny --optimizer adamw --lr 1e-3 --weight-decay 0.05 --out runs/rocl-vit
     python eval.py runs/rocl/encoder.pt --preset rocl-slf rocl-alf
 
 The encoder is exported without the projector; its running statistics are of clean and attacked
@@ -51,8 +65,9 @@ images on each of 2 GPUs). Each BatchNorm sees the images of its own process, or
 GPUs) those of all, as in the authors' code.
 
 In the log, chance is 2 ln(3B - 1) for loss_rocl and ln(2B - 1) for loss_reg, with B images per
-step; both fall below it. With --eps 0 the third view is x1 itself; with --steps 0 it is x1 plus the
-random start.
+step; both fall below it. With --asymmetry it is 4/3 ln(3B - 1) for loss_rocl, and with --hard 4/3
+ln(3B - 2); with --hard a term is no longer the log of a probability, and may be negative. With --eps
+0 the third view is x1 itself; with --steps 0 it is x1 plus the random start.
 
 Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
 CIFAR-10 (JPEG), in 4.7 minutes (10 epochs, 2 attack steps; mean of 2 seeds): a linear probe reaches
@@ -71,7 +86,7 @@ from torch import nn
 from common import data, dist, encoders, optim, run
 from common.augment import random_color_jitter, random_grayscale, random_resized_crop, to_float
 from common.log import Log
-from common.pgd import eval_mode, pgd
+from common.pgd import ball_point, eval_mode, pgd
 from common.pictures import difference, save_rows
 from common.speed import compile_networks, graphed
 
@@ -112,14 +127,67 @@ def nt_xent(views, temperature):
     return (len(u) - 1) * scores.logsumexp(1).mean() - pos.mean()
 
 
+def asymmetric_loss(views, temperature, asymmetry, weight=1.0, hard=False, beta=1.0, tau=0.12):
+    """A-InfoNCE (arXiv 2207.08374) of the views z1, z2, z_adv: tensors (B, D), normalised here to u.
+
+    With S_ij = u_i.sg(u_j)/T, where sg stops the gradient, the term of an anchor i and its positive j
+    is l_ij = -log(e^S_ij / sum_k!=i e^S_ik). The loss is the sum over all 3 B anchors of l between
+    the clean views, plus `weight` times that of l from clean to attacked (`asymmetry`) and from
+    attacked to clean (1 - asymmetry), divided by 3 B.
+
+    hard: the denominator is p + G instead (HCL, arXiv 2010.04592), with p the mean of the two positive
+    e^S, n the N = 3 B - 3 negative ones, R = sum n^(1 + beta) / mean n^beta, and
+    G = max((R - tau N p) / (1 - tau), N e^(-1/T)).
+
+    Chance is (2 + 2 weight) / 3 times ln(3 B - 1), or with `hard` ln(3 B - 2).
+    """
+    u = F.normalize(torch.stack(views), dim=2)  # (3, B, D)
+    B = u.shape[1]
+    rows = u.flatten(0, 1)  # (3 B, D)
+    scores = rows @ rows.detach().T / temperature  # (3 B, 3 B): of anchors and others
+    itself = torch.eye(3 * B, dtype=torch.bool, device=u.device)
+    if hard:
+        image = torch.arange(B, device=u.device).repeat(3)
+        same = image[:, None] == image  # the anchor and its positives
+        log_denominator = hard_denominator(scores, same, itself, temperature, beta, tau)
+    else:
+        log_denominator = scores.masked_fill(itself, -math.inf).logsumexp(1)  # (3 B,)
+    pos = scores.view(3, B, 3, B).diagonal(dim1=1, dim2=3)  # (3, 3, B): of two views of an image
+    terms = (log_denominator.view(3, 1, B) - pos).sum(2)  # (3, 3): l from one view to another
+    clean = terms[0, 1] + terms[1, 0]
+    clean_to_adv = terms[0, 2] + terms[1, 2]
+    adv_to_clean = terms[2, 0] + terms[2, 1]
+    total = clean + weight * (asymmetry * clean_to_adv + (1 - asymmetry) * adv_to_clean)
+    return total / (3 * B)
+
+
+def hard_denominator(scores, same, itself, temperature, beta, tau):
+    """ln(p + G) of `asymmetric_loss` for each anchor: (3 B,).
+
+    scores, same and itself are (3 B, 3 B): S; whether two rows are of one image; and whether they are
+    the same row.
+    """
+    log_p = scores.masked_fill(~same | itself, -math.inf).logsumexp(1) - math.log(2)
+    N = len(scores) - 3
+    log_sum = ((1 + beta) * scores).masked_fill(same, -math.inf).logsumexp(1)
+    log_mean = (beta * scores).masked_fill(same, -math.inf).logsumexp(1) - math.log(N)
+    # In units of the anchor's largest e^S nothing overflows, whatever the temperature.
+    unit = scores.detach().masked_fill(itself, -math.inf).amax(1)
+    p = (log_p - unit).exp()
+    R = (log_sum - log_mean - unit).exp()
+    floor = N * (-1 / temperature - unit).exp()
+    G = ((R - tau * N * p) / (1 - tau)).maximum(floor)
+    return unit + (p + G).log()
+
+
 @graphed
-def attack(net, x1, x2, noise, *, attack_to, temperature, eps, step_size, steps):
+def attack(net, x1, x2, noise, *, attack_to, temperature, norm, eps, step_size, steps):
     """x_adv (B, 3, S, S): x1 moved within eps so as to maximise the contrastive loss of the pair
     (x_adv, target).
 
     The target is x2, or with attack_to "original" x1. x1, x2 are in [0, 1], and eps and step_size
-    in the same units. The search starts at x1 + eps `noise`, noise (B, 3, S, S) in [-1, 1], or,
-    where noise is None, at x1.
+    in the same units; each image has a ball of the `norm` of its own. The search starts at x1 + eps
+    `noise`, noise (B, 3, S, S) in the unit ball, or, where noise is None, at x1.
     """
     target = x2 if attack_to == "other" else x1
     start = x1 if noise is None else (x1 + eps * noise).clamp(0, 1)
@@ -133,21 +201,21 @@ def attack(net, x1, x2, noise, *, attack_to, temperature, eps, step_size, steps)
             (z_adv,) = embed(net, x_adv)
             return nt_xent([z_adv, z], temperature)
 
-        return pgd(loss_of_view, x1, eps, step_size, steps, start=start)
+        return pgd(loss_of_view, x1, eps, step_size, steps, norm, start=start)
 
 
 def train_step(net, opt, x1, x2, noise, *,
-               reg_weight, regularize_to, attack_to, temperature, eps, step_size, steps):
+               reg_weight, regularize_to, asymmetry, hard, attack_to, temperature, norm, eps, step_size,
+               steps):
     """One iteration on two views (B, 3, S, S) of B images; the losses to be logged. `noise` as in
-    `attack`."""
+    `attack`; without an asymmetry (None) the loss of the three views is RoCL's."""
 
-    def loss_of(*views):
-        embeddings = [dist.gather(z) for z in embed(net, *views)]  # of all processes, with gradient
-        return nt_xent(embeddings, temperature)
+    def embed_everywhere(*views):
+        return [dist.gather(z) for z in embed(net, *views)]  # of all processes, with gradient
 
     # The attack comes first: it uses the running statistics that the step before has left.
     x_adv = attack(net, x1, x2, noise, attack_to=attack_to, temperature=temperature,
-                   eps=eps, step_size=step_size, steps=steps)
+                   norm=norm, eps=eps, step_size=step_size, steps=steps)
 
     # Two passes in train mode, each normalised by its own batch: first [x_adv; x2], then [x1; x2;
     # x_adv]. Each moves the running statistics, so their order matters, and the exported ones
@@ -155,9 +223,14 @@ def train_step(net, opt, x1, x2, noise, *,
     losses = {}
     loss_reg = 0
     if reg_weight:
-        loss_reg = loss_of(x_adv, x2 if regularize_to == "other" else x1)
+        pair = embed_everywhere(x_adv, x2 if regularize_to == "other" else x1)
+        loss_reg = nt_xent(pair, temperature)
         losses["loss_reg"] = loss_reg
-    loss_rocl = loss_of(x1, x2, x_adv)
+    views = embed_everywhere(x1, x2, x_adv)
+    if asymmetry is None:
+        loss_rocl = nt_xent(views, temperature)
+    else:
+        loss_rocl = asymmetric_loss(views, temperature, asymmetry, hard=hard)
     loss = loss_rocl + reg_weight * loss_reg
     losses["loss_rocl"] = loss_rocl
 
@@ -186,7 +259,9 @@ def parser():
                    help="0 exports the random encoder; default (authors' code)")
     p.add_argument("--batch-size", type=run.integer(1), default=512,
                    help="images per step, over all processes (authors' code)")
-    p.add_argument("--lr", type=run.number(), default=1.5, help="of LARS, at its peak (authors' code)")
+    p.add_argument("--optimizer", choices=("lars", "adamw"), default="lars",
+                   help="lars (authors' code); adamw, for a ViT (ours)")
+    p.add_argument("--lr", type=run.number(), default=1.5, help="at its peak (authors' code)")
     p.add_argument("--warmup", type=run.integer(0), default=10, help="in epochs (authors' code)")
     p.add_argument("--weight-decay", type=run.number(0, 1e6), default=1e-6, help="(authors' code)")
     p.add_argument("--temperature", type=run.number(above=0), default=0.5,
@@ -197,10 +272,18 @@ def parser():
                    help="the target of the attack: the other view, x2, or x1 itself (authors' code)")
     p.add_argument("--regularize-to", choices=("other", "original"), default="other",
                    help="the partner of x_adv in the regulariser, likewise (authors' code)")
-    p.add_argument("--eps", type=run.number(0, 255), default=8.0,
-                   help="linf radius of the attack, in 1/255 (authors' code)")
-    p.add_argument("--step-size", type=run.number(0, 255), default=1.785,
-                   help="of the attack, in 1/255; this is 0.007 (authors' code)")
+    p.add_argument("--asymmetry", type=run.number(0, 1),
+                   help="alpha of A-InfoNCE, which has 0.2: the share of the clean view in a pair with the "
+                        "attacked one; default: none, RoCL's loss (paper)")
+    p.add_argument("--hard", action=argparse.BooleanOptionalAction, default=False,
+                   help="with --asymmetry, hard negatives, as A-InfoNCE has them too; default (paper)")
+    p.add_argument("--norm", choices=("linf", "l2"), default="linf",
+                   help="of the attack: linf (authors' code), or l2 with, say, --eps 128 (ours)")
+    p.add_argument("--eps", type=run.number(0, 1e6), default=8.0,
+                   help="radius of the attack, in 1/255 (authors' code)")
+    p.add_argument("--step-size", type=run.number(0, 1e6),
+                   help="of the attack, in 1/255; default: for l2 1.25 eps / steps (ours), and for linf "
+                        "1.785, which is 0.007 (authors' code)")
     p.add_argument("--steps", type=run.integer(0), default=7, help="of the attack (authors' code)")
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
                    help="start the attack at a random point of the ball (authors' code); without it, at "
@@ -208,6 +291,14 @@ def parser():
     p.add_argument("--image-size", type=run.integer(1, 10000),
                    help="side of a view in pixels; default: that of the images, and 32 for a folder")
     return p
+
+
+def check(args):
+    for flag, value in (("--eps", args.eps), ("--step-size", args.step_size or 0)):
+        if args.norm == "linf" and value > 255:
+            raise ValueError(f"{flag} {value:g}: must be at most 255 with --norm linf; it is in 1/255")
+    if args.hard and args.asymmetry is None:
+        raise ValueError("--hard: goes with --asymmetry, as in --asymmetry 0.2 --hard")
 
 
 def network(arch):
@@ -221,37 +312,57 @@ def network(arch):
     return nn.Sequential(encoder, projector).to(memory_format=torch.channels_last)
 
 
-def start_noise(x1, rng):
-    """Where the attack on the view x1 starts: (B, 3, S, S), uniform in [-1, 1]."""
-    return 2 * rng.uniform(*x1.shape[1:], device=x1.device) - 1
+def start_noise(x1, norm, rng):
+    """Where the attack on the view x1 starts: (B, 3, S, S), each image uniform in the unit ball of the
+    `norm`."""
+    # One number more than pixels: under l2 it is how far from the centre.
+    return ball_point(rng.uniform(1 + x1[0].numel(), device=x1.device), norm).view(x1.shape)
 
 
 def attack_settings(args):
     """The named arguments of `attack` as the flags have them; eps and step_size as pixel values in
     [0, 1]."""
+    eps = args.eps / 255
+    if args.step_size is not None:
+        step_size = args.step_size / 255
+    elif args.norm == "linf":
+        step_size = 1.785 / 255
+    else:
+        step_size = 1.25 * eps / max(1, args.steps)
     return dict(
         attack_to=args.attack_to,
         temperature=args.temperature,
-        eps=args.eps / 255,
-        step_size=args.step_size / 255,
+        norm=args.norm,
+        eps=eps,
+        step_size=step_size,
         steps=args.steps,
     )
 
 
+def chance(args):
+    """The formula and the value of loss_rocl where all rows are alike."""
+    if args.asymmetry is None:
+        return "2 ln(3B - 1)", 2 * math.log(3 * args.batch_size - 1)
+    if args.hard:
+        return "4/3 ln(3B - 2)", 4 / 3 * math.log(3 * args.batch_size - 2)
+    return "4/3 ln(3B - 1)", 4 / 3 * math.log(3 * args.batch_size - 1)
+
+
 def pictures(net, images, size, args):
     """Rows for `save_rows` of up to eight images: both views, the attacked view, and what the
-    attack added."""
+    attack added, of which white and black are eps, or under l2 the largest change."""
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
     x1 = augment(x, rng, size)
     x2 = augment(x, rng, size)
-    noise = start_noise(x1, rng) if args.random_start else None
+    noise = start_noise(x1, args.norm, rng) if args.random_start else None
     x_adv = attack(net, x1, x2, noise, **attack_settings(args))
-    return [("x1", x1), ("x2", x2), ("x_adv", x_adv),
-            ("x_adv - x1", difference(x_adv, x1, args.eps / 255))]
+    most = args.eps / 255 if args.norm == "linf" else (x_adv - x1).abs().max()
+    return [("x1", x1), ("x2", x2), ("x_adv", x_adv), ("x_adv - x1", difference(x_adv, x1, most))]
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
+    check(args)
     env = run.setup(args)
     device = env.device
     out = pathlib.Path(args.out)
@@ -261,18 +372,23 @@ def main(argv=None):
     steps_per_epoch = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
 
     net = run.to_device(network(args.arch), args, env)
-    opt = optim.LARS(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    if args.optimizer == "adamw":
+        groups = optim.groups(net.named_parameters(), args.weight_decay)
+        opt = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95))
+    else:
+        opt = optim.LARS(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     compile_networks(args, env, net)
 
     log = Log(args, env, steps_per_epoch * args.epochs, images)
     state = dict(net=net, opt=opt, log=log)
     step = run.resume(args, env, state)
-    chance_rocl = 2 * math.log(3 * args.batch_size - 1)
+    formula, chance_rocl = chance(args)
     chance_reg = math.log(2 * args.batch_size - 1)
-    log.start(step, f"chance: loss_rocl 2 ln(3B - 1) = {chance_rocl:.3f}, "
+    log.start(step, f"chance: loss_rocl {formula} = {chance_rocl:.3f}, "
                     f"loss_reg ln(2B - 1) = {chance_reg:.3f}")
 
-    settings = dict(reg_weight=args.reg_weight, regularize_to=args.regularize_to, **attack_settings(args))
+    settings = dict(reg_weight=args.reg_weight, regularize_to=args.regularize_to, asymmetry=args.asymmetry,
+                    hard=args.hard, **attack_settings(args))
     for epoch in range(step // steps_per_epoch, args.epochs):
         lr = lr_at(epoch, args.epochs, args.lr, args.warmup)
         optim.set_lr(opt, lr)
@@ -281,7 +397,7 @@ def main(argv=None):
             run.stop_if_signalled(args, env, state, step)
             x1 = augment(x, rng, size)
             x2 = augment(x, rng, size)  # another view: `rng` has moved on
-            noise = start_noise(x1, rng) if args.random_start else None
+            noise = start_noise(x1, args.norm, rng) if args.random_start else None
             losses = train_step(net, opt, x1, x2, noise, **settings)
             log.step(step, len(x) * env.world, **losses)
             step += 1
@@ -291,7 +407,10 @@ def main(argv=None):
             # again.
             rows = pictures(net, images, size, args)
             if env.rank == 0:
-                save_rows(out / "views.png", rows, key=(f"-{args.eps:g}/255", f"+{args.eps:g}/255"))
+                key = (f"-{args.eps:g}/255", f"+{args.eps:g}/255")
+                if args.norm != "linf":
+                    key = ("largest decrease", "largest increase")
+                save_rows(out / "views.png", rows, key=key)
             run.save(args, env, state, step)
     if env.rank == 0:
         encoders.export(net[0], out / "encoder.pt", image_size=size)

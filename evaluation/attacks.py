@@ -13,6 +13,7 @@ from common.pictures import difference, save_rows
 from evaluation import corruptions
 from evaluation.autoattack import autoattack
 from evaluation.deepfool import deepfool
+from evaluation.vote import Vote, expected
 
 
 class Attack(NamedTuple):
@@ -105,6 +106,8 @@ def attacked(net, x, y, attack, seed, batch_size=500):
         def loss_of_images(x_adv):
             return F.cross_entropy(net(x_adv), y)
 
+        if isinstance(net, Vote):
+            loss_of_images = expected(loss_of_images, net.draws)
         x = pgd(loss_of_images, x, attack.eps, attack.step_size, attack.steps, attack.norm,
                 generator=generator)
     return x, {}
@@ -140,7 +143,10 @@ def judge(net, images, attack=None, seed=0, limit=None, restarts=1, source=None,
                 with torch.no_grad():
                     logits = torch.cat([net(part) for part in x_adv.split(batch_size)])
                 finite &= logits.isfinite().all(1)
-                standing &= logits.argmax(1) == y
+                if "standing" in report:  # a random network: what fell within AutoAttack has fallen
+                    standing &= torch.tensor(report["standing"], device=y.device)
+                else:
+                    standing &= logits.argmax(1) == y
                 if report:
                     texts = more.get("warnings", []) + report["warnings"]
                     more["warnings"] = list(dict.fromkeys(texts))

@@ -10,6 +10,10 @@ targets (FAB) or queries (Square) of each fill the batch. Points do not influenc
 only; `stop=False` in `apgd` and `fab` runs every point to the end as the official code does. A point
 that stands to the end costs 10,000 passes, a backward one counted as one, of the official 10,700.
 
+For a random network there is version `rand`: APGD on the cross-entropy and on the DLR loss, with gradients
+averaged over 20 draws (EOT). Here, as in the official code, every point runs to the end and its last
+misclassified iterate counts, if another draw misclassifies it too.
+
 Logits of an attacked image that are not all finite speak for no class: they count as misclassified.
 """
 import math
@@ -25,8 +29,10 @@ from common.pgd import eval_mode, pixels_only
 VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "apgd": ("apgd-ce", "apgd-t"),  # a fifth of the passes; say that it is not AutoAttack
+    "rand": ("apgd-ce", "apgd-dlr"),  # for random networks
 }
 TARGETS = 9
+DRAWS = 20  # of which version rand averages the gradient
 
 
 def autoattack(net, x, y, eps, norm="linf", version="standard", seed=0, batch_size=250, fast=False, log=None):
@@ -48,7 +54,8 @@ def autoattack(net, x, y, eps, norm="linf", version="standard", seed=0, batch_si
     anything was found, and x elsewhere: each find is checked again, apart from the attack. Finds lie
     just beyond the boundary of `net`, and say little about another network. The report holds plain
     types: accuracies in per cent (`clean`, `robust`, and `robust` after each of `stages`), images sent
-    forward and backward, seconds, and `warnings`, which are also raised as Python warnings.
+    forward and backward, seconds, and `warnings`, which are also raised as Python warnings; of version rand
+    also which images are `standing`, a list of bool, since another draw may judge them otherwise.
 
     Eval mode is forced inside; modes, gradients and the global random state are left as they were. The
     memory format of x is kept. Raises ValueError for an input that it cannot judge.
@@ -82,13 +89,17 @@ def autoattack(net, x, y, eps, norm="linf", version="standard", seed=0, batch_si
         with torch.no_grad():
             logits = torch.cat([judge(part) for part in x.split(batch_size)])
         check_clean(logits, y, batch_size)
-        search = Queries(net, sizes, fast, batch_size)
+        draws = DRAWS if version == "rand" else 1
+        search = Queries(net, sizes, fast, batch_size, draws)
+        if logits.shape[1] < 3 and "apgd-dlr" in stages:
+            found.append("fewer than 3 classes: the DLR loss does not exist, apgd-dlr is left out")
+            stages = tuple(s for s in stages if s != "apgd-dlr")
         if logits.shape[1] < 4 and "apgd-t" in stages:
             found.append("fewer than 4 classes: the targeted DLR loss does not exist, apgd-t is left out")
             stages = tuple(s for s in stages if s != "apgd-t")
         standing = ~mistaken(logits, y)
         not_finite = torch.zeros_like(standing)  # points fooled by an image whose logits are not
-        found += misuse(judge, x[:batch_size], y[:batch_size], logits[:batch_size])
+        found += misuse(judge, x[:batch_size], y[:batch_size], logits[:batch_size], version == "rand")
         x_adv = x.clone()
         x = x.contiguous()
         percent = 100 / len(x)
@@ -113,7 +124,9 @@ def autoattack(net, x, y, eps, norm="linf", version="standard", seed=0, batch_si
             before = int(standing.sum())
             exact = Queries(net, sizes, fill=batch_size)
             search.forwards = search.backwards = 0
-            run(STAGES[name], exact, run(STAGES[name], search, standing.nonzero().squeeze(1)))
+            denied = run(STAGES[name], search, standing.nonzero().squeeze(1))
+            if version != "rand":  # whose points are denied by another draw, not by the precision
+                run(STAGES[name], exact, denied)
             after = int(standing.sum())
             seconds = round(time.time() - began, 2)
             report["stages"][name] = {
@@ -129,6 +142,8 @@ def autoattack(net, x, y, eps, norm="linf", version="standard", seed=0, batch_si
         found.append(f"{count} attacked images gave logits that are not finite: they count as misclassified")
     for text in found:
         warnings.warn(text, stacklevel=2)
+    if version == "rand":
+        report["standing"] = standing.tolist()
     return x_adv, report | {"robust": percent * int(standing.sum()), "warnings": found}
 
 
@@ -226,12 +241,12 @@ def mistaken(logits, y):
     return (logits.argmax(1) != y) | ~finite(logits)
 
 
-def misuse(net, x, y, logits):
+def misuse(net, x, y, logits, may_be_random=False):
     """Why a figure for `net` may mean nothing: a list of sentences, from one batch and its logits."""
     found = []
     with torch.no_grad():
         unit = [F.normalize(net(x), dim=1) for _ in range(5)]
-    if any((u - unit[0]).norm(dim=1).max() > 1e-4 for u in unit):
+    if not may_be_random and any((u - unit[0]).norm(dim=1).max() > 1e-4 for u in unit):
         found.append("the network is random: the same images give different logits; average over draws (EOT)")
     if logits.min() >= 0 and logits.max() <= 1 and (logits.sum(1) - 1).abs().max() < 1e-5:
         found.append("the network seems to give probabilities: give the logits before the softmax")
@@ -253,10 +268,11 @@ class Queries:
            starts cuDNN's and a compiler's tuning again, and every point that falls makes a new shape.
     fast   under bf16 autocast.
     fill   attacks that have fewer points fill a batch up to so many images: a small one costs more an image.
+    draws  a gradient is the mean of that of so many queries; logits and loss are those of the last.
     """
 
-    def __init__(self, net, sizes=(), fast=False, fill=250):
-        self.net, self.sizes, self.fast, self.fill = net, sizes, fast, fill
+    def __init__(self, net, sizes=(), fast=False, fill=250, draws=1):
+        self.net, self.sizes, self.fast, self.fill, self.draws = net, sizes, fast, fill, draws
         self.forwards = self.backwards = 0
 
     def __call__(self, x):
@@ -270,13 +286,16 @@ class Queries:
     def gradient(self, x, loss):
         """Logits, loss(logits) (n,), and its gradient with respect to x, 0 where it is not finite: one
         such pixel would make NaN of its length, and so of the next image."""
-        self.backwards += len(x)
-        with torch.enable_grad(), pixels_only():
-            x = x.detach().requires_grad_()
-            logits = self(x)
-            value = loss(logits)
-            (g,) = torch.autograd.grad(value.sum(), x)
-        return logits.detach(), value.detach(), g.nan_to_num(0, 0, 0)
+        mean = torch.zeros_like(x)
+        for _ in range(self.draws):
+            self.backwards += len(x)
+            with torch.enable_grad(), pixels_only():
+                x = x.detach().requires_grad_()
+                logits = self(x)
+                value = loss(logits)
+                (g,) = torch.autograd.grad(value.sum(), x)
+            mean = mean + g.nan_to_num(0, 0, 0) / self.draws
+        return logits.detach(), value.detach(), mean
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -320,6 +339,14 @@ def inside(z, x, eps, norm):
 
 def cross_entropy(z, y, t=None):
     return F.cross_entropy(z, y, reduction="none")
+
+
+def dlr(z, y, t=None):
+    """-(z_y - max_i!=y z_i) / (z_(1) - z_(3)), sorted descending: logits z (n, C) -> (n,). Eq. 6."""
+    top = z.topk(3, dim=1).values
+    z_y = z.gather(1, y[:, None]).squeeze(1)
+    other = z.scatter(1, y[:, None], -torch.inf).amax(1)
+    return -(z_y - other) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
 def dlr_targeted(z, y, t):
@@ -381,8 +408,10 @@ def checkpoints(steps):
 def apgd(net, x, y, eps, norm, loss, generator, t=None, steps=100, stop=True):
     """Ascend loss(logits, y, t) with momentum and a step that halves itself (Alg. 1).
 
-    Returns (x_adv, fooled): x_adv the first misclassified iterate, or the last one if not `stop`.
+    Returns (x_adv, fooled): x_adv the first misclassified iterate, or the last one if not `stop`. Where a
+    gradient is the mean of several draws no point stops: its first success may be luck.
     """
+    stop = stop and net.draws == 1
     noise = torch.rand if norm == "linf" else torch.randn
     noise = noise(x.shape, generator=generator, dtype=x.dtype).to(x)
     noise = 2 * noise - 1 if norm == "linf" else noise
@@ -436,6 +465,10 @@ def apgd(net, x, y, eps, norm, loss, generator, t=None, steps=100, stop=True):
 
 def apgd_ce(net, x, y, eps, norm, generator, stop=True):
     return apgd(net, x, y, eps, norm, cross_entropy, generator, stop=stop)[0]
+
+
+def apgd_dlr(net, x, y, eps, norm, generator, stop=True):
+    return apgd(net, x, y, eps, norm, dlr, generator, stop=stop)[0]
 
 
 def apgd_t(net, x, y, eps, norm, generator, stop=True):
@@ -652,4 +685,4 @@ def eta(s, generator):
     return both.T if torch.rand([], generator=generator) > 0.5 else both
 
 
-STAGES = {"apgd-ce": apgd_ce, "apgd-t": apgd_t, "fab-t": fab_t, "square": square}
+STAGES = {"apgd-ce": apgd_ce, "apgd-dlr": apgd_dlr, "apgd-t": apgd_t, "fab-t": fab_t, "square": square}

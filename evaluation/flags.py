@@ -4,9 +4,9 @@ import pathlib
 
 from common import run
 from evaluation import table
-from evaluation.attacks import ATTACKS, AutoAttack, Corruptions
+from evaluation.attacks import ATTACKS, Attack, AutoAttack, Corruptions
 from evaluation.names import CURVES, GRAMMAR, attack_named, canonical
-from evaluation.presets import PRESETS, PROTOCOLS, name_of, recipe_of
+from evaluation.presets import PRESETS, PROTOCOLS, VOTE_DRAWS, name_of, recipe_of
 
 
 def attack(text):
@@ -58,6 +58,14 @@ def parser(doc):
                    help="of each attack; the worst counts, image by image")
     p.add_argument("--source", type=run.path,
                    help="a classifier-*.pt: attacks are made on it, and transferred")
+    p.add_argument("--vote", type=whole, metavar="N",
+                   help="judge the mean softmax over N noisy copies of each image, attacked through the "
+                   "expectation")
+    p.add_argument("--vote-sigma", type=run.number(above=0), metavar="S",
+                   help="with --vote: standard deviation of the Gaussian noise, for pixels in [0, 1]")
+    p.add_argument("--vote-draws", type=whole, metavar="M",
+                   help="with --vote: PGD averages its gradient over M votes, each with noise of its own; "
+                   f"default: {VOTE_DRAWS}")
     p.add_argument("--image-size", type=run.integer(1, 10_000),
                    help="side to which images are brought; default: the encoder's own; where its file names "
                    "none, as they are, 32 for a folder")
@@ -148,9 +156,42 @@ def preset_of(args, name):
     return PRESETS[name]._replace(**changes)
 
 
+def vote_of(args):
+    """What the flags say of a vote: {"copies", "sigma", "draws"}; None where none is asked for."""
+    if not args.vote:
+        return None
+    return {"copies": args.vote, "sigma": args.vote_sigma, "draws": args.vote_draws or VOTE_DRAWS}
+
+
+def check_vote(args):
+    """ValueError for flags that do not go with a vote."""
+    if args.kept or args.kinds:
+        return
+    if not args.vote and (args.vote_sigma or args.vote_draws):
+        raise ValueError("--vote-sigma and --vote-draws: go with --vote, as in --vote 10 --vote-sigma 0.25")
+    if not args.vote:
+        return
+    if not args.vote_sigma:
+        raise ValueError(f"--vote {args.vote}: needs the deviation of the noise, as in --vote-sigma 0.25")
+    presets, attacks = asked(args)
+    if "knn" in presets:
+        raise ValueError("--vote: k-NN has no softmax to average; leave out --preset knn")
+    if args.source:
+        raise ValueError("--vote: is attacked through its own expectation; leave out --source")
+    if args.pictures:
+        raise ValueError("--vote: its attacks are not drawn; leave out --pictures")
+    for name in attacks:
+        row = attack_named(name)
+        fits = isinstance(row, Attack) or (isinstance(row, AutoAttack) and row.version == "standard")
+        if row and not fits:
+            raise ValueError(f"--vote, --attacks {name}: is not made through an expectation; take clean, PGD "
+                             "as pgd20, or aa, which is then AutoAttack's version rand")
+
+
 def check(args):
     """ValueError for flags that do not go together."""
     presets, attacks = asked(args)
+    check_vote(args)
     if not args.paths:
         raise ValueError("PATH is missing: give encoders, or classifiers by --ensemble or --matrix")
     if args.out:
@@ -210,7 +251,7 @@ def check(args):
 
 def titles(args):
     """{column: title} of the columns that the flags ask for, under names as `name_of` has them."""
-    names = [name if name == "knn" else name_of(name, recipe_of(preset_of(args, name)))
+    names = [name if name == "knn" else name_of(name, recipe_of(preset_of(args, name)), vote_of(args))
              for name in asked(args)[0]]
     return titles_of(names, args)
 

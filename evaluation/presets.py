@@ -61,11 +61,16 @@ def recipe_of(p):
     return json.loads(json.dumps(recipe))
 
 
-def name_of(preset, recipe):
+def name_of(preset, recipe, vote=None):
     """What a result of the preset named `preset` by `recipe`, both as eval.jsonl has them, is called: the
-    preset, and what was changed of it: "mae-tune layer-decay=0.75"."""
+    preset, and what was changed of it: "mae-tune layer-decay=0.75". That of a vote, with what the flags say
+    of it (`flags.vote_of`), goes on with that: "amoc-slf vote=10 vote-sigma=0.25"."""
     changed = changes(preset, recipe)
     parts = [f"{field.replace('_', '-')}={text(value)}" for field, value in changed.items()]
+    if vote:
+        parts += [f"vote={vote['copies']}", f"vote-sigma={text(vote['sigma'])}"]
+        if vote["draws"] != VOTE_DRAWS:
+            parts.append(f"vote-draws={vote['draws']}")
     return " ".join([preset, *parts])
 
 
@@ -180,5 +185,7 @@ PRESETS = {
     "mae-slf-cifar": Preset("linear", "clean", 25, (15, 20), 0.1, 0.0, 128, True, "constant",
                             batch_norm=True),
 }
+
+VOTE_DRAWS = 10  # over which PGD averages the gradient of a vote, unless --vote-draws says otherwise
 
 PROTOCOLS = ("slf", "alf", "aff")  # of the RobustSSL benchmark: presets robustssl-slf, ...

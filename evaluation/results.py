@@ -173,7 +173,8 @@ def kept_runs(args, named):
     if not any(results for _, results in runs):
         lines = [line for folder in folders for line in table.measurements(folder)]
         measured = dict.fromkeys(
-            " ".join(table.column(name_of(line["preset"], line.get("recipe")), attack, result.get("test_data")))
+            " ".join(table.column(name_of(line["preset"], line.get("recipe"), result.get("vote")), attack,
+                                  result.get("test_data")))
             for line in lines for attack, result in table.results(line).items())
         raise ValueError("nothing was measured of what these flags name; there is "
                          f"{', '.join(measured) or 'nothing'}")
@@ -202,6 +203,10 @@ def is_named(line, attack, result, named, source):
         return False
     if result.get("source") != (source if moves else None):
         return False
+    vote = result.get("vote") or {}
+    for name, part in (("vote", "copies"), ("vote_sigma", "sigma"), ("vote_draws", "draws")):
+        if name in named and vote.get(part) != named[name]:
+            return False
     for name in ("data", "seed"):
         if name in named and line.get(name, flags.get(name)) != named[name]:
             return False

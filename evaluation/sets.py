@@ -14,10 +14,11 @@ from common import data, encoders
 from evaluation import attacks, corruptions, foreign
 from evaluation.attacks import Attack, AutoAttack, DeepFool, check_finite, resized
 from evaluation.finetune import hold_out
-from evaluation.flags import asked, is_public, preset_of
+from evaluation.flags import asked, is_public, preset_of, vote_of
 from evaluation.names import attack_named
 from evaluation.presets import HELD_OUT
 from evaluation.results import contents, digest, digest_of, load_classifier
+from evaluation.vote import Vote
 
 
 class Sets(NamedTuple):
@@ -267,10 +268,16 @@ def doubts_of(source, args, sets):
     return [f"the source of the attack was trained on other images of {name}"]
 
 
+def row_of(attack, args):
+    """The row of the attack called `attack`; of AutoAttack on a vote, version rand."""
+    row = attack_named(attack)
+    return row._replace(version="rand") if args.vote and isinstance(row, AutoAttack) else row
+
+
 def conditions(attack, args, sets, source):
     """What, besides the classifier, decides the result for `attack`: plain types, None where it does
     not."""
-    row = attack_named(attack)
+    row = row_of(attack, args)
     n = len(sets.test)
     random = isinstance(row, (Attack, AutoAttack))
     moves = isinstance(row, (Attack, DeepFool))
@@ -281,16 +288,21 @@ def conditions(attack, args, sets, source):
             "batch_size": args.test_batch_size if random and args.test_batch_size != 500 else None,
             "source": source.digest if source and moves else None,
             "files": public_contents(args, row.kinds) if is_public(attack) else None,
-            "test_data": sets.test_data}
+            "test_data": sets.test_data,
+            "vote": vote_of(args)}
 
 
 def measure(net, sets, attack, args, conditions, source):
     """Judge the classifier `net` on the test images of `sets` under `attack`, a name: the result for
     eval.jsonl."""
-    row = attack_named(attack)
+    row = row_of(attack, args)
     test_images = sets.test
     if sets.present:
         net = Among(net, sets.present)
+    size = args.test_batch_size
+    if args.vote:
+        net = Vote(net, **vote_of(args), seed=args.seed, device=test_images.y.device)
+        size = max(1, size // args.vote)  # images, of which each is so many copies
     if isinstance(row, attacks.Corruptions):
         folder = public_corruptions(args) if row.public else None
         return attacks.corrupted(net, test_images, row.kinds, folder, args.seed)
@@ -298,7 +310,6 @@ def measure(net, sets, attack, args, conditions, source):
     if source and sets.present:
         source = Among(source, sets.present)
     n = conditions["images"]
-    size = args.test_batch_size
     result = attacks.judge(net, test_images, row, args.seed, n, conditions["restarts"] or 1, source, size)
     if isinstance(row, attacks.AutoAttack):
         result["sanity"] = attacks.sanity(net, test_images, row, args.seed, n, size)

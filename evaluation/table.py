@@ -100,7 +100,8 @@ def read_folder(folder, file="encoder.pt", accept=None, others=False, **wanted):
             condition = {name: both.get(name) for name in (
                 "encoder", "network", "bn", "data", "image_size", "seed", "recipe", "train", "test", "images",
                 "settings", "restarts", "source", "files", "batch_size")}
-            name = column(name_of_result(line["preset"], line.get("recipe")), attack, result.get("test_data"))
+            called = name_of_result(line["preset"], line.get("recipe"), result.get("vote"))
+            name = column(called, attack, result.get("test_data"))
             first = conditions.setdefault(name, condition)
             differ = [key for key in condition if condition[key] != first[key]]
             if differ:

@@ -141,8 +141,10 @@ def make_folder(args):
 
 def key_of(members, attack, args, shown):
     """What tells a result for `attack` from others: plain types."""
+    conditions = sets.conditions(attack, args, shown, None)
+    del conditions["vote"]  # which has no place here, and is not in older lines
     return {"classifiers": [member.digest for member in members], "attack": attack, "seed": args.seed,
-            "data": args.data, **sets.conditions(attack, args, shown, None)}
+            "data": args.data, **conditions}
 
 
 def results_of(path, key):

@@ -21,6 +21,7 @@ SECONDS = {
     "test_bench": 35, "test_encoders": 27, "test_caco": 22, "test_export": 22, "test_data_faults": 45,
     "test_autoattack_papers": 15, "test_run": 15, "test_files": 10, "test_speed": 75, "test_gpu": 40, "test_rotnet": 30,
     "test_versus": 20, "test_hardneg": 8, "test_pretext": 35, "test_presets": 20, "test_plot": 15, "test_together": 15,
+    "test_vote": 12,
 }
 
 

@@ -13,6 +13,8 @@
              floating point operations over those of a forward pass of the batch. Operations: tensor operations
              that a GPU would launch as kernels, counted on the CPU under bfloat16 autocast (a bank of 2,048
              rows, in one chunk); and those left where the attack is one CUDA graph
+    passes   no times: how many batches of a step pass through the encoder, forward and backward, as hooks count
+             them on the CPU; in one table for all scripts, AdCo beside MoCo
     autoattack  the standard version against the PyPI package pyautoattack, where that is installed, on one
              classifier (trained here) and the same images; each runs once; on a CPU it is CPU time
 """
@@ -50,7 +52,7 @@ import pretext
 import rotnet
 from common import shapes
 from evaluation import autoattack as aa
-from common import data, encoders, optim, resnet, run, speed
+from common import data, encoders, optim, resnet, run, speed, vit
 from common.augment import to_float
 from common.bank import Bank
 from common.log import header
@@ -268,10 +270,12 @@ def amoc_attack(s, dtype):
 def rocl_attack(s, dtype):
     args, net = rocl.parser().parse_args([]), rocl.network(s.arch).to(s.device, dtype)
     x1, x2 = (x.to(dtype) for x in views(s))
-    start, noise = start_of(x1, args.eps / 255)
-    return Attacked(lambda: rocl.attack(net, x1, x2, noise, **named(rocl.attack, rocl)),
+    settings = named(rocl.attack, rocl)
+    eps, step_size = settings["eps"], settings["step_size"]
+    start, noise = start_of(x1, eps)
+    return Attacked(lambda: rocl.attack(net, x1, x2, noise, **settings),
                     lambda x: rocl.nt_xent([*rocl.embed(net, x), *rocl.embed(net, x2)], args.temperature),
-                    x1, start, args.eps / 255, args.step_size / 255, args.steps, (net,), eval_mode)
+                    x1, start, eps, step_size, args.steps, (net,), eval_mode)
 
 
 def acl_attack(s, dtype):
@@ -694,6 +698,88 @@ def step(s):
                for name in steps])
 
 
+class Passes:
+    """Counts images that pass through the encoder of a step, forward and backward. The masked autoencoders, whose
+    decoder sees what their encoder does, count as a whole.
+
+    A backward pass goes to the pixels alone, or, where the first weight of the encoder gets a gradient, to the
+    weights.
+    """
+
+    def __init__(self, kinds):
+        self.kinds = kinds
+        self.forwards = self.to_pixels = self.to_weights = 0
+        self.pending = 0  # of the backward pass that goes on, or was the last
+        self.hooks = []
+        self.known = set()
+
+    def __enter__(self):
+        self.hooks.append(torch.nn.modules.module.register_module_forward_hook(self.note_forward))
+        return self
+
+    def __exit__(self, *_):
+        self.settle()
+        for hook in self.hooks:
+            hook.remove()
+
+    def settle(self):
+        """A backward pass that has not reached the weights by now went to the pixels."""
+        self.to_pixels += self.pending
+        self.pending = 0
+
+    def note_forward(self, module, inputs, output):
+        if not isinstance(module, self.kinds):
+            return
+        self.settle()
+        self.forwards += len(inputs[0])
+        first = next((w for w in module.parameters() if w.requires_grad and w.dim() > 1), None)
+        if first is not None and id(first) not in self.known:
+            self.known.add(id(first))
+            self.hooks.append(first.register_hook(self.note_weights))
+        if output.requires_grad:
+            output.register_hook(self.note_backward)
+
+    def note_backward(self, g):
+        self.pending += len(g)
+
+    def note_weights(self, g):
+        self.to_weights += self.pending
+        self.pending = 0
+
+
+KINDS = (resnet.ResNet, resnet.PreActResNet, vit.ViT, adv_mae.MAE, adpe.MAEPlus)
+
+
+def count_passes(script, variant, batch=8):
+    """The batches that pass through the encoder in one step: forward, backward to the pixels, and to the
+    weights."""
+    small = Setting(torch.device("cpu"), "slim", batch, 64, True, None)
+    one = globals()[f"{script}_step"](small, variant, False)
+    with Passes(KINDS) as found:
+        one()
+    return found.forwards / batch, found.to_pixels / batch, found.to_weights / batch
+
+
+def cost(forwards, to_pixels, to_weights):
+    """In forward passes, as the scripts count: a backward pass to the pixels as one, a whole one as two."""
+    return forwards + to_pixels + 2 * to_weights
+
+
+UNCOUNTED = ("--tasks selfie", "--lam 0", "--lam 0.1")  # Selfie's patches pass through parts of the encoder
+
+
+def passes(s):
+    lines = []
+    for script in dict.fromkeys(["amoc", "adco", "caco", *SCRIPTS]):  # the banks beside MoCo, amoc CCC
+        counts = {v: count_passes(script, v) for v in SCRIPTS[script] if v not in UNCOUNTED}
+        base = cost(*counts[SCRIPTS[script][0]])
+        for variant, found in counts.items():
+            numbers = [f"{v:g}" for v in (*found, cost(*found))]
+            lines.append([f"{script} {variant}", *numbers, cost(*found) / base])
+    table("passes: batches through the encoder per step; a backward pass to the weights counts two",
+          ["", "forward", "to pixels", "to weights", "in forward passes", "over the first"], lines)
+
+
 GRAPHED = ("amoc", "rocl", "acl", "adco", "adv_mae", "byorl", "rotnet")
 
 
@@ -803,7 +889,7 @@ def autoattack(s):
            "speed-up", "fewer units"], lines)
 
 
-SECTIONS = {"autoattack": autoattack, "augment": augment, "attack": attack, "bank": bank, "step": step}
+SECTIONS = {"autoattack": autoattack, "augment": augment, "attack": attack, "bank": bank, "step": step, "passes": passes}
 
 
 def main(argv=None):

@@ -37,7 +37,7 @@ def tests_of(path):
     if (ROOT / path).parent == ROOT and name not in ("eval", "plot"):
         found += [(test, name) for test in SHARED if (ROOT / "tests" / test).exists()]
     if path.startswith("evaluation/") or name == "eval":
-        shared = ("test_presets.py", "test_eval.py", "test_eval_faults.py", "test_testsets.py")
+        shared = ("test_vote.py", "test_presets.py", "test_eval.py", "test_eval_faults.py", "test_testsets.py")
         found += [(test, None) for test in shared if (test, None) not in found]
     for more in MORE.get(path, ()):
         found.append((more, None))

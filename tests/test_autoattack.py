@@ -71,6 +71,17 @@ def test_checkpoints_equal_printed_values():
     assert list(aa.checkpoints(20)) == [4, 7, 9, *range(10, 21)]
 
 
+def test_dlr_equals_printed_values_and_its_formula():
+    logits = torch.tensor([[3, 1, 2, 0, -1], [1, 3, 2, 0, -1], [5, 5, 5, 5, 5]], dtype=torch.float64)
+    assert aa.dlr(logits, torch.zeros(3, dtype=torch.long)).tolist() == pytest.approx([-0.5, 1, 0], rel=1e-9)
+    z = torch.randn(40, 6, generator=seeded(), dtype=torch.float64)
+    y = torch.arange(40) % 6
+    for row, label, found in zip(z.tolist(), y.tolist(), aa.dlr(z, y).tolist()):
+        ranked = sorted(row, reverse=True)
+        others = [value for k, value in enumerate(row) if k != label]
+        assert found == pytest.approx(-(row[label] - max(others)) / (ranked[0] - ranked[2]), rel=1e-9)
+
+
 def test_targeted_dlr_equals_printed_values():
     z = torch.tensor([[3.0, 1, 2, 0, -1], [1, 3, 2, 0, -1], [1, 1, 1, 1, 1]], dtype=torch.float64)
     y, t = torch.zeros(3, dtype=torch.long), torch.ones(3, dtype=torch.long)
@@ -496,7 +507,7 @@ def test_masked_gradients_show_in_square():
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(norm="l1"), "norm 'l1': choose linf or l2"), (dict(version="rand"), "version 'rand'"),
+    (dict(norm="l1"), "norm 'l1': choose linf or l2"), (dict(version="plus"), "version 'plus'"),
     (dict(version=("fgsm",)), "fgsm"), (dict(eps=0), "eps and batch_size must be positive"),
     (dict(eps=float("nan")), "must be positive"), (dict(batch_size=0), "must be positive"),
     (dict(x=torch.rand(4, 3, 8, 8) * 255), r"in \[0, 1\]"),

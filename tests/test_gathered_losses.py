@@ -18,7 +18,7 @@ def linear(n, d):
     return layer
 
 
-def gradients(script, rank, world):
+def gradients(script, flags, rank, world):
     """Losses and the weights' gradient of one step on this process's share of eight images, unattacked: within an
     attack negatives are the process's own."""
     settings = {"eps": 0.0}
@@ -35,7 +35,7 @@ def gradients(script, rank, world):
         noise = noise[0]
     if script is acl:
         noise = noise.transpose(0, 1)
-    losses = script.train_step(net, opt, *views, noise, **named(script.train_step, script, **settings))
+    losses = script.train_step(net, opt, *views, noise, **named(script.train_step, script, *flags, **settings))
     return {k: v.detach() for k, v in losses.items()}, [p.grad for p in net.parameters()]
 
 
@@ -53,15 +53,19 @@ def hard_gradients(negatives, rank, world):
 HARD = ("plain", "ifm", "hcl", "debiased")
 
 
+CASES = [(rocl, []), (acl, []), (advcl, []), (rocl, ["--asymmetry", "0.3"]),
+         (rocl, ["--asymmetry", "0.3", "--hard"])]
+
+
 def all_gradients(rank, world):
-    of_scripts = [gradients(script, rank, world) for script in (rocl, acl, advcl)]
+    of_scripts = [gradients(*case, rank, world) for case in CASES]
     return of_scripts + [hard_gradients(negatives, rank, world) for negatives in HARD]
 
 
 @pytest.mark.parametrize("negatives", HARD)
 def test_hard_negatives_of_two_processes_are_those_of_one(negatives, two):
     losses, grads = hard_gradients(negatives, 0, 1)
-    for found_losses, found_grads in (part[3 + HARD.index(negatives)] for part in two):
+    for found_losses, found_grads in (part[len(CASES) + HARD.index(negatives)] for part in two):
         for a, b in zip(found_grads, grads, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
         for name in losses:
@@ -73,9 +77,9 @@ def two(tmp_path_factory):
     return in_two_processes(all_gradients, tmp_path_factory.mktemp("two"))
 
 
-@pytest.mark.parametrize("i, script", [(0, rocl), (1, acl), (2, advcl)])
-def test_two_processes_equal_one_in_loss_and_gradient(i, script, two):
-    losses, grads = gradients(script, 0, 1)
+@pytest.mark.parametrize("i, script, flags", [(i, *case) for i, case in enumerate(CASES)])
+def test_two_processes_equal_one_in_loss_and_gradient(i, script, flags, two):
+    losses, grads = gradients(script, flags, 0, 1)
     for rank in range(2):
         for a, b in zip(two[rank][i][1], grads, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)

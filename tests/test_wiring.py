@@ -52,6 +52,7 @@ CASES = {  # the script, and flags besides SMALL
     "amoc AAC": ("amoc", AMOC + " --variant AAC"),
     "amoc l2": ("amoc", AMOC + " --variant AAC --norm l2 --eps 90 --step-size 40"),
     "rocl": ("rocl", "--lr 0.7 --weight-decay 0.003 --warmup 2 --eps 6 --step-size 3 --steps 2"),
+    "rocl l2": ("rocl", "--lr 0.7 --weight-decay 0.003 --warmup 2 --optimizer adamw --norm l2 --eps 90 --steps 2"),
     "acl": ("acl", "--lr 2.1 --weight-decay 0.003 --warmup 2 --eps 6 --step-size 3 --steps 2"),
     "acl l2": ("acl", "--lr 2.1 --weight-decay 0.003 --warmup 2 --norm l2 --eps 90 --steps 2"),
     "acl s2s": ("acl", "--variant s2s --lr 2.1 --weight-decay 0.003 --warmup 2"),
@@ -491,6 +492,7 @@ ASCENT = torch.optim.AdamW, [
 OPTIMIZERS = {  # argument of train_step: class, and the groups by what they hold
     "amoc": {"opt": sgd(0.002)},
     "rocl": {"opt": lars(0.003, spares_vectors=False)},
+    "rocl l2": {"opt": adamw(0.003)},
     "acl": {"opt": lars(0.003, spares_vectors=False)},
     "advcl": {"opt": sgd(0.002)},
     "adco": {"opt": sgd(0.003)},
@@ -767,6 +769,7 @@ NOISE = {  # argument: its shape, the kind of its numbers, and how many of its a
     "amoc CCC": {},
     "amoc CCA": {},
     "rocl": {"noise": ((16, 3, 16, 16), box, 1)},
+    "rocl l2": {"noise": ((16, 3, 16, 16), ball, 1)},
     "acl": {"noise": ((16, 2, 3, 16, 16), box, 2)},
     "acl l2": {"noise": ((16, 2, 3, 16, 16), ball, 2)},
     "amoc l2": {"noise": ((16, 2, 3, 16, 16), ball, 2)},
@@ -865,6 +868,7 @@ NO_NORM = set()
 LINF = dict(eps=6 / 255, step_size=3 / 255, steps=2, norm="linf", lo=0, hi=1)
 BYORL_LINF = dict(LINF, step_size=1.25 * 6 / 2 / 255)  # the default, 1.25 eps / steps
 BYORL_L2 = dict(eps=90 / 255, step_size=40 / 255, steps=1, norm="l2", lo=0, hi=1)
+ROCL_L2 = dict(eps=90 / 255, step_size=1.25 * 90 / 2 / 255, steps=2, norm="l2", lo=0, hi=1)
 MAE_LINF = dict(LINF, step_size=5 / 8 * 6 / 255)  # the default, 5/8 eps
 MAE_L2 = dict(eps=90 / 255, step_size=40 / 255, steps=2, norm="l2", lo=0, hi=1)
 ROTNET_L2 = dict(eps=90 / 255, step_size=40 / 255, steps=2, norm="l2", lo=0, hi=1)
@@ -879,6 +883,7 @@ ATTACKS = {  # options of pgd, how BatchNorms stand, and what is attacked, in tu
     "amoc AAC": (LINF, EVAL, lambda x: [torch.cat([x["x1"], x["x2"]])]),
     "amoc l2": (ROTNET_L2, EVAL, lambda x: [torch.cat([x["x1"], x["x2"]])]),
     "rocl": (LINF, EVAL, lambda x: [x["x1"]]),
+    "rocl l2": (ROCL_L2, EVAL, lambda x: [x["x1"]]),
     "acl": (LINF, EVAL, lambda x: [torch.cat([x["x1"], x["x2"]])]),
     "acl l2": (L2_DEFAULT, EVAL, lambda x: [torch.cat([x["x1"], x["x2"]])]),
     "advcl": (LINF, FROZEN, lambda x: [x["x"]]),
@@ -1074,8 +1079,8 @@ DEFAULTS = {  # of each flag that a paper or its authors' code names
         arch="resnet18"),
     "rocl": dict(
         epochs=1000, batch_size=512, lr=1.5, warmup=10, weight_decay=1e-6, temperature=0.5,
-        reg_weight=1 / 256, attack_to="other", regularize_to="other", eps=8, step_size=0.007 * 255, steps=7,
-        arch="resnet18"),
+        reg_weight=1 / 256, attack_to="other", regularize_to="other", asymmetry=None, hard=False, norm="linf",
+        eps=8, step_size=None, steps=7, optimizer="lars", arch="resnet18"),
     "acl": dict(
         variant="ds", epochs=1000, batch_size=512, lr=5, warmup=10, weight_decay=1e-6, temperature=0.5,
         norm="linf", eps=8, step_size=None, steps=5, arch="resnet18"),
