@@ -46,6 +46,7 @@ import advcl
 import amoc
 import byorl
 import caco
+import clae
 import hardneg
 import rocl
 import pretext
@@ -65,6 +66,7 @@ SCRIPTS = {  # variants, the base first; made by <script>_step. Those of the mas
     "rocl": ("without regulariser", "with"),
     "acl": ("s2s", "a2s", "a2a", "ds"),
     "advcl": ("without pseudo-labels", "with"),
+    "clae": ("--eps 4", "--random"),
     "adco": ("bank", "batch-negatives", "symmetric", "hybrid"),
     "caco": ("cooperative",),
     "hardneg": ("--negatives plain", "--negatives ifm", "--negatives hcl", "--negatives mochi",
@@ -78,7 +80,7 @@ SCRIPTS = {  # variants, the base first; made by <script>_step. Those of the mas
     "pretext": ("--tasks rotation --eps 0", "--tasks rotation", "--tasks jigsaw", "--tasks selfie", "--lam 0", "--lam 0.1"),
 }
 COMPILED = {  # on CUDA, once more with --compile
-    "amoc": "ACC", "rocl": "with", "acl": "ds", "advcl": "with", "adco": "bank", "caco": "cooperative",
+    "amoc": "ACC", "rocl": "with", "acl": "ds", "advcl": "with", "clae": "--eps 4", "adco": "bank", "caco": "cooperative",
     "hardneg": "--negatives mochi",
     "adv_mae": "--steps 2", "adpe": "--adversary persistent", "byorl": "K = 5", "adios": "ADIOS",
     "rotnet": "--steps 2", "pretext": "--tasks rotation"}
@@ -464,6 +466,19 @@ def acl_step(s, variant, compiled):
     return one
 
 
+def clae_step(s, variant, compiled):
+    settings = named(clae.train_step, clae, *variant.split())
+    net = clae.network(s.arch).to(s.device)
+    opt, (x1, x2) = torch.optim.Adam(net.parameters(), 0.0), views(s)
+    noise = 2 * torch.rand_like(x1) - 1
+    compile_(s, compiled, net)
+
+    def one():
+        clae.train_step(net, opt, x1, x2, noise, **settings)
+
+    return one
+
+
 def advcl_step(s, variant, compiled):
     args = advcl.parser().parse_args([])
     clusters = args.clusters if variant == "with" else []
@@ -780,7 +795,7 @@ def passes(s):
           ["", "forward", "to pixels", "to weights", "in forward passes", "over the first"], lines)
 
 
-GRAPHED = ("amoc", "rocl", "acl", "adco", "adv_mae", "byorl", "rotnet")
+GRAPHED = ("amoc", "rocl", "acl", "clae", "adco", "adv_mae", "byorl", "rotnet")
 
 
 def with_graphs(s, on, one):

@@ -18,6 +18,7 @@ SCRIPTS = {
     "rocl": ["--steps", "1", "--warmup", "1"],
     "acl": ["--steps", "1", "--warmup", "1"],
     "advcl": ["--steps", "1", "--warmup", "0"],
+    "clae": [],
     "adco": ["--bank-size", "48", "--fill-steps", "3"],
     "caco": ["--bank-size", "48", "--fill-steps", "3"],
     "hardneg": ["--bank-size", "48", "--hard", "8", "--mix", "6", "--mix-query", "4", "--mix-from", "0"],

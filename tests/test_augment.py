@@ -68,6 +68,7 @@ def plain(script, *names, **flags):
         "rocl": lambda: [module.augment(x, rng, 32)],
         "acl": lambda: [module.augment(x, rng, 32)],
         "advcl": lambda: list(module.augment(x, rng, 32)),
+        "clae": lambda: [module.augment(x, rng, 32)],
         "adco": lambda: in_order(*module.views(x, rng, 32, **flags)),
         "caco": lambda: module.views(x, rng, 32, **flags),
         "hardneg": lambda: [module.augment(x, rng, 32, **flags) for _ in range(2)],
@@ -94,6 +95,7 @@ AUGMENTATIONS = {  # the calls of each view in turn
     "rocl": (plain("rocl"), [[MOCO, GREY, crop(0.08)]]),  # the crop is last
     "acl": (plain("acl"), [[crop(0.1, filter="bicubic"), MOCO, GREY]]),
     "advcl": (plain("advcl"), [STRONG, STRONG, WEAK]),
+    "clae": (plain("clae"), [[crop(0.08), jitter(0.8, 0.8, 0.8, 0.2), GREY]]),
     "adco": (plain("adco", symmetric=False, multi_crop=False, blur=False), 2 * [STRONG + [blur(0)]]),
     "adco, blurred": (plain("adco", symmetric=True, multi_crop=False, blur=True), 2 * [STRONG + [blur(0.5)]]),
     "adco, multi-crop": (
@@ -195,6 +197,7 @@ def test_the_views_of_an_image_differ_and_have_numbers_of_their_own(which):
 DIGESTS = {  # of the numbers that Rng((7, 3, 5)) draws
     "amoc": [0.503640, 0.342379, -0.039873],
     "rocl": [0.488105, 0.328718, 0.040406],
+    "clae": [0.493339, 0.34244, -0.085813],
     "acl": [0.503568, 0.344025, -0.072870],
     "advcl": [0.479004, 0.325788, -0.014123],
     "adco": [0.498582, 0.333524, -0.049751],

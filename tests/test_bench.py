@@ -23,6 +23,7 @@ CLAIMS = {  # of a script's variant: what its docstring says of it, with the for
     ("amoc", "CAC"): (r"CAC (\d+) instead of", 0), ("amoc", "AAC"): (r"AAC (\d+) instead of", 0),
     ("rocl", "with"): (r"a step costs (\d+) forward passes", 0),
     ("acl", "ds"): (r"a DS step costs (\d+) forward passes", 0), ("acl", "s2s"): (r"SimCLR's costs (\d+)\.", 0),
+    ("clae", "--eps 4"): (r"A step costs (\d+) forward passes", 0),
     ("advcl", "with"): (r"a step costs (\d+) forward passes", 0),
     ("advcl", "without pseudo-labels"): (r"without pseudo-labels (\d+)", 0),
     ("adco", "bank"): (r"A step costs (\d+) forward passes, as MoCo's does", 0),

@@ -35,6 +35,7 @@ CASES = {  # script, flags, the BN branch that is exported (None: it has none), 
     "amoc AAA": ("amoc", AMOC, "adv", {"clean"}),
     "amoc ACA_PLUS": ("amoc", AMOC, "adv", {"clean"}),
     "rocl": ("rocl", "--warmup 0 --steps 1", None, set()),
+    "clae": ("clae", "", "clean", {"adv"}),
     "acl s2s": ("acl", "--warmup 0 --steps 1", "clean", set()),
     "acl a2a": ("acl", "--warmup 0 --steps 1", "adv", set()),
     "acl a2s": ("acl", "--warmup 0 --steps 1", "adv", {"clean"}),
@@ -62,11 +63,12 @@ CASES = {  # script, flags, the BN branch that is exported (None: it has none), 
 }
 every_case = pytest.mark.parametrize("case", CASES)
 one_of_each_kind = pytest.mark.parametrize("case", [
-    "amoc CAC", "amoc ACC", "rocl", "acl s2s", "acl ds", "advcl", "adco", "caco", "hardneg", "byorl", "adv_mae",
+    "amoc CAC", "amoc ACC", "rocl", "acl s2s", "acl ds", "advcl", "clae", "adco", "caco", "hardneg", "byorl", "adv_mae",
     "adpe relative coordinate", "adios byol", "adios mae"])
 NORMALISATION = {
     "amoc": ([0.4914, 0.4824, 0.4467], [0.2471, 0.2435, 0.2617]),
     "rocl": ([0, 0, 0], [1, 1, 1]), "advcl": ([0, 0, 0], [1, 1, 1]),
+    "clae": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
     "byorl": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
     "adios": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
     **{script: ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])

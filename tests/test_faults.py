@@ -24,7 +24,7 @@ from tests.processes import free_port, in_two_processes, script_in_two_processes
 from tests.scripts import PICTURES, ROOT, SCRIPTS, TINY, environment, tiny_npz
 
 BANKS = ("adco", "caco")
-NO_WARMUP = ("adco", "hardneg", "pretext")
+NO_WARMUP = ("adco", "clae", "hardneg", "pretext")
 BATCH_NORM = [s for s in SCRIPTS if s not in ("adv_mae", "adpe")]
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
@@ -429,6 +429,7 @@ TALKS = {
     "advcl": [["--teacher", "TEACHER", "--clusters", "2", "3"]],
     "amoc": [["--variant", "AAA"], ["--variant", "ACA_PLUS"], ["--variant", "CAC"]],
     "byorl": [["--eps", "0"]],
+    "clae": [["--random"]],
     "caco": [["--positives", "adversarial", "--multi-crop"], ["--optimizer", "lars"]],
     "hardneg": [["--base", "simclr", "--negatives", "hcl"], ["--negatives", "ifm"]],
     "pretext": [["--tasks", "jigsaw"], ["--tasks", "selfie", "--noise", "8"]],

@@ -5,6 +5,7 @@ from torch import nn
 
 import acl
 import advcl
+import clae
 import hardneg
 import rocl
 from tests.processes import in_two_processes
@@ -33,6 +34,8 @@ def gradients(script, flags, rank, world):
     opt = torch.optim.SGD(net.parameters(), 0.0)
     if script is rocl:
         noise = noise[0]
+    if script is clae:
+        noise = None
     if script is acl:
         noise = noise.transpose(0, 1)
     losses = script.train_step(net, opt, *views, noise, **named(script.train_step, script, *flags, **settings))
@@ -53,7 +56,7 @@ def hard_gradients(negatives, rank, world):
 HARD = ("plain", "ifm", "hcl", "debiased")
 
 
-CASES = [(rocl, []), (acl, []), (advcl, []), (rocl, ["--asymmetry", "0.3"]),
+CASES = [(rocl, []), (acl, []), (advcl, []), (clae, []), (rocl, ["--asymmetry", "0.3"]),
          (rocl, ["--asymmetry", "0.3", "--hard"])]
 
 

@@ -51,6 +51,8 @@ CASES = {  # the script, and flags besides SMALL
     "amoc CAA": ("amoc", AMOC + " --variant CAA"),
     "amoc AAC": ("amoc", AMOC + " --variant AAC"),
     "amoc l2": ("amoc", AMOC + " --variant AAC --norm l2 --eps 90 --step-size 40"),
+    "clae": ("clae", "--lr 0.02 --lr-final 0.005 --temperature 0.3 --alpha 0.7 --eps 6"),
+    "clae random": ("clae", "--lr 0.02 --lr-final 0.005 --eps 6 --random"),
     "rocl": ("rocl", "--lr 0.7 --weight-decay 0.003 --warmup 2 --eps 6 --step-size 3 --steps 2"),
     "rocl l2": ("rocl", "--lr 0.7 --weight-decay 0.003 --warmup 2 --optimizer adamw --norm l2 --eps 90 --steps 2"),
     "acl": ("acl", "--lr 2.1 --weight-decay 0.003 --warmup 2 --eps 6 --step-size 3 --steps 2"),
@@ -318,7 +320,7 @@ def script_of(module):
 
 
 VIEWS = {  # the images that train_step is given
-    "amoc": "x1 x2", "rocl": "x1 x2", "acl": "x1 x2", "advcl": "x1 x2 x", "adco": "x_q x_k", "caco": "x",
+    "amoc": "x1 x2", "rocl": "x1 x2", "acl": "x1 x2", "advcl": "x1 x2 x", "clae": "x1 x2", "adco": "x_q x_k", "caco": "x",
     "hardneg": "x1 x2", "byorl": "x1 x2", "adv_mae": "x", "adpe": "x", "adios": "x1 x2",
     "rotnet": "x"}
 
@@ -359,6 +361,7 @@ def mae_rates(peak):
 RATES = {  # of each of the eight steps; two epochs, or four steps, are warm-up (of CaCo's network one epoch)
     ("amoc", "opt"): by_epoch(0.31 * 0.001, 0.31 / 2, 0.31, 0.31 * fall(1 / 2)),
     ("rocl", "opt"): by_epoch(0.7 / 15 * (1 + 14 / 2), 0.7 / 15 * (1 + 14), 0.7, 0.7 * fall(1 / 4)),
+    ("clae", "opt"): by_epoch(*(0.005 + (0.02 - 0.005) * fall(e / 4) for e in range(EPOCHS))),
     ("acl", "opt"): [2.1 * s / 4 for s in (1, 2, 3, 4)]
     + [1e-6 + (2.1 - 1e-6) * fall(s / 4) for s in (1, 2, 3, 4)],
     ("advcl", "opt"): [0.37 / 50 + (advcl_c(2) - 0.37 / 50) * s / 4 for s in (0, 1, 2, 3)]
@@ -414,7 +417,7 @@ def test_the_log_has_each_epochs_mean_loss_and_last_rate_and_its_chance_value(ca
 
 CHANCE = {  # the values in the log's first line
     "amoc": [math.log(48 + 1)], "rocl": [2 * math.log(3 * 16 - 1), math.log(2 * 16 - 1)],
-    "acl": [math.log(2 * 16 - 1)], "advcl": [], "adco": [math.log(40 + 1)], "caco": [2 * math.log(40)],
+    "acl": [math.log(2 * 16 - 1)], "clae": [math.log(2 * 16 - 1)], "advcl": [], "adco": [math.log(40 + 1)], "caco": [2 * math.log(40)],
     "hardneg": [],  # it depends on the case
     "byorl": [], "adv_mae": [1 - 1 / 48], "adpe": [1 - 1 / 48], "adios": [],  # that of ADIOS: test_adios.py
     "rotnet": []}  # it depends on the case
@@ -494,6 +497,7 @@ OPTIMIZERS = {  # argument of train_step: class, and the groups by what they hol
     "rocl": {"opt": lars(0.003, spares_vectors=False)},
     "rocl l2": {"opt": adamw(0.003)},
     "acl": {"opt": lars(0.003, spares_vectors=False)},
+    "clae": {"opt": (torch.optim.Adam, [("all", dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=0, amsgrad=False))])},
     "advcl": {"opt": sgd(0.002)},
     "adco": {"opt": sgd(0.003)},
     "caco": {"opt": sgd(0.003)},
@@ -721,7 +725,7 @@ def test_views_are_of_the_steps_images_and_never_the_same_twice(case, watched):
 
 AUGMENTED = {  # what augment is told for the views of a step, in turn, besides the side
     "amoc": [{}, {}], "rocl": [{}, {}], "acl": [{}, {}], "adios": [{}, {}], "adv_mae": [{}],
-    "advcl": [{}],
+    "advcl": [{}], "clae": [{}, {}],
     "adco": [dict(side=224), dict(side=224)],
     "adco multi-crop": [dict(side=side) for side in (224, 192, 160, 128, 96, 224)],
     "caco": [dict(view=(224, (0.2, 1.0), 0.2, 1.0, 0.0)), dict(view=(224, (0.2, 1.0), 0.2, 0.1, 0.2))],
@@ -771,6 +775,8 @@ NOISE = {  # argument: its shape, the kind of its numbers, and how many of its a
     "rocl": {"noise": ((16, 3, 16, 16), box, 1)},
     "rocl l2": {"noise": ((16, 3, 16, 16), ball, 1)},
     "acl": {"noise": ((16, 2, 3, 16, 16), box, 2)},
+    "clae": {},
+    "clae random": {"noise": ((16, 3, 16, 16), box, 1)},
     "acl l2": {"noise": ((16, 2, 3, 16, 16), ball, 2)},
     "amoc l2": {"noise": ((16, 2, 3, 16, 16), ball, 2)},
     "advcl": {"noise": ((2, 16, 3, 16, 16), box, 2)},
@@ -885,6 +891,7 @@ ATTACKS = {  # options of pgd, how BatchNorms stand, and what is attacked, in tu
     "rocl": (LINF, EVAL, lambda x: [x["x1"]]),
     "rocl l2": (ROCL_L2, EVAL, lambda x: [x["x1"]]),
     "acl": (LINF, EVAL, lambda x: [torch.cat([x["x1"], x["x2"]])]),
+    "clae": (FGSM, FROZEN, lambda x: [x["x1"]]),
     "acl l2": (L2_DEFAULT, EVAL, lambda x: [torch.cat([x["x1"], x["x2"]])]),
     "advcl": (LINF, FROZEN, lambda x: [x["x"]]),
     "advcl l2": (L2_DEFAULT, FROZEN, lambda x: [torch.cat([x["x1"], x["x"]])]),
@@ -900,6 +907,9 @@ ATTACKS = {  # options of pgd, how BatchNorms stand, and what is attacked, in tu
     "rotnet": (MAE_LINF, EVAL, lambda x: [x["x"]]),
     "rotnet trades": (ROTNET_L2, EVAL, lambda x: [x["x"]]),
 }
+
+
+AT_THE_IMAGE = ("adv_mae fgsm", "clae")  # where the attack starts
 
 
 def visible(x, u):
@@ -930,11 +940,11 @@ def test_flags_reach_the_attack_which_starts_within_ball_and_box(case, watched):
             reach.append(away)
             assert away.max() <= 1 + 1e-5
             assert call.start.min() >= options["lo"] and call.start.max() <= options["hi"]
-            assert torch.equal(call.start, call.x) == (case == "adv_mae fgsm")
+            assert torch.equal(call.start, call.x) == (case in AT_THE_IMAGE)
     reach = torch.cat(reach)
     if case.startswith("adpe"):  # a row of delta has two numbers only
         assert reach.max() > 0.8
-    elif case != "adv_mae fgsm":
+    elif case not in AT_THE_IMAGE:
         assert reach.min() > 0.8  # nearly as far as is allowed, in every image
 
 
@@ -973,6 +983,7 @@ NETWORKS = {  # the heads of the network as it is trained; mean and std of the f
     "acl s2s": (["128-128+ clean BN relu 128-128 clean BN relu 128-128 clean BN"], IMAGENET),
     "acl": (["128-128+ adv/clean BN relu 128-128 adv/clean BN relu 128-128 adv/clean BN"], IMAGENET),
     "advcl": (["128-128+ BN relu 128-128+"], ([0, 0, 0], [1, 1, 1])),
+    "clae": (["128-128+ relu 128-64+"], ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])),
     "advcl teacher": (["128-128+ BN relu 128-128+", "128-7+"], ([0, 0, 0], [1, 1, 1])),
     "adco": (["128-128+ relu 128-128+"], IMAGENET),
     "caco": (["128-128 BN relu 128-128 BN relu 128-24"], IMAGENET),
@@ -989,7 +1000,7 @@ def parts_of(net):
     return list(net.values()) if isinstance(net, nn.ModuleDict) else list(net)
 
 
-@cases_of("amoc", "rocl", "acl", "advcl", "adco", "caco", "hardneg", "byorl", "adios", "rotnet")
+@cases_of("amoc", "rocl", "acl", "advcl", "clae", "adco", "caco", "hardneg", "byorl", "adios", "rotnet")
 def test_heads_and_normalisation_are_the_papers(case, watched):
     script, _ = CASES[case]
     heads, (mean, std) = NETWORKS.get(case, NETWORKS[script])
@@ -1009,7 +1020,7 @@ def test_adios_simsiam_projector_ends_in_a_norm_without_affine():
         "128-2048+ BN relu 2048-2048+ BN relu 2048-2048+ bn", "2048-512+ BN relu 512-2048+"]
 
 
-@cases_of("amoc", "rocl", "acl", "advcl", "adco", "caco", "hardneg", "byorl", "adios", "rotnet")
+@cases_of("amoc", "rocl", "acl", "advcl", "clae", "adco", "caco", "hardneg", "byorl", "adios", "rotnet")
 def test_convolutions_start_as_kaimings_but_rocls_as_pytorchs(case, watched):
     """He's normal distribution by the fan out, or a uniform one up to the root of 1 / fan in."""
     weight = watched(case).first_weights["0.layer4.0.conv2.weight"]
@@ -1088,6 +1099,9 @@ DEFAULTS = {  # of each flag that a paper or its authors' code names
         views=["x+d", "x1", "x2", "xh"], teacher=None, clusters=[2, 10, 50, 100, 500], cluster_weight=0.2,
         cutoff=8, epochs=1000, batch_size=512, lr=0.5, warmup=10, weight_decay=1e-4, temperature=0.5,
         norm="linf", eps=8, step_size=None, steps=5, arch="resnet18"),
+    "clae": dict(
+        epochs=100, batch_size=256, lr=3e-4, lr_final=None, temperature=0.5, alpha=1, eps=4, random=False,
+        arch="resnet18"),
     "adco": dict(
         stem=None, symmetric=False, multi_crop=False, batch_negatives=False, epochs=200, batch_size=256,
         lr=0.06, lr_final=0, weight_decay=5e-4, ema=0.99, temperature=0.12, bank_temperature=0.05,

@@ -1,0 +1,279 @@
+"""CLAE: contrastive learning with adversarial examples (Ho & Vasconcelos 2020, arXiv 2010.12050).
+
+SimCLR asks that two augmentations of an image agree. CLAE asks in addition that one of them agrees
+with an attacked copy of itself. The attack is the cheapest there is, one signed step uphill on the
+contrastive loss. Its aim is accuracy, not robustness: the copy's cosine with its own original is at its
+maximum, 1, where it has no gradient, so the step moves the copy towards the other images of the
+batch. That makes them harder negatives.
+
+    code                          this file
+    model                         net: encoder and projector; embed gives z, not normalised
+    BN of clean, attacked x       BatchNorm branches "clean", "adv"
+    a = t(x), b = t'(x)           x1, x2: the two views of an image
+    a + eps sign(gradient)        attack
+    NT(z_a, z_b)                  nt_xent
+    NT(z_a, z_b) + alpha NT(z_a, z_a')    objective
+
+The body of the paper was not at hand: this is its authors' code, in the form for SimCLR. We depart
+from it in these places:
+    - eps is in pixels, and the attacked view stays in [0, 1]. Theirs is 0.03 of normalised pixels,
+      which is 3.8/255, and is not clipped.
+    - No running statistic moves in the attack. Their code runs it in train mode, so that each of its
+      two passes moves those of branch adv.
+    - Both views are one batch to BatchNorm, as in acl.py.
+    - A vector is kept out of its own denominator by a mask, and the attack makes no gradient of the
+      weights.
+
+The attack sees batch statistics, as in their code. By running ones the direction would be another: it
+is that in which the loss of the training step itself grows. So moving one image shifts the
+normalisation of the others.
+
+    python clae.py                                       CIFAR-10, ResNet-18, 100 epochs
+    torchrun --standalone --nproc-per-node 2 clae.py     the same on 2 GPUs, 128 of the 256 images on each
+    python clae.py --random --out runs/random            a control: steps of equal length in random directions
+    python clae.py --eps 0 --out runs/copy               another: the third view is a copy of the first
+    python clae.py --arch vit_tiny --out runs/clae-vit   a ViT, for which Adam's rate will do
+    python eval.py runs/clae/encoder.pt --preset knn amoc-slf
+
+SimCLR itself is `acl.py --variant s2s`, with another optimizer. A step costs 12 forward passes,
+counting a backward pass to the pixels as one and a whole one as two: 3 for the attack and 9 for the
+update. SimCLR's costs 6.
+
+The encoder is exported without the projector, with BatchNorm branch clean.
+
+On several processes order, augmentation and the directions of --random are those of one process. The
+losses have the negatives of all of them, the attack those of its own process. Each BatchNorm sees the
+images of its own process, or with --sync-bn (on GPUs) those of all.
+
+In the log, chance is ln(2B - 1) for both losses, with B images per step. loss_adv lies below
+loss_clean, since a view and its copy are alike. gain is what the attack adds to NT(z_a, z_a') on up to
+256 training images, measured at the end of the epoch: with --random it is near 0.
+
+Measured: nothing yet. The authors report 76.70 on CIFAR-10 (a linear probe on clean images), and
+55.52 on CIFAR-100; the best of the test epochs, as their code has it. Ours is always the last.
+"""
+import argparse
+import math
+import pathlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import data, dist, encoders, optim, run
+from common.augment import random_color_jitter, random_grayscale, random_resized_crop
+from common.log import Log
+from common.pgd import frozen_stats, pgd
+from common.pictures import difference, save_rows
+from common.resnet import BranchNorm, branch
+from common.speed import compile_networks, graphed
+
+MEAN = (0.5, 0.5, 0.5)  # as in the authors' code
+STD = (0.5, 0.5, 0.5)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The method
+# ----------------------------------------------------------------------------------------------------------
+def augment(x, rng, size):
+    """One view of the uint8 images x (B, 3, H, W): floats (B, 3, size, size) in [0, 1]. No blur."""
+    x = random_resized_crop(x, rng, size, scale=(0.08, 1.0), flip=0.5)
+    x = random_color_jitter(x, rng, 0.8, 0.8, 0.8, 0.2, p=0.8)
+    x = random_grayscale(x, rng, p=0.2)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def embed(net, x, bn):
+    """z of x (B, 3, S, S) through BatchNorm branch `bn`: (B, 64), not normalised, in x's dtype."""
+    with branch(net, bn), run.autocast(x.device):
+        z = net(x)
+    return z.to(x.dtype)
+
+
+def nt_xent(z1, z2, temperature):
+    """Mean over all 2B anchors i of -log( e^(u_i.u_p/T) / sum_k!=i e^(u_i.u_k/T) ), p the other
+    view of i.
+
+    z1, z2 (B, D), normalised here to u. Chance is ln(2B - 1).
+    """
+    u1 = F.normalize(z1, dim=1)
+    u2 = F.normalize(z2, dim=1)
+    rows = torch.cat([u1, u2])  # (2B, D)
+    scores = rows @ rows.T / temperature  # (2B, 2B)
+    scores.fill_diagonal_(-math.inf)  # nothing is in its own denominator
+    return scores.logsumexp(1).mean() - (u1 * u2).sum(1).mean() / temperature
+
+
+def objective(z1, z2, z_adv, temperature, alpha):
+    """NT(z_a, z_b) + alpha NT(z_a, z_a') of z1, z2, z_adv (B, D), with gradient through all three.
+
+    The attacked view is compared with the view that it is made of, z1, and not with the other one.
+    """
+    return nt_xent(z1, z2, temperature) + alpha * nt_xent(z1, z_adv, temperature)
+
+
+@graphed
+def attack(net, x, noise, *, eps, temperature, random=False):
+    """x (B, 3, S, S) in [0, 1] after one step of eps uphill on NT(z_x, z), with z_x, that of x itself, a
+    constant. eps is in the units of x.
+
+    With `random` the step is eps sign(`noise`) instead, noise shaped as x; else noise is not read.
+    """
+    if random:
+        return (x + eps * noise.sign()).clamp(0, 1)
+    # Train mode: batch statistics are part of what is attacked. No running statistic changes.
+    with frozen_stats(net):
+        with torch.no_grad():
+            z = embed(net, x, "adv")
+
+        def loss_of_copy(x_adv):
+            return nt_xent(z, embed(net, x_adv, "adv"), temperature)
+
+        return pgd(loss_of_copy, x, eps, eps, 1, start=x)
+
+
+def train_step(net, opt, x1, x2, noise, *, temperature, alpha, eps, random):
+    """One iteration on two views (B, 3, S, S) of B images; the losses to be logged. `noise` is as in
+    `attack`."""
+    x1_adv = attack(net, x1, noise, eps=eps, temperature=temperature, random=random)
+    z1, z2 = embed(net, torch.cat([x1, x2]), "clean").chunk(2)  # one batch to BatchNorm
+    z_adv = embed(net, x1_adv, "adv")
+    # Negatives of all processes. The gradient flows through all three, and not into the perturbation.
+    z1 = dist.gather(z1)
+    z2 = dist.gather(z2)
+    z_adv = dist.gather(z_adv)
+    loss = objective(z1, z2, z_adv, temperature, alpha)
+    with torch.no_grad():
+        loss_clean = nt_xent(z1, z2, temperature)
+        loss_adv = nt_xent(z1, z_adv, temperature)
+
+    opt.zero_grad()
+    loss.backward()
+    dist.average_grads(net.parameters())
+    opt.step()
+    dist.average_buffers(net)  # else the running statistics of the processes drift apart
+    return {"loss": loss, "loss_clean": loss_clean, "loss_adv": loss_adv}
+
+
+def lr_at(epoch, epochs, lr, final):
+    """The learning rate of `epoch`: a cosine from `lr` towards `final`."""
+    return optim.cosine(epoch / epochs, lr, final)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------------------
+def parser():
+    p = run.parser(__doc__, name="clae", arch="resnet18", graph=True)
+    p.add_argument("--epochs", type=run.integer(0), default=100,
+                   help="0 exports the random encoder; default (authors' code)")
+    p.add_argument("--batch-size", type=run.integer(1), default=256,
+                   help="images per step, over all processes (authors' code)")
+    p.add_argument("--lr", type=run.number(), default=3e-4, help="of Adam, at the start (authors' code)")
+    p.add_argument("--lr-final", type=run.number(),
+                   help="of Adam, at the end of a cosine; default: that of the start (authors' code)")
+    p.add_argument("--temperature", type=run.number(above=0), default=0.5, help="T (authors' code)")
+    p.add_argument("--alpha", type=run.number(), default=1.0,
+                   help="weight of the attacked view's loss (authors' code)")
+    p.add_argument("--eps", type=run.number(0, 255), default=4.0,
+                   help="the step of the attack, in 1/255; theirs is 3.8 (ours)")
+    p.add_argument("--random", action="store_true",
+                   help="steps of the same length in random directions, as a control (ours)")
+    p.add_argument("--image-size", type=run.integer(1, 10000),
+                   help="side of a view in pixels; default: that of the images, and 32 for a folder")
+    return p
+
+
+def network(arch):
+    """An encoder with BatchNorm branches clean and adv, and a projector without BatchNorm: images
+    (B, 3, S, S) -> (B, 64)."""
+    encoder = encoders.make(arch, branches=("clean", "adv"), mean=MEAN, std=STD)
+    projector = encoders.mlp(encoder.dim, encoder.dim, 64)
+    for module in encoder.modules():
+        if isinstance(module, BranchNorm):
+            module.branches["adv"].momentum = 0.01  # as in the authors' code
+    return nn.Sequential(encoder, projector).to(memory_format=torch.channels_last)
+
+
+def start_noise(x1, rng):
+    """Directions of --random for the views x1: shaped as they, uniform in [-1, 1]."""
+    return 2 * rng.uniform(*x1.shape[1:], device=x1.device) - 1
+
+
+def attack_settings(args):
+    """The named arguments of `attack` as the flags have them; eps as a pixel value in [0, 1]."""
+    return dict(eps=args.eps / 255, temperature=args.temperature, random=args.random)
+
+
+@torch.no_grad()
+def gain(net, images, size, args):
+    """What the attack adds to NT(z_a, z_a') on up to 256 training images, augmented as in training."""
+    x, _, rng = next(data.batches(images, min(256, len(images)), args.seed, 0))
+    x1 = augment(x, rng, size)
+    x1_adv = attack(net, x1, start_noise(x1, rng), **attack_settings(args))
+    with frozen_stats(net):
+        z = embed(net, x1, "adv")
+        z_adv = embed(net, x1_adv, "adv")
+    return (nt_xent(z, z_adv, args.temperature) - nt_xent(z, z, args.temperature)).item()
+
+
+def pictures(net, images, size, args):
+    """Rows for `save_rows` of up to eight images: both views, the attacked one, and what the attack
+    added."""
+    x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
+    x1 = augment(x, rng, size)
+    x2 = augment(x, rng, size)
+    x1_adv = attack(net, x1, start_noise(x1, rng), **attack_settings(args))
+    return [("x1", x1), ("x2", x2), ("x1_adv", x1_adv),
+            ("x1_adv - x1", difference(x1_adv, x1, args.eps / 255))]
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    env = run.setup(args)
+    device = env.device
+    out = pathlib.Path(args.out)
+    images = data.load(args.data, args.data_dir, "train", device, args.limit,
+                       args.image_size or 32, args.workers)
+    size = run.image_size(args, images)
+    steps_per_epoch = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
+
+    net = run.to_device(network(args.arch), args, env)
+    opt = torch.optim.Adam(net.parameters(), args.lr)
+    compile_networks(args, env, net)
+
+    log = Log(args, env, steps_per_epoch * args.epochs, images)
+    state = dict(net=net, opt=opt, log=log)
+    step = run.resume(args, env, state)
+    log.start(step, f"chance loss ln(2B - 1) = {math.log(2 * args.batch_size - 1):.3f}")
+
+    final = args.lr if args.lr_final is None else args.lr_final
+    settings = dict(alpha=args.alpha, **attack_settings(args))
+    for epoch in range(step // steps_per_epoch, args.epochs):
+        lr = lr_at(epoch, args.epochs, args.lr, final)
+        optim.set_lr(opt, lr)
+        first = step % steps_per_epoch  # not 0 where a run was stopped within an epoch
+        for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, first):
+            run.stop_if_signalled(args, env, state, step)
+            x1 = augment(x, rng, size)
+            x2 = augment(x, rng, size)  # another view: `rng` has moved on
+            noise = start_noise(x1, rng) if args.random else None
+            losses = train_step(net, opt, x1, x2, noise, **settings)
+            log.step(step, len(x) * env.world, **losses)
+            step += 1
+        log.epoch(epoch, step, lr=lr, gain=gain(net, images, size, args))
+        if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+            # Pictures come before the checkpoint: a run that is stopped between the two draws them
+            # again.
+            rows = pictures(net, images, size, args)
+            if env.rank == 0:
+                save_rows(out / "views.png", rows, key=(f"-{args.eps:g}/255", f"+{args.eps:g}/255"))
+            run.save(args, env, state, step)
+    if env.rank == 0:
+        bn = encoders.branch_of(net[0], "clean")
+        encoders.export(net[0], out / "encoder.pt", bn, image_size=size)
+        print(f"{out / 'encoder.pt'} holds the encoder" + (f"; BN branch {bn}" if bn else ""))
+
+
+if __name__ == "__main__":
+    run.cli(main)
