@@ -172,6 +172,8 @@ def parser():
     p.add_argument("--lr", type=run.number(), default=3e-4, help="of Adam, at the start (authors' code)")
     p.add_argument("--lr-final", type=run.number(),
                    help="of Adam, at the end of a cosine; default: that of the start (authors' code)")
+    p.add_argument("--weight-decay", type=run.number(0, 1e6), default=0.0,
+                   help="of Adam; their code reads one and does not use it (authors' code)")
     p.add_argument("--temperature", type=run.number(above=0), default=0.5, help="T (authors' code)")
     p.add_argument("--alpha", type=run.number(), default=1.0,
                    help="weight of the attacked view's loss (authors' code)")
@@ -239,7 +241,7 @@ def main(argv=None):
     steps_per_epoch = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
 
     net = run.to_device(network(args.arch), args, env)
-    opt = torch.optim.Adam(net.parameters(), args.lr)
+    opt = torch.optim.Adam(net.parameters(), args.lr, weight_decay=args.weight_decay)
     compile_networks(args, env, net)
 
     log = Log(args, env, steps_per_epoch * args.epochs, images)

@@ -51,7 +51,7 @@ CASES = {  # the script, and flags besides SMALL
     "amoc CAA": ("amoc", AMOC + " --variant CAA"),
     "amoc AAC": ("amoc", AMOC + " --variant AAC"),
     "amoc l2": ("amoc", AMOC + " --variant AAC --norm l2 --eps 90 --step-size 40"),
-    "clae": ("clae", "--lr 0.02 --lr-final 0.005 --temperature 0.3 --alpha 0.7 --eps 6"),
+    "clae": ("clae", "--lr 0.02 --lr-final 0.005 --weight-decay 0.003 --temperature 0.3 --alpha 0.7 --eps 6"),
     "clae random": ("clae", "--lr 0.02 --lr-final 0.005 --eps 6 --random"),
     "rocl": ("rocl", "--lr 0.7 --weight-decay 0.003 --warmup 2 --eps 6 --step-size 3 --steps 2"),
     "rocl l2": ("rocl", "--lr 0.7 --weight-decay 0.003 --warmup 2 --optimizer adamw --norm l2 --eps 90 --steps 2"),
@@ -489,6 +489,10 @@ def adamw(weight_decay):
     return torch.optim.AdamW, [("tensors", tensors), ("vectors", vectors)]
 
 
+def adam(weight_decay):
+    return torch.optim.Adam, [("all", dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, amsgrad=False))]
+
+
 ASCENT = torch.optim.AdamW, [
     ("all", dict(betas=(0.9, 0.95), eps=1e-8, weight_decay=0, maximize=True, amsgrad=False))]
 
@@ -497,7 +501,8 @@ OPTIMIZERS = {  # argument of train_step: class, and the groups by what they hol
     "rocl": {"opt": lars(0.003, spares_vectors=False)},
     "rocl l2": {"opt": adamw(0.003)},
     "acl": {"opt": lars(0.003, spares_vectors=False)},
-    "clae": {"opt": (torch.optim.Adam, [("all", dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=0, amsgrad=False))])},
+    "clae": {"opt": adam(0.003)},
+    "clae random": {"opt": adam(0)},
     "advcl": {"opt": sgd(0.002)},
     "adco": {"opt": sgd(0.003)},
     "caco": {"opt": sgd(0.003)},
@@ -1100,7 +1105,7 @@ DEFAULTS = {  # of each flag that a paper or its authors' code names
         cutoff=8, epochs=1000, batch_size=512, lr=0.5, warmup=10, weight_decay=1e-4, temperature=0.5,
         norm="linf", eps=8, step_size=None, steps=5, arch="resnet18"),
     "clae": dict(
-        epochs=100, batch_size=256, lr=3e-4, lr_final=None, temperature=0.5, alpha=1, eps=4, random=False,
+        epochs=100, batch_size=256, lr=3e-4, lr_final=None, weight_decay=0, temperature=0.5, alpha=1, eps=4, random=False,
         arch="resnet18"),
     "adco": dict(
         stem=None, symmetric=False, multi_crop=False, batch_negatives=False, epochs=200, batch_size=256,
