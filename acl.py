@@ -38,6 +38,11 @@ negatives that stand still.)
     python eval.py runs/acl/encoder.pt --preset robustssl-slf robustssl-alf acl-aff-100
     python eval.py runs/acl/encoder.pt --preset acl-probe --bn clean
 
+RUSH (Sec. 4.3 of the same survey) has noise in place of the attack: x2 <- x2 + N(0, s^2), with pixels
+in [0, 1]. As in randomised smoothing, nothing is clipped. The s below is ours:
+
+    python acl.py --variant s2s --noise-sigma 0.25 --out runs/rush
+
 A ViT has no BatchNorm, so clean and attacked images share all of the encoder, and only the
 projector has its BatchNorms twice:
 
@@ -97,6 +102,13 @@ def augment(x, rng, size):
     x = random_color_jitter(x, rng, 0.4, 0.4, 0.4, 0.1, p=0.8)
     x = random_grayscale(x, rng, p=0.2)
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def add_noise(x, sigma, rng):
+    """x (B, 3, S, S) plus Gaussian noise of deviation `sigma`, in the units of x. It is not clipped to
+    [0, 1], as in randomised smoothing."""
+    u = 2 * rng.uniform(*x.shape[1:], device=x.device) - 1
+    return x + sigma * 2**0.5 * torch.erfinv(u.clamp(-0.999999, 0.999999))
 
 
 def embed(net, x, bn):
@@ -232,6 +244,9 @@ def parser():
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
                    help="start the attack at a random point of the ball (authors' code); without it, at "
                         "the image: with --steps 1 and --step-size equal to --eps that is FGSM")
+    p.add_argument("--noise-sigma", type=run.number(0, 1e6), default=0.0,
+                   help="deviation of Gaussian noise on the second view, where pixels are in [0, 1]; for "
+                        "--variant s2s alone (ours)")
     p.add_argument("--image-size", type=run.integer(1, 10000),
                    help="side of a view in pixels; default: that of the images, and 32 for a folder")
     return p
@@ -240,6 +255,9 @@ def parser():
 def check(args):
     if args.norm == "linf" and args.eps > 255:
         raise ValueError(f"--eps {args.eps:g}: with --norm linf at most 255, the range of a pixel")
+    if args.noise_sigma and args.variant != "s2s":
+        raise ValueError(f"--noise-sigma {args.noise_sigma:g}: is for --variant s2s, and --variant "
+                         f"{args.variant} attacks views; give one or the other")
 
 
 def kinds_of(variant):
@@ -287,6 +305,8 @@ def pictures(net, images, size, args):
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
     x1 = augment(x, rng, size)
     x2 = augment(x, rng, size)
+    if args.noise_sigma:
+        x2 = add_noise(x2, args.noise_sigma, rng)
     rows = [("x1", x1), ("x2", x2)]
     noise = start_noise(x1, args.norm, rng) if args.random_start else None
     full_scale = args.eps / 255 if args.norm == "linf" else None
@@ -335,6 +355,8 @@ def main(argv=None):
             optim.set_lr(opt, lr)
             x1 = augment(x, rng, size)
             x2 = augment(x, rng, size)  # another view: `rng` has moved on
+            if args.noise_sigma:
+                x2 = add_noise(x2, args.noise_sigma, rng)
             noise = start_noise(x1, args.norm, rng) if args.random_start else None
             losses = train_step(net, opt, x1, x2, noise, **settings)
             log.step(step, len(x) * env.world, **losses)

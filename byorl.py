@@ -36,6 +36,7 @@ pixels as one forward pass and a whole one as two, a step costs 28 forward passe
     torchrun --standalone --nproc-per-node 4 byorl.py    the same on 4 GPUs, 128 of the 512 images on each
     python byorl.py --norm l2 --eps 128 --out runs/l2    l2 128/255
     python byorl.py --eps 0 --out runs/byol              BYOL, the clean base
+    python byorl.py --eps 0 --noise-sigma 0.25 --out runs/rush      noise in place of the attack, as below
     python byorl.py --steps 2 --out runs/byorl-2         the attack of Rebuffi et al. 2023, App. C
     python byorl.py --arch vit_tiny --optimizer adamw --lr 1e-3 --weight-decay 0.05 --out runs/byorl-tiny
     python eval.py runs/byorl/encoder.pt --preset amoc-slf amoc-alf
@@ -48,6 +49,10 @@ commands are this script's:
 --image-size 224 --steps 2 --eps 2 --out runs/byorl-vit
     torchrun --standalone --nproc-per-node 8 byorl.py --data path/to/imagenet --arch vit_base \
 --image-size 224 --steps 2 --norm l2 --eps 510 --out runs/byorl-vit-l2
+
+With --noise-sigma s there is noise in place of the attack (RUSH, Sec. 4.3 of Qi & Shah): both networks
+see x2 + N(0, s^2), with pixels in [0, 1]. As in randomised smoothing, nothing is clipped. The s above is
+ours.
 
 The online encoder is exported, without projector and predictor: at test time, running statistics of
 attacked images normalise whatever it sees.
@@ -100,6 +105,13 @@ def augment(x, rng, size, solarize):
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def add_noise(x, sigma, rng):
+    """x (B, 3, S, S) plus Gaussian noise of deviation `sigma`, in the units of x. It is not clipped to
+    [0, 1], as in randomised smoothing."""
+    u = 2 * rng.uniform(*x.shape[1:], device=x.device) - 1
+    return x + sigma * 2**0.5 * torch.erfinv(u.clamp(-0.999999, 0.999999))
+
+
 def embed(net, x):
     """net(x) of x (B, 3, S, S): (B, 256), not normalised, in x's dtype."""
     with run.autocast(x.device):
@@ -124,8 +136,11 @@ def attack(net, x, z, noise, *, norm, eps, step_size, steps):
     clean target z (B, 256).
 
     eps and step_size are in the units of x. The search starts at x + eps `noise`, noise (B, 3 S S)
-    in the unit ball of the `norm`, or, where noise is None, at x.
+    in the unit ball of the `norm`, or, where noise is None, at x. With eps 0 it is x, which may then
+    lie outside [0, 1].
     """
+    if eps == 0:
+        return x
     start = x if noise is None else (x + eps * noise.view(x.shape)).clamp(0, 1)
 
     def loss_of_view(x_adv):
@@ -203,6 +218,9 @@ def parser():
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
                    help="start the attack at a random point of the ball (paper); without it, at "
                         "the image: with --steps 1 and --step-size equal to --eps that is FGSM")
+    p.add_argument("--noise-sigma", type=run.number(0, 1e6), default=0.0,
+                   help="deviation of Gaussian noise on the second view, where pixels are in [0, 1]; for "
+                        "--eps 0 alone (ours)")
     p.add_argument("--image-size", type=run.integer(1, 10000),
                    help="side of a view in pixels; default: that of the images, and 32 for a folder")
     return p
@@ -211,6 +229,9 @@ def parser():
 def check(args):
     if args.norm == "linf" and args.eps > 255:
         raise ValueError(f"--eps {args.eps:g}: with --norm linf at most 255, the range of a pixel")
+    if args.noise_sigma and args.eps:
+        raise ValueError(f"--noise-sigma {args.noise_sigma:g}: is for --eps 0, and --eps {args.eps:g} attacks "
+                         "the views; give one or the other")
 
 
 def network(arch, hidden):
@@ -241,6 +262,8 @@ def pictures(net, target, images, size, args):
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
     x1 = augment(x, rng, size, SOLARIZE[0])
     x2 = augment(x, rng, size, SOLARIZE[1])
+    if args.noise_sigma:
+        x2 = add_noise(x2, args.noise_sigma, rng)
     noise1 = None
     noise2 = None
     if args.random_start:
@@ -295,6 +318,8 @@ def main(argv=None):
             tau = tau_at(step, all_steps, args.ema)
             x1 = augment(x, rng, size, SOLARIZE[0])
             x2 = augment(x, rng, size, SOLARIZE[1])  # another view: `rng` has moved on
+            if args.noise_sigma:
+                x2 = add_noise(x2, args.noise_sigma, rng)
             noise = start_noise(x1, args.norm, rng) if args.random_start else None
             losses = train_step(net, target, opt, x1, x2, noise, tau=tau, **settings)
             log.step(step, len(x) * env.world, **losses)

@@ -45,6 +45,8 @@ def tests_of(path):
 
 
 MORE = {
+    "acl.py": ("test_noise_sigma.py",),
+    "byorl.py": ("test_noise_sigma.py",),
     "adpe.py": ("test_encoders.py",),
     "common/augment.py": ("test_data.py", "test_data_faults.py"),
     "common/bank.py": ("test_step_amoc.py", "test_step_adco.py"),
