@@ -244,6 +244,15 @@ def test_points_that_another_draw_denies_are_not_tried_again_and_what_fell_count
     assert found["accuracy"] == found["stages"]["apgd-dlr"]["robust"] < 15
 
 
+def test_the_stages_of_version_rand_climb_their_losses(monkeypatch):
+    x = torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    seen = []
+    monkeypatch.setattr(aa, "apgd", lambda *given, **_: seen.append(given[5]) or (x, None))
+    for stage in aa.VERSIONS["rand"]:
+        aa.STAGES[stage](None, x, [0, 1], 0.1, "linf", None)
+    assert seen == [aa.cross_entropy, aa.dlr]
+
+
 def test_two_classes_have_no_dlr_loss():
     x = torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     with pytest.warns(UserWarning, match="fewer than 3 classes"):
