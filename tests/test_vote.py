@@ -325,10 +325,11 @@ def test_autoattack_on_a_vote_is_its_version_rand_and_fewer_images_pass_at_a_tim
 
     def judge(net, images, attack, seed, limit, restarts=1, source=None, batch_size=500):
         judged.append((net.copies, net.sigma, net.draws, attack, batch_size))
+        assert net.generator.initial_seed() == seed == 5
         return attacks.score(50.0, 6)
 
     monkeypatch.setattr(attacks, "judge", judge)
-    evaluate(folder, "--attacks", "aa-4", "--vote", "7", "--vote-sigma", "0.1")
+    evaluate(folder, "--attacks", "aa-4", "--vote", "7", "--vote-sigma", "0.1", "--seed", "5")
     row = AutoAttack("linf", 4 / 255, "rand")
     assert judged[0] == (7, 0.1, presets.VOTE_DRAWS, row, 500 // 7)
     (line,) = lines(folder)
