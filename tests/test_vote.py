@@ -244,6 +244,15 @@ def test_points_that_another_draw_denies_are_not_tried_again_and_what_fell_count
     assert found["accuracy"] == found["stages"]["apgd-dlr"]["robust"] < 15
 
 
+def test_the_stages_of_version_rand_climb_their_losses(monkeypatch):
+    x = torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    seen = []
+    monkeypatch.setattr(aa, "apgd", lambda *given, **_: seen.append(given[5]) or (x, None))
+    for stage in aa.VERSIONS["rand"]:
+        aa.STAGES[stage](None, x, [0, 1], 0.1, "linf", None)
+    assert seen == [aa.cross_entropy, aa.dlr]
+
+
 def test_two_classes_have_no_dlr_loss():
     x = torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     with pytest.warns(UserWarning, match="fewer than 3 classes"):
@@ -316,10 +325,11 @@ def test_autoattack_on_a_vote_is_its_version_rand_and_fewer_images_pass_at_a_tim
 
     def judge(net, images, attack, seed, limit, restarts=1, source=None, batch_size=500):
         judged.append((net.copies, net.sigma, net.draws, attack, batch_size))
+        assert net.generator.initial_seed() == seed == 5
         return attacks.score(50.0, 6)
 
     monkeypatch.setattr(attacks, "judge", judge)
-    evaluate(folder, "--attacks", "aa-4", "--vote", "7", "--vote-sigma", "0.1")
+    evaluate(folder, "--attacks", "aa-4", "--vote", "7", "--vote-sigma", "0.1", "--seed", "5")
     row = AutoAttack("linf", 4 / 255, "rand")
     assert judged[0] == (7, 0.1, presets.VOTE_DRAWS, row, 500 // 7)
     (line,) = lines(folder)
