@@ -478,7 +478,7 @@ def adco_step(s, variant, compiled):
 
 def caco_step(s, variant, compiled):
     """The same for CaCo."""
-    return bank_step(s, caco, caco.parser().parse_args(["--positives", variant]), compiled)
+    return bank_step(s, caco, caco.parser().parse_args([]), compiled)
 
 
 def bank_step(s, script, args, compiled):

@@ -428,7 +428,7 @@ TALKS = {
     "advcl": [["--teacher", "TEACHER", "--clusters", "2", "3"]],
     "amoc": [["--variant", "AAA"], ["--variant", "ACA_PLUS"], ["--variant", "CAC"]],
     "byorl": [["--eps", "0"]],
-    "caco": [["--positives", "adversarial", "--multi-crop"], ["--optimizer", "lars"]],
+    "caco": [["--cooperation", "-1", "--multi-crop"], ["--optimizer", "lars"]],
     "pretext": [["--tasks", "jigsaw"], ["--tasks", "selfie", "--noise", "8"]],
     "rocl": [["--reg-weight", "0"], ["--attack-to", "original"]],
 }

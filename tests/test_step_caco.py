@@ -11,7 +11,7 @@ from common.bank import Bank
 from tests import steps2 as plain
 from tests.scripts import named_by
 
-FLAGS = dict(temperature=0.3, bank_momentum=0.8, lr=0.1, weight_decay=0.02, positives="cooperative",
+FLAGS = dict(temperature=0.3, bank_momentum=0.8, lr=0.1, weight_decay=0.02, cooperation=1.0,
              optimizer="sgd")
 EMA = 0.9
 BANK_LR = 0.4  # of this epoch
@@ -50,15 +50,15 @@ def contrast(q, y, bank, T):
 
 def direction(q, y, bank, T, flags):
     """Eqs. 7 and 12: where the rows w_j = |w_j| n_j are to go, less what is along n_j. A negative goes to
-    the query by p, the query's positive by 1 - p; Eq. 13's positive flees by as much."""
+    the query by p, the query's positive by c (1 - p): with c = -1, Eq. 13, it flees."""
     _, p = contrast(q, y, bank, T)
-    sign = 1 if flags.positives == "cooperative" else -1
+    c = flags.cooperation
     h = torch.zeros_like(bank)
     for j, w in enumerate(bank):
         n = w / w.norm()
         pull = 0.0
         for i in range(len(q)):
-            pull = pull + (sign * (1 - p[i][j]) if j == y[i] else p[i][j]) * q[i] / len(q)
+            pull = pull + (c * (1 - p[i][j]) if j == y[i] else p[i][j]) * q[i] / len(q)
         h[j] = (pull - (n @ pull) * n) / (T * w.norm())
     return h
 
@@ -149,8 +149,8 @@ def network(seed):
 
 @pytest.mark.parametrize("small", [0, 2], ids=["two views", "multi-crop"])
 @pytest.mark.parametrize("more", [
-    dict(positives="cooperative"), dict(positives="adversarial"), dict(optimizer="lars", lr=30.0)],
-    ids=lambda more: " ".join(map(str, more.values())))
+    {}, dict(cooperation=-1.0), dict(cooperation=-0.25), dict(optimizer="lars", lr=30.0)],
+    ids=lambda more: " ".join(map(str, more.values())) or "plain")
 def test_two_steps_are_the_methods(more, small):
     given = {**FLAGS, **more}
     flags = SimpleNamespace(**given)

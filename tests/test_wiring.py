@@ -33,7 +33,7 @@ ADCO = ("--lr 0.11 --lr-final 0.02 --weight-decay 0.003 --ema 0.6 --bank-size 40
         "--bank-lr 0.23 --bank-momentum 0.7 --bank-decay 0.004 --temperature 0.3 --bank-temperature 0.2")
 CACO = ("--lr 0.11 --lr-final 0.02 --warmup 1 --weight-decay 0.003 --ema 0.6 --bank-size 40 --fill-steps 3 "
         "--bank-lr 0.23 --bank-warmup 2 --bank-momentum 0.7 --temperature 0.1 --fill-temperature 0.3 "
-        "--dim 24")
+        "--dim 24 --cooperation -0.25")
 BYORL = "--lr 0.9 --weight-decay 0.003 --warmup 2 --ema 0.6 --hidden 40"
 ADV_MAE = "--arch vit_slim --decoder 16 1 2 --lr 0.004 --weight-decay 0.03 --warmup 2"
 ADPE = ADV_MAE + " --adv-lr 0.006 --radius 0.4"
@@ -1018,7 +1018,7 @@ DEFAULTS = {  # of each flag that a paper or its authors' code names
         bank_size=4096, bank_lr=0.5, bank_momentum=0.9, bank_decay=1e-4, fill_steps=256, eps=0, step_size=2,
         steps=5, blur=False, arch="resnet18"),
     "caco": dict(
-        stem=None, positives="cooperative", multi_crop=False, epochs=200, batch_size=256, optimizer="sgd",
+        stem=None, cooperation=1, multi_crop=False, epochs=200, batch_size=256, optimizer="sgd",
         lr=0.06, lr_final=0, warmup=0, weight_decay=5e-4, ema=0.99, temperature=0.08, dim=128, bank_size=4096,
         bank_lr=0.3, bank_warmup=10, bank_momentum=0.9, fill_steps=256, fill_temperature=0.2, blur=False,
         arch="resnet18"),
