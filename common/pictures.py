@@ -11,10 +11,20 @@ MARGIN = 6  # pixels between a name and its row
 LINE = 16  # height of a line of text
 
 
-def difference(x_adv, x, full_scale):
+def difference(x_adv, x, full_scale=None):
     """What was added to images x (N, 3, H, W), to be looked at: grey where nothing was, white where
-    `full_scale` was added, black where it was taken away."""
+    `full_scale` was added, black where it was taken away. None: the largest change of a pixel."""
+    if full_scale is None:
+        full_scale = (x_adv - x).abs().max()
     return 0.5 + (x_adv - x) / (2 * max(full_scale, 1e-8))
+
+
+def attack_key(norm, eps):
+    """The `key` of `save_rows` where a `difference` shows an attack: under linf `eps`, in 1/255, is its
+    full scale, and under another norm the largest change of a pixel."""
+    if norm == "linf":
+        return f"-{eps:g}/255", f"+{eps:g}/255"
+    return "largest decrease", "largest increase"
 
 
 def save_rows(path, rows, key=None, enlarge=4):

@@ -63,7 +63,7 @@ SCRIPTS = {  # variants, the base first; made by <script>_step. Those of the mas
     "acl": ("s2s", "a2s", "a2a", "ds"),
     "advcl": ("without pseudo-labels", "with"),
     "adco": ("bank", "batch-negatives", "symmetric", "hybrid"),
-    "caco": ("cooperative",),
+    "caco": ("cooperative", "hybrid"),
     "adv_mae": ("--eps 0", "--steps 1", "--steps 2", "--steps 2 --norm l2"),
     "adpe": ("--radius 0", "--adversary persistent", "--adversary pgd", "--position absolute --radius 0",
              "--position absolute"),
@@ -478,7 +478,8 @@ def adco_step(s, variant, compiled):
 
 def caco_step(s, variant, compiled):
     """The same for CaCo."""
-    return bank_step(s, caco, caco.parser().parse_args([]), compiled)
+    flags = {"cooperative": [], "hybrid": ["--eps", "8"]}[variant]
+    return bank_step(s, caco, caco.parser().parse_args(flags), compiled)
 
 
 def bank_step(s, script, args, compiled):
@@ -490,7 +491,7 @@ def bank_step(s, script, args, compiled):
     compile_(s, compiled, net, target)
     settings = named_by(script.train_step, script, args)
     if script is caco:
-        inputs_of_step = [[x1, x2]]
+        inputs_of_step = [x1, x2], [2 * torch.rand_like(x) - 1 for x in (x1, x2)]
     else:
         x_q, x_k = ([x1, x2], [x2, x1]) if args.symmetric else ([x1], [x2])
         order = torch.randperm(s.batch, device=s.device)
@@ -667,7 +668,7 @@ def step(s):
                for name in steps])
 
 
-GRAPHED = ("amoc", "rocl", "acl", "adco", "adv_mae", "byorl", "rotnet")
+GRAPHED = ("amoc", "rocl", "acl", "adco", "caco", "adv_mae", "byorl", "rotnet")
 
 
 def with_graphs(s, on, one):

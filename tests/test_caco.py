@@ -206,12 +206,12 @@ x1 = X(4, 3, 4, 4)
 x2 = x1.flip(3)
 
 
-def step(net, target, x, bank=None, ema=0.0, bank_lr=0.3, **flags):
+def step(net, target, x, bank=None, ema=0.0, bank_lr=0.3, noise=None, **flags):
     """A real train_step. The network's optimizer only records."""
     bank = bank or memory(W)
     opt = torch.optim.SGD(net.parameters(), 0.0)
     settings = named_by(caco.train_step, caco, arguments(**flags), ema=ema, bank_lr=bank_lr)
-    return caco.train_step(net, target, opt, bank, x, **settings), bank
+    return caco.train_step(net, target, opt, bank, x, noise, **settings), bank
 
 
 @pytest.mark.parametrize("c", [1.0, 0.0, -0.25, -1.0])
@@ -293,7 +293,7 @@ def on_ranks(rank, world):
     net, target, bank = Linear(), Linear().requires_grad_(False), memory(W)
     opt = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
     for _ in range(3):
-        losses = caco.train_step(net, target, opt, bank, [x, x.flip(3)], **named_by(
+        losses = caco.train_step(net, target, opt, bank, [x, x.flip(3)], None, **named_by(
             caco.train_step, caco, arguments(temperature=0.2), ema=0.9, bank_lr=0.3))
     return losses["loss"].detach(), net.W.detach(), bank.rows, bank.velocity
 
@@ -380,6 +380,7 @@ def test_defaults():
     want = dict(epochs=200, batch_size=256, lr=0.06, lr_final=0, warmup=0, weight_decay=5e-4, ema=0.99, dim=128,
                 bank_size=4096, temperature=0.08, bank_lr=0.3, bank_warmup=10, bank_momentum=0.9, fill_steps=256,
                 fill_temperature=0.2, cooperation=1, optimizer="sgd", multi_crop=False, blur=False,
+                norm="linf", eps=0, step_size=None, steps=5, random_start=True,
                 arch="resnet18", data="cifar10", image_size=None)
     args = vars(caco.parser().parse_args([]))
     assert {key: args[key] for key in want} == want
@@ -388,7 +389,9 @@ def test_defaults():
 @pytest.mark.parametrize("flags, words", [
     (["--cooperation", "-1.5"], "--cooperation -1.5: must be a number from -1 to 1"),
     (["--positives", "adversarial"], r"unrecognized arguments: --positives adversarial \(see caco.py --help\)"),
-    (["--optimizer", "adam"], "--optimizer adam: choose one of sgd, lars"),
+    (["--optimizer", "adam"], "--optimizer adam: choose one of sgd, lars, adamw"),
+    (["--eps", "300"], "--eps 300: with --norm linf at most 255, the range of a pixel"),
+    (["--eps", "-8"], "--eps -8: must be"), (["--norm", "l1"], "--norm l1: choose one of linf, l2"),
     (["--fill-steps", "-1"], "--fill-steps -1: must be"),
     (["--temperature", "0"], "--temperature 0: must be"),
     (["--ema", "1.5"], "--ema 1.5: must be a number from 0 to 1"),

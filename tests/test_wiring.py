@@ -57,6 +57,8 @@ CASES = {  # the script, and flags besides SMALL
     "adco multi-crop": ("adco", ADCO + " --multi-crop"),
     "caco": ("caco", CACO + " --stem cifar"),
     "caco lars": ("caco", CACO + " --optimizer lars --multi-crop"),
+    "caco hybrid": ("caco", CACO + " --eps 6 --step-size 3 --steps 2 --optimizer adamw"),
+    "caco l2": ("caco", CACO + " --norm l2 --eps 90 --steps 2 --multi-crop"),
     "byorl": ("byorl", BYORL + " --eps 6 --steps 2"),
     "byorl l2": ("byorl", BYORL + " --norm l2 --eps 90 --step-size 40 --steps 1"),
     "byorl clean": ("byorl", BYORL + " --eps 0"),
@@ -465,6 +467,12 @@ def adamw(weight_decay):
     return torch.optim.AdamW, [("tensors", tensors), ("vectors", vectors)]
 
 
+def plain_adamw(weight_decay):
+    """PyTorch's; all weights have decay."""
+    return torch.optim.AdamW, [("all", dict(
+        betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, maximize=False, amsgrad=False))]
+
+
 ASCENT = torch.optim.AdamW, [
     ("all", dict(betas=(0.9, 0.95), eps=1e-8, weight_decay=0, maximize=True, amsgrad=False))]
 
@@ -476,6 +484,7 @@ OPTIMIZERS = {  # argument of train_step: class, and the groups by what they hol
     "adco": {"opt": sgd(0.003)},
     "caco": {"opt": sgd(0.003)},
     "caco lars": {"opt": lars(0.003)},
+    "caco hybrid": {"opt": plain_adamw(0.003)},
     "byorl": {"opt": lars(0.003)},
     "adv_mae": {"opt": adamw(0.03)},
     "adpe": {"opt": adamw(0.03), "opt_delta": ASCENT},
@@ -628,6 +637,7 @@ def test_each_epoch_visits_every_image_once_in_an_order_of_its_own(case, watched
 
 
 SIDES = {"adco multi-crop": [16, 14, 11, 9, 7, 16], "caco lars": [16, 16] + 6 * [7], "advcl": [16] * 3,
+         "caco l2": [16, 16] + 6 * [7],
          "advcl teacher": [16] * 3, "adv_mae": [16], "adv_mae l2": [16], "adv_mae fgsm": [16], "adpe": [16],
          "adpe pgd": [16], "adpe pgd l2": [16], "rotnet": [16], "rotnet trades": [16], "rotnet clean": [16]}
 
@@ -658,14 +668,14 @@ def test_views_are_of_the_steps_images_and_never_the_same_twice(case, watched):
             assert torch.corrcoef(torch.stack([given, torch.cat(shown)]))[0, 1] > 0.35
 
 
+MULTI_CROP = 2 * [dict(view=(224, (0.14, 1.0), 0.4, 0.5, 0.0))] + 6 * [dict(view=(96, (0.05, 0.14), 0.4, 0.5, 0.0))]
 AUGMENTED = {  # what augment is told for the views of a step, in turn, besides the side
     "amoc": [{}, {}], "rocl": [{}, {}], "acl": [{}, {}], "adios": [{}, {}], "adv_mae": [{}],
     "advcl": [{}], "advcl teacher": [{}],
     "adco": [dict(side=224), dict(side=224)],
     "adco multi-crop": [dict(side=side) for side in (224, 192, 160, 128, 96, 224)],
     "caco": [dict(view=(224, (0.2, 1.0), 0.2, 1.0, 0.0)), dict(view=(224, (0.2, 1.0), 0.2, 0.1, 0.2))],
-    "caco lars": 2 * [dict(view=(224, (0.14, 1.0), 0.4, 0.5, 0.0))]
-    + 6 * [dict(view=(96, (0.05, 0.14), 0.4, 0.5, 0.0))],
+    "caco lars": MULTI_CROP, "caco l2": MULTI_CROP,
     "byorl": [dict(solarize=0), dict(solarize=0.2)],  # of the second view now and then
     "adpe": [dict(min_scale=0.2, crops=1)], "adpe pgd": [dict(min_scale=0.2, crops=2)],
     "adpe pgd l2": [dict(min_scale=0.5, crops=1)],
@@ -713,6 +723,8 @@ NOISE = {  # argument: its shape, the kind of its numbers, and how many of its a
     "adco": {},
     "adco hybrid": {"noise": ((2, 16, 3, 16, 16), box, 2)},
     "caco": {},
+    "caco hybrid": {"noise": ((2, 16, 3, 16, 16), box, 2)},
+    "caco l2": {"noise": ((2, 16, 3, 16, 16), ball, 2)},  # and six of the small views
     "byorl": {"noise": ((16, 2, 768), box, 2)},
     "byorl l2": {"noise": ((16, 2, 768), ball, 2)},
     "adv_mae": {"u": ((16, 16), unit, 1), "noise": ((16, 4 * 48), box, 1)},
@@ -737,7 +749,7 @@ def test_noise_fills_its_range_and_is_new_for_each_image_view_and_step(case, wat
         assert all(step.given.get("noise") is None for step in steps)
     for name, (shape, kind, axes) in table.items():
         values = [step.given[name] for step in steps]
-        values = [torch.stack(value) if isinstance(value, list) else value for value in values]
+        values = [torch.stack(value[:shape[0]]) if isinstance(value, list) else value for value in values]
         assert {tuple(value.shape) for value in values} == {shape}
         rows = torch.stack(values).flatten(0, axes).flatten(1)
         assert len(rows.unique(dim=0)) == len(rows)
@@ -804,6 +816,7 @@ BYORL_L2 = dict(eps=90 / 255, step_size=40 / 255, steps=1, norm="l2", lo=0, hi=1
 MAE_LINF = dict(LINF, step_size=5 / 8 * 6 / 255)  # the default, 5/8 eps
 MAE_L2 = dict(eps=90 / 255, step_size=40 / 255, steps=2, norm="l2", lo=0, hi=1)
 ROTNET_L2 = dict(eps=90 / 255, step_size=40 / 255, steps=2, norm="l2", lo=0, hi=1)
+CACO_L2 = dict(ROTNET_L2, step_size=1.25 * 90 / 2 / 255)  # the default, 1.25 eps / steps
 FGSM = dict(LINF, step_size=6 / 255, steps=1)
 ADPE_LINF = dict(eps=0.4, step_size=5 / 8 * 0.4, steps=2, norm="linf", lo=-math.inf, hi=math.inf)
 ADPE_L2 = dict(eps=0.4, step_size=0.3, steps=1, norm="l2", lo=-math.inf, hi=math.inf)
@@ -817,6 +830,8 @@ ATTACKS = {  # options of pgd, how BatchNorms stand, and what is attacked, in tu
     "advcl": (LINF, FROZEN, lambda x: [x["x"]]),
     "advcl teacher": (LINF, FROZEN, lambda x: [torch.cat([x["x1"], x["x2"]]), x["x"]]),
     "adco hybrid": (LINF, EVAL, lambda x: x["x_q"]),
+    "caco hybrid": (LINF, EVAL, lambda x: x["x"]),
+    "caco l2": (CACO_L2, EVAL, lambda x: x["x"]),
     "byorl": (BYORL_LINF, FROZEN, lambda x: [x["x1"], x["x2"]]),
     "byorl l2": (BYORL_L2, FROZEN, lambda x: [x["x1"], x["x2"]]),
     "adv_mae": (MAE_LINF, NO_NORM, lambda x: [visible(x["x"], x["u"])]),
@@ -1021,6 +1036,7 @@ DEFAULTS = {  # of each flag that a paper or its authors' code names
         stem=None, cooperation=1, multi_crop=False, epochs=200, batch_size=256, optimizer="sgd",
         lr=0.06, lr_final=0, warmup=0, weight_decay=5e-4, ema=0.99, temperature=0.08, dim=128, bank_size=4096,
         bank_lr=0.3, bank_warmup=10, bank_momentum=0.9, fill_steps=256, fill_temperature=0.2, blur=False,
+        norm="linf", eps=0, step_size=None, steps=5, random_start=True,
         arch="resnet18"),
     "byorl": dict(
         hidden=4096, epochs=200, batch_size=512, lr=2, warmup=10, weight_decay=5e-4, ema=0.996, norm="linf",
