@@ -6,9 +6,10 @@ network descends it. In CaCo the bank gives the positive too: the row nearest to
 *other* view. That row cooperates: it moves towards its query, which lowers the loss, while the
 negatives move towards the queries because that raises it.
 
-With --positives adversarial the positive flees from its query instead. The survey (Qi & Shah 2022,
-arXiv 2210.13463) reports an accuracy close to zero for it. In our small runs fewer and fewer rows
-were positives, but after 14 epochs the encoder was as good.
+How much it cooperates is --cooperation c, which scales its own force: 1 is the paper's, with 0 it is
+not moved in its role as a positive, and with -1 it flees from its query, an adversarial positive. The
+survey (Qi & Shah 2022, arXiv 2210.13463) reports an accuracy close to zero for -1. In our small runs
+fewer and fewer rows were positives then, but the encoder was no worse: see below.
 
     paper (equations: the survey's)     this file
     f_q, f_k                            net, target: an encoder and a projector each
@@ -17,7 +18,8 @@ were positives, but after 14 epochs the encoder was as good.
     the positive, picked in the bank    positives
     contrastive loss over the bank      contrastive_loss
     Eq. 12 positives, Eq. 7 negatives   the bank's gradient of cooperative_loss; bank_step
-    Eq. 13 positives, Eq. 7 negatives   that of contrastive_loss
+    Eq. 13 positives, Eq. 7 negatives   that of contrastive_loss, or with --cooperation -1
+    Eqs. 4 to 6, attack on pixels       attack, with --eps
 
 The body of the paper was not at hand. The equations are the survey's, the numbers for ImageNet the
 authors' code's, those for CIFAR-10 (the defaults) ours. Also from the code are the choice of the
@@ -36,11 +38,21 @@ code:
       trust |w| / (|g| + decay |w|). Theirs, MoCo v3's, has the rate outside and trust |w| / |g +
       decay w|.
 
+With --eps the pixels of all views are attacked as well, which is ours: by PGD on contrastive_loss,
+while the bank and the positives, those of clean keys, stand still. The attacked queries then drive
+network and bank. There is one set of BatchNorms, which in the query network sees attacked images.
+
 A step costs 8 forward passes, as MoCo's does on two views (a whole backward pass counts two), and
-with multi-crop 11.3, a small view counted by its area. No image is attacked.
+with multi-crop 11.3, a small view counted by its area. With 5 attack steps it costs 28, counting a
+backward pass to the pixels as one forward pass.
 
     python caco.py                                       CIFAR-10, ResNet-18, 200 epochs
-    python caco.py --positives adversarial --out runs/eq13    Eq. 13
+    python caco.py --cooperation -1 --out runs/eq13      Eq. 13
+    python caco.py --cooperation 0 --out runs/frozen     positives that only their other roles move
+    python caco.py --eps 8 --out runs/caco-pixels        bank and pixels
+    python caco.py --norm l2 --eps 128 --out runs/caco-l2    pixels in l2, 128/255
+    python caco.py --arch vit_tiny --optimizer adamw --lr 5e-4 --weight-decay 0.05 --warmup 10 \
+--out runs/caco-vit
     python caco.py --data path/to/imagenet --arch resnet50 --stem imagenet --image-size 224 --blur \
 --batch-size 1024 --optimizer lars --lr 1.2 --lr-final 0.012 --warmup 10 --weight-decay 1.5e-6 --dim 256 \
 --bank-size 65536 --bank-lr 3 --fill-steps 64
@@ -60,7 +72,8 @@ Chance for the loss is 2 ln K.
 
 Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
 CIFAR-10 (JPEG), in 4.1 minutes (14 epochs): a linear probe reaches 43.3 %, with 232 of 256
-positives unique. With Eq. 13 it reaches 43.7, with 86 unique; MoCo reaches 42.5 in 3.0 minutes.
+positives unique. With Eq. 13 it reaches 43.7, with 86 unique, and after 25 epochs at constant rates
+45.2, with 39 unique; MoCo reaches 42.5 in 3.0 minutes.
 This has not been run on a GPU yet. The paper reports 71.3 on ImageNet (linear probe, 200 epochs).
 """
 import argparse
@@ -78,8 +91,9 @@ from common.augment import (
     random_color_jitter, random_gaussian_blur, random_grayscale, random_resized_crop, random_solarize)
 from common.bank import Bank, bank_argmax, bank_logsumexp, bank_summary, through_unit_rows, unit_rows
 from common.log import Log
-from common.pictures import save_rows
-from common.speed import compile_networks
+from common.pgd import ball_point, eval_mode, pgd
+from common.pictures import attack_key, difference, save_rows
+from common.speed import compile_networks, graphed
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in the authors' code
 STD = (0.229, 0.224, 0.225)
@@ -146,22 +160,23 @@ def contrastive_loss(q, positive, n, temperature):
     return surprise(q, positive, n, temperature).mean()
 
 
-def cooperative_loss(q, positive, n, temperature):
-    """The value of `contrastive_loss` and its gradient in q; but in n the gradient of the positives
-    is reversed, which is Eq. 12. A bank that climbs this gradient brings all its rows nearer to the
-    queries.
+def cooperative_loss(q, positive, n, temperature, cooperation=1.0):
+    """The value of `contrastive_loss` and its gradient in q; but in n that of a query's own positive
+    is c (1 - p_i) q_i / T, c = `cooperation` in [-1, 1].
 
-    d contrastive_loss / d n_y is -(1 - p_i) q_i / T, so that adding 2 (1 - p_i) q_i / T reverses
-    it. The added term is 0 in value, and a constant for q.
+    c = 1 is Eq. 12: a bank that climbs this gradient brings all its rows nearer to the queries. With
+    c = 0 a row stands still as a positive, though it still moves as another query's negative. c = -1
+    is Eq. 13, and this function contrastive_loss.
+
+    d contrastive_loss / d n_y is -(1 - p_i) q_i / T, to which (1 + c) (1 - p_i) q_i / T is added.
+    The added term is 0 in value, and a constant for q.
     """
     losses = surprise(q, positive, n, temperature)
-    weight = -2 * torch.expm1(-losses.detach()) / temperature  # 2 (1 - p_i) / T, as p_i = e^-loss
+    surplus = -torch.expm1(-losses.detach())  # 1 - p_i, as p_i = e^-loss
+    weight = (1 + cooperation) * surplus / temperature
     cosine = (q.detach() * n[positive]).sum(1)
-    reversal = weight * (cosine - cosine.detach())
-    return (losses + reversal).mean()
-
-
-LOSSES = {"cooperative": cooperative_loss, "adversarial": contrastive_loss}  # of --positives
+    added = weight * (cosine - cosine.detach())
+    return (losses + added).mean()
 
 
 def make_bank(size, dim):
@@ -178,13 +193,36 @@ def bank_step(rows, velocity, grad, lr, momentum):
     rows.sub_(velocity, alpha=lr)
 
 
-def train_step(net, target, opt, bank, x, *, positives_are, temperature, ema, bank_lr, bank_momentum):
+@graphed
+def attack(net, x, positive, n, noise, *, temperature, norm, eps, step_size, steps):
+    """A view x (B, 3, S, S) in [0, 1], moved within eps so as to maximise contrastive_loss.
+
+    eps and step_size are in the units of x, each image in a ball of its own. The search starts at x +
+    eps `noise`, noise of x's shape in the unit ball of the `norm`, or, where noise is None, at x.
+    `positive` (P, B) holds P positives of each image, all of which count; they and the unit rows
+    n (K, D) are constants.
+    """
+    start = x if noise is None else (x + eps * noise).clamp(0, 1)
+
+    def loss_of_view(x_adv):
+        q = embed(net, x_adv).repeat(len(positive), 1)
+        return contrastive_loss(q, positive.flatten(), n, temperature)
+
+    # In eval mode an image changes neither another's embedding nor a running statistic.
+    with eval_mode(net):
+        return pgd(loss_of_view, x, eps, step_size, steps, norm, start=start)
+
+
+def train_step(net, target, opt, bank, x, noise, *, cooperation, temperature, ema, bank_lr, bank_momentum,
+               norm, eps, step_size, steps):
     """One iteration on the views x, a list: two that have keys, and any number of small ones; the
-    losses to be logged. `bank` is one of make_bank; `positives_are` names one of LOSSES."""
-    loss_of = LOSSES[positives_are]
-    # Both networks are in train mode. The key network moves between the passes (its
-    # parameters; its running statistics are its own), and its keys get no gradient.
-    q = [embed(net, view) for view in x]
+    losses to be logged.
+
+    `bank` is one of make_bank. `noise`, a list like x, starts the attacks, of which there are none
+    where eps is 0; None: they start at the views.
+    """
+    # The key network moves first (its parameters; its running statistics are its own). Then both
+    # networks see each of their views once, in train mode. Keys get no gradient.
     optim.ema(target, net, ema)
     k1 = embed(target, x[0])
     k2 = embed(target, x[1])
@@ -193,21 +231,30 @@ def train_step(net, target, opt, bank, x, *, positives_are, temperature, ema, ba
     n, length = unit_rows(bank.rows)
     positives1 = positives(k2, n)
     positives2 = positives(k1, n)
+    if eps:
+        both = torch.stack([positives1, positives2])
+        meets = [both[:1], both[1:]] + [both] * (len(x) - 2)  # in multi-crop a small view meets both
+        starts = [None] * len(x) if noise is None else noise
+        x = [attack(net, view, positive, n, start, temperature=temperature, norm=norm,
+                    eps=eps, step_size=step_size, steps=steps)
+             for view, positive, start in zip(x, meets, starts)]
+    q = [embed(net, view) for view in x]
 
     # The sum of both views' losses is twice the mean over both.
     queries = torch.cat(q[:2])
     chosen = torch.cat([positives1, positives2])
     free = n.detach().requires_grad_()
-    loss_view = loss_of(queries, chosen, free, temperature)
+    loss_view = cooperative_loss(queries, chosen, free, temperature, cooperation)
     loss = 2 * loss_view
     small = q[2:]
-    if small:  # multi-crop: each small view meets both positives
-        pairs = [positives1] * len(small) + [positives2] * len(small)
-        loss = loss_view + loss_of(torch.cat([*small, *small]), torch.cat(pairs), free, temperature)
+    if small:
+        queries_small = torch.cat([*small, *small])
+        chosen_small = torch.cat([positives1] * len(small) + [positives2] * len(small))
+        loss_small = cooperative_loss(queries_small, chosen_small, free, temperature, cooperation)
+        loss = loss_view + loss_small
 
     # Two players, one backward pass: both gradients are taken at one point. The network descends
-    # the loss, and the bank climbs it; of its positives, cooperative_loss has reversed the
-    # gradient.
+    # the loss, and the bank climbs it; of its positives, cooperative_loss has turned the gradient.
     opt.zero_grad()
     loss.backward()
     dist.average_grads([*net.parameters(), free])
@@ -254,18 +301,20 @@ def ema_at(epoch, epochs, start):
 # The run
 # ----------------------------------------------------------------------------------------------------------
 def parser():
-    p = run.parser(__doc__, name="caco", arch="resnet18")
+    p = run.parser(__doc__, name="caco", arch="resnet18", graph=True)
     switch = dict(action=argparse.BooleanOptionalAction, default=False)
     p.add_argument("--stem", help="cifar, imagenet, small; default: the architecture's own")
-    p.add_argument("--positives", choices=LOSSES, default="cooperative",
-                   help="whether positives come nearer to their queries or flee from them (paper)")
+    p.add_argument("--cooperation", type=run.number(-1, 1), default=1.0,
+                   help="of positives: 1 draws them to their queries, 0 leaves them, -1 drives them away, "
+                        "Eq. 13 (paper)")
     p.add_argument("--multi-crop", help="six small views besides the two (authors' code)", **switch)
     p.add_argument("--epochs", type=run.integer(0), default=200,
                    help="0 exports the random encoder; default (paper)")
     p.add_argument("--batch-size", type=run.integer(1), default=256,
                    help="images per step, over all processes (ours)")
-    p.add_argument("--optimizer", choices=("sgd", "lars"), default="sgd",
-                   help="sgd has momentum 0.9 (ours); lars, for ImageNet (authors' code)")
+    p.add_argument("--optimizer", choices=("sgd", "lars", "adamw"), default="sgd",
+                   help="sgd has momentum 0.9 (ours); lars, for ImageNet (authors' code); adamw, for a "
+                        "ViT (ours)")
     p.add_argument("--lr", type=run.number(), default=0.06, help="at its peak (ours)")
     p.add_argument("--lr-final", type=run.number(), default=0.0, help="at the end (ours)")
     p.add_argument("--warmup", type=run.integer(0), default=0, help="in epochs (ours)")
@@ -281,10 +330,25 @@ def parser():
     p.add_argument("--fill-steps", type=run.integer(0), default=256, help="of MoCo, before epoch 0 (ours)")
     p.add_argument("--fill-temperature", type=run.number(above=0), default=0.2,
                    help="of MoCo's loss (authors' code)")
+    p.add_argument("--norm", choices=("linf", "l2"), default="linf",
+                   help="of the attack; with l2, for example --eps 128 (ours)")
+    p.add_argument("--eps", type=run.number(0, 1e6), default=0.0,
+                   help="radius of the attack, in 1/255; 0: no attack (ours)")
+    p.add_argument("--step-size", type=run.number(0, 1e6),
+                   help="of the attack, in 1/255; default: for linf 2, for l2 1.25 eps / steps (ours)")
+    p.add_argument("--steps", type=run.integer(0), default=5, help="of the attack (ours)")
+    p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
+                   help="start the attack at a random point of the ball (ours); without it, at "
+                        "the image: with --steps 1 and --step-size equal to --eps that is FGSM")
     p.add_argument("--blur", help="blur views, as on ImageNet (authors' code)", **switch)
     p.add_argument("--image-size", type=run.integer(1, 10000),
                    help="side of a view in pixels; default: that of the images, and 32 for a folder")
     return p
+
+
+def check(args):
+    if args.norm == "linf" and args.eps > 255:
+        raise ValueError(f"--eps {args.eps:g}: with --norm linf at most 255, the range of a pixel")
 
 
 def network(arch, stem=None, dim=128):
@@ -300,9 +364,11 @@ def network(arch, stem=None, dim=128):
 
 
 def optimizer(net, args):
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    return optim.LARS(optim.lars_groups(net), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(net.parameters(), args.lr, weight_decay=args.weight_decay)
+    if args.optimizer == "lars":
+        return optim.LARS(optim.lars_groups(net), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    return torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
 
 
 def fill(net, target, opt, bank, images, size, args, env):
@@ -341,15 +407,46 @@ def view_settings(args):
     return dict(multi_crop=args.multi_crop, blur=args.blur)
 
 
-def pictures(images, size, args):
-    """Rows for `save_rows` of up to eight images: the two views."""
+def start_noise(x, norm, rng):
+    """Where the attack on a view x (B, 3, S, S) starts: x's shape, each image uniform in a unit ball of
+    the `norm`."""
+    # One number more than pixels: under l2 it is how far from the centre.
+    return ball_point(rng.uniform(1 + x[0].numel(), device=x.device), norm).view(x.shape)
+
+
+def attack_settings(args):
+    """The named arguments of `attack` as the flags have them; eps and step_size as pixel values in
+    [0, 1]."""
+    eps = args.eps / 255
+    if args.step_size is not None:
+        step_size = args.step_size / 255
+    elif args.norm == "l2":
+        step_size = 1.25 * eps / max(1, args.steps)
+    else:
+        step_size = 2 / 255
+    return dict(temperature=args.temperature, norm=args.norm, eps=eps, step_size=step_size, steps=args.steps)
+
+
+def pictures(net, target, bank, images, size, args):
+    """Rows for `save_rows` of up to eight images: the two views; and with --eps each attacked view,
+    from the view itself, and what the attack added."""
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
     x1, x2 = views(x, rng, size, **view_settings(args))[:2]
-    return [("x1", x1), ("x2", x2)]
+    rows = [("x1", x1), ("x2", x2)]
+    if args.eps:
+        n, _ = unit_rows(bank.rows)
+        full_scale = args.eps / 255 if args.norm == "linf" else None
+        for name, view, other in (("x1", x1, x2), ("x2", x2, x1)):
+            with eval_mode(target):
+                positive = positives(embed(target, other), n)
+            x_adv = attack(net, view, positive[None], n, None, **attack_settings(args))
+            rows += [(f"{name}_adv", x_adv), (f"{name}_adv - {name}", difference(x_adv, view, full_scale))]
+    return rows
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
+    check(args)
     env = run.setup(args)
     device = env.device
     out = pathlib.Path(args.out)
@@ -372,8 +469,7 @@ def main(argv=None):
     if args.epochs and not (out / "last.pt").exists():
         fill(net, target, opt, bank, images, size, args, env)
 
-    settings = dict(positives_are=args.positives, temperature=args.temperature,
-                    bank_momentum=args.bank_momentum)
+    settings = dict(cooperation=args.cooperation, bank_momentum=args.bank_momentum, **attack_settings(args))
     for epoch in range(step // steps_per_epoch, args.epochs):
         lr = lr_at(epoch, args.epochs, args.lr, args.warmup, args.lr_final)
         optim.set_lr(opt, lr)
@@ -383,7 +479,10 @@ def main(argv=None):
         for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, first):
             run.stop_if_signalled(args, env, state, step)
             x_views = views(x, rng, size, **view_settings(args))
-            losses = train_step(net, target, opt, bank, x_views, ema=ema, bank_lr=bank_lr, **settings)
+            noise = None
+            if args.eps and args.random_start:
+                noise = [start_noise(view, args.norm, rng) for view in x_views]
+            losses = train_step(net, target, opt, bank, x_views, noise, ema=ema, bank_lr=bank_lr, **settings)
             log.step(step, len(x) * env.world, **losses)
             step += 1
         cosine = log.mean("cosine")
@@ -394,9 +493,10 @@ def main(argv=None):
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
             # Pictures come before the checkpoint: a run that is stopped between the two draws them
             # again.
-            rows = pictures(images, size, args)
+            rows = pictures(net, target, bank, images, size, args)
             if env.rank == 0:
-                save_rows(out / "views.png", rows)
+                key = attack_key(args.norm, args.eps) if args.eps else None
+                save_rows(out / "views.png", rows, key)
             run.save(args, env, state, step)
     if env.rank == 0:
         encoders.export(net[0], out / "encoder.pt", image_size=size)

@@ -68,7 +68,7 @@ SCRIPTS = {  # variants, the base first; made by <script>_step. Those of the mas
     "advcl": ("without pseudo-labels", "with"),
     "clae": ("--eps 4", "--random"),
     "adco": ("bank", "batch-negatives", "symmetric", "hybrid"),
-    "caco": ("cooperative",),
+    "caco": ("cooperative", "hybrid"),
     "hardneg": ("--negatives plain", "--negatives ifm", "--negatives hcl", "--negatives mochi",
                 "--negatives plain --base simclr", "--negatives hcl --base simclr"),
     "adv_mae": ("--eps 0", "--steps 1", "--steps 2", "--steps 2 --norm l2"),
@@ -503,7 +503,8 @@ def adco_step(s, variant, compiled):
 
 def caco_step(s, variant, compiled):
     """The same for CaCo."""
-    return bank_step(s, caco, caco.parser().parse_args(["--positives", variant]), compiled)
+    flags = {"cooperative": [], "hybrid": ["--eps", "8"]}[variant]
+    return bank_step(s, caco, caco.parser().parse_args(flags), compiled)
 
 
 def bank_step(s, script, args, compiled):
@@ -515,7 +516,7 @@ def bank_step(s, script, args, compiled):
     compile_(s, compiled, net, target)
     settings = named_by(script.train_step, script, args)
     if script is caco:
-        inputs_of_step = [[x1, x2]]
+        inputs_of_step = [x1, x2], [2 * torch.rand_like(x) - 1 for x in (x1, x2)]
     else:
         x_q, x_k = ([x1, x2], [x2, x1]) if args.symmetric else ([x1], [x2])
         order = torch.randperm(s.batch, device=s.device)
@@ -795,7 +796,7 @@ def passes(s):
           ["", "forward", "to pixels", "to weights", "in forward passes", "over the first"], lines)
 
 
-GRAPHED = ("amoc", "rocl", "acl", "clae", "adco", "adv_mae", "byorl", "rotnet")
+GRAPHED = ("amoc", "rocl", "acl", "clae", "adco", "caco", "adv_mae", "byorl", "rotnet")
 
 
 def with_graphs(s, on, one):

@@ -66,8 +66,6 @@ def named(function, script, *flags, **others):
 def named_by(function, script, args, **others):
     """The same of flags that were read."""
     values = {**vars(args), **(script.attack_settings(args) if hasattr(script, "attack_settings") else {}), **others}
-    if "positives" in values:
-        values["positives_are"] = values["positives"]
     if isinstance(values.get("variant"), str):
         values["variant"] = script.VARIANTS[values["variant"]]
     parameters = inspect.signature(function).parameters.values()

@@ -268,6 +268,46 @@ def rebuilding_loss(pred, clean, removed, standardise):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Attacks of the pixels
+# ----------------------------------------------------------------------------------------------------------
+def noise(x, norm, g):
+    """Points in the unit ball of the norm, one for each image of x, at different distances."""
+    found = 2 * torch.rand(x.shape, generator=g, dtype=torch.float64) - 1
+    if norm == "l2":
+        for i, image in enumerate(found):
+            found[i] = image / image.norm() * (i + 1) / len(found)
+    return found
+
+
+def attack(loss_of, x, meets, start, flags):
+    """x, moved uphill on loss_of(x, meets) within --eps of each image, from `start`, a point of the unit ball
+    for each, and kept in [0, 1]. Of all numbers some end at the edge of ball and box, and some do not."""
+    eps = flags.eps / 255
+    step_size = flags.step_size / 255
+    x_adv = (x + eps * start).clamp(0, 1)
+    far = []
+    for _ in range(flags.steps):
+        x_adv = x_adv.detach().requires_grad_()
+        (g,) = torch.autograd.grad(loss_of(x_adv, meets), x_adv)
+        images = []
+        for image, centre, uphill in zip(x_adv.detach(), x, g):
+            if flags.norm == "linf":
+                delta = (image + step_size * uphill.sign() - centre).clamp(-eps, eps)
+            else:
+                length = uphill.square().sum().sqrt()  # 0 where no ReLU is alive: such an image stays
+                delta = image + step_size * uphill / length.clamp_min(1e-12) - centre
+                length = delta.square().sum().sqrt()
+                far.append(float(length > eps))
+                if length > eps:
+                    delta = delta * eps / length
+            images.append((centre + delta).clamp(0, 1))
+        x_adv = torch.stack(images)
+    some_not_all((x_adv == 0) | (x_adv == 1))
+    some_not_all(((x_adv - x).abs() - eps).abs() < 1e-12 if flags.norm == "linf" else torch.tensor(far))
+    return x_adv
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Optimizers: a step of one tensor
 # ----------------------------------------------------------------------------------------------------------
 def with_gradient(f, names):
@@ -287,18 +327,18 @@ def sgd(f, names, grads, past, lr, momentum, decay):
         past[name] = {"momentum_buffer": v}
 
 
-def adamw(f, names, grads, past, lr, decay, ascend=False):
-    """Moments .9 and .95; tensors of one dimension do not decay."""
+def adamw(f, names, grads, past, lr, decay, ascend=False, second=0.95, vectors=False):
+    """Moments .9 and `second`; tensors of one dimension do not decay, but with `vectors` they do."""
     for name, g in zip(names, grads):
         w = f[name].detach()
         before = past.get(name, {"step": 0, "exp_avg": 0 * w, "exp_avg_sq": 0 * w})
         t = before["step"] + 1
         g = -g if ascend else g
         m = 0.9 * before["exp_avg"] + 0.1 * g
-        v = 0.95 * before["exp_avg_sq"] + 0.05 * g * g
-        if w.dim() > 1:
+        v = second * before["exp_avg_sq"] + (1 - second) * g * g
+        if w.dim() > 1 or vectors:
             w = w - lr * decay * w
-        f[name] = w - lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
+        f[name] = w - lr * (m / (1 - 0.9**t)) / ((v / (1 - second**t)).sqrt() + 1e-8)
         past[name] = {"step": t, "exp_avg": m, "exp_avg_sq": v}
 
 

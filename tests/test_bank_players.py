@@ -28,7 +28,7 @@ def test_a_bank_made_for_a_step_is_all_that_the_step_needs(script):
     assert bank.state_dict().keys() == {"rows", "velocity", "_extra_state"}
     assert bank.velocity.shape == (8, 128) and not bank.velocity.any()
     x = augment.to_float(images.x[:16])
-    rest = ([x], [x], torch.arange(16), None) if script is adco else ([x, x],)
+    rest = ([x], [x], torch.arange(16), None) if script is adco else ([x, x], None)
     settings = named_by(script.train_step, script, args)
     script.train_step(net, target, opt, bank, *rest, **settings)
     assert bank.velocity.norm(dim=1).min() > 0

@@ -30,16 +30,16 @@ def slow_loss(q, positive, bank, T, positives=None):
     return total / len(q)
 
 
-def slow_ascent(q, positive, bank, T):
-    """H: what the negatives' role climbs, less what the positives' role climbs."""
+def slow_ascent(q, positive, bank, T, c=1.0):
+    """H: what the negatives' role climbs, less c times what the positives' role climbs."""
     w, v = bank.clone().requires_grad_(), bank.clone().requires_grad_()
     g_w, g_v = torch.autograd.grad(slow_loss(q, positive, w, T, v), (w, v))
-    return g_w - g_v
+    return g_w - c * g_v
 
 
-def of_rows(loss_of):
-    """`loss_of` for rows of any length, as train_step reads them."""
-    return lambda q, positive, bank, T: loss_of(q, positive, unit(bank), T)
+def of_rows(loss_of, *more):
+    """`loss_of` for rows of any length, as train_step reads them; `more` are its last arguments."""
+    return lambda q, positive, bank, T: loss_of(q, positive, unit(bank), T, *more)
 
 
 contrastive_loss, cooperative_loss = of_rows(caco.contrastive_loss), of_rows(caco.cooperative_loss)
@@ -74,6 +74,56 @@ def test_both_losses_equal_slow_loops_and_the_printed_values_and_gradients(y, T,
     assert (a.norm().item(), a[2, 1].item()) == pytest.approx(dq, rel=1e-9)
     for g, values in ((w, dW), (h, H)):
         assert (g.norm().item(), g[0, 0].item(), g[8, 5].item()) == pytest.approx(values, rel=1e-9)
+
+
+VALUES = {  # (positives, temperature): of each c the norm of the bank's gradient and three of its entries
+    (POSITIVE, 0.5): ((2, 3), {
+        1: (0.264353885, 0.0391071326, 0.0681216472, -0.0386818718),
+        0: (0.13014504, 0.00457253611, 0.000872561969, -0.0386818718),
+        -0.25: (0.150932169, -0.00406111302, -0.0159397093, -0.0386818718),
+        -1: (0.29342584, -0.0299620604, -0.0663765233, -0.0386818718)}),
+    (SHARED, 0.2): ((3, 2), {
+        1: (1.37175919, -0.337030245, 0.0151856514, -0.0496222291),
+        0: (0.79488754, 0.132411195, 0.000413126714, -0.0496222291),
+        -0.25: (1.00315476, 0.249771556, -0.00328000447, -0.0496222291),
+        -1: (1.94381104, 0.601852636, -0.014359398, -0.0496222291)})}
+
+
+@pytest.mark.parametrize("c", [1, 0, -0.25, -1])
+@pytest.mark.parametrize("setting", VALUES, ids=["own", "shared"])
+def test_every_cooperation_has_the_printed_gradients_and_those_of_two_roles(setting, c):
+    (y, T), (place, table) = setting, VALUES[setting]
+    loss, a, w = gradients(of_rows(caco.cooperative_loss, c), q1, y, T)
+    value, dq = {0.5: (0.952847385, 0.651783828), 0.2: (4.47907828, 3.44048104)}[T]
+    assert (loss, a.norm().item()) == pytest.approx((value, dq), rel=1e-8)
+    found = (w.norm().item(), w[0, 0].item(), w[place].item(), w[8, 5].item())
+    assert found == pytest.approx(table[c], rel=1e-8, abs=1e-10)
+    torch.testing.assert_close(w, slow_ascent(q1, y, W, T, c), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(a, gradients(slow_loss, q1, y, T)[1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cooperation_minus_one_is_the_contrastive_loss_and_one_the_default_bit_for_bit(dtype):
+    def results(loss_of, *more):
+        a, n = (t.detach().to(dtype, copy=True).requires_grad_() for t in (q1, unit(W)))
+        loss = loss_of(a, SHARED, n, 0.08, *more)
+        return loss, *torch.autograd.grad(loss, (a, n))
+
+    for found, wanted in ((results(caco.cooperative_loss, -1.0), results(caco.contrastive_loss)),
+                          (results(caco.cooperative_loss, 1.0), results(caco.cooperative_loss))):
+        assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("c, values", [
+    (0, (7.72692085, 0.515604751, 4.99048824)), (-0.25, (7.73134266, 0.566594698, 5.2407713))])
+def test_three_bank_steps_of_other_cooperations_equal_printed_values(c, values):
+    w, v = W.clone(), torch.zeros_like(W)
+    for _ in range(3):
+        a = w.clone().requires_grad_()
+        (g,) = torch.autograd.grad(of_rows(caco.cooperative_loss, c)(q1, SHARED, a, 0.2), a)
+        caco.bank_step(w, v, g, 0.1, 0.9)
+    after = contrastive_loss(q1, SHARED, w, 0.2).item()
+    assert (w.norm().item(), w[0, 0].item(), after) == pytest.approx(values, rel=1e-8)
 
 
 def closed(y, T, sign):
@@ -118,7 +168,7 @@ def test_closed_forms():
     assert value == pytest.approx(math.log(1 + 15 * math.exp(-1 / 0.08)), rel=1e-10)
 
 
-@pytest.mark.parametrize("loss_of", caco.LOSSES.values())
+@pytest.mark.parametrize("loss_of", [caco.contrastive_loss, caco.cooperative_loss])
 def test_the_losses_are_the_same_under_autocast_and_finite_at_any_temperature(loss_of):
     a, w = q1.float().requires_grad_(), W.float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -156,20 +206,20 @@ x1 = X(4, 3, 4, 4)
 x2 = x1.flip(3)
 
 
-def step(net, target, x, bank=None, ema=0.0, bank_lr=0.3, **flags):
+def step(net, target, x, bank=None, ema=0.0, bank_lr=0.3, noise=None, **flags):
     """A real train_step. The network's optimizer only records."""
     bank = bank or memory(W)
     opt = torch.optim.SGD(net.parameters(), 0.0)
     settings = named_by(caco.train_step, caco, arguments(**flags), ema=ema, bank_lr=bank_lr)
-    return caco.train_step(net, target, opt, bank, x, **settings), bank
+    return caco.train_step(net, target, opt, bank, x, noise, **settings), bank
 
 
-@pytest.mark.parametrize("positives", caco.LOSSES)
+@pytest.mark.parametrize("c", [1.0, 0.0, -0.25, -1.0])
 @pytest.mark.parametrize("small", [0, 3])
-def test_a_step_moves_both_players_from_one_point(positives, small):
+def test_a_step_moves_both_players_from_one_point(c, small):
     net, target, slow = Linear(), Linear().requires_grad_(False), Linear()
     x = [x1, x2, *(x1.flip(2).roll(s, 0) for s in range(small))]
-    losses, bank = step(net, target, x, positives=positives, temperature=0.2)
+    losses, bank = step(net, target, x, cooperation=c, temperature=0.2)
     q, k = [unit(slow(v)) for v in x], [unit(Linear()(v)).detach() for v in x[:2]]
     y = [(key @ unit(W).T).argmax(1) for key in k]
     pairs = [(0, 1), (1, 0)] if not small else [(i, j) for i in range(len(x)) for j in range(2) if i != j]
@@ -177,9 +227,7 @@ def test_a_step_moves_both_players_from_one_point(positives, small):
     for i, j in pairs:
         share = 1.0 if not small else 1 / 2 if i < 2 else 1 / (2 * small)
         loss = loss + share * slow_loss(q[i], y[j], W, 0.2)
-        w = W.clone().requires_grad_()
-        (plain,) = torch.autograd.grad(slow_loss(q[i].detach(), y[j], w, 0.2), w)
-        H += share * (slow_ascent(q[i].detach(), y[j], W, 0.2) if positives == "cooperative" else plain)
+        H += share * slow_ascent(q[i].detach(), y[j], W, 0.2, c)
     loss.backward()
     assert losses["loss"].item() == pytest.approx(loss.item(), rel=1e-9)
     torch.testing.assert_close(net.W.grad, slow.W.grad, rtol=1e-9, atol=1e-11)
@@ -208,14 +256,14 @@ def test_the_alarms_are_what_they_are_called():
 def test_cooperation_draws_the_bank_near_and_eq_13_drives_it_away():
     """The bank alone, against standing queries: what the ablation must show."""
     cosine = {}
-    for name in caco.LOSSES:
+    for c in (1.0, 0.0, -1.0):
         bank = memory(W)
         for _ in range(30):
             losses, _ = step(Linear(), Linear().requires_grad_(False), [x1, x2], bank, bank_lr=0.05,
-                             positives=name, temperature=0.2)
-        cosine[name] = losses["cosine"].item()
+                             cooperation=c, temperature=0.2)
+        cosine[c] = losses["cosine"].item()
     first = (torch.cat([unit(Linear()(x)) for x in (x1, x2)]) @ unit(W).T).amax(1).mean().item()
-    assert cosine["adversarial"] < cosine["cooperative"] and cosine["cooperative"] > first
+    assert cosine[-1.0] < cosine[0.0] < cosine[1.0] and cosine[1.0] > first
 
 
 def real():
@@ -245,7 +293,7 @@ def on_ranks(rank, world):
     net, target, bank = Linear(), Linear().requires_grad_(False), memory(W)
     opt = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
     for _ in range(3):
-        losses = caco.train_step(net, target, opt, bank, [x, x.flip(3)], **named_by(
+        losses = caco.train_step(net, target, opt, bank, [x, x.flip(3)], None, **named_by(
             caco.train_step, caco, arguments(temperature=0.2), ema=0.9, bank_lr=0.3))
     return losses["loss"].detach(), net.W.detach(), bank.rows, bank.velocity
 
@@ -331,15 +379,19 @@ def test_views_of_multi_crop_have_the_published_sides():
 def test_defaults():
     want = dict(epochs=200, batch_size=256, lr=0.06, lr_final=0, warmup=0, weight_decay=5e-4, ema=0.99, dim=128,
                 bank_size=4096, temperature=0.08, bank_lr=0.3, bank_warmup=10, bank_momentum=0.9, fill_steps=256,
-                fill_temperature=0.2, positives="cooperative", optimizer="sgd", multi_crop=False, blur=False,
+                fill_temperature=0.2, cooperation=1, optimizer="sgd", multi_crop=False, blur=False,
+                norm="linf", eps=0, step_size=None, steps=5, random_start=True,
                 arch="resnet18", data="cifar10", image_size=None)
     args = vars(caco.parser().parse_args([]))
     assert {key: args[key] for key in want} == want
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--positives", "eq13"], "--positives eq13: choose one of cooperative, adversarial"),
-    (["--optimizer", "adam"], "--optimizer adam: choose one of sgd, lars"),
+    (["--cooperation", "-1.5"], "--cooperation -1.5: must be a number from -1 to 1"),
+    (["--positives", "adversarial"], r"unrecognized arguments: --positives adversarial \(see caco.py --help\)"),
+    (["--optimizer", "adam"], "--optimizer adam: choose one of sgd, lars, adamw"),
+    (["--eps", "300"], "--eps 300: with --norm linf at most 255, the range of a pixel"),
+    (["--eps", "-8"], "--eps -8: must be"), (["--norm", "l1"], "--norm l1: choose one of linf, l2"),
     (["--fill-steps", "-1"], "--fill-steps -1: must be"),
     (["--temperature", "0"], "--temperature 0: must be"),
     (["--ema", "1.5"], "--ema 1.5: must be a number from 0 to 1"),

@@ -160,7 +160,7 @@ def test_every_number_has_a_finite_range(script):
     checked = list(numeric_flags(script))
     assert {"--lr", "--epochs", "--batch-size", "--weight-decay", "--seed", "--workers"} <= {f for f, _ in checked}
     for flag, count in checked:
-        below = [] if flag == "--lam" and script == "pretext" else ["-1"]
+        below = [] if (script, flag) in (("pretext", "--lam"), ("caco", "--cooperation")) else ["-1"]
         for value in ("inf", "nan", *below, "1e300", "9" * 30, "", "x"):
             with pytest.raises(ValueError, match=f"{flag} {value}.*: must be a"):
                 parser.parse_args([flag] + [value] * count)
@@ -430,7 +430,8 @@ TALKS = {
     "amoc": [["--variant", "AAA"], ["--variant", "ACA_PLUS"], ["--variant", "CAC"]],
     "byorl": [["--eps", "0"]],
     "clae": [["--random"]],
-    "caco": [["--positives", "adversarial", "--multi-crop"], ["--optimizer", "lars"]],
+    "caco": [["--cooperation", "-1", "--multi-crop"], ["--optimizer", "lars"],
+             ["--multi-crop", "--eps", "90", "--norm", "l2", "--steps", "1"]],
     "hardneg": [["--base", "simclr", "--negatives", "hcl"], ["--negatives", "ifm"]],
     "pretext": [["--tasks", "jigsaw"], ["--tasks", "selfie", "--noise", "8"]],
     "rocl": [["--reg-weight", "0"], ["--attack-to", "original"]],

@@ -18,7 +18,7 @@ from common.resnet import branch
 from tests.scripts import SCRIPTS, TINY, named, tiny_npz
 
 Recording = speed.Recording
-GRAPHED = ("acl", "adco", "adv_mae", "amoc", "byorl", "clae", "rocl", "rotnet")
+GRAPHED = ("acl", "adco", "adv_mae", "amoc", "byorl", "caco", "clae", "rocl", "rotnet")
 
 
 # --compile --------------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def test_on_cuda_a_run_with_graphs_takes_the_same_steps(script, tmp_path):
     module = importlib.import_module(script)
     flags = [flag for flag in (*TINY, *SCRIPTS[script])]
     flags[flags.index("--device") + 1] = "cuda"
-    more = {"adco": ["--eps", "8"], "rotnet": ["--optimizer", "sgd"]}.get(script, [])
+    more = {"adco": ["--eps", "8"], "caco": ["--eps", "8"], "rotnet": ["--optimizer", "sgd"]}.get(script, [])
     states = {}
     for name, graph in (("plain", []), ("graph", ["--graph"])):
         out = tmp_path / name

@@ -20,6 +20,7 @@ ATTACKS = {  # one step of the whole radius from the image itself: FGSM
     "amoc": [*FGSM, "--variant", "AAC"],
     "byorl": FGSM,
     "adco": [*FGSM, "--batch-negatives"],
+    "caco": FGSM,
     "adv_mae": FGSM,
     "adpe": ["--adversary", "pgd", "--position", "absolute", "--no-random-start", "--steps", "1",
              "--radius", "0.5", "--step-size", "0.5"],

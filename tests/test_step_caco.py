@@ -11,8 +11,8 @@ from common.bank import Bank
 from tests import steps2 as plain
 from tests.scripts import named_by
 
-FLAGS = dict(temperature=0.3, bank_momentum=0.8, lr=0.1, weight_decay=0.02, positives="cooperative",
-             optimizer="sgd")
+FLAGS = dict(temperature=0.3, bank_momentum=0.8, lr=0.1, weight_decay=0.02, cooperation=1.0,
+             optimizer="sgd", norm="linf", eps=0.0, step_size=25.0, steps=3)
 EMA = 0.9
 BANK_LR = 0.4  # of this epoch
 
@@ -20,11 +20,11 @@ BANK_LR = 0.4  # of this epoch
 # ----------------------------------------------------------------------------------------------------------
 # The method
 # ----------------------------------------------------------------------------------------------------------
-def embed(f, x):
-    """u(f(x)), all norms in training."""
+def embed(f, x, mode="train"):
+    """u(f(x)), all norms in that mode."""
     h = torch.nn.functional.conv2d((x - f["0.mean"]) / f["0.std"], f["0.conv.weight"])
-    h = plain.batch_norm(f, "0.norm", h, "train").relu().mean((2, 3))
-    h = plain.batch_norm(f, "1.norm", plain.linear(f, "1.hidden", h), "train").relu()
+    h = plain.batch_norm(f, "0.norm", h, mode).relu().mean((2, 3))
+    h = plain.batch_norm(f, "1.norm", plain.linear(f, "1.hidden", h), mode).relu()
     return plain.unit(plain.linear(f, "1.out", h))
 
 
@@ -50,30 +50,38 @@ def contrast(q, y, bank, T):
 
 def direction(q, y, bank, T, flags):
     """Eqs. 7 and 12: where the rows w_j = |w_j| n_j are to go, less what is along n_j. A negative goes to
-    the query by p, the query's positive by 1 - p; Eq. 13's positive flees by as much."""
+    the query by p, the query's positive by c (1 - p): with c = -1, Eq. 13, it flees."""
     _, p = contrast(q, y, bank, T)
-    sign = 1 if flags.positives == "cooperative" else -1
+    c = flags.cooperation
     h = torch.zeros_like(bank)
     for j, w in enumerate(bank):
         n = w / w.norm()
         pull = 0.0
         for i in range(len(q)):
-            pull = pull + (sign * (1 - p[i][j]) if j == y[i] else p[i][j]) * q[i] / len(q)
+            pull = pull + (c * (1 - p[i][j]) if j == y[i] else p[i][j]) * q[i] / len(q)
         h[j] = (pull - (n @ pull) * n) / (T * w.norm())
     return h
 
 
-def step(net, target, bank, past, names, x, flags):
+def step(net, target, bank, past, names, x, noise, flags):
     """Changes net, target, bank {"rows", "velocity"} and the optimizer's past; returns what is logged, and
     the positives."""
     T = flags.temperature
     old = bank["rows"]
-    weights = plain.with_gradient(net, names)
-    q = [embed(net, view) for view in x]
     plain.moving_average(target, net, names, EMA)
     k1, k2 = [embed(target, view).detach() for view in x[:2]]
     y1 = nearest(k2, old)
     y2 = nearest(k1, old)  # of the other view's keys
+    if flags.eps:
+        meets = [[y1], [y2]] + [[y1, y2]] * (len(x) - 2)
+
+        def loss_of(view, ys):
+            q = embed(net, view, "eval")
+            return sum(contrast(q, y, old, T)[0] for y in ys)
+
+        x = [plain.attack(loss_of, view, ys, start, flags) for view, ys, start in zip(x, meets, noise)]
+    weights = plain.with_gradient(net, names)
+    q = [embed(net, view) for view in x]
 
     big = [(q[0], y1), (q[1], y2)]
     small = [(view, y) for view in q[2:] for y in (y1, y2)]
@@ -88,6 +96,8 @@ def step(net, target, bank, past, names, x, flags):
     grads = torch.autograd.grad(loss, weights)
     if flags.optimizer == "sgd":
         plain.sgd(net, names, grads, past, flags.lr, 0.9, flags.weight_decay)
+    elif flags.optimizer == "adamw":
+        plain.adamw(net, names, grads, past, flags.lr, flags.weight_decay, second=0.999, vectors=True)
     else:
         plain.lars(net, names, grads, past, flags.lr, flags.weight_decay, trust=0.001, clip=False)
     bank["velocity"] = flags.bank_momentum * bank["velocity"] - h
@@ -127,9 +137,9 @@ def bank_of(rows, velocity):
     return bank
 
 
-def step_of_the_script(net, target, opt, bank, x, args):
+def step_of_the_script(net, target, opt, bank, x, noise, args):
     settings = named_by(caco.train_step, caco, args, ema=EMA, bank_lr=BANK_LR)
-    return caco.train_step(net, target, opt, bank, x, **settings)
+    return caco.train_step(net, target, opt, bank, x, noise if args.eps else None, **settings)
 
 
 class Projector(nn.Module):
@@ -149,8 +159,9 @@ def network(seed):
 
 @pytest.mark.parametrize("small", [0, 2], ids=["two views", "multi-crop"])
 @pytest.mark.parametrize("more", [
-    dict(positives="cooperative"), dict(positives="adversarial"), dict(optimizer="lars", lr=30.0)],
-    ids=lambda more: " ".join(map(str, more.values())))
+    {}, dict(cooperation=-1.0), dict(cooperation=-0.25), dict(optimizer="lars", lr=30.0),
+    dict(optimizer="adamw"), dict(eps=40.0), dict(norm="l2", eps=300.0, step_size=150.0, cooperation=-0.25, lr=0.03)],
+    ids=lambda more: " ".join(map(str, more.values())) or "plain")
 def test_two_steps_are_the_methods(more, small):
     given = {**FLAGS, **more}
     flags = SimpleNamespace(**given)
@@ -170,9 +181,10 @@ def test_two_steps_are_the_methods(more, small):
     for t in range(2):
         sides = [6, 6] + small * [4]
         x = [plain.images(6, side, 10 * i + t) for i, side in enumerate(sides)]
-        logged, (y1, y2) = step(want["net"], want["target"], want["bank"], want["past"], names, x, flags)
+        noise = [plain.noise(view, flags.norm, g) for view in x]
+        logged, (y1, y2) = step(want["net"], want["target"], want["bank"], want["past"], names, x, noise, flags)
         assert y1 != y2 and min(len(set(y1)), len(set(y2))) > 2  # else the views could be confused
-        found = step_of_the_script(net, target, opt, bank, x, args)
+        found = step_of_the_script(net, target, opt, bank, x, noise, args)
         plain.same(found, logged, f"step {t}, logged")
         plain.same(plain.state(net), want["net"], f"step {t}, net")
         plain.same(plain.state(target), want["target"], f"step {t}, target")
@@ -187,6 +199,7 @@ def test_two_steps_are_the_methods(more, small):
 
 @pytest.mark.parametrize("kind, class_of, treated", [
     ("sgd", torch.optim.SGD, dict(lr=0.03, momentum=0.9, weight_decay=0.02)),
+    ("adamw", torch.optim.AdamW, dict(lr=0.03, betas=(0.9, 0.999), weight_decay=0.02)),
     ("lars", caco.optim.LARS, dict(lr=0.03, momentum=0.9, weight_decay=0.02, trust=0.001, clip=False))])
 def test_a_run_has_the_optimizer_of_these_steps(kind, class_of, treated, tmp_path, monkeypatch):
     given = ["--arch", "slim", "--lr", "0.03", "--weight-decay", "0.02", "--bank-size", "8",

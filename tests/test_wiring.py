@@ -35,7 +35,7 @@ ADCO = ("--lr 0.11 --lr-final 0.02 --weight-decay 0.003 --ema 0.6 --bank-size 40
         "--bank-lr 0.23 --bank-momentum 0.7 --bank-decay 0.004 --temperature 0.3 --bank-temperature 0.2")
 CACO = ("--lr 0.11 --lr-final 0.02 --warmup 1 --weight-decay 0.003 --ema 0.6 --bank-size 40 --fill-steps 3 "
         "--bank-lr 0.23 --bank-warmup 2 --bank-momentum 0.7 --temperature 0.1 --fill-temperature 0.3 "
-        "--dim 24")
+        "--dim 24 --cooperation -0.25")
 HARDNEG = ("--lr 0.11 --lr-final 0.02 --weight-decay 0.003 --ema 0.6 --bank-size 40 --hard 8 --mix 6 --mix-query 4 "
            "--mix-from 1 --shift 0.15 --alpha 0.7 --beta 0.8 --tau 0.2")
 BYORL = "--lr 0.9 --weight-decay 0.003 --warmup 2 --ema 0.6 --hidden 40"
@@ -68,6 +68,8 @@ CASES = {  # the script, and flags besides SMALL
     "adco multi-crop": ("adco", ADCO + " --multi-crop"),
     "caco": ("caco", CACO + " --stem cifar"),
     "caco lars": ("caco", CACO + " --optimizer lars --multi-crop"),
+    "caco hybrid": ("caco", CACO + " --eps 6 --step-size 3 --steps 2 --optimizer adamw"),
+    "caco l2": ("caco", CACO + " --norm l2 --eps 90 --steps 2 --multi-crop"),
     "hardneg": ("hardneg", HARDNEG + " --stem cifar"),
     "hardneg ifm": ("hardneg", HARDNEG + " --negatives ifm --ifm-only --temperature 0.3"),
     "hardneg simclr": ("hardneg", HARDNEG + " --negatives hcl --base simclr --blur"),
@@ -493,6 +495,12 @@ def adam(weight_decay):
     return torch.optim.Adam, [("all", dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, amsgrad=False))]
 
 
+def plain_adamw(weight_decay):
+    """PyTorch's; all weights have decay."""
+    return torch.optim.AdamW, [("all", dict(
+        betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, maximize=False, amsgrad=False))]
+
+
 ASCENT = torch.optim.AdamW, [
     ("all", dict(betas=(0.9, 0.95), eps=1e-8, weight_decay=0, maximize=True, amsgrad=False))]
 
@@ -507,6 +515,7 @@ OPTIMIZERS = {  # argument of train_step: class, and the groups by what they hol
     "adco": {"opt": sgd(0.003)},
     "caco": {"opt": sgd(0.003)},
     "caco lars": {"opt": lars(0.003)},
+    "caco hybrid": {"opt": plain_adamw(0.003)},
     "hardneg": {"opt": sgd(0.003)},
     "byorl": {"opt": lars(0.003)},
     "adv_mae": {"opt": adamw(0.03)},
@@ -698,6 +707,7 @@ def test_each_epoch_visits_every_image_once_in_an_order_of_its_own(case, watched
 
 
 SIDES = {"adco multi-crop": [16, 14, 11, 9, 7, 16], "caco lars": [16, 16] + 6 * [7], "advcl": [16] * 3, "advcl l2": [16] * 3,
+         "caco l2": [16, 16] + 6 * [7],
          "advcl teacher": [16] * 3, "adv_mae": [16], "adv_mae l2": [16], "adv_mae fgsm": [16], "adpe": [16],
          "adpe pgd": [16], "adpe pgd l2": [16], "rotnet": [16], "rotnet trades": [16], "rotnet clean": [16]}
 
@@ -728,14 +738,14 @@ def test_views_are_of_the_steps_images_and_never_the_same_twice(case, watched):
             assert torch.corrcoef(torch.stack([given, torch.cat(shown)]))[0, 1] > 0.35
 
 
+MULTI_CROP = 2 * [dict(view=(224, (0.14, 1.0), 0.4, 0.5, 0.0))] + 6 * [dict(view=(96, (0.05, 0.14), 0.4, 0.5, 0.0))]
 AUGMENTED = {  # what augment is told for the views of a step, in turn, besides the side
     "amoc": [{}, {}], "rocl": [{}, {}], "acl": [{}, {}], "adios": [{}, {}], "adv_mae": [{}],
     "advcl": [{}], "clae": [{}, {}],
     "adco": [dict(side=224), dict(side=224)],
     "adco multi-crop": [dict(side=side) for side in (224, 192, 160, 128, 96, 224)],
     "caco": [dict(view=(224, (0.2, 1.0), 0.2, 1.0, 0.0)), dict(view=(224, (0.2, 1.0), 0.2, 0.1, 0.2))],
-    "caco lars": 2 * [dict(view=(224, (0.14, 1.0), 0.4, 0.5, 0.0))]
-    + 6 * [dict(view=(96, (0.05, 0.14), 0.4, 0.5, 0.0))],
+    "caco lars": MULTI_CROP, "caco l2": MULTI_CROP,
     "hardneg": 2 * [dict(blur=False)], "hardneg simclr": 2 * [dict(blur=True)],
     "byorl": [dict(solarize=0), dict(solarize=0.2)],  # of the second view now and then
     "adpe": [dict(min_scale=0.2, crops=1)], "adpe pgd": [dict(min_scale=0.2, crops=2)],
@@ -790,6 +800,8 @@ NOISE = {  # argument: its shape, the kind of its numbers, and how many of its a
     "adco": {},
     "adco hybrid": {"noise": ((2, 16, 3, 16, 16), box, 2)},
     "caco": {},
+    "caco hybrid": {"noise": ((2, 16, 3, 16, 16), box, 2)},
+    "caco l2": {"noise": ((2, 16, 3, 16, 16), ball, 2)},  # and six of the small views
     "hardneg": {},
     "byorl": {"noise": ((16, 2, 768), box, 2)},
     "byorl l2": {"noise": ((16, 2, 768), ball, 2)},
@@ -815,7 +827,7 @@ def test_noise_fills_its_range_and_is_new_for_each_image_view_and_step(case, wat
         assert all(step.given.get("noise") is None for step in steps)
     for name, (shape, kind, axes) in table.items():
         values = [step.given[name] for step in steps]
-        values = [torch.stack(value) if isinstance(value, list) else value for value in values]
+        values = [torch.stack(value[:shape[0]]) if isinstance(value, list) else value for value in values]
         assert {tuple(value.shape) for value in values} == {shape}
         rows = torch.stack(values).flatten(0, axes).flatten(1)
         assert len(rows.unique(dim=0)) == len(rows)
@@ -902,6 +914,8 @@ ATTACKS = {  # options of pgd, how BatchNorms stand, and what is attacked, in tu
     "advcl l2": (L2_DEFAULT, FROZEN, lambda x: [torch.cat([x["x1"], x["x"]])]),
     "advcl teacher": (LINF, FROZEN, lambda x: [torch.cat([x["x1"], x["x2"]]), x["x"]]),
     "adco hybrid": (LINF, EVAL, lambda x: x["x_q"]),
+    "caco hybrid": (LINF, EVAL, lambda x: x["x"]),
+    "caco l2": (L2_DEFAULT, EVAL, lambda x: x["x"]),
     "byorl": (BYORL_LINF, FROZEN, lambda x: [x["x1"], x["x2"]]),
     "byorl l2": (BYORL_L2, FROZEN, lambda x: [x["x1"], x["x2"]]),
     "adv_mae": (MAE_LINF, NO_NORM, lambda x: [visible(x["x"], x["u"])]),
@@ -1113,9 +1127,10 @@ DEFAULTS = {  # of each flag that a paper or its authors' code names
         bank_size=4096, bank_lr=0.5, bank_momentum=0.9, bank_decay=1e-4, fill_steps=256, eps=0, step_size=2,
         steps=5, blur=False, arch="resnet18"),
     "caco": dict(
-        stem=None, positives="cooperative", multi_crop=False, epochs=200, batch_size=256, optimizer="sgd",
+        stem=None, cooperation=1, multi_crop=False, epochs=200, batch_size=256, optimizer="sgd",
         lr=0.06, lr_final=0, warmup=0, weight_decay=5e-4, ema=0.99, temperature=0.08, dim=128, bank_size=4096,
         bank_lr=0.3, bank_warmup=10, bank_momentum=0.9, fill_steps=256, fill_temperature=0.2, blur=False,
+        norm="linf", eps=0, step_size=None, steps=5, random_start=True,
         arch="resnet18"),
     "hardneg": dict(
         negatives="mochi", base="moco", stem=None, epochs=200, batch_size=256, lr=0.06, lr_final=0, weight_decay=5e-4,
