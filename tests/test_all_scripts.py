@@ -7,6 +7,7 @@ import functools
 import importlib
 import json
 import pathlib
+import shutil
 import signal
 
 import pytest
@@ -73,8 +74,8 @@ def undisturbed(npz, tmp_path_factory):
     return functools.cache(lambda script: main(script, npz, tmp_path_factory.mktemp(script)))
 
 
-def test_a_run_writes_log_checkpoint_encoder_and_pictures(script, npz, tmp_path):
-    out = main(script, npz, tmp_path)
+def test_a_run_writes_log_checkpoint_encoder_and_pictures(script, undisturbed):
+    out = undisturbed(script)
     head, *epochs = lines(out)
     assert (
         head["flags"]["batch_size"] == 16 and {"command", "commit", "torch", "device", "world"} <= head.keys()
@@ -88,53 +89,60 @@ def test_a_run_writes_log_checkpoint_encoder_and_pictures(script, npz, tmp_path)
     assert torch.load(out / "last.pt", weights_only=True)["step"] == 6
 
 
-def test_same_seed_same_run_and_another_seed_another(script, npz, tmp_path, undisturbed):
+class Killed(Exception):
+    pass
+
+
+def test_same_seed_same_run_and_another_seed_another(script, npz, tmp_path, monkeypatch, undisturbed):
     a, b = undisturbed(script), main(script, npz, tmp_path / "b")
     same_result(a, b)
-    c = main(script, npz, tmp_path / "c", "--seed", "1")
-    assert lines(c)[1]["loss"] != lines(a)[1]["loss"]
+
+    def stop(args, env, state, step):
+        if step == 3:
+            raise Killed
+
+    monkeypatch.setattr(run, "stop_if_signalled", stop)  # one epoch of the other seed will do
+    with pytest.raises(Killed):
+        main(script, npz, tmp_path / "c", "--seed", "1")
+    assert lines(tmp_path / "c")[1]["loss"] != lines(a)[1]["loss"]
 
 
 def test_a_finished_run_continues_to_the_same_end(script, npz, tmp_path, undisturbed):
-    a = main(script, npz, tmp_path / "a")
+    a = tmp_path / "a"
+    shutil.copytree(undisturbed(script), a)
     (a / "encoder.pt").unlink()
     main(script, npz, a)
     same_result(a, undisturbed(script))
 
 
-class Killed(Exception):
-    pass
+def test_a_run_killed_again_and_again_resumes_bit_for_bit(script, npz, tmp_path, monkeypatch, undisturbed):
+    """Death without notice after any step, before the first checkpoint too: the run goes on from the last
+    checkpoint, and nothing shows."""
+    for at_step in (1, 3, 4):
+        def die(args, env, state, step):
+            if step == at_step:
+                raise Killed
 
-
-@pytest.mark.parametrize("at_step", [1, 3, 4])
-def test_a_killed_run_resumes_bit_for_bit(script, npz, tmp_path, monkeypatch, undisturbed, at_step):
-    """Death without notice after any step: the run goes on from the last checkpoint, and nothing shows."""
-    def die(args, env, state, step):
-        if step == at_step:
-            raise Killed
-
-    with monkeypatch.context() as m, pytest.raises(Killed):
-        m.setattr(run, "stop_if_signalled", die)
-        main(script, npz, tmp_path / "cut")
+        with monkeypatch.context() as m, pytest.raises(Killed):
+            m.setattr(run, "stop_if_signalled", die)
+            main(script, npz, tmp_path / "cut")
+        assert (tmp_path / "cut" / "last.pt").exists() == (at_step >= 3)
     same_result(main(script, npz, tmp_path / "cut"), undisturbed(script))
 
 
-@pytest.mark.parametrize("number, at_step", [(signal.SIGTERM, 2), (signal.SIGTERM, 3), (signal.SIGINT, 4)])
-def test_a_signal_saves_within_the_epoch_and_the_run_resumes_bit_for_bit(
-    script, npz, tmp_path, monkeypatch, undisturbed, number, at_step
-):
+def test_signals_save_within_the_epoch_and_the_run_resumes_bit_for_bit(script, npz, tmp_path, monkeypatch, undisturbed):
     ask = run.stop_if_signalled
+    for number, at_step in ((signal.SIGTERM, 2), (signal.SIGTERM, 3), (signal.SIGINT, 4)):
+        def after(args, env, state, step):
+            if step == at_step:
+                signal.raise_signal(number)
+            ask(args, env, state, step)
 
-    def after(args, env, state, step):
-        if step == at_step:
-            signal.raise_signal(number)
-        ask(args, env, state, step)
-
-    with monkeypatch.context() as m, pytest.raises(SystemExit) as stopped:
-        m.setattr(run, "stop_if_signalled", after)
-        main(script, npz, tmp_path / "cut")
-    assert stopped.value.code == 128 + number
-    assert torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["step"] == at_step
+        with monkeypatch.context() as m, pytest.raises(SystemExit) as stopped:
+            m.setattr(run, "stop_if_signalled", after)
+            main(script, npz, tmp_path / "cut")
+        assert stopped.value.code == 128 + number
+        assert torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["step"] == at_step
     same_result(main(script, npz, tmp_path / "cut"), undisturbed(script))
 
 
@@ -187,7 +195,7 @@ def test_under_autocast_only_the_networks_are_cast(script, npz, tmp_path, monkey
         losses = step(*args, **settings)
         nets = [a for a in args if isinstance(a, torch.nn.Module)]
         steps.append((losses, [p.grad is not None for net in nets for p in net.parameters()]))
-        return losses
+        raise Killed
 
     def outside(loss, *args, **kwargs):
         assert not torch.is_autocast_enabled("cpu") and loss.dtype == torch.float32
@@ -196,18 +204,20 @@ def test_under_autocast_only_the_networks_are_cast(script, npz, tmp_path, monkey
     monkeypatch.setattr(module, "train_step", watched)
     monkeypatch.setattr(torch.Tensor, "backward", outside)
     more = ["--fill-steps", "0"] if script == "caco" else []  # its positives jump with the rounding of a fill
-    main(script, npz, tmp_path / "plain", *more)
+    with pytest.raises(Killed):
+        main(script, npz, tmp_path / "plain", *more)
     monkeypatch.setattr(run, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
-    main(script, npz, tmp_path / "cast", *more)
-    plain, cast = steps[0], steps[len(steps) // 2]
+    with pytest.raises(Killed):
+        main(script, npz, tmp_path / "cast", *more)
+    plain, cast = steps
     assert cast[1] == plain[1] and any(cast[1])
     assert cast[0]["loss"] != plain[0]["loss"] and cast[0]["loss"].item() == pytest.approx(
         plain[0]["loss"].item(), rel=0.05)
     assert all(v.dtype == torch.float32 for v in cast[0].values())
 
 
-def test_another_configuration_in_the_same_folder_is_refused(script, npz, tmp_path):
-    out = main(script, npz, tmp_path)
+def test_another_configuration_in_the_same_folder_is_refused(script, npz, tmp_path, undisturbed):
+    out = shutil.copytree(undisturbed(script), tmp_path, dirs_exist_ok=True)
     before = (out / "last.pt").read_bytes(), (out / "log.jsonl").read_bytes()
     with pytest.raises(ValueError, match=r"--lr .* there, 0\.123 here.*another --out"):
         main(script, npz, tmp_path, "--lr", "0.123")

@@ -157,7 +157,7 @@ def test_the_command_judges_it_and_its_classifier_loads(spec, tmp_path, monkeypa
         torch.save({"0.weight": torch.rand(4, 3, 3, 3), "0.bias": torch.zeros(4)}, "weights.pth")
     else:
         torch.save(resnet(cifar=True).state_dict(), "weights.pth")
-    command.main(["weights.pth", "--encoder", spec, "--data", images, "--attacks", "clean", "pgd20-1", *PROBE])
+    command.main(["weights.pth", "--encoder", spec, "--data", images, "--attacks", "clean", "pgd2-1", *PROBE])
     shown = capsys.readouterr().out
     assert f"encoder {spec}; images in [0, 1] are not normalised" in shown
     lines = [json.loads(line) for line in open("eval.jsonl")]
@@ -167,7 +167,7 @@ def test_the_command_judges_it_and_its_classifier_loads(spec, tmp_path, monkeypa
     kept = results.load_classifier("classifier-weights-amoc-slf-epochs=1-milestones=none-batch-size=16.pt")
     x = data.load(images, split="test").x[:4] / 255
     assert isinstance(net, finetune.Classifier) and torch.equal(net(x), kept(x))
-    command.main(["weights.pth", "--encoder", spec, "--data", images, "--attacks", "clean", "pgd20-1", *PROBE])
+    command.main(["weights.pth", "--encoder", spec, "--data", images, "--attacks", "clean", "pgd2-1", *PROBE])
     assert len(open("eval.jsonl").readlines()) == 2  # nothing is measured again
     other = ["--mean", "0.1", "0.1", "0.1", "--std", "1", "1", "1"]
     command.main(["weights.pth", "--encoder", spec, "--data", images, "--attacks", "clean", *other, *PROBE])

@@ -1,4 +1,6 @@
 """python -m tests.gpu, on a CPU and with everything tiny."""
+import contextlib
+import importlib
 import json
 import sys
 import time
@@ -32,8 +34,19 @@ def test_a_part_that_takes_too_long_is_interrupted_and_may_still_save(tmp_path):
     assert gpu.call([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "out.txt", 60) == 3
 
 
-def test_one_command_does_what_is_left_and_says_so(tmp_path, capsys):
-    """Bench is made elsewhere; here a test, and AMOC with its evaluations."""
+def test_one_command_does_what_is_left_and_says_so(tmp_path, capsys, monkeypatch):
+    """Bench is made elsewhere; here a test, in a process of its own, and AMOC with its evaluations, in this one."""
+    call = gpu.call
+
+    def called(command, path, seconds):
+        _, script, *flags = command
+        if script == "-m":
+            return call(command, path, seconds)
+        with open(path, "a") as f, contextlib.redirect_stdout(f):
+            importlib.import_module(script.removesuffix(".py")).main(flags)
+        return 0
+
+    monkeypatch.setattr(gpu, "call", called)
     summary = tmp_path / "summary.json"
     summary.write_text(json.dumps({name: {"result": "done"} for name in ("bank", "step", "autoattack")}))
     flags = ["--quick", "--device", "cpu", "--out", str(tmp_path), "--minutes", "20"]
