@@ -230,8 +230,8 @@ def check(args):
     if args.norm == "linf" and args.eps > 255:
         raise ValueError(f"--eps {args.eps:g}: with --norm linf at most 255, the range of a pixel")
     if args.noise_sigma and args.eps:
-        raise ValueError(f"--noise-sigma {args.noise_sigma:g}: is for --eps 0, and --eps {args.eps:g} attacks "
-                         "the views; give one or the other")
+        raise ValueError(f"--noise-sigma {args.noise_sigma:g}: is for --eps 0, and --eps {args.eps:g} "
+                         "attacks the views; give one or the other")
 
 
 def network(arch, hidden):
