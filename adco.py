@@ -11,7 +11,7 @@ by Qi & Shah 2022, arXiv 2210.13463) also attacks the query's pixels.
     {z_neg}                           n, the unit rows of bank.rows, which are free in length
     Eq. 3     contrastive loss        contrastive_loss
     Eq. 5     FGSM on the query       attack, with one step of --step-size equal to --eps, --no-random-start
-    Eq. 6     PGD on the query        attack
+    Eqs. 4, 6 PGD on the query        attack, with --norm
     Eq. 7     ascent of the bank      the gradient of contrastive_loss in the bank; bank_step
 
 The body of the paper was not at hand. The equations are the survey's, the numbers for ImageNet the
@@ -35,6 +35,8 @@ A step costs 4 forward passes, as MoCo's does (a whole backward pass counts two)
     python adco.py                                       CIFAR-10, ResNet-18, 200 epochs
     python adco.py --eps 8 --bank-temperature 0.12 --out runs/hybrid    the hybrid
     python adco.py --eps 8 --steps 1 --step-size 8 --no-random-start --out runs/fgsm    the hybrid by FGSM
+    python adco.py --norm l2 --eps 128 --bank-temperature 0.12 --out runs/adco-l2    the hybrid in l2, 128/255
+    python adco.py --arch vit_tiny --optimizer adamw --lr 5e-4 --weight-decay 0.05 --out runs/adco-vit
     python adco.py --data path/to/imagenet --arch resnet50 --stem imagenet --image-size 224 --blur --lr 0.03 \
 --lr-final 6e-4 --weight-decay 1e-4 --ema 0.999 --bank-size 65536 --bank-temperature 0.02 --bank-lr 3
     python eval.py runs/adco/encoder.pt --preset knn amoc-slf
@@ -68,8 +70,8 @@ from common.augment import (
     random_color_jitter, random_gaussian_blur, random_grayscale, random_resized_crop)
 from common.bank import Bank, bank_logsumexp, bank_summary, through_unit_rows, unit_rows
 from common.log import Log
-from common.pgd import eval_mode, pgd
-from common.pictures import difference, save_rows
+from common.pgd import ball_point, eval_mode, pgd
+from common.pictures import attack_key, difference, save_rows
 from common.speed import compile_networks, graphed
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in the authors' code
@@ -170,12 +172,12 @@ def objective(triples, n, temperature, symmetric):
 
 
 @graphed
-def attack(net, x, k, keys, n, noise, *, temperature, eps, step_size, steps):
+def attack(net, x, k, keys, n, noise, *, temperature, norm, eps, step_size, steps):
     """Eq. 6: the query's images x (B, 3, S, S) in [0, 1] moved within eps so as to maximise Eq. 3.
 
-    eps and step_size are in the units of x. The search starts at x + eps `noise`, noise of x's
-    shape in [-1, 1], or, where noise is None, at x. k, keys and n are constants, as in
-    `contrastive_loss`.
+    eps and step_size are in the units of x, each image in a ball of its own. The search starts at x +
+    eps `noise`, noise of x's shape in the unit ball of the `norm`, or, where noise is None, at x. k,
+    keys and n are constants, as in `contrastive_loss`.
     """
     start = x if noise is None else (x + eps * noise).clamp(0, 1)
 
@@ -184,7 +186,7 @@ def attack(net, x, k, keys, n, noise, *, temperature, eps, step_size, steps):
 
     # In eval mode an image changes neither another's embedding nor a running statistic.
     with eval_mode(net):
-        return pgd(loss_of_query, x, eps, step_size, steps, start=start)
+        return pgd(loss_of_query, x, eps, step_size, steps, norm, start=start)
 
 
 @torch.no_grad()
@@ -201,7 +203,7 @@ def batch_keys(k, batch_negatives):
 
 
 def train_step(net, target, opt, bank, x_q, x_k, order, noise, *, ema, temperature, bank_temperature, bank_lr,
-               bank_momentum, bank_decay, symmetric, batch_negatives, eps, step_size, steps):
+               bank_momentum, bank_decay, symmetric, batch_negatives, norm, eps, step_size, steps):
     """One iteration on lists of images, of the queries x_q and of the keys x_k; the losses to be
     logged.
 
@@ -217,7 +219,7 @@ def train_step(net, target, opt, bank, x_q, x_k, order, noise, *, ema, temperatu
     n, length = unit_rows(bank.rows)
     if eps:
         starts = [None] * len(x_q) if noise is None else noise
-        x_q = [attack(net, x, key, keys, n, start, temperature=temperature,
+        x_q = [attack(net, x, key, keys, n, start, temperature=temperature, norm=norm,
                       eps=eps, step_size=step_size, steps=steps)
                for x, (key, keys), start in zip(x_q, pairs, starts)]
     q = [embed(net, x) for x in x_q]
@@ -283,8 +285,10 @@ def parser():
                    help="0 exports the random encoder; default (authors' code)")
     p.add_argument("--batch-size", type=run.integer(1), default=256,
                    help="images per step, over all processes (authors' code)")
-    p.add_argument("--lr", type=run.number(), default=0.06, help="of SGD, at its peak (ours)")
-    p.add_argument("--lr-final", type=run.number(), default=0.0, help="of SGD, at the end (ours)")
+    p.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd",
+                   help="sgd has momentum 0.9 (authors' code); adamw, for a ViT (ours)")
+    p.add_argument("--lr", type=run.number(), default=0.06, help="at its peak (ours)")
+    p.add_argument("--lr-final", type=run.number(), default=0.0, help="at the end (ours)")
     p.add_argument("--weight-decay", type=run.number(0, 1e6), default=5e-4, help="(ours)")
     p.add_argument("--ema", type=run.number(0, 1), default=0.99, help="momentum of the key network (ours)")
     p.add_argument("--temperature", type=run.number(above=0), default=0.12,
@@ -297,10 +301,12 @@ def parser():
     p.add_argument("--bank-decay", type=run.number(0, 1e6), default=1e-4, help="(authors' code)")
     p.add_argument("--fill-steps", type=run.integer(0), default=256,
                    help="of MoCo, before epoch 0 (authors' code)")
-    p.add_argument("--eps", type=run.number(0, 255), default=0.0,
-                   help="linf radius of the attack, in 1/255; 0: no attack (ours)")
-    p.add_argument("--step-size", type=run.number(0, 255), default=2.0,
-                   help="of the attack, in 1/255 (ours)")
+    p.add_argument("--norm", choices=("linf", "l2"), default="linf",
+                   help="of the attack; with l2, for example --eps 128 (ours)")
+    p.add_argument("--eps", type=run.number(0, 1e6), default=0.0,
+                   help="radius of the attack, in 1/255; 0: no attack (ours)")
+    p.add_argument("--step-size", type=run.number(0, 1e6),
+                   help="of the attack, in 1/255; default: for linf 2, for l2 1.25 eps / steps (ours)")
     p.add_argument("--steps", type=run.integer(0), default=5, help="of the attack (ours)")
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
                    help="start the attack at a random point of the ball (ours); without it, at "
@@ -314,6 +320,8 @@ def parser():
 def check(args):
     if args.symmetric and args.multi_crop:
         raise ValueError("--symmetric and --multi-crop: choose one")
+    if args.norm == "linf" and args.eps > 255:
+        raise ValueError(f"--eps {args.eps:g}: with --norm linf at most 255, the range of a pixel")
 
 
 def network(arch, stem=None):
@@ -325,6 +333,12 @@ def network(arch, stem=None):
             module.__class__ = GroupedNorm  # the same state, another forward
     projector = encoders.mlp(encoder.dim, encoder.dim, 128)
     return nn.Sequential(encoder, projector).to(memory_format=torch.channels_last)
+
+
+def optimizer(net, args):
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(net.parameters(), args.lr, weight_decay=args.weight_decay)
+    return torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
 
 
 def fill(net, target, opt, bank, images, size, args, env):
@@ -367,15 +381,24 @@ def view_settings(args):
     return dict(symmetric=args.symmetric, multi_crop=args.multi_crop, blur=args.blur)
 
 
+def start_noise(x, norm, rng):
+    """Where the attack on the images x (B, 3, S, S) of a query starts: x's shape, each image uniform in a
+    unit ball of the `norm`."""
+    # One number more than pixels: under l2 it is how far from the centre.
+    return ball_point(rng.uniform(1 + x[0].numel(), device=x.device), norm).view(x.shape)
+
+
 def attack_settings(args):
     """The named arguments of `attack` as the flags have them; eps and step_size as pixel values in
     [0, 1]."""
-    return dict(
-        temperature=args.temperature,
-        eps=args.eps / 255,
-        step_size=args.step_size / 255,
-        steps=args.steps,
-    )
+    eps = args.eps / 255
+    if args.step_size is not None:
+        step_size = args.step_size / 255
+    elif args.norm == "l2":
+        step_size = 1.25 * eps / max(1, args.steps)
+    else:
+        step_size = 2 / 255
+    return dict(temperature=args.temperature, norm=args.norm, eps=eps, step_size=step_size, steps=args.steps)
 
 
 def pictures(net, target, bank, images, size, args):
@@ -392,7 +415,8 @@ def pictures(net, target, bank, images, size, args):
         keys = k if args.batch_negatives else None
         n, _ = unit_rows(bank.rows)
         x_adv = attack(net, x1, k, keys, n, None, **attack_settings(args))
-        rows += [("x1_adv", x_adv), ("x1_adv - x1", difference(x_adv, x1, args.eps / 255))]
+        full_scale = args.eps / 255 if args.norm == "linf" else None
+        rows += [("x1_adv", x_adv), ("x1_adv - x1", difference(x_adv, x1, full_scale))]
     return rows
 
 
@@ -411,7 +435,7 @@ def main(argv=None):
     target = run.to_device(network(args.arch, args.stem), args, env).requires_grad_(False)
     target.load_state_dict(net.state_dict())
     bank = make_bank(args.bank_size, 128).to(device)
-    opt = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    opt = optimizer(net, args)
     compile_networks(args, env, net, target)
 
     log = Log(args, env, steps_per_epoch * args.epochs, images)
@@ -434,7 +458,7 @@ def main(argv=None):
             order = random_order(x, rng)
             noise = None
             if args.eps and args.random_start:
-                noise = [2 * rng.uniform(*view.shape[1:], device=device) - 1 for view in x_q]
+                noise = [start_noise(view, args.norm, rng) for view in x_q]
             losses = train_step(net, target, opt, bank, x_q, x_k, order, noise, **settings)
             log.step(step, len(x) * env.world, **losses)
             step += 1
@@ -447,7 +471,7 @@ def main(argv=None):
             # again.
             rows = pictures(net, target, bank, images, size, args)
             if env.rank == 0:
-                key = (f"-{args.eps:g}/255", f"+{args.eps:g}/255") if args.eps else None
+                key = attack_key(args.norm, args.eps) if args.eps else None
                 save_rows(out / "views.png", rows, key)
             run.save(args, env, state, step)
     if env.rank == 0:

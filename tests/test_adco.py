@@ -436,7 +436,8 @@ def test_views_of_the_crops_have_the_published_sides():
 def test_defaults():
     want = dict(epochs=200, batch_size=256, lr=0.06, lr_final=0, weight_decay=5e-4, ema=0.99, bank_size=4096,
                 temperature=0.12, bank_temperature=0.05, bank_lr=0.5, bank_momentum=0.9, bank_decay=1e-4,
-                fill_steps=256, eps=0, step_size=2, steps=5, symmetric=False, multi_crop=False,
+                fill_steps=256, norm="linf", eps=0, step_size=None, steps=5, random_start=True,
+                optimizer="sgd", symmetric=False, multi_crop=False,
                 batch_negatives=False, arch="resnet18", data="cifar10", image_size=None, blur=False)
     args = vars(adco.parser().parse_args([]))
     assert {key: args[key] for key in want} == want
@@ -444,7 +445,9 @@ def test_defaults():
 
 @pytest.mark.parametrize("flags, words", [
     (["--symmetric", "--multi-crop"], "--symmetric and --multi-crop: choose one"),
-    (["--eps", "-8"], "--eps -8: must be"), (["--steps", "-1"], "--steps -1: must be"),
+    (["--eps", "300"], "--eps 300: with --norm linf at most 255, the range of a pixel"),
+    (["--optimizer", "lars"], "--optimizer lars: choose one of sgd, adamw"),
+    (["--eps", "-8"], "--eps -8: must be"), (["--norm", "l1"], "--norm l1: choose one of linf, l2"), (["--steps", "-1"], "--steps -1: must be"),
     (["--fill-steps", "-1"], "--fill-steps -1: must be"),
     (["--bank-temperature", "0"], "--bank-temperature 0: must be"),
     (["--bank-momentum", "1.5"], "--bank-momentum 1.5: must be a number from 0 to 1"),

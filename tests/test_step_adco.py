@@ -12,7 +12,7 @@ from tests import steps2 as plain
 from tests.scripts import named_by
 
 FLAGS = dict(ema=0.9, temperature=0.3, bank_temperature=0.2, bank_lr=0.4, bank_momentum=0.8,
-             bank_decay=0.03, lr=0.1, weight_decay=0.02, eps=0.0, step_size=25.0, steps=3)
+             bank_decay=0.03, lr=0.1, weight_decay=0.02, optimizer="sgd", norm="linf", eps=0.0, step_size=25.0, steps=3)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -59,18 +59,10 @@ def ascent(q, k, bank, T, flags):
 
 def attack(f, x, k, bank, noise, flags):
     """PGD in the pixels of the query, running statistics in BatchNorm."""
-    eps = flags.eps / 255
-    x_adv = (x + eps * noise).clamp(0, 1)
-    for _ in range(flags.steps):
-        x_adv = x_adv.detach().requires_grad_()
-        loss, _ = contrast(embed(f, x_adv, range(len(x)), "eval"), k, bank, flags.temperature, flags)
-        (g,) = torch.autograd.grad(loss, x_adv)
-        x_adv = x_adv.detach() + flags.step_size / 255 * g.sign()
-        x_adv = x + (x_adv - x).clamp(-eps, eps)
-        x_adv = x_adv.clamp(0, 1)
-    plain.some_not_all((x_adv == 0) | (x_adv == 1))
-    plain.some_not_all(((x_adv - x).abs() - eps).abs() < 1e-12)
-    return x_adv
+    def loss_of(x_adv, k):
+        return contrast(embed(f, x_adv, range(len(x)), "eval"), k, bank, flags.temperature, flags)[0]
+
+    return plain.attack(loss_of, x, k, noise, flags)
 
 
 def step(net, target, bank, past, names, x_q, x_k, order, noise, flags):
@@ -93,7 +85,11 @@ def step(net, target, bank, past, names, x_q, x_k, order, noise, flags):
         q = q.detach()
         before = before + share * contrast(q, k, bank["rows"], flags.bank_temperature, flags)[0]
         g = g + share * ascent(q, k, bank["rows"], flags.bank_temperature, flags)
-    plain.sgd(net, names, torch.autograd.grad(loss, weights), past, flags.lr, 0.9, flags.weight_decay)
+    grads = torch.autograd.grad(loss, weights)
+    if flags.optimizer == "sgd":
+        plain.sgd(net, names, grads, past, flags.lr, 0.9, flags.weight_decay)
+    else:
+        plain.adamw(net, names, grads, past, flags.lr, flags.weight_decay, second=0.999, vectors=True)
     old = bank["rows"]
     bank["velocity"] = flags.bank_momentum * bank["velocity"] - g + flags.bank_decay * old
     bank["rows"] = old - flags.bank_lr * bank["velocity"]
@@ -119,8 +115,8 @@ def step(net, target, bank, past, names, x_q, x_k, order, noise, flags):
 # ----------------------------------------------------------------------------------------------------------
 # The script
 # ----------------------------------------------------------------------------------------------------------
-def optimizer(net, flags):
-    return torch.optim.SGD(net.parameters(), flags.lr, momentum=0.9, weight_decay=flags.weight_decay)
+def optimizer(net, args):
+    return adco.optimizer(net, args)
 
 
 def bank_of(rows, velocity):
@@ -142,12 +138,14 @@ def network(seed):
 
 
 HYBRID = dict(eps=40.0)
+L2 = dict(norm="l2", eps=300.0, step_size=150.0)
 
 
 @pytest.mark.parametrize("more", [
     {}, dict(symmetric=True), dict(multi_crop=True), dict(batch_negatives=True),
     dict(symmetric=True, batch_negatives=True), dict(multi_crop=True, batch_negatives=True), HYBRID,
-    dict(symmetric=True, **HYBRID), dict(multi_crop=True, batch_negatives=True, **HYBRID)],
+    dict(symmetric=True, **HYBRID), dict(multi_crop=True, batch_negatives=True, **HYBRID), L2,
+    dict(multi_crop=True, **L2), dict(optimizer="adamw", lr=0.02)],
     ids=lambda more: " ".join(more) or "plain")
 def test_two_steps_are_the_methods(more):
     given = {**FLAGS, **more}
@@ -159,9 +157,9 @@ def test_two_steps_are_the_methods(more):
     net = network(1)
     target = network(2).requires_grad_(False)
     bank = bank_of(rows, velocity)
-    opt = optimizer(net, flags)
-    names = plain.trained(net)
     args = plain.arguments(adco, given)
+    opt = optimizer(net, args)
+    names = plain.trained(net)
     want = dict(net=plain.state(net), target=plain.state(target), past={})
     want["bank"] = dict(rows=rows, velocity=velocity)
     start = {key: dict(part) for key, part in want.items()}
@@ -176,7 +174,7 @@ def test_two_steps_are_the_methods(more):
         if flags.multi_crop:
             x_q = [x1, plain.images(5, 5, 30 + t), plain.images(5, 4, 40 + t)]
         order = [[3, 0, 4, 2, 1], [2, 4, 0, 1, 3]][t]
-        noise = [2 * torch.rand(x.shape, generator=g, dtype=torch.float64) - 1 for x in x_q]
+        noise = [plain.noise(x, flags.norm, g) for x in x_q]
         logged = step(want["net"], want["target"], want["bank"], want["past"], names,
                       x_q, x_k, order, noise, flags)
         found = step_of_the_script(net, target, opt, bank, x_q, x_k, order, noise, args)
@@ -192,13 +190,15 @@ def test_two_steps_are_the_methods(more):
     assert 0.01 < logged["mass"] < 0.99 and abs(logged["bank_gain"]) > 1e-4
 
 
-def test_a_run_has_the_optimizer_of_these_steps(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind, class_of, want", [
+    ("sgd", torch.optim.SGD, dict(lr=0.03, momentum=0.9, weight_decay=0.02, maximize=False)),
+    ("adamw", torch.optim.AdamW, dict(lr=0.03, betas=(0.9, 0.999), weight_decay=0.02, maximize=False))])
+def test_a_run_has_the_optimizer_of_these_steps(kind, class_of, want, tmp_path, monkeypatch):
     given = ["--arch", "slim", "--lr", "0.03", "--weight-decay", "0.02", "--bank-size", "8",
-             "--fill-steps", "0"]
+             "--fill-steps", "0", "--optimizer", kind]
     (net, target, bank), (opt,) = plain.optimizers_of_main(adco, given, tmp_path, monkeypatch)
-    assert type(opt) is torch.optim.SGD
+    assert type(opt) is class_of
     assert not any(w.requires_grad for w in target.parameters()) and bank.velocity.abs().sum() == 0
     found = plain.settings(opt, net)
-    want = dict(lr=0.03, momentum=0.9, weight_decay=0.02, maximize=False)
     for name, _ in net.named_parameters():
         assert {key: found[name][key] for key in want} == want, name

@@ -55,6 +55,7 @@ CASES = {  # the script, and flags besides SMALL
     "adco": ("adco", ADCO + " --stem cifar"),
     "adco hybrid": ("adco", ADCO + " --eps 6 --step-size 3 --steps 2 --symmetric"),
     "adco multi-crop": ("adco", ADCO + " --multi-crop"),
+    "adco l2": ("adco", ADCO + " --norm l2 --eps 90 --steps 2 --optimizer adamw"),
     "caco": ("caco", CACO + " --stem cifar"),
     "caco lars": ("caco", CACO + " --optimizer lars --multi-crop"),
     "caco hybrid": ("caco", CACO + " --eps 6 --step-size 3 --steps 2 --optimizer adamw"),
@@ -485,6 +486,7 @@ OPTIMIZERS = {  # argument of train_step: class, and the groups by what they hol
     "caco": {"opt": sgd(0.003)},
     "caco lars": {"opt": lars(0.003)},
     "caco hybrid": {"opt": plain_adamw(0.003)},
+    "adco l2": {"opt": plain_adamw(0.003)},
     "byorl": {"opt": lars(0.003)},
     "adv_mae": {"opt": adamw(0.03)},
     "adpe": {"opt": adamw(0.03), "opt_delta": ASCENT},
@@ -722,6 +724,7 @@ NOISE = {  # argument: its shape, the kind of its numbers, and how many of its a
     "advcl teacher": {"noise": ((3, 16, 3, 16, 16), box, 2)},
     "adco": {},
     "adco hybrid": {"noise": ((2, 16, 3, 16, 16), box, 2)},
+    "adco l2": {"noise": ((1, 16, 3, 16, 16), ball, 2)},
     "caco": {},
     "caco hybrid": {"noise": ((2, 16, 3, 16, 16), box, 2)},
     "caco l2": {"noise": ((2, 16, 3, 16, 16), ball, 2)},  # and six of the small views
@@ -767,7 +770,7 @@ def test_keys_have_a_new_order_each_step(case, watched):
 
 @cases_of("adco")
 def test_queries_and_keys_are_the_views_of_their_kind_of_run(case, watched):
-    counts = {"adco": (1, 1), "adco hybrid": (2, 2), "adco multi-crop": (5, 1)}[case]
+    counts = {"adco": (1, 1), "adco hybrid": (2, 2), "adco multi-crop": (5, 1), "adco l2": (1, 1)}[case]
     for step in watched(case).steps:
         queries, keys = step.given["x_q"], step.given["x_k"]
         assert (len(queries), len(keys)) == counts
@@ -816,7 +819,7 @@ BYORL_L2 = dict(eps=90 / 255, step_size=40 / 255, steps=1, norm="l2", lo=0, hi=1
 MAE_LINF = dict(LINF, step_size=5 / 8 * 6 / 255)  # the default, 5/8 eps
 MAE_L2 = dict(eps=90 / 255, step_size=40 / 255, steps=2, norm="l2", lo=0, hi=1)
 ROTNET_L2 = dict(eps=90 / 255, step_size=40 / 255, steps=2, norm="l2", lo=0, hi=1)
-CACO_L2 = dict(ROTNET_L2, step_size=1.25 * 90 / 2 / 255)  # the default, 1.25 eps / steps
+BANKS_L2 = dict(ROTNET_L2, step_size=1.25 * 90 / 2 / 255)  # the default, 1.25 eps / steps
 FGSM = dict(LINF, step_size=6 / 255, steps=1)
 ADPE_LINF = dict(eps=0.4, step_size=5 / 8 * 0.4, steps=2, norm="linf", lo=-math.inf, hi=math.inf)
 ADPE_L2 = dict(eps=0.4, step_size=0.3, steps=1, norm="l2", lo=-math.inf, hi=math.inf)
@@ -830,8 +833,9 @@ ATTACKS = {  # options of pgd, how BatchNorms stand, and what is attacked, in tu
     "advcl": (LINF, FROZEN, lambda x: [x["x"]]),
     "advcl teacher": (LINF, FROZEN, lambda x: [torch.cat([x["x1"], x["x2"]]), x["x"]]),
     "adco hybrid": (LINF, EVAL, lambda x: x["x_q"]),
+    "adco l2": (BANKS_L2, EVAL, lambda x: x["x_q"]),
     "caco hybrid": (LINF, EVAL, lambda x: x["x"]),
-    "caco l2": (CACO_L2, EVAL, lambda x: x["x"]),
+    "caco l2": (BANKS_L2, EVAL, lambda x: x["x"]),
     "byorl": (BYORL_LINF, FROZEN, lambda x: [x["x1"], x["x2"]]),
     "byorl l2": (BYORL_L2, FROZEN, lambda x: [x["x1"], x["x2"]]),
     "adv_mae": (MAE_LINF, NO_NORM, lambda x: [visible(x["x"], x["u"])]),
@@ -1030,8 +1034,8 @@ DEFAULTS = {  # of each flag that a paper or its authors' code names
     "adco": dict(
         stem=None, symmetric=False, multi_crop=False, batch_negatives=False, epochs=200, batch_size=256,
         lr=0.06, lr_final=0, weight_decay=5e-4, ema=0.99, temperature=0.12, bank_temperature=0.05,
-        bank_size=4096, bank_lr=0.5, bank_momentum=0.9, bank_decay=1e-4, fill_steps=256, eps=0, step_size=2,
-        steps=5, blur=False, arch="resnet18"),
+        bank_size=4096, bank_lr=0.5, bank_momentum=0.9, bank_decay=1e-4, fill_steps=256, eps=0, step_size=None,
+        steps=5, norm="linf", random_start=True, optimizer="sgd", blur=False, arch="resnet18"),
     "caco": dict(
         stem=None, cooperation=1, multi_crop=False, epochs=200, batch_size=256, optimizer="sgd",
         lr=0.06, lr_final=0, warmup=0, weight_decay=5e-4, ema=0.99, temperature=0.08, dim=128, bank_size=4096,
