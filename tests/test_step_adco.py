@@ -8,24 +8,27 @@ from torch import nn
 
 import adco
 from common.bank import Bank
+from common.resnet import BranchNorm
 from tests import steps2 as plain
 from tests.scripts import named_by
 
 FLAGS = dict(ema=0.9, temperature=0.3, bank_temperature=0.2, bank_lr=0.4, bank_momentum=0.8,
-             bank_decay=0.03, lr=0.1, weight_decay=0.02, optimizer="sgd", norm="linf", eps=0.0, step_size=25.0, steps=3)
+             bank_decay=0.03, lr=0.1, weight_decay=0.02, optimizer="sgd", norm="linf", eps=0.0, step_size=25.0,
+             steps=3, clean_weight=0.0)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The method
 # ----------------------------------------------------------------------------------------------------------
-def embed(f, x, order, mode):
+def embed(f, x, order, mode, bn=None):
     """u(f(x)), rows in the order of x. In training BatchNorm sees two groups of the images in `order`, and
-    each moves the running statistics by half of their usual way."""
+    each moves the running statistics by half of their usual way. `bn`: the branch of the norm."""
     z = {}
+    norm = f"0.norm.branches.{bn}" if bn else "0.norm"
     half = (len(x) + 1) // 2
     for group in (order[:half], order[half:]):
         h = torch.nn.functional.conv2d((x[group] - f["0.mean"]) / f["0.std"], f["0.conv.weight"])
-        h = plain.batch_norm(f, "0.norm", h, mode, share=0.5)
+        h = plain.batch_norm(f, norm, h, mode, share=0.5)
         h = h.relu().mean((2, 3))
         for i, row in zip(group, plain.unit(plain.linear(f, "1", h))):
             z[i] = row
@@ -57,34 +60,44 @@ def ascent(q, k, bank, T, flags):
     return g
 
 
-def attack(f, x, k, bank, noise, flags):
+def attack(f, x, k, bank, noise, flags, bn):
     """PGD in the pixels of the query, running statistics in BatchNorm."""
     def loss_of(x_adv, k):
-        return contrast(embed(f, x_adv, range(len(x)), "eval"), k, bank, flags.temperature, flags)[0]
+        return contrast(embed(f, x_adv, range(len(x)), "eval", bn), k, bank, flags.temperature, flags)[0]
 
     return plain.attack(loss_of, x, k, noise, flags)
 
 
 def step(net, target, bank, past, names, x_q, x_k, order, noise, flags):
     """Changes net, target, bank {"rows", "velocity"} and the optimizer's past; returns what is logged."""
+    clean, adv = ("clean", "adv") if flags.clean_weight else (None, None)
     plain.moving_average(target, net, names, flags.ema)
-    keys = [embed(target, x, order, "train").detach() for x in x_k]
+    keys = [embed(target, x, order, "train", clean).detach() for x in x_k]
     if flags.multi_crop:
         keys = keys * len(x_q)
+    x_clean = x_q
     if flags.eps:
-        x_q = [attack(net, x, k, bank["rows"], start, flags) for x, k, start in zip(x_q, keys, noise)]
+        x_q = [attack(net, x, k, bank["rows"], start, flags, adv) for x, k, start in zip(x_q, keys, noise)]
 
     weights = plain.with_gradient(net, names)
-    queries = [embed(net, x, range(len(x)), "train") for x in x_q]
+    queries = [embed(net, x, range(len(x)), "train", adv) for x in x_q]
     share = 0.5 if flags.symmetric else 1.0  # a mean of both directions, but a sum over crops
+    w = flags.clean_weight
+    terms = [("loss_adv", (1 - w) * share, q, k) for q, k in zip(queries, keys)]
+    if w:
+        for x, k in zip(x_clean, keys):
+            terms.append(("loss_clean", w * share, embed(net, x, range(len(x)), "train", clean), k))
     loss = 0.0
     before = 0.0
     g = 0.0
-    for q, k in zip(queries, keys):
-        loss = loss + share * contrast(q, k, bank["rows"], flags.temperature, flags)[0]
+    of_kind = {"loss_adv": 0.0, "loss_clean": 0.0}
+    for kind, weight, q, k in terms:
+        found = contrast(q, k, bank["rows"], flags.temperature, flags)[0]
+        of_kind[kind] = of_kind[kind] + share * found.detach()
+        loss = loss + weight * found
         q = q.detach()
-        before = before + share * contrast(q, k, bank["rows"], flags.bank_temperature, flags)[0]
-        g = g + share * ascent(q, k, bank["rows"], flags.bank_temperature, flags)
+        before = before + weight * contrast(q, k, bank["rows"], flags.bank_temperature, flags)[0]
+        g = g + weight * ascent(q, k, bank["rows"], flags.bank_temperature, flags)
     grads = torch.autograd.grad(loss, weights)
     if flags.optimizer == "sgd":
         plain.sgd(net, names, grads, past, flags.lr, 0.9, flags.weight_decay)
@@ -95,15 +108,15 @@ def step(net, target, bank, past, names, x_q, x_k, order, noise, flags):
     bank["rows"] = old - flags.bank_lr * bank["velocity"]
 
     after = 0.0
-    for q, k in zip(queries, keys):
-        after = after + share * contrast(q.detach(), k, bank["rows"], flags.bank_temperature, flags)[0]
+    for _, weight, q, k in terms:
+        after = after + weight * contrast(q.detach(), k, bank["rows"], flags.bank_temperature, flags)[0]
     q = queries[0].detach()
     k = keys[0]
     n = plain.unit(bank["rows"])
     _, p = contrast(q, k, bank["rows"], flags.bank_temperature, flags)
     hits = [float(q[i] @ k[i] > max(q[i] @ row for row in n)) for i in range(len(q))]
     return {
-        "loss": loss,
+        "loss": loss, **(of_kind if w else {}),
         "mass": sum(sum(row) for row in p) / len(p),
         "bank_gain": after - before,
         "rotation": sum((a - b).norm() for a, b in zip(n, plain.unit(old))) / len(n),
@@ -132,8 +145,11 @@ def step_of_the_script(net, target, opt, bank, x_q, x_k, order, noise, args):
     return adco.train_step(net, target, opt, bank, x_q, x_k, order, noise if args.eps else None, **settings)
 
 
-def network(seed):
-    net = nn.Sequential(plain.Encoder(4, adco.GroupedNorm), nn.Linear(4, 3))
+def network(seed, branches):
+    def branched(width):
+        return BranchNorm(width, ("clean", "adv"), adco.GroupedNorm)
+
+    net = nn.Sequential(plain.Encoder(4, branched if branches else adco.GroupedNorm), nn.Linear(4, 3))
     return plain.randomised(net, seed, scale=1.5)
 
 
@@ -145,7 +161,9 @@ L2 = dict(norm="l2", eps=300.0, step_size=150.0)
     {}, dict(symmetric=True), dict(multi_crop=True), dict(batch_negatives=True),
     dict(symmetric=True, batch_negatives=True), dict(multi_crop=True, batch_negatives=True), HYBRID,
     dict(symmetric=True, **HYBRID), dict(multi_crop=True, batch_negatives=True, **HYBRID), L2,
-    dict(multi_crop=True, **L2), dict(optimizer="adamw", lr=0.02)],
+    dict(multi_crop=True, **L2), dict(optimizer="adamw", lr=0.02), dict(clean_weight=0.3, **HYBRID),
+    dict(clean_weight=0.3, symmetric=True, batch_negatives=True, **HYBRID),
+    dict(clean_weight=0.6, multi_crop=True, **L2)],
     ids=lambda more: " ".join(more) or "plain")
 def test_two_steps_are_the_methods(more):
     given = {**FLAGS, **more}
@@ -154,8 +172,8 @@ def test_two_steps_are_the_methods(more):
     rows = torch.randn(7, 3, generator=g, dtype=torch.float64) * (0.5 + 0.25 * torch.arange(7.0))[:, None]
     velocity = 0.3 * torch.randn(7, 3, generator=g, dtype=torch.float64)
 
-    net = network(1)
-    target = network(2).requires_grad_(False)
+    net = network(1, flags.clean_weight)
+    target = network(2, flags.clean_weight).requires_grad_(False)
     bank = bank_of(rows, velocity)
     args = plain.arguments(adco, given)
     opt = optimizer(net, args)
@@ -183,9 +201,14 @@ def test_two_steps_are_the_methods(more):
         plain.same(plain.state(target), want["target"], f"step {t}, target")
         plain.same(plain.state(bank), want["bank"], f"step {t}, bank")
         plain.same(plain.memory(opt, net), want["past"], f"step {t}, optimizer")
-    moving = [*names, "0.norm.running_mean", "0.norm.running_var"]
-    plain.all_moved(start["net"], want["net"], moving)
-    plain.all_moved(start["target"], want["target"], moving)
+    statistics = [name for name in want["net"] if ".running_" in name]
+    assert len(statistics) == (4 if flags.clean_weight else 2)
+    plain.all_moved(start["net"], want["net"], [*names, *statistics])
+    seen = [name for name in statistics if ".adv." not in name]  # keys are clean
+    plain.all_moved(start["target"], want["target"], [*names, *seen])
+    if flags.clean_weight:
+        still = set(statistics) - set(seen)
+        assert all(torch.equal(start["target"][name], want["target"][name]) for name in still)
     plain.all_moved(start["bank"], want["bank"], ["rows", "velocity"])
     assert 0.01 < logged["mass"] < 0.99 and abs(logged["bank_gain"]) > 1e-4
 
