@@ -11,8 +11,10 @@ by Qi & Shah 2022, arXiv 2210.13463) also attacks the query's pixels.
     {z_neg}                           n, the unit rows of bank.rows, which are free in length
     Eq. 3     contrastive loss        contrastive_loss
     Eq. 5     FGSM on the query       attack, with one step of --step-size equal to --eps, --no-random-start
-    Eq. 6     PGD on the query        attack
+    Eqs. 4, 6 PGD on the query        attack, with --norm
     Eq. 7     ascent of the bank      the gradient of contrastive_loss in the bank; bank_step
+    Sec. 2.4.2, both at once          (1 - w) loss_adv + w loss_clean, w of --clean-weight
+    BN of clean, attacked x           BatchNorm branches "clean", "adv", where w is not 0
 
 The body of the paper was not at hand. The equations are the survey's, the numbers for ImageNet the
 authors' code's, those for CIFAR-10 (the defaults) and the hybrid ours. Also from the code are the
@@ -29,17 +31,28 @@ that code:
     - While the bank is filled for multi-crop, keys have full size (in their code, 96 pixels). And
       all processes have one bank (in their code they do not where the fill leaves Gaussian rows).
 
+The hybrid learns from attacked queries alone. With --clean-weight w, between 0 and 1, it learns from
+clean ones too, and both drive network and bank. Clean and attacked images then pass through BatchNorm
+branches of their own. The key network sees clean images only, through branch clean, and branch adv
+begins as a copy of what branch clean is once the bank is filled, so that the first attacks meet a
+network that works.
+
 A step costs 4 forward passes, as MoCo's does (a whole backward pass counts two); the hybrid's costs
-14 with 5 attack steps, counting a backward pass to the pixels as one forward pass.
+14 with 5 attack steps, counting a backward pass to the pixels as one forward pass, and 17 with clean
+queries besides.
 
     python adco.py                                       CIFAR-10, ResNet-18, 200 epochs
     python adco.py --eps 8 --bank-temperature 0.12 --out runs/hybrid    the hybrid
     python adco.py --eps 8 --steps 1 --step-size 8 --no-random-start --out runs/fgsm    the hybrid by FGSM
+    python adco.py --norm l2 --eps 128 --bank-temperature 0.12 --out runs/adco-l2    the hybrid in l2, 128/255
+    python adco.py --eps 8 --clean-weight 0.5 --bank-temperature 0.12 --out runs/both    clean and attacked
+    python adco.py --arch vit_tiny --optimizer adamw --lr 5e-4 --weight-decay 0.05 --out runs/adco-vit
     python adco.py --data path/to/imagenet --arch resnet50 --stem imagenet --image-size 224 --blur --lr 0.03 \
 --lr-final 6e-4 --weight-decay 1e-4 --ema 0.999 --bank-size 65536 --bank-temperature 0.02 --bank-lr 3
     python eval.py runs/adco/encoder.pt --preset knn amoc-slf
 
-The encoder is exported without projector and bank.
+The encoder is exported without projector and bank. With --clean-weight it is exported with branch adv,
+through which attacked queries pass; `eval.py --bn clean` reads the other one.
 
 On several processes the bank is equal on all of them, and each group of BatchNorm has images of one
 process alone.
@@ -55,6 +68,7 @@ MoCo reaches 42.5 in 3.0 minutes; the hybrid 37.6, and 14.8 under PGD-20 at 8/25
 has not been run on a GPU yet. The paper reports 68.6 on ImageNet (linear probe, 200 epochs).
 """
 import argparse
+import contextlib
 import itertools
 import math
 import pathlib
@@ -68,8 +82,9 @@ from common.augment import (
     random_color_jitter, random_gaussian_blur, random_grayscale, random_resized_crop)
 from common.bank import Bank, bank_logsumexp, bank_summary, through_unit_rows, unit_rows
 from common.log import Log
-from common.pgd import eval_mode, pgd
-from common.pictures import difference, save_rows
+from common.pgd import ball_point, eval_mode, pgd
+from common.pictures import attack_key, difference, save_rows
+from common.resnet import BranchNorm, branch
 from common.speed import compile_networks, graphed
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in the authors' code
@@ -122,9 +137,11 @@ def views(x, rng, size, *, symmetric, multi_crop, blur):
     return x_q, [x_k]
 
 
-def embed(net, x):
-    """u(f(x)) of x (B, 3, S, S): (B, 128), unit rows, in x's dtype."""
-    with run.autocast(x.device):
+def embed(net, x, bn=None):
+    """u(f(x)) of x (B, 3, S, S) through BatchNorm branch `bn` (None: there are no branches): (B, 128),
+    unit rows, in x's dtype."""
+    chosen = contextlib.nullcontext() if bn is None else branch(net, bn)
+    with chosen, run.autocast(x.device):
         z = net(x)
     return F.normalize(z.to(x.dtype), dim=1)
 
@@ -169,29 +186,34 @@ def objective(triples, n, temperature, symmetric):
     return sum(losses) / (len(losses) if symmetric else 1)
 
 
+def mixed(loss_adv, loss_clean, clean_weight):
+    """Section 2.4.2: the loss of attacked queries and that of clean ones, together."""
+    return (1 - clean_weight) * loss_adv + clean_weight * loss_clean
+
+
 @graphed
-def attack(net, x, k, keys, n, noise, *, temperature, eps, step_size, steps):
+def attack(net, x, k, keys, n, noise, *, temperature, norm, eps, step_size, steps, bn=None):
     """Eq. 6: the query's images x (B, 3, S, S) in [0, 1] moved within eps so as to maximise Eq. 3.
 
-    eps and step_size are in the units of x. The search starts at x + eps `noise`, noise of x's
-    shape in [-1, 1], or, where noise is None, at x. k, keys and n are constants, as in
-    `contrastive_loss`.
+    eps and step_size are in the units of x, each image in a ball of its own. The search starts at x +
+    eps `noise`, noise of x's shape in the unit ball of the `norm`, or, where noise is None, at x. k,
+    keys and n are constants, as in `contrastive_loss`; `bn` is as in `embed`.
     """
     start = x if noise is None else (x + eps * noise).clamp(0, 1)
 
     def loss_of_query(x_adv):
-        return contrastive_loss(embed(net, x_adv), k, n, temperature, keys)
+        return contrastive_loss(embed(net, x_adv, bn), k, n, temperature, keys)
 
     # In eval mode an image changes neither another's embedding nor a running statistic.
     with eval_mode(net):
-        return pgd(loss_of_query, x, eps, step_size, steps, start=start)
+        return pgd(loss_of_query, x, eps, step_size, steps, norm, start=start)
 
 
 @torch.no_grad()
-def embed_keys(target, x_k, order):
+def embed_keys(target, x_k, order, bn=None):
     """Keys (B, 128) of each of x_k (B, 3, S, S), which BatchNorm groups in `order`, a permutation
-    of B."""
-    return [embed(target, x[order])[order.argsort()] for x in x_k]
+    of B; `bn` is as in `embed`."""
+    return [embed(target, x[order], bn)[order.argsort()] for x in x_k]
 
 
 def batch_keys(k, batch_negatives):
@@ -200,27 +222,36 @@ def batch_keys(k, batch_negatives):
     return dist.gather(k) if batch_negatives else None
 
 
+def branches(clean_weight):
+    """The BatchNorm branches of clean and of attacked images; without clean queries there are none."""
+    return ("clean", "adv") if clean_weight else (None, None)
+
+
 def train_step(net, target, opt, bank, x_q, x_k, order, noise, *, ema, temperature, bank_temperature, bank_lr,
-               bank_momentum, bank_decay, symmetric, batch_negatives, eps, step_size, steps):
+               bank_momentum, bank_decay, symmetric, batch_negatives, clean_weight, norm, eps, step_size,
+               steps):
     """One iteration on lists of images, of the queries x_q and of the keys x_k; the losses to be
     logged.
 
     `bank` is one of make_bank, `order` as in embed_keys. `noise`, a list like x_q, starts the
-    attacks, of which there are none where eps is 0; None: they start at the images.
+    attacks, of which there are none where eps is 0; None: they start at the images. Where
+    `clean_weight` is not 0 the networks need BatchNorm branches "clean" and "adv".
     """
+    bn_clean, bn_adv = branches(clean_weight)
     # The key network moves first (its parameters; its running statistics are its own). Then both networks
     # see each of their images once, in train mode.
     optim.ema(target, net, ema)
-    k = embed_keys(target, x_k, order)
+    k = embed_keys(target, x_k, order, bn_clean)
     pairs = [(key, batch_keys(key, batch_negatives)) for key in k]
     pairs *= len(x_q) // len(x_k)  # in multi-crop all queries have one key
     n, length = unit_rows(bank.rows)
+    x_clean = x_q
     if eps:
         starts = [None] * len(x_q) if noise is None else noise
-        x_q = [attack(net, x, key, keys, n, start, temperature=temperature,
-                      eps=eps, step_size=step_size, steps=steps)
+        x_q = [attack(net, x, key, keys, n, start, temperature=temperature, norm=norm,
+                      eps=eps, step_size=step_size, steps=steps, bn=bn_adv)
                for x, (key, keys), start in zip(x_q, pairs, starts)]
-    q = [embed(net, x) for x in x_q]
+    q = [embed(net, x, bn_adv) for x in x_q]
 
     # Two players, one point: the network descends `loss`, for which the bank is a constant; the
     # bank climbs `loss_bank`, for which the embeddings are constants, at a temperature of its own.
@@ -228,6 +259,17 @@ def train_step(net, target, opt, bank, x_q, x_k, order, noise, *, ema, temperatu
     free = n.detach().requires_grad_()
     constants = [(query.detach(), *pair) for query, pair in zip(q, pairs)]
     loss_bank = objective(constants, free, bank_temperature, symmetric)
+    losses = {"loss": loss}
+    clean = []
+    if clean_weight:
+        # Section 2.4.2 of the survey: the clean queries meet the same keys and rows.
+        q = [embed(net, x, bn_clean) for x in x_clean]
+        loss_clean = objective([(query, *pair) for query, pair in zip(q, pairs)], n, temperature, symmetric)
+        clean = [(query.detach(), *pair) for query, pair in zip(q, pairs)]
+        loss_adv = loss
+        loss = mixed(loss_adv, loss_clean, clean_weight)
+        losses = {"loss": loss, "loss_clean": loss_clean, "loss_adv": loss_adv}
+        loss_bank = mixed(loss_bank, objective(clean, free, bank_temperature, symmetric), clean_weight)
 
     opt.zero_grad()
     (loss + loss_bank).backward()
@@ -237,13 +279,14 @@ def train_step(net, target, opt, bank, x_q, x_k, order, noise, *, ema, temperatu
     grad = through_unit_rows(free.grad, n, length)
     bank_step(bank.rows, bank.velocity, grad, bank_lr, bank_momentum, bank_decay)
     dist.average_buffers(net, target)  # else the running statistics of the processes drift apart
-    return {"loss": loss, **alarms(constants, loss_bank, n, bank.rows, bank_temperature, symmetric)}
+    found = alarms(constants, clean, loss_bank, n, bank.rows, bank_temperature, symmetric, clean_weight)
+    return {**losses, **found}
 
 
 @torch.no_grad()
-def alarms(triples, loss_bank, before, rows, temperature, symmetric):
+def alarms(triples, clean, loss_bank, before, rows, temperature, symmetric, clean_weight):
     """How alive the bank's `rows` are after their step, which began with `loss_bank` at the unit rows
-    `before`."""
+    `before`. `triples` are of the queries, `clean` of the clean ones beside attacked ones."""
     n, length = unit_rows(rows)
     losses = []
     for q, k, keys in triples:
@@ -254,6 +297,8 @@ def alarms(triples, loss_bank, before, rows, temperature, symmetric):
             mass = (negative - own).sigmoid().mean()
             accuracy = (positive > nearest).float().mean()
     loss_after = sum(losses) / (len(losses) if symmetric else 1)
+    if clean_weight:
+        loss_after = mixed(loss_after, objective(clean, n, temperature, symmetric), clean_weight)
     return {
         "mass": mass,
         "bank_gain": loss_after - loss_bank,
@@ -283,8 +328,10 @@ def parser():
                    help="0 exports the random encoder; default (authors' code)")
     p.add_argument("--batch-size", type=run.integer(1), default=256,
                    help="images per step, over all processes (authors' code)")
-    p.add_argument("--lr", type=run.number(), default=0.06, help="of SGD, at its peak (ours)")
-    p.add_argument("--lr-final", type=run.number(), default=0.0, help="of SGD, at the end (ours)")
+    p.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd",
+                   help="sgd has momentum 0.9 (authors' code); adamw, for a ViT (ours)")
+    p.add_argument("--lr", type=run.number(), default=0.06, help="at its peak (ours)")
+    p.add_argument("--lr-final", type=run.number(), default=0.0, help="at the end (ours)")
     p.add_argument("--weight-decay", type=run.number(0, 1e6), default=5e-4, help="(ours)")
     p.add_argument("--ema", type=run.number(0, 1), default=0.99, help="momentum of the key network (ours)")
     p.add_argument("--temperature", type=run.number(above=0), default=0.12,
@@ -297,11 +344,15 @@ def parser():
     p.add_argument("--bank-decay", type=run.number(0, 1e6), default=1e-4, help="(authors' code)")
     p.add_argument("--fill-steps", type=run.integer(0), default=256,
                    help="of MoCo, before epoch 0 (authors' code)")
-    p.add_argument("--eps", type=run.number(0, 255), default=0.0,
-                   help="linf radius of the attack, in 1/255; 0: no attack (ours)")
-    p.add_argument("--step-size", type=run.number(0, 255), default=2.0,
-                   help="of the attack, in 1/255 (ours)")
+    p.add_argument("--norm", choices=("linf", "l2"), default="linf",
+                   help="of the attack; with l2, for example --eps 128 (ours)")
+    p.add_argument("--eps", type=run.number(0, 1e6), default=0.0,
+                   help="radius of the attack, in 1/255; 0: no attack (ours)")
+    p.add_argument("--step-size", type=run.number(0, 1e6),
+                   help="of the attack, in 1/255; default: for linf 2, for l2 1.25 eps / steps (ours)")
     p.add_argument("--steps", type=run.integer(0), default=5, help="of the attack (ours)")
+    p.add_argument("--clean-weight", type=run.number(0, 1), default=0.0,
+                   help="w, the share of clean queries beside attacked ones; 0: none (ours)")
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
                    help="start the attack at a random point of the ball (ours); without it, at "
                         "the image: with --steps 1 and --step-size equal to --eps that is FGSM")
@@ -314,12 +365,18 @@ def parser():
 def check(args):
     if args.symmetric and args.multi_crop:
         raise ValueError("--symmetric and --multi-crop: choose one")
+    if args.norm == "linf" and args.eps > 255:
+        raise ValueError(f"--eps {args.eps:g}: with --norm linf at most 255, the range of a pixel")
+    if args.clean_weight and not args.eps:
+        raise ValueError(f"--clean-weight {args.clean_weight:g}: needs --eps above 0, as without an attack "
+                         "all queries are clean")
 
 
-def network(arch, stem=None):
-    """An encoder with grouped BatchNorm, and a projector without BatchNorm: images (B, 3, S, S) ->
-    (B, 128)."""
-    encoder = encoders.make(arch, stem=stem, mean=MEAN, std=STD)
+def network(arch, stem=None, clean_weight=0.0):
+    """An encoder with grouped BatchNorm, where `clean_weight` is not 0 in branches clean and adv, and a
+    projector without BatchNorm: images (B, 3, S, S) -> (B, 128)."""
+    names = ("clean", "adv") if clean_weight else ()
+    encoder = encoders.make(arch, branches=names, stem=stem, mean=MEAN, std=STD)
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.__class__ = GroupedNorm  # the same state, another forward
@@ -327,17 +384,24 @@ def network(arch, stem=None):
     return nn.Sequential(encoder, projector).to(memory_format=torch.channels_last)
 
 
+def optimizer(net, args):
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(net.parameters(), args.lr, weight_decay=args.weight_decay)
+    return torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+
+
 def fill(net, target, opt, bank, images, size, args, env):
     """Before epoch 0: --fill-steps steps of MoCo; then the bank is filled with keys of the network
     they leave."""
+    bn_clean, bn_adv = branches(args.clean_weight)  # no image is attacked here
     # Batches of the epochs after the last one, so that the run itself repeats none of them.
     batches = data.endless_batches(images, args.batch_size, args.seed, args.epochs, env.rank, env.world)
     for x, _, rng in itertools.islice(batches, args.fill_steps):
         run.stop_if_signalled(args, env, None, 0)
         x_q, x_k = views(x, rng, size, **view_settings(args))
         optim.ema(target, net, args.ema)
-        (k,) = embed_keys(target, x_k[:1], random_order(x, rng))
-        q = embed(net, x_q[0])
+        (k,) = embed_keys(target, x_k[:1], random_order(x, rng), bn_clean)
+        q = embed(net, x_q[0], bn_clean)
         keys = batch_keys(k, args.batch_negatives)
         loss = contrastive_loss(q, k, bank.rows, args.temperature, keys)  # until now, rows have length 1
         opt.zero_grad()
@@ -346,13 +410,16 @@ def fill(net, target, opt, bank, images, size, args, env):
         opt.step()
         bank.push(k)
     dist.average_buffers(net)  # else the running statistics of the processes drift apart
+    for module in net.modules():
+        if isinstance(module, BranchNorm):
+            module.branches[bn_adv].load_state_dict(module.branches[bn_clean].state_dict())
     target.load_state_dict(net.state_dict())
     new_rows = 0
     while new_rows < args.bank_size:
         x, _, rng = next(batches)  # the last batch of an epoch may be short
         run.stop_if_signalled(args, env, None, 0)
         _, x_k = views(x, rng, size, **view_settings(args))
-        (k,) = embed_keys(target, x_k[:1], random_order(x, rng))
+        (k,) = embed_keys(target, x_k[:1], random_order(x, rng), bn_clean)
         bank.push(k)
         new_rows += len(x) * env.world
 
@@ -367,15 +434,24 @@ def view_settings(args):
     return dict(symmetric=args.symmetric, multi_crop=args.multi_crop, blur=args.blur)
 
 
+def start_noise(x, norm, rng):
+    """Where the attack on the images x (B, 3, S, S) of a query starts: x's shape, each image uniform in a
+    unit ball of the `norm`."""
+    # One number more than pixels: under l2 it is how far from the centre.
+    return ball_point(rng.uniform(1 + x[0].numel(), device=x.device), norm).view(x.shape)
+
+
 def attack_settings(args):
     """The named arguments of `attack` as the flags have them; eps and step_size as pixel values in
     [0, 1]."""
-    return dict(
-        temperature=args.temperature,
-        eps=args.eps / 255,
-        step_size=args.step_size / 255,
-        steps=args.steps,
-    )
+    eps = args.eps / 255
+    if args.step_size is not None:
+        step_size = args.step_size / 255
+    elif args.norm == "l2":
+        step_size = 1.25 * eps / max(1, args.steps)
+    else:
+        step_size = 2 / 255
+    return dict(temperature=args.temperature, norm=args.norm, eps=eps, step_size=step_size, steps=args.steps)
 
 
 def pictures(net, target, bank, images, size, args):
@@ -387,12 +463,14 @@ def pictures(net, target, bank, images, size, args):
     x2 = x_k[0]
     rows = [("x1", x1), ("x2", x2)]
     if args.eps:
+        bn_clean, bn_adv = branches(args.clean_weight)
         with eval_mode(target):
-            k = embed(target, x2).detach()
+            k = embed(target, x2, bn_clean).detach()
         keys = k if args.batch_negatives else None
         n, _ = unit_rows(bank.rows)
-        x_adv = attack(net, x1, k, keys, n, None, **attack_settings(args))
-        rows += [("x1_adv", x_adv), ("x1_adv - x1", difference(x_adv, x1, args.eps / 255))]
+        x_adv = attack(net, x1, k, keys, n, None, bn=bn_adv, **attack_settings(args))
+        full_scale = args.eps / 255 if args.norm == "linf" else None
+        rows += [("x1_adv", x_adv), ("x1_adv - x1", difference(x_adv, x1, full_scale))]
     return rows
 
 
@@ -407,11 +485,11 @@ def main(argv=None):
     size = run.image_size(args, images)
     steps_per_epoch = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
 
-    net = run.to_device(network(args.arch, args.stem), args, env)
-    target = run.to_device(network(args.arch, args.stem), args, env).requires_grad_(False)
+    net = run.to_device(network(args.arch, args.stem, args.clean_weight), args, env)
+    target = run.to_device(network(args.arch, args.stem, args.clean_weight), args, env).requires_grad_(False)
     target.load_state_dict(net.state_dict())
     bank = make_bank(args.bank_size, 128).to(device)
-    opt = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    opt = optimizer(net, args)
     compile_networks(args, env, net, target)
 
     log = Log(args, env, steps_per_epoch * args.epochs, images)
@@ -423,7 +501,8 @@ def main(argv=None):
 
     settings = dict(ema=args.ema, bank_temperature=args.bank_temperature, bank_lr=args.bank_lr,
                     bank_momentum=args.bank_momentum, bank_decay=args.bank_decay, symmetric=args.symmetric,
-                    batch_negatives=args.batch_negatives, **attack_settings(args))
+                    batch_negatives=args.batch_negatives, clean_weight=args.clean_weight,
+                    **attack_settings(args))
     for epoch in range(step // steps_per_epoch, args.epochs):
         lr = lr_at(epoch, args.epochs, args.lr, args.lr_final)
         optim.set_lr(opt, lr)
@@ -434,7 +513,7 @@ def main(argv=None):
             order = random_order(x, rng)
             noise = None
             if args.eps and args.random_start:
-                noise = [2 * rng.uniform(*view.shape[1:], device=device) - 1 for view in x_q]
+                noise = [start_noise(view, args.norm, rng) for view in x_q]
             losses = train_step(net, target, opt, bank, x_q, x_k, order, noise, **settings)
             log.step(step, len(x) * env.world, **losses)
             step += 1
@@ -447,12 +526,14 @@ def main(argv=None):
             # again.
             rows = pictures(net, target, bank, images, size, args)
             if env.rank == 0:
-                key = (f"-{args.eps:g}/255", f"+{args.eps:g}/255") if args.eps else None
+                key = attack_key(args.norm, args.eps) if args.eps else None
                 save_rows(out / "views.png", rows, key)
             run.save(args, env, state, step)
     if env.rank == 0:
-        encoders.export(net[0], out / "encoder.pt", image_size=size)
-        print(f"{out / 'encoder.pt'} holds the encoder")
+        branched = any(isinstance(module, BranchNorm) for module in net.modules())  # a ViT has none
+        bn = "adv" if branched else None
+        encoders.export(net[0], out / "encoder.pt", bn, image_size=size)
+        print(f"{out / 'encoder.pt'} holds the encoder" + (f"; BN branch {bn}" if bn else ""))
 
 
 if __name__ == "__main__":

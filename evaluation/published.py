@@ -7,6 +7,11 @@ Figures are in %; a triple is accuracy on clean images, under PGD-20 and under A
 """
 from typing import NamedTuple
 
+
+def not_zero(number):
+    return bool(number)
+
+
 GROUPS = {  # what is adversarial: scripts, with the flags that make them so
     "not pretrained": [(None, {"epochs": 0})],
     "with labels": [("rotnet", {"target": "labels"})],
@@ -18,6 +23,7 @@ GROUPS = {  # what is adversarial: scripts, with the flags that make them so
         ("clae", {"random": True})],
     "pixels": [(script, {}) for script in (
         "rocl", "acl", "advcl", "clae", "amoc", "byorl", "adv_mae", "rotnet", "pretext")],
+    "pixels and bank": [(script, {"eps": not_zero}) for script in ("adco", "caco")],
     "bank": [(script, {}) for script in ("adco", "caco")],
     "masks and positions": [(script, {}) for script in ("adpe", "adios")],
     "negatives, by a rule": [("hardneg", {})],
@@ -302,10 +308,6 @@ def beside(row, whose, note=""):
     figures = ", ".join(f"{name} {three(values)}" for name, values in known if values != NOTHING)
     epochs = f", {row.epochs} epochs" if row.epochs else ""
     return f"{whose}, {row.data}, ResNet-18{epochs}{note}: {figures}"
-
-
-def not_zero(number):
-    return bool(number)
 
 
 def cifar10(name):

@@ -13,6 +13,7 @@ from torch import nn
 import adco
 from common import dist, encoders
 from common.pgd import eval_mode, pgd
+from common.resnet import BranchNorm
 from tests.processes import in_two_processes
 from tests.recipes import X, Z, unit
 from tests.test_docs import commands
@@ -351,6 +352,54 @@ def test_a_step_of_the_hybrid_moves_running_statistics_once():
     assert net[0].bn1.running_mean.sign().eq(first.mean((0, 2, 3)).sign()).float().mean() > 0.8
 
 
+def test_without_clean_queries_a_network_has_no_branches():
+    plain, both = (adco.network("slim", None, w).state_dict().keys() for w in (0.0, 0.5))
+    assert plain == adco.network("slim").state_dict().keys() and not any("branches" in key for key in plain)
+    assert both > {key.replace(".bn1.", ".bn1.branches.adv.") for key in plain if ".bn1." in key}
+
+
+def test_clean_queries_of_weight_one_are_adco_without_an_attack():
+    """The two reductions of (1 - w) L(attacked) + w L(clean), for both players."""
+    found = {}
+    for name, flags in (("plain", {"eps": 0.0}), ("clean", {"clean_weight": 1.0}), ("hybrid", {}),
+                        ("nearly", {"clean_weight": 1e-12})):
+        net = Linear()
+        losses, bank = step(net, Linear().requires_grad_(False), [x1], [x2], **flags)
+        found[name] = [losses["loss"].detach(), net.W.grad, bank.rows, losses["bank_gain"]]
+    for name, wanted in (("clean", "plain"), ("nearly", "hybrid")):
+        for a, b in zip(found[name], found[wanted]):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    assert not torch.allclose(found["plain"][1], found["hybrid"][1], rtol=1e-2)
+
+
+def test_both_branches_are_grouped_and_begin_with_the_statistics_of_the_fill(tmp_path, monkeypatch):
+    seen, fill = {}, adco.fill
+
+    def spy(net, *rest):
+        fill(net, *rest)
+        for module in net.modules():
+            if isinstance(module, BranchNorm):
+                clean, adv = module.branches["clean"], module.branches["adv"]
+                assert type(clean) is type(adv) is adco.GroupedNorm and clean.running_mean.abs().sum() > 0
+                for key, value in clean.state_dict().items():
+                    assert torch.equal(value, adv.state_dict()[key])
+                    assert value.data_ptr() != adv.state_dict()[key].data_ptr()
+                seen[module] = clean
+
+    monkeypatch.setattr(adco, "fill", spy)
+    adco.main(["--data", "shapes", "--limit", "16", "--arch", "slim", "--batch-size", "16", "--epochs", "1",
+               "--bank-size", "8", "--fill-steps", "2", "--eps", "8", "--steps", "1", "--clean-weight", "0.5",
+               "--device", "cpu", "--out", str(tmp_path)])
+    assert len(seen) > 5
+
+
+def test_a_vit_has_no_branch_to_export(tmp_path):
+    adco.main(["--data", "shapes", "--limit", "16", "--arch", "vit_slim", "--batch-size", "16", "--epochs", "1",
+               "--bank-size", "8", "--fill-steps", "1", "--eps", "8", "--steps", "1", "--clean-weight", "0.5",
+               "--optimizer", "adamw", "--lr", "0.001", "--device", "cpu", "--out", str(tmp_path)])
+    assert encoders.load_encoder(tmp_path / "encoder.pt").branch is None
+
+
 def on_ranks(rank, world):
     """Three steps on this process's share of eight images, linear networks and a bank."""
     x, g = X(8, 3, 4, 4).chunk(world)[rank], torch.arange(8 // world)
@@ -376,8 +425,8 @@ def test_the_fill_leaves_equal_networks_and_a_bank_of_their_keys(tmp_path, monke
     seen, keys = {}, []
     fill, embed_keys = adco.fill, adco.embed_keys
 
-    def spy_keys(target, x_k, order):
-        keys.append(([p.clone() for p in target.parameters()], embed_keys(target, x_k, order)))
+    def spy_keys(target, x_k, order, bn):
+        keys.append(([p.clone() for p in target.parameters()], embed_keys(target, x_k, order, bn)))
         return keys[-1][1]
 
     def spy(net, target, opt, bank, images, size, args, env):
@@ -436,7 +485,8 @@ def test_views_of_the_crops_have_the_published_sides():
 def test_defaults():
     want = dict(epochs=200, batch_size=256, lr=0.06, lr_final=0, weight_decay=5e-4, ema=0.99, bank_size=4096,
                 temperature=0.12, bank_temperature=0.05, bank_lr=0.5, bank_momentum=0.9, bank_decay=1e-4,
-                fill_steps=256, eps=0, step_size=2, steps=5, symmetric=False, multi_crop=False,
+                fill_steps=256, norm="linf", eps=0, step_size=None, steps=5, random_start=True,
+                clean_weight=0, optimizer="sgd", symmetric=False, multi_crop=False,
                 batch_negatives=False, arch="resnet18", data="cifar10", image_size=None, blur=False)
     args = vars(adco.parser().parse_args([]))
     assert {key: args[key] for key in want} == want
@@ -444,7 +494,11 @@ def test_defaults():
 
 @pytest.mark.parametrize("flags, words", [
     (["--symmetric", "--multi-crop"], "--symmetric and --multi-crop: choose one"),
-    (["--eps", "-8"], "--eps -8: must be"), (["--steps", "-1"], "--steps -1: must be"),
+    (["--eps", "300"], "--eps 300: with --norm linf at most 255, the range of a pixel"),
+    (["--clean-weight", "0.5"], "--clean-weight 0.5: needs --eps above 0"),
+    (["--clean-weight", "1.5", "--eps", "8"], "--clean-weight 1.5: must be a number from 0 to 1"),
+    (["--optimizer", "lars"], "--optimizer lars: choose one of sgd, adamw"),
+    (["--eps", "-8"], "--eps -8: must be"), (["--norm", "l1"], "--norm l1: choose one of linf, l2"), (["--steps", "-1"], "--steps -1: must be"),
     (["--fill-steps", "-1"], "--fill-steps -1: must be"),
     (["--bank-temperature", "0"], "--bank-temperature 0: must be"),
     (["--bank-momentum", "1.5"], "--bank-momentum 1.5: must be a number from 0 to 1"),

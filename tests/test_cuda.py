@@ -17,7 +17,7 @@ DEVICES = ["cuda"] if torch.cuda.is_available() else []
 RUNS = [*((script, []) for script in SCRIPTS), *(("amoc", ["--variant", v]) for v in amoc.VARIANTS),
         *(("acl", ["--variant", v]) for v in acl.VARIANTS),
         *(("adco", ["--bank-size", "16384", *more]) for more in (
-            [], ["--eps", "8", "--batch-negatives"], ["--symmetric"], ["--multi-crop"])),  # large: by the kernels
+            [], ["--eps", "8", "--batch-negatives"], ["--eps", "8", "--clean-weight", "0.5"], ["--symmetric"], ["--multi-crop"])),  # large: by the kernels
         *(("caco", ["--bank-size", "16384", *more]) for more in (
             [], ["--cooperation", "-1"], ["--multi-crop", "--optimizer", "lars"], ["--eps", "8"])),
         *(("hardneg", ["--bank-size", "16384", *more]) for more in (

@@ -45,6 +45,7 @@ CASES = {  # script, flags, the BN branch that is exported (None: it has none), 
     "adco": ("adco", ADCO + " --stem cifar", None, set()),
     "adco symmetric": ("adco", ADCO + " --symmetric", None, set()),
     "adco hybrid": ("adco", ADCO + " --eps 8 --steps 1", None, set()),
+    "adco both": ("adco", ADCO + " --eps 8 --steps 1 --clean-weight 0.5", "adv", {"clean"}),
     "caco": ("caco", CACO + " --stem cifar", None, set()),
     "caco hybrid": ("caco", CACO + " --eps 8 --steps 1", None, set()),
     "hardneg": ("hardneg", HARDNEG + " --stem cifar", None, set()),
@@ -64,7 +65,7 @@ CASES = {  # script, flags, the BN branch that is exported (None: it has none), 
 }
 every_case = pytest.mark.parametrize("case", CASES)
 one_of_each_kind = pytest.mark.parametrize("case", [
-    "amoc CAC", "amoc ACC", "rocl", "acl s2s", "acl ds", "advcl", "clae", "adco", "caco", "hardneg", "byorl", "adv_mae",
+    "amoc CAC", "amoc ACC", "rocl", "acl s2s", "acl ds", "advcl", "clae", "adco", "adco both", "caco", "hardneg", "byorl", "adv_mae",
     "adpe relative coordinate", "adios byol", "adios mae"])
 NORMALISATION = {
     "amoc": ([0.4914, 0.4824, 0.4467], [0.2471, 0.2435, 0.2617]),

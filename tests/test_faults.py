@@ -420,8 +420,8 @@ def test_logged_values_are_means_over_processes(tmp_path):
 # Flags that change who talks to whom: a collective that one process alone calls would hang.
 TALKS = {
     "acl": [["--variant", "a2s"], ["--variant", "a2a"]],
-    "adco": [["--eps", "4", "--steps", "1", "--batch-negatives"], ["--symmetric", "--batch-negatives"],
-             ["--multi-crop", "--eps", "4", "--steps", "1", "--batch-negatives"]],
+    "adco": [["--eps", "4", "--steps", "1", "--batch-negatives", "--clean-weight", "0.5"], ["--symmetric", "--batch-negatives"],
+             ["--multi-crop", "--eps", "90", "--norm", "l2", "--steps", "1", "--batch-negatives"]],
     "adios": [["--objective", "byol"], ["--objective", "simsiam", "--single"], ["--masker", "random"],
               ["--objective", "mae", "--arch", "vit_slim"]],
     "adpe": [["--adversary", "pgd"], ["--position", "absolute", "--mode", "embedding", "--adversary", "pgd"]],

@@ -2,6 +2,7 @@
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,3 +74,13 @@ def test_the_table_of_reproducing_has_these_figures():
     found = re.findall(r"\d\d\.\d\d / (?:[\d.]+|–) / (?:[\d.]+|–)", page)
     known = {published.three(values) for row in published.ROWS for values in (row.slf, row.alf, row.aff)}
     assert len(found) > 15 and set(found) <= known
+
+
+@pytest.mark.parametrize("script, flags, group", [
+    ("adco", {"eps": 0.0}, "bank"), ("adco", {"eps": 8.0}, "pixels and bank"),
+    ("caco", {"positives": "adversarial"}, "bank"),  # a log of before it had --eps
+    ("caco", {"eps": 8.0}, "pixels and bank"), ("adco", {"eps": 8.0, "epochs": 0}, "not pretrained"),
+    ("amoc", {"variant": "ACC", "eps": 8.0}, "pixels"), ("amoc", {"variant": "CCC", "eps": 8.0}, "nothing adversarial")])
+def test_a_row_stands_under_what_is_adversarial_in_it(script, flags, group):
+    run = SimpleNamespace(script=script, flags=flags)
+    assert table.group_of(run, published.GROUPS) == group

@@ -8,24 +8,27 @@ from torch import nn
 
 import adco
 from common.bank import Bank
+from common.resnet import BranchNorm
 from tests import steps2 as plain
 from tests.scripts import named_by
 
 FLAGS = dict(ema=0.9, temperature=0.3, bank_temperature=0.2, bank_lr=0.4, bank_momentum=0.8,
-             bank_decay=0.03, lr=0.1, weight_decay=0.02, eps=0.0, step_size=25.0, steps=3)
+             bank_decay=0.03, lr=0.1, weight_decay=0.02, optimizer="sgd", norm="linf", eps=0.0, step_size=25.0,
+             steps=3, clean_weight=0.0)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The method
 # ----------------------------------------------------------------------------------------------------------
-def embed(f, x, order, mode):
+def embed(f, x, order, mode, bn=None):
     """u(f(x)), rows in the order of x. In training BatchNorm sees two groups of the images in `order`, and
-    each moves the running statistics by half of their usual way."""
+    each moves the running statistics by half of their usual way. `bn`: the branch of the norm."""
     z = {}
+    norm = f"0.norm.branches.{bn}" if bn else "0.norm"
     half = (len(x) + 1) // 2
     for group in (order[:half], order[half:]):
         h = torch.nn.functional.conv2d((x[group] - f["0.mean"]) / f["0.std"], f["0.conv.weight"])
-        h = plain.batch_norm(f, "0.norm", h, mode, share=0.5)
+        h = plain.batch_norm(f, norm, h, mode, share=0.5)
         h = h.relu().mean((2, 3))
         for i, row in zip(group, plain.unit(plain.linear(f, "1", h))):
             z[i] = row
@@ -57,57 +60,63 @@ def ascent(q, k, bank, T, flags):
     return g
 
 
-def attack(f, x, k, bank, noise, flags):
+def attack(f, x, k, bank, noise, flags, bn):
     """PGD in the pixels of the query, running statistics in BatchNorm."""
-    eps = flags.eps / 255
-    x_adv = (x + eps * noise).clamp(0, 1)
-    for _ in range(flags.steps):
-        x_adv = x_adv.detach().requires_grad_()
-        loss, _ = contrast(embed(f, x_adv, range(len(x)), "eval"), k, bank, flags.temperature, flags)
-        (g,) = torch.autograd.grad(loss, x_adv)
-        x_adv = x_adv.detach() + flags.step_size / 255 * g.sign()
-        x_adv = x + (x_adv - x).clamp(-eps, eps)
-        x_adv = x_adv.clamp(0, 1)
-    plain.some_not_all((x_adv == 0) | (x_adv == 1))
-    plain.some_not_all(((x_adv - x).abs() - eps).abs() < 1e-12)
-    return x_adv
+    def loss_of(x_adv, k):
+        return contrast(embed(f, x_adv, range(len(x)), "eval", bn), k, bank, flags.temperature, flags)[0]
+
+    return plain.attack(loss_of, x, k, noise, flags)
 
 
 def step(net, target, bank, past, names, x_q, x_k, order, noise, flags):
     """Changes net, target, bank {"rows", "velocity"} and the optimizer's past; returns what is logged."""
+    clean, adv = ("clean", "adv") if flags.clean_weight else (None, None)
     plain.moving_average(target, net, names, flags.ema)
-    keys = [embed(target, x, order, "train").detach() for x in x_k]
+    keys = [embed(target, x, order, "train", clean).detach() for x in x_k]
     if flags.multi_crop:
         keys = keys * len(x_q)
+    x_clean = x_q
     if flags.eps:
-        x_q = [attack(net, x, k, bank["rows"], start, flags) for x, k, start in zip(x_q, keys, noise)]
+        x_q = [attack(net, x, k, bank["rows"], start, flags, adv) for x, k, start in zip(x_q, keys, noise)]
 
     weights = plain.with_gradient(net, names)
-    queries = [embed(net, x, range(len(x)), "train") for x in x_q]
+    queries = [embed(net, x, range(len(x)), "train", adv) for x in x_q]
     share = 0.5 if flags.symmetric else 1.0  # a mean of both directions, but a sum over crops
+    w = flags.clean_weight
+    terms = [("loss_adv", (1 - w) * share, q, k) for q, k in zip(queries, keys)]
+    if w:
+        for x, k in zip(x_clean, keys):
+            terms.append(("loss_clean", w * share, embed(net, x, range(len(x)), "train", clean), k))
     loss = 0.0
     before = 0.0
     g = 0.0
-    for q, k in zip(queries, keys):
-        loss = loss + share * contrast(q, k, bank["rows"], flags.temperature, flags)[0]
+    of_kind = {"loss_adv": 0.0, "loss_clean": 0.0}
+    for kind, weight, q, k in terms:
+        found = contrast(q, k, bank["rows"], flags.temperature, flags)[0]
+        of_kind[kind] = of_kind[kind] + share * found.detach()
+        loss = loss + weight * found
         q = q.detach()
-        before = before + share * contrast(q, k, bank["rows"], flags.bank_temperature, flags)[0]
-        g = g + share * ascent(q, k, bank["rows"], flags.bank_temperature, flags)
-    plain.sgd(net, names, torch.autograd.grad(loss, weights), past, flags.lr, 0.9, flags.weight_decay)
+        before = before + weight * contrast(q, k, bank["rows"], flags.bank_temperature, flags)[0]
+        g = g + weight * ascent(q, k, bank["rows"], flags.bank_temperature, flags)
+    grads = torch.autograd.grad(loss, weights)
+    if flags.optimizer == "sgd":
+        plain.sgd(net, names, grads, past, flags.lr, 0.9, flags.weight_decay)
+    else:
+        plain.adamw(net, names, grads, past, flags.lr, flags.weight_decay, second=0.999, vectors=True)
     old = bank["rows"]
     bank["velocity"] = flags.bank_momentum * bank["velocity"] - g + flags.bank_decay * old
     bank["rows"] = old - flags.bank_lr * bank["velocity"]
 
     after = 0.0
-    for q, k in zip(queries, keys):
-        after = after + share * contrast(q.detach(), k, bank["rows"], flags.bank_temperature, flags)[0]
+    for _, weight, q, k in terms:
+        after = after + weight * contrast(q.detach(), k, bank["rows"], flags.bank_temperature, flags)[0]
     q = queries[0].detach()
     k = keys[0]
     n = plain.unit(bank["rows"])
     _, p = contrast(q, k, bank["rows"], flags.bank_temperature, flags)
     hits = [float(q[i] @ k[i] > max(q[i] @ row for row in n)) for i in range(len(q))]
     return {
-        "loss": loss,
+        "loss": loss, **(of_kind if w else {}),
         "mass": sum(sum(row) for row in p) / len(p),
         "bank_gain": after - before,
         "rotation": sum((a - b).norm() for a, b in zip(n, plain.unit(old))) / len(n),
@@ -119,8 +128,8 @@ def step(net, target, bank, past, names, x_q, x_k, order, noise, flags):
 # ----------------------------------------------------------------------------------------------------------
 # The script
 # ----------------------------------------------------------------------------------------------------------
-def optimizer(net, flags):
-    return torch.optim.SGD(net.parameters(), flags.lr, momentum=0.9, weight_decay=flags.weight_decay)
+def optimizer(net, args):
+    return adco.optimizer(net, args)
 
 
 def bank_of(rows, velocity):
@@ -136,18 +145,25 @@ def step_of_the_script(net, target, opt, bank, x_q, x_k, order, noise, args):
     return adco.train_step(net, target, opt, bank, x_q, x_k, order, noise if args.eps else None, **settings)
 
 
-def network(seed):
-    net = nn.Sequential(plain.Encoder(4, adco.GroupedNorm), nn.Linear(4, 3))
+def network(seed, branches):
+    def branched(width):
+        return BranchNorm(width, ("clean", "adv"), adco.GroupedNorm)
+
+    net = nn.Sequential(plain.Encoder(4, branched if branches else adco.GroupedNorm), nn.Linear(4, 3))
     return plain.randomised(net, seed, scale=1.5)
 
 
 HYBRID = dict(eps=40.0)
+L2 = dict(norm="l2", eps=300.0, step_size=150.0)
 
 
 @pytest.mark.parametrize("more", [
     {}, dict(symmetric=True), dict(multi_crop=True), dict(batch_negatives=True),
     dict(symmetric=True, batch_negatives=True), dict(multi_crop=True, batch_negatives=True), HYBRID,
-    dict(symmetric=True, **HYBRID), dict(multi_crop=True, batch_negatives=True, **HYBRID)],
+    dict(symmetric=True, **HYBRID), dict(multi_crop=True, batch_negatives=True, **HYBRID), L2,
+    dict(multi_crop=True, **L2), dict(optimizer="adamw", lr=0.02), dict(clean_weight=0.3, **HYBRID),
+    dict(clean_weight=0.3, symmetric=True, batch_negatives=True, **HYBRID),
+    dict(clean_weight=0.6, multi_crop=True, **L2)],
     ids=lambda more: " ".join(more) or "plain")
 def test_two_steps_are_the_methods(more):
     given = {**FLAGS, **more}
@@ -156,12 +172,12 @@ def test_two_steps_are_the_methods(more):
     rows = torch.randn(7, 3, generator=g, dtype=torch.float64) * (0.5 + 0.25 * torch.arange(7.0))[:, None]
     velocity = 0.3 * torch.randn(7, 3, generator=g, dtype=torch.float64)
 
-    net = network(1)
-    target = network(2).requires_grad_(False)
+    net = network(1, flags.clean_weight)
+    target = network(2, flags.clean_weight).requires_grad_(False)
     bank = bank_of(rows, velocity)
-    opt = optimizer(net, flags)
-    names = plain.trained(net)
     args = plain.arguments(adco, given)
+    opt = optimizer(net, args)
+    names = plain.trained(net)
     want = dict(net=plain.state(net), target=plain.state(target), past={})
     want["bank"] = dict(rows=rows, velocity=velocity)
     start = {key: dict(part) for key, part in want.items()}
@@ -176,7 +192,7 @@ def test_two_steps_are_the_methods(more):
         if flags.multi_crop:
             x_q = [x1, plain.images(5, 5, 30 + t), plain.images(5, 4, 40 + t)]
         order = [[3, 0, 4, 2, 1], [2, 4, 0, 1, 3]][t]
-        noise = [2 * torch.rand(x.shape, generator=g, dtype=torch.float64) - 1 for x in x_q]
+        noise = [plain.noise(x, flags.norm, g) for x in x_q]
         logged = step(want["net"], want["target"], want["bank"], want["past"], names,
                       x_q, x_k, order, noise, flags)
         found = step_of_the_script(net, target, opt, bank, x_q, x_k, order, noise, args)
@@ -185,20 +201,27 @@ def test_two_steps_are_the_methods(more):
         plain.same(plain.state(target), want["target"], f"step {t}, target")
         plain.same(plain.state(bank), want["bank"], f"step {t}, bank")
         plain.same(plain.memory(opt, net), want["past"], f"step {t}, optimizer")
-    moving = [*names, "0.norm.running_mean", "0.norm.running_var"]
-    plain.all_moved(start["net"], want["net"], moving)
-    plain.all_moved(start["target"], want["target"], moving)
+    statistics = [name for name in want["net"] if ".running_" in name]
+    assert len(statistics) == (4 if flags.clean_weight else 2)
+    plain.all_moved(start["net"], want["net"], [*names, *statistics])
+    seen = [name for name in statistics if ".adv." not in name]  # keys are clean
+    plain.all_moved(start["target"], want["target"], [*names, *seen])
+    if flags.clean_weight:
+        still = set(statistics) - set(seen)
+        assert all(torch.equal(start["target"][name], want["target"][name]) for name in still)
     plain.all_moved(start["bank"], want["bank"], ["rows", "velocity"])
     assert 0.01 < logged["mass"] < 0.99 and abs(logged["bank_gain"]) > 1e-4
 
 
-def test_a_run_has_the_optimizer_of_these_steps(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind, class_of, want", [
+    ("sgd", torch.optim.SGD, dict(lr=0.03, momentum=0.9, weight_decay=0.02, maximize=False)),
+    ("adamw", torch.optim.AdamW, dict(lr=0.03, betas=(0.9, 0.999), weight_decay=0.02, maximize=False))])
+def test_a_run_has_the_optimizer_of_these_steps(kind, class_of, want, tmp_path, monkeypatch):
     given = ["--arch", "slim", "--lr", "0.03", "--weight-decay", "0.02", "--bank-size", "8",
-             "--fill-steps", "0"]
+             "--fill-steps", "0", "--optimizer", kind]
     (net, target, bank), (opt,) = plain.optimizers_of_main(adco, given, tmp_path, monkeypatch)
-    assert type(opt) is torch.optim.SGD
+    assert type(opt) is class_of
     assert not any(w.requires_grad for w in target.parameters()) and bank.velocity.abs().sum() == 0
     found = plain.settings(opt, net)
-    want = dict(lr=0.03, momentum=0.9, weight_decay=0.02, maximize=False)
     for name, _ in net.named_parameters():
         assert {key: found[name][key] for key in want} == want, name

@@ -66,6 +66,8 @@ CASES = {  # the script, and flags besides SMALL
     "adco": ("adco", ADCO + " --stem cifar"),
     "adco hybrid": ("adco", ADCO + " --eps 6 --step-size 3 --steps 2 --symmetric"),
     "adco multi-crop": ("adco", ADCO + " --multi-crop"),
+    "adco both": ("adco", ADCO + " --eps 6 --step-size 3 --steps 2 --clean-weight 0.3"),
+    "adco l2": ("adco", ADCO + " --norm l2 --eps 90 --steps 2 --optimizer adamw"),
     "caco": ("caco", CACO + " --stem cifar"),
     "caco lars": ("caco", CACO + " --optimizer lars --multi-crop"),
     "caco hybrid": ("caco", CACO + " --eps 6 --step-size 3 --steps 2 --optimizer adamw"),
@@ -516,6 +518,7 @@ OPTIMIZERS = {  # argument of train_step: class, and the groups by what they hol
     "caco": {"opt": sgd(0.003)},
     "caco lars": {"opt": lars(0.003)},
     "caco hybrid": {"opt": plain_adamw(0.003)},
+    "adco l2": {"opt": plain_adamw(0.003)},
     "hardneg": {"opt": sgd(0.003)},
     "byorl": {"opt": lars(0.003)},
     "adv_mae": {"opt": adamw(0.03)},
@@ -799,6 +802,8 @@ NOISE = {  # argument: its shape, the kind of its numbers, and how many of its a
     "advcl teacher": {"noise": ((3, 16, 3, 16, 16), box, 2)},
     "adco": {},
     "adco hybrid": {"noise": ((2, 16, 3, 16, 16), box, 2)},
+    "adco both": {"noise": ((1, 16, 3, 16, 16), box, 2)},
+    "adco l2": {"noise": ((1, 16, 3, 16, 16), ball, 2)},
     "caco": {},
     "caco hybrid": {"noise": ((2, 16, 3, 16, 16), box, 2)},
     "caco l2": {"noise": ((2, 16, 3, 16, 16), ball, 2)},  # and six of the small views
@@ -845,7 +850,8 @@ def test_keys_have_a_new_order_each_step(case, watched):
 
 @cases_of("adco")
 def test_queries_and_keys_are_the_views_of_their_kind_of_run(case, watched):
-    counts = {"adco": (1, 1), "adco hybrid": (2, 2), "adco multi-crop": (5, 1)}[case]
+    counts = {"adco": (1, 1), "adco hybrid": (2, 2), "adco multi-crop": (5, 1), "adco l2": (1, 1),
+              "adco both": (1, 1)}[case]
     for step in watched(case).steps:
         queries, keys = step.given["x_q"], step.given["x_k"]
         assert (len(queries), len(keys)) == counts
@@ -914,6 +920,8 @@ ATTACKS = {  # options of pgd, how BatchNorms stand, and what is attacked, in tu
     "advcl l2": (L2_DEFAULT, FROZEN, lambda x: [torch.cat([x["x1"], x["x"]])]),
     "advcl teacher": (LINF, FROZEN, lambda x: [torch.cat([x["x1"], x["x2"]]), x["x"]]),
     "adco hybrid": (LINF, EVAL, lambda x: x["x_q"]),
+    "adco both": (LINF, EVAL, lambda x: x["x_q"]),
+    "adco l2": (L2_DEFAULT, EVAL, lambda x: x["x_q"]),
     "caco hybrid": (LINF, EVAL, lambda x: x["x"]),
     "caco l2": (L2_DEFAULT, EVAL, lambda x: x["x"]),
     "byorl": (BYORL_LINF, FROZEN, lambda x: [x["x1"], x["x2"]]),
@@ -1124,8 +1132,8 @@ DEFAULTS = {  # of each flag that a paper or its authors' code names
     "adco": dict(
         stem=None, symmetric=False, multi_crop=False, batch_negatives=False, epochs=200, batch_size=256,
         lr=0.06, lr_final=0, weight_decay=5e-4, ema=0.99, temperature=0.12, bank_temperature=0.05,
-        bank_size=4096, bank_lr=0.5, bank_momentum=0.9, bank_decay=1e-4, fill_steps=256, eps=0, step_size=2,
-        steps=5, blur=False, arch="resnet18"),
+        bank_size=4096, bank_lr=0.5, bank_momentum=0.9, bank_decay=1e-4, fill_steps=256, eps=0, step_size=None,
+        steps=5, norm="linf", random_start=True, clean_weight=0, optimizer="sgd", blur=False, arch="resnet18"),
     "caco": dict(
         stem=None, cooperation=1, multi_crop=False, epochs=200, batch_size=256, optimizer="sgd",
         lr=0.06, lr_final=0, warmup=0, weight_decay=5e-4, ema=0.99, temperature=0.08, dim=128, bank_size=4096,
