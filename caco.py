@@ -314,7 +314,7 @@ def parser():
                    help="images per step, over all processes (ours)")
     p.add_argument("--optimizer", choices=("sgd", "lars", "adamw"), default="sgd",
                    help="sgd has momentum 0.9 (ours); lars, for ImageNet (authors' code); adamw, for a "
-                        "ViT (ours)")
+                        "ViT, decays no biases and norms (ours)")
     p.add_argument("--lr", type=run.number(), default=0.06, help="at its peak (ours)")
     p.add_argument("--lr-final", type=run.number(), default=0.0, help="at the end (ours)")
     p.add_argument("--warmup", type=run.integer(0), default=0, help="in epochs (ours)")
@@ -365,7 +365,8 @@ def network(arch, stem=None, dim=128):
 
 def optimizer(net, args):
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(net.parameters(), args.lr, weight_decay=args.weight_decay)
+        groups = optim.groups(net.named_parameters(), args.weight_decay)
+        return torch.optim.AdamW(groups, args.lr)
     if args.optimizer == "lars":
         return optim.LARS(optim.lars_groups(net), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     return torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)

@@ -49,6 +49,7 @@ any. No image is attacked.
     python hardneg.py --negatives plain --out runs/moco    MoCo
     python hardneg.py --negatives ifm --out runs/ifm
     python hardneg.py --negatives hcl --base simclr --out runs/hcl    HCL on the base of its paper
+    python hardneg.py --arch vit_tiny --optimizer adamw --lr 5e-4 --weight-decay 0.05 --out runs/hardneg-vit
     python hardneg.py --data path/to/imagenet --arch resnet50 --stem imagenet --image-size 224 --blur \
 --lr 0.03 --lr-final 6e-4 --weight-decay 1e-4 --ema 0.999 --bank-size 65536
     python eval.py runs/hardneg/encoder.pt --preset knn amoc-slf
@@ -348,8 +349,10 @@ def parser():
                    help="0 exports the random encoder; default (ours)")
     p.add_argument("--batch-size", type=run.integer(1), default=256,
                    help="images per step, over all processes (ours)")
-    p.add_argument("--lr", type=run.number(), default=0.06, help="of SGD, at its peak (ours)")
-    p.add_argument("--lr-final", type=run.number(), default=0.0, help="of SGD, at the end (ours)")
+    p.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd",
+                   help="sgd has momentum 0.9 (ours); adamw, for a ViT, decays no biases and norms (ours)")
+    p.add_argument("--lr", type=run.number(), default=0.06, help="at its peak (ours)")
+    p.add_argument("--lr-final", type=run.number(), default=0.0, help="at the end (ours)")
     p.add_argument("--weight-decay", type=run.number(0, 1e6), default=5e-4, help="(ours)")
     p.add_argument("--ema", type=run.number(0, 1), default=0.99,
                    help="moco: momentum of the key network (ours)")
@@ -464,7 +467,11 @@ def main(argv=None):
     net = run.to_device(network(args.arch, args.stem), args, env)
     target = None
     bank = None
-    opt = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    if args.optimizer == "adamw":
+        groups = optim.groups(net.named_parameters(), args.weight_decay)
+        opt = torch.optim.AdamW(groups, args.lr)
+    else:
+        opt = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     log = Log(args, env, steps_per_epoch * args.epochs, images)
     state = dict(net=net, opt=opt, log=log)
     if args.base == "moco":

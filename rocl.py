@@ -260,7 +260,7 @@ def parser():
     p.add_argument("--batch-size", type=run.integer(1), default=512,
                    help="images per step, over all processes (authors' code)")
     p.add_argument("--optimizer", choices=("lars", "adamw"), default="lars",
-                   help="lars (authors' code); adamw, for a ViT (ours)")
+                   help="lars (authors' code); adamw, for a ViT, decays no biases and norms (ours)")
     p.add_argument("--lr", type=run.number(), default=1.5, help="at its peak (authors' code)")
     p.add_argument("--warmup", type=run.integer(0), default=10, help="in epochs (authors' code)")
     p.add_argument("--weight-decay", type=run.number(0, 1e6), default=1e-6, help="(authors' code)")
@@ -374,7 +374,7 @@ def main(argv=None):
     net = run.to_device(network(args.arch), args, env)
     if args.optimizer == "adamw":
         groups = optim.groups(net.named_parameters(), args.weight_decay)
-        opt = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95))
+        opt = torch.optim.AdamW(groups, args.lr)
     else:
         opt = optim.LARS(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     compile_networks(args, env, net)

@@ -327,8 +327,8 @@ def sgd(f, names, grads, past, lr, momentum, decay):
         past[name] = {"momentum_buffer": v}
 
 
-def adamw(f, names, grads, past, lr, decay, ascend=False, second=0.95, vectors=False):
-    """Moments .9 and `second`; tensors of one dimension do not decay, but with `vectors` they do."""
+def adamw(f, names, grads, past, lr, decay, ascend=False, second=0.95):
+    """Moments .9 and `second`; tensors of one dimension do not decay."""
     for name, g in zip(names, grads):
         w = f[name].detach()
         before = past.get(name, {"step": 0, "exp_avg": 0 * w, "exp_avg_sq": 0 * w})
@@ -336,7 +336,7 @@ def adamw(f, names, grads, past, lr, decay, ascend=False, second=0.95, vectors=F
         g = -g if ascend else g
         m = 0.9 * before["exp_avg"] + 0.1 * g
         v = second * before["exp_avg_sq"] + (1 - second) * g * g
-        if w.dim() > 1 or vectors:
+        if w.dim() > 1:
             w = w - lr * decay * w
         f[name] = w - lr * (m / (1 - 0.9**t)) / ((v / (1 - second**t)).sqrt() + 1e-8)
         past[name] = {"step": t, "exp_avg": m, "exp_avg_sq": v}

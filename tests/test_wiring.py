@@ -497,10 +497,10 @@ def adam(weight_decay):
     return torch.optim.Adam, [("all", dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, amsgrad=False))]
 
 
-def plain_adamw(weight_decay):
-    """PyTorch's; all weights have decay."""
-    return torch.optim.AdamW, [("all", dict(
-        betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, maximize=False, amsgrad=False))]
+def torch_adamw(weight_decay):
+    """PyTorch's; vectors have no decay."""
+    kind, groups = adamw(weight_decay)
+    return kind, [(what, dict(settings, betas=(0.9, 0.999))) for what, settings in groups]
 
 
 ASCENT = torch.optim.AdamW, [
@@ -509,7 +509,7 @@ ASCENT = torch.optim.AdamW, [
 OPTIMIZERS = {  # argument of train_step: class, and the groups by what they hold
     "amoc": {"opt": sgd(0.002)},
     "rocl": {"opt": lars(0.003, spares_vectors=False)},
-    "rocl l2": {"opt": adamw(0.003)},
+    "rocl l2": {"opt": torch_adamw(0.003)},
     "acl": {"opt": lars(0.003, spares_vectors=False)},
     "clae": {"opt": adam(0.003)},
     "clae random": {"opt": adam(0)},
@@ -517,8 +517,8 @@ OPTIMIZERS = {  # argument of train_step: class, and the groups by what they hol
     "adco": {"opt": sgd(0.003)},
     "caco": {"opt": sgd(0.003)},
     "caco lars": {"opt": lars(0.003)},
-    "caco hybrid": {"opt": plain_adamw(0.003)},
-    "adco l2": {"opt": plain_adamw(0.003)},
+    "caco hybrid": {"opt": torch_adamw(0.003)},
+    "adco l2": {"opt": torch_adamw(0.003)},
     "hardneg": {"opt": sgd(0.003)},
     "byorl": {"opt": lars(0.003)},
     "adv_mae": {"opt": adamw(0.03)},
@@ -1142,7 +1142,7 @@ DEFAULTS = {  # of each flag that a paper or its authors' code names
         arch="resnet18"),
     "hardneg": dict(
         negatives="mochi", base="moco", stem=None, epochs=200, batch_size=256, lr=0.06, lr_final=0, weight_decay=5e-4,
-        ema=0.99, temperature=None, bank_size=4096, shift=0.1, alpha=1, ifm_only=False, beta=1, tau=0.1, hard=1024,
+        ema=0.99, temperature=None, optimizer="sgd", bank_size=4096, shift=0.1, alpha=1, ifm_only=False, beta=1, tau=0.1, hard=1024,
         mix=512, mix_query=256, mix_from=10, blur=False, arch="resnet18"),
     "byorl": dict(
         hidden=4096, epochs=200, batch_size=512, lr=2, warmup=10, weight_decay=5e-4, ema=0.996, norm="linf",
