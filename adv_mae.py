@@ -33,7 +33,7 @@ are ours:
     python adv_mae.py                                         linf 1/255, the paper's best; K = 2
     python adv_mae.py --norm l2 --eps 17.85 --out runs/l2     l2 0.07: the paper's best, 0.5, at equal RMS
     python adv_mae.py --eps 0 --out runs/mae                  MAE, the clean base
-    python adv_mae.py --steps 1 --out runs/fgsm               FGSM: one step of eps, from v itself
+    python adv_mae.py --steps 1 --no-random-start --out runs/fgsm    FGSM: one step of eps, from v itself
     python eval.py runs/adv_mae/encoder.pt --preset mae-tune-cifar mae-slf-cifar knn
 
 A step costs (2 K + 3) / 3 times as much as MAE's: 2.3 times with K = 2. The encoder is exported
@@ -200,10 +200,10 @@ def parser():
     p.add_argument("--step-size", type=run.number(0, 1e6),
                    help="of the attack, in 1/255; default: 5/8 eps, and with one step eps (paper)")
     p.add_argument("--steps", type=run.integer(0), default=2,
-                   help="K, of the attack; 1 is FGSM, from the image itself (paper)")
+                   help="K, of the attack (paper)")
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
-                   help="start the attack at a random point of the ball (paper); without it, and wherever "
-                        "the attack has one step, at the image")
+                   help="start the attack at a random point of the ball (paper); without it, at "
+                        "the image: with --steps 1 that is FGSM")
     p.add_argument("--image-size", type=run.integer(1, 10000),
                    help="side of a crop in pixels; default: that of the images, and 32 for a folder")
     return p
@@ -221,7 +221,7 @@ def random_numbers(rng, encoder, args, device):
     L = encoder.grid[0] * encoder.grid[1]
     kept = int(L * (1 - args.mask_ratio))
     u = rng.uniform(L, device=device)
-    if args.steps == 1 or not args.random_start:
+    if not args.random_start:
         return u, None
     return u, ball_point(rng.uniform(1 + kept * 3 * encoder.patch**2, device=device), args.norm)
 

@@ -17,12 +17,14 @@ GROUPS = {  # what is adversarial: scripts, with the flags that make them so
     "with labels": [("rotnet", {"target": "labels"})],
     "nothing adversarial": [
         ("amoc", {"variant": "CCC"}), ("amoc", {"variant": "CCA"}), ("acl", {"variant": "s2s"}),
-        ("byorl", {"eps": 0.0}), ("adv_mae", {"eps": 0.0}), ("adpe", {"radius": 0.0}),
+        ("byorl", {"eps": 0.0}), ("adv_mae", {"eps": 0.0}), ("unified", {"eps": 0.0}),
+        ("unified", {"attack": "none"}), ("adpe", {"radius": 0.0}),
         ("adios", {"masker": "none"}), ("adios", {"masker": "random"}), ("rotnet", {"eps": 0.0}),
         ("pretext", {"eps": 0.0}), ("hardneg", {"negatives": "plain"}), ("clae", {"eps": 0.0}),
         ("clae", {"random": True})],
     "pixels": [(script, {}) for script in (
-        "rocl", "acl", "advcl", "clae", "amoc", "byorl", "adv_mae", "rotnet", "pretext")],
+        "rocl", "acl", "advcl", "clae", "amoc", "byorl", "adv_mae", "unified",
+        "rotnet", "pretext")],
     "pixels and bank": [(script, {"eps": not_zero}) for script in ("adco", "caco")],
     "bank": [(script, {}) for script in ("adco", "caco")],
     "masks and positions": [(script, {}) for script in ("adpe", "adios")],

@@ -51,6 +51,7 @@ import hardneg
 import rocl
 import pretext
 import rotnet
+import unified
 from common import shapes
 from evaluation import autoattack as aa
 from common import data, encoders, optim, resnet, run, speed, vit
@@ -72,6 +73,7 @@ SCRIPTS = {  # variants, the base first; made by <script>_step. Those of the mas
     "hardneg": ("--negatives plain", "--negatives ifm", "--negatives hcl", "--negatives mochi",
                 "--negatives plain --base simclr", "--negatives hcl --base simclr"),
     "adv_mae": ("--eps 0", "--steps 1", "--steps 2", "--steps 2 --norm l2"),
+    "unified": ("--attack none", "--attack joint", "--con-weight 0", "--lam 0"),
     "adpe": ("--radius 0", "--adversary persistent", "--adversary pgd", "--position absolute --radius 0",
              "--position absolute"),
     "byorl": ("BYOL", "K = 2", "K = 5", "K = 10"),
@@ -82,7 +84,7 @@ SCRIPTS = {  # variants, the base first; made by <script>_step. Those of the mas
 COMPILED = {  # on CUDA, once more with --compile
     "amoc": "ACC", "rocl": "with", "acl": "ds", "advcl": "with", "clae": "--eps 4", "adco": "bank", "caco": "cooperative",
     "hardneg": "--negatives mochi",
-    "adv_mae": "--steps 2", "adpe": "--adversary persistent", "byorl": "K = 5", "adios": "ADIOS",
+    "adv_mae": "--steps 2", "unified": "--attack joint", "adpe": "--adversary persistent", "byorl": "K = 5", "adios": "ADIOS",
     "rotnet": "--steps 2", "pretext": "--tasks rotation"}
 VITS = {"slim": "vit_slim", "resnet18": "vit_tiny"}  # what the masked autoencoders have instead
 
@@ -563,6 +565,21 @@ def adv_mae_step(s, variant, compiled):
     return one
 
 
+def unified_step(s, variant, compiled):
+    args = unified.parser().parse_args(["--arch", VITS[s.arch], *variant.split()])
+    net = unified.network(args, 32).to(s.device)
+    opt = torch.optim.AdamW(optim.groups(net.named_parameters(), args.weight_decay), 0.0, betas=(0.9, 0.95))
+    x1, x2 = views(s)
+    rng = data.Rng((0, 0, 0), s.batch, slice(None))
+    u, noise = unified.random_numbers(rng, net.encoder, args, s.device)
+    compile_(s, compiled, net)
+
+    def one():
+        unified.train_step(net, opt, x1, x2, u, noise, **named_by(unified.train_step, unified, args))
+
+    return one
+
+
 def adpe_step(s, variant, compiled):
     args = adpe.parser().parse_args(["--arch", VITS[s.arch], *variant.split()])
     net = adpe.network(args, 32).to(s.device)
@@ -781,15 +798,16 @@ def cost(forwards, to_pixels, to_weights):
     return forwards + to_pixels + 2 * to_weights
 
 
-UNCOUNTED = ("--tasks selfie", "--lam 0", "--lam 0.1")  # Selfie's patches pass through parts of the encoder
+# Selfie's patches, and the views of unified.py, pass through parts of the encoder.
+UNCOUNTED = ("--tasks selfie", "--lam 0", "--lam 0.1", "--attack none", "--attack joint", "--con-weight 0")
 
 
 def passes(s):
     lines = []
     for script in dict.fromkeys(["amoc", "adco", "caco", *SCRIPTS]):  # the banks beside MoCo, amoc CCC
         counts = {v: count_passes(script, v) for v in SCRIPTS[script] if v not in UNCOUNTED}
-        base = cost(*counts[SCRIPTS[script][0]])
         for variant, found in counts.items():
+            base = cost(*counts[SCRIPTS[script][0]])
             numbers = [f"{v:g}" for v in (*found, cost(*found))]
             lines.append([f"{script} {variant}", *numbers, cost(*found) / base])
     table("passes: batches through the encoder per step; a backward pass to the weights counts two",

@@ -24,6 +24,7 @@ SCRIPTS = {
     "hardneg": ["--bank-size", "48", "--hard", "8", "--mix", "6", "--mix-query", "4", "--mix-from", "0"],
     "adpe": ["--arch", "vit_slim", "--decoder", "16", "1", "2", "--warmup", "1"],
     "adv_mae": ["--arch", "vit_slim", "--decoder", "16", "1", "2", "--warmup", "1"],
+    "unified": ["--arch", "vit_slim", "--decoder", "16", "1", "2", "--steps", "1", "--warmup", "1"],
     "byorl": ["--steps", "1", "--warmup", "1", "--hidden", "64"],
     "adios": ["--warmup", "1", "--masks", "2", "--mask-width", "8"],
     "rotnet": ["--steps", "1", "--warmup", "1", "--drop-path", "0.3"],

@@ -184,7 +184,7 @@ def test_a_removed_pixel_has_exactly_no_gradient_and_a_visible_one_has():
 
 
 @pytest.mark.parametrize("flags, eps", [
-    (["--eps", "8"], 8), (["--norm", "l2", "--eps", "255"], 255), (["--steps", "1", "--eps", "8"], 8)])
+    (["--eps", "8"], 8), (["--norm", "l2", "--eps", "255"], 255), (["--steps", "1", "--eps", "8", "--no-random-start"], 8)])
 def test_the_attack_beats_noise_stays_in_its_ball_and_leaves_no_trace(flags, eps):
     net, x, order, noise, args = real(*flags)
     v, ids_keep, ids_restore, target, mask = parts(net, x, order, args)
@@ -197,7 +197,7 @@ def test_the_attack_beats_noise_stays_in_its_ball_and_leaves_no_trace(flags, eps
     before = copy.deepcopy(net.state_dict())
     net.zero_grad()
     v_adv = adv_mae.attack(net, v, noise, ids_keep, ids_restore, target, mask, **adv_mae.attack_settings(args))
-    assert (noise is None) == (args.steps == 1)  # FGSM starts at the image
+    assert (noise is None) == (not args.random_start)
     noise = 2 * torch.rand(v.flatten(1).shape, generator=torch.Generator().manual_seed(5)) - 1 if noise is None else noise
     noisy = (v + eps / 255 * noise.view_as(v)).clamp(0, 1)
     assert loss(v_adv) > max(loss(v), loss(noisy)) + 1e-4
@@ -209,7 +209,7 @@ def test_the_attack_beats_noise_stays_in_its_ball_and_leaves_no_trace(flags, eps
 
 
 def test_one_step_is_fgsm_and_a_step_size_given_wins():
-    net, x, order, noise, args = real("--steps", "1", "--eps", "4")
+    net, x, order, noise, args = real("--steps", "1", "--eps", "4", "--no-random-start")
     v, ids_keep, ids_restore, target, mask = parts(net, x, order, args)
     at = v.clone().requires_grad_()
     (g,) = torch.autograd.grad(adv_mae.mae_loss(net(at, ids_keep, ids_restore), target, mask), at)

@@ -74,6 +74,7 @@ def plain(script, *names, **flags):
         "hardneg": lambda: [module.augment(x, rng, 32, **flags) for _ in range(2)],
         "byorl": lambda: [module.augment(x, rng, 32, p) for p in (0, 0.2)],
         "adv_mae": lambda: [module.augment(x, rng, 32)],
+        "unified": lambda: [module.augment(x, rng, 32)],
         "adpe": lambda: list(module.augment(x, rng, 32, 0.3, 2).split(len(x))),
         "adios": lambda: [module.augment(x, rng, 32)],
         "rotnet": lambda: [module.augment(x, rng, 32, crop, 0.2) for crop in ("padded", "resized")],
@@ -118,6 +119,7 @@ AUGMENTATIONS = {  # the calls of each view in turn
     "byorl": (
         plain("byorl"), [[crop(0.08), jitter(0.4, 0.4, 0.2, 0.1), GREY, solarize(p)] for p in (0, 0.2)]),
     "adv_mae": (plain("adv_mae"), [[crop(0.2, filter="bicubic")]]),
+    "unified": (plain("unified"), [[crop(0.2, filter="bicubic"), MOCO, GREY]]),
     "adpe": (plain("adpe"), 2 * [[crop(0.3, filter="bicubic")]]),  # --crops 2 --min-scale 0.3
     "adios": (plain("adios"), [[crop(0.08), jitter(0.8, 0.8, 0.8, 0.2), GREY]]),
     "pretext": (plain("pretext"), [WEAK]),
@@ -209,6 +211,7 @@ DIGESTS = {  # of the numbers that Rng((7, 3, 5)) draws
     "hardneg": [0.498582, 0.333524, -0.049751],
     "hardneg, blurred": [0.498576, 0.331415, -0.014801],
     "byorl": [0.464694, 0.308221, 0.021565],
+    "unified": [0.503499, 0.343959, -0.061492],
     "adv_mae": [0.498057, 0.349328, 0.007123],
     "adpe": [0.498075, 0.349348, 0.002343],
     "adios": [0.493339, 0.342440, -0.085813],

@@ -53,6 +53,7 @@ CASES = {  # script, flags, the BN branch that is exported (None: it has none), 
     "byorl": ("byorl", BYORL, None, set()),
     "byorl clean": ("byorl", BYORL + " --eps 0", None, set()),
     "adv_mae": ("adv_mae", VIT, None, set()),
+    "unified": ("unified", VIT + " --steps 1", None, set()),
     "adpe relative coordinate": ("adpe", VIT + " --position relative --mode coordinate", None, set()),
     "adpe relative embedding": ("adpe", VIT + " --position relative --mode embedding", None, set()),
     "adpe absolute coordinate": ("adpe", VIT + " --position absolute --mode coordinate", None, set()),
@@ -66,7 +67,7 @@ CASES = {  # script, flags, the BN branch that is exported (None: it has none), 
 every_case = pytest.mark.parametrize("case", CASES)
 one_of_each_kind = pytest.mark.parametrize("case", [
     "amoc CAC", "amoc ACC", "rocl", "acl s2s", "acl ds", "advcl", "clae", "adco", "adco both", "caco", "hardneg", "byorl", "adv_mae",
-    "adpe relative coordinate", "adios byol", "adios mae"])
+    "unified", "adpe relative coordinate", "adios byol", "adios mae"])
 NORMALISATION = {
     "amoc": ([0.4914, 0.4824, 0.4467], [0.2471, 0.2435, 0.2617]),
     "rocl": ([0, 0, 0], [1, 1, 1]), "advcl": ([0, 0, 0], [1, 1, 1]),
@@ -74,7 +75,7 @@ NORMALISATION = {
     "byorl": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
     "adios": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
     **{script: ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-       for script in ("acl", "adco", "caco", "hardneg", "adv_mae", "adpe")}}
+       for script in ("acl", "adco", "caco", "hardneg", "adv_mae", "unified", "adpe")}}
 
 
 @pytest.fixture(scope="module")
@@ -132,12 +133,12 @@ def ran(folder):
 def encoder_of(script, net):
     if script == "advcl":
         return net["encoder"]
-    return net.encoder if script in ("adv_mae", "adpe") else net[0]
+    return net.encoder if script in ("adv_mae", "adpe", "unified") else net[0]
 
 
 def tensors_of(script, state):
     """The encoder's tensors among those of a whole network."""
-    prefix = "encoder." if script in ("advcl", "adv_mae", "adpe") else "0."
+    prefix = "encoder." if script in ("advcl", "adv_mae", "adpe", "unified") else "0."
     return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
@@ -196,7 +197,7 @@ def test_the_file_says_how_wide_its_images_were_and_how_they_are_normalised(case
     mean, std = NORMALISATION[script]
     assert exported["image_size"] == SIDE
     assert exported["mean"] == pytest.approx(mean) and exported["std"] == pytest.approx(std)
-    a_vit = script in ("adv_mae", "adpe") or case == "adios mae"
+    a_vit = script in ("adv_mae", "adpe", "unified") or case == "adios mae"
     assert exported["arch"] == ("vit_slim" if a_vit else "slim")
     if exported["arch"] == "slim":
         assert exported["stem"] == ("cifar" if case in ("adco", "caco", "hardneg") else "small")

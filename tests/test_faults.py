@@ -110,7 +110,7 @@ def test_views_have_the_side_of_the_data_and_the_encoder_says_so(script, tmp_pat
     out = main(script, tmp_path / "side24.npz", tmp_path / "run")
     encoder = encoders.load_encoder(out / "encoder.pt")
     assert encoder.image_size == side
-    if script in ("adv_mae", "adpe"):
+    if script in ("adv_mae", "adpe", "unified"):
         assert encoder.grid == (6, 6)
 
 
@@ -426,6 +426,7 @@ TALKS = {
               ["--objective", "mae", "--arch", "vit_slim"]],
     "adpe": [["--adversary", "pgd"], ["--position", "absolute", "--mode", "embedding", "--adversary", "pgd"]],
     "adv_mae": [["--norm", "l2"]],
+    "unified": [["--share", "--norm", "l2"], ["--lam", "0"], ["--con-weight", "0"]],
     "advcl": [["--teacher", "TEACHER", "--clusters", "2", "3"]],
     "amoc": [["--variant", "AAA"], ["--variant", "ACA_PLUS"], ["--variant", "CAC"]],
     "byorl": [["--eps", "0"]],

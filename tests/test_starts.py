@@ -22,6 +22,7 @@ ATTACKS = {  # one step of the whole radius from the image itself: FGSM
     "adco": [*FGSM, "--batch-negatives"],
     "caco": FGSM,
     "adv_mae": FGSM,
+    "unified": FGSM,
     "adpe": ["--adversary", "pgd", "--position", "absolute", "--no-random-start", "--steps", "1",
              "--radius", "0.5", "--step-size", "0.5"],
 }
@@ -131,8 +132,8 @@ def test_in_l2_every_view_of_every_image_has_a_ball_and_a_step_of_its_own(script
     for a in attacks:
         assert (a.norm, a.eps, a.step_size) == ("l2", pytest.approx(200 / 255), pytest.approx(150 / 255))
         for x, start, g, x_adv in zip(a.x, a.start, a.g, a.x_adv):
-            length = (start - x).norm()  # less than eps where it is clipped; adv_mae's one step starts at the image
-            assert length <= a.eps * (1 + 1e-5) and (length > 0.8 * a.eps or script == "adv_mae")
+            length = (start - x).norm()  # less than eps where it is clipped
+            assert 0.8 * a.eps < length <= a.eps * (1 + 1e-5)
             away = start + a.step_size * g / g.norm() - x
             away = away * min(1.0, a.eps / away.norm().item())
             torch.testing.assert_close(x_adv, (x + away).clamp(*a.box), rtol=0, atol=1e-5)

@@ -43,7 +43,7 @@ def rebuild(f, v, kept):
 
 
 def attack(loss_of, v, noise, flags):
-    """PGD in the pixels v (B, Lk, D) of the visible patches; with one step, FGSM, it starts without noise."""
+    """PGD in the pixels v (B, Lk, D) of the visible patches; FGSM starts without noise, which is then None."""
     eps = flags.eps / 255
     if eps == 0:
         return v
@@ -52,7 +52,7 @@ def attack(loss_of, v, noise, flags):
     else:
         step_size = eps if flags.steps == 1 else 5 / 8 * eps
     v_adv = v
-    if flags.steps > 1:
+    if noise is not None:
         v_adv = (v + eps * noise.view(v.shape)).clamp(0, 1)
     for _ in range(flags.steps):
         v_adv = v_adv.detach().requires_grad_()
@@ -101,9 +101,7 @@ def optimizer(net, flags):
 
 
 def step_of_the_script(net, opt, x, u, noise, args):
-    settings = named_by(adv_mae.train_step, adv_mae, args)
-    # Of FGSM `random_numbers` makes no noise: it starts at the image (test_wiring.py).
-    return adv_mae.train_step(net, opt, x, u, None if args.steps == 1 else noise, **settings)
+    return adv_mae.train_step(net, opt, x, u, noise, **named_by(adv_mae.train_step, adv_mae, args))
 
 
 def network():
@@ -137,6 +135,8 @@ def test_two_steps_are_the_methods(more):
         noise = 2 * torch.rand(3, 4 * 12, generator=g, dtype=torch.float64) - 1
         if flags.norm == "l2":
             noise = 0.95 * plain.unit(noise)
+        if flags.steps == 1 and flags.step_size is None:
+            noise = None
         logged = step(f, past, names, x, u, noise, flags)
         found = step_of_the_script(net, opt, x, u, noise, args)
         plain.same(found, logged, f"step {t}, logged")

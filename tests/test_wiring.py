@@ -24,6 +24,7 @@ from common import data, encoders, log, optim, run
 from common.bank import Bank
 from common.resnet import BranchNorm
 from common.pgd import pgd
+from common.vit import patchify
 from tests.scripts import SCRIPTS
 from tests.steps import first_step
 
@@ -80,7 +81,10 @@ CASES = {  # the script, and flags besides SMALL
     "byorl clean": ("byorl", BYORL + " --eps 0"),
     "adv_mae": ("adv_mae", ADV_MAE + " --eps 6 --steps 2"),
     "adv_mae l2": ("adv_mae", ADV_MAE + " --norm l2 --eps 90 --step-size 40 --steps 2"),
-    "adv_mae fgsm": ("adv_mae", ADV_MAE + " --eps 6 --steps 1"),
+    "adv_mae fgsm": ("adv_mae", ADV_MAE + " --eps 6 --steps 1 --no-random-start"),
+    "unified": ("unified", ADV_MAE + " --eps 6 --steps 2 --lam 0.7 --con-weight 1.3 --temperature 0.3"),
+    "unified l2": ("unified", ADV_MAE + " --attack con --norm l2 --eps 90 --step-size 40 --steps 2"),
+    "unified clean": ("unified", ADV_MAE + " --attack none --share"),
     "adpe": ("adpe", ADPE),
     "adpe pgd": ("adpe", ADPE + " --adversary pgd --steps 2 --crops 2"),
     "adpe pgd l2": ("adpe", ADPE + " --adversary pgd --norm l2 --step-size 0.3 --steps 1 --min-scale 0.5"),
@@ -325,7 +329,7 @@ def script_of(module):
 
 VIEWS = {  # the images that train_step is given
     "amoc": "x1 x2", "rocl": "x1 x2", "acl": "x1 x2", "advcl": "x1 x2 x", "clae": "x1 x2", "adco": "x_q x_k", "caco": "x",
-    "hardneg": "x1 x2", "byorl": "x1 x2", "adv_mae": "x", "adpe": "x", "adios": "x1 x2",
+    "hardneg": "x1 x2", "byorl": "x1 x2", "adv_mae": "x", "unified": "x1 x2", "adpe": "x", "adios": "x1 x2",
     "rotnet": "x"}
 
 
@@ -375,6 +379,7 @@ RATES = {  # of each of the eight steps; two epochs, or four steps, are warm-up 
     ("hardneg", "opt"): by_epoch(*(0.02 + (0.11 - 0.02) * fall(e / 4) for e in range(EPOCHS))),
     ("byorl", "opt"): [0, 0.9 / 4, 0.9 / 2, 0.9 * 3 / 4] + [0.9 * fall(s / 4) for s in range(4)],
     ("adv_mae", "opt"): mae_rates(0.004),
+    ("unified", "opt"): mae_rates(0.004),
     ("adpe", "opt"): mae_rates(0.004),
     ("adpe", "opt_delta"): mae_rates(0.006),
     ("adios", "opt"): by_epoch(0.003, (0.003 + 0.4) / 2, 0.4, 0.4 * fall(1 / 2)),
@@ -423,7 +428,7 @@ CHANCE = {  # the values in the log's first line
     "amoc": [math.log(48 + 1)], "rocl": [2 * math.log(3 * 16 - 1), math.log(2 * 16 - 1)],
     "acl": [math.log(2 * 16 - 1)], "clae": [math.log(2 * 16 - 1)], "advcl": [], "adco": [math.log(40 + 1)], "caco": [2 * math.log(40)],
     "hardneg": [],  # it depends on the case
-    "byorl": [], "adv_mae": [1 - 1 / 48], "adpe": [1 - 1 / 48], "adios": [],  # that of ADIOS: test_adios.py
+    "byorl": [], "adv_mae": [1 - 1 / 48], "unified": [math.log(2 * 16 - 1), 1 - 1 / 48], "adpe": [1 - 1 / 48], "adios": [],  # that of ADIOS: test_adios.py
     "rotnet": []}  # it depends on the case
 
 
@@ -522,6 +527,7 @@ OPTIMIZERS = {  # argument of train_step: class, and the groups by what they hol
     "hardneg": {"opt": sgd(0.003)},
     "byorl": {"opt": lars(0.003)},
     "adv_mae": {"opt": adamw(0.03)},
+    "unified": {"opt": adamw(0.03)},
     "adpe": {"opt": adamw(0.03), "opt_delta": ASCENT},
     "adios": {"opt": lars(0.003, trust=0.02, clip=True), "opt_mask": lars(0.003, trust=0.02, clip=True)},
     "rotnet": {"opt": adamw(0.03)},
@@ -561,7 +567,7 @@ def test_optimizers_have_their_class_groups_momentum_and_decay(case, watched):
 def test_only_the_encoders_fixed_positions_are_left_untrained(case, watched):
     named_weights = watched(case).steps[0].nets["net"].named_parameters()
     untrained = [name for name, w in named_weights if not w.requires_grad]
-    assert untrained == (["encoder.pos_embed"] if CASES[case][0] in ("adv_mae", "adpe") else [])
+    assert untrained == (["encoder.pos_embed"] if CASES[case][0] in ("adv_mae", "adpe", "unified") else [])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -743,7 +749,7 @@ def test_views_are_of_the_steps_images_and_never_the_same_twice(case, watched):
 
 MULTI_CROP = 2 * [dict(view=(224, (0.14, 1.0), 0.4, 0.5, 0.0))] + 6 * [dict(view=(96, (0.05, 0.14), 0.4, 0.5, 0.0))]
 AUGMENTED = {  # what augment is told for the views of a step, in turn, besides the side
-    "amoc": [{}, {}], "rocl": [{}, {}], "acl": [{}, {}], "adios": [{}, {}], "adv_mae": [{}],
+    "amoc": [{}, {}], "rocl": [{}, {}], "acl": [{}, {}], "adios": [{}, {}], "adv_mae": [{}], "unified": [{}, {}],
     "advcl": [{}], "clae": [{}, {}],
     "adco": [dict(side=224), dict(side=224)],
     "adco multi-crop": [dict(side=side) for side in (224, 192, 160, 128, 96, 224)],
@@ -813,6 +819,9 @@ NOISE = {  # argument: its shape, the kind of its numbers, and how many of its a
     "adv_mae": {"u": ((16, 16), unit, 1), "noise": ((16, 4 * 48), box, 1)},
     "adv_mae l2": {"u": ((16, 16), unit, 1), "noise": ((16, 4 * 48), ball, 1)},
     "adv_mae fgsm": {"u": ((16, 16), unit, 1)},
+    "unified": {"u": ((16, 16), unit, 1), "noise": ((16, 16, 48), box, 1)},
+    "unified l2": {"u": ((16, 16), unit, 1), "noise": ((16, 16, 48), ball, 1)},
+    "unified clean": {"u": ((16, 16), unit, 1)},
     "adpe": {"u": ((16, 16), unit, 1)},
     "adpe pgd": {"u": ((32, 16), unit, 1), "noise": ((5, 2), box, 1)},  # five blocks, (row, column)
     "adpe pgd l2": {"u": ((16, 16), unit, 1), "noise": ((5, 2), ball, 1)},
@@ -929,6 +938,8 @@ ATTACKS = {  # options of pgd, how BatchNorms stand, and what is attacked, in tu
     "adv_mae": (MAE_LINF, NO_NORM, lambda x: [visible(x["x"], x["u"])]),
     "adv_mae l2": (MAE_L2, NO_NORM, lambda x: [visible(x["x"], x["u"])]),
     "adv_mae fgsm": (FGSM, NO_NORM, lambda x: [visible(x["x"], x["u"])]),
+    "unified": (MAE_LINF, NO_NORM, lambda x: [patchify(x["x1"], 4)]),
+    "unified l2": (MAE_L2, NO_NORM, lambda x: [patchify(x["x1"], 4)]),
     "adpe pgd": (ADPE_LINF, NO_NORM, lambda x: [torch.zeros(5, 2)]),
     "adpe pgd l2": (ADPE_L2, NO_NORM, lambda x: [torch.zeros(5, 2)]),
     "rotnet": (MAE_LINF, EVAL, lambda x: [x["x"]]),
@@ -1068,7 +1079,7 @@ def test_adcos_groups_move_the_running_statistics_about_as_far_as_one_batch_does
     torch.testing.assert_close(groups.running_var - 0.9, whole.running_var - 0.9, rtol=0.1, atol=0.01)
 
 
-@cases_of("adv_mae", "adpe")
+@cases_of("adv_mae", "adpe", "unified")
 def test_masked_autoencoders_have_the_decoder_of_their_flag_and_imagenets_colours(case, watched):
     net = watched(case).steps[0].nets["net"]
     assert net.encoder.recipe["mean"] == pytest.approx(IMAGENET[0])
@@ -1150,6 +1161,10 @@ DEFAULTS = {  # of each flag that a paper or its authors' code names
     "adv_mae": dict(
         decoder=[128, 4, 4], mask_ratio=0.75, norm_pix=True, epochs=400, batch_size=512, lr=1e-3, warmup=20,
         weight_decay=0.05, norm="linf", eps=1, step_size=None, steps=2, arch="vit_tiny"),
+    "unified": dict(
+        attack="joint", lam=1, con_weight=1, share=False, decoder=[128, 4, 4], mask_ratio=0.75, norm_pix=True,
+        temperature=0.2, epochs=400, batch_size=512, lr=1e-3, warmup=20, weight_decay=0.05, norm="linf", eps=4,
+        step_size=None, steps=2, arch="vit_tiny"),
     "adpe": dict(
         position="relative", mode="coordinate", adversary="persistent", norm="linf", radius=1, adv_lr=1e-3,
         steps=2, step_size=None, decoder=[128, 4, 4], mask_ratio=0.75, epochs=400, batch_size=512, lr=1e-3,
