@@ -6,10 +6,11 @@ network descends it. In CaCo the bank gives the positive too: the row nearest to
 *other* view. That row cooperates: it moves towards its query, which lowers the loss, while the
 negatives move towards the queries because that raises it.
 
-How much it cooperates is --cooperation c, which scales its own force: 1 is the paper's, with 0 it is
-not moved in its role as a positive, and with -1 it flees from its query, an adversarial positive. The
-survey (Qi & Shah 2022, arXiv 2210.13463) reports an accuracy close to zero for -1. In our small runs
-fewer and fewer rows were positives then, but the encoder was no worse: see below.
+How strongly it moves is --cooperation, from -1 to 1. 1 is the paper's. With 0 its query does not move
+it at all, but as a negative of other queries it still moves. With -1 it flees from its query: that is
+an adversarial positive, for which the survey (Qi & Shah 2022, arXiv 2210.13463) reports an accuracy
+close to zero. In our small runs fewer and fewer rows were positives then, but the encoder was no
+worse: see below.
 
     paper (equations: the survey's)     this file
     f_q, f_k                            net, target: an encoder and a projector each
@@ -73,8 +74,8 @@ Chance for the loss is 2 ln K.
 Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
 CIFAR-10 (JPEG), in 4.1 minutes (14 epochs): a linear probe reaches 43.3 %, with 232 of 256
 positives unique. With Eq. 13 it reaches 43.7, with 86 unique, and after 25 epochs at constant rates
-45.2, with 39 unique; MoCo reaches 42.5 in 3.0 minutes.
-This has not been run on a GPU yet. The paper reports 71.3 on ImageNet (linear probe, 200 epochs).
+45.2, with 39 unique; MoCo reaches 42.5 in 3.0 minutes. This has not been run on a GPU yet, and other
+values of --cooperation, --eps and AdamW not at all. The paper reports 71.3 on ImageNet (linear probe, 200 epochs).
 """
 import argparse
 import itertools

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import caco
-from common import optim
+from common import data, optim, shapes
 from tests.processes import in_two_processes
 from tests.recipes import X, unit
 from tests.test_adco import S, W, Linear, imagenet_commands, memory, run_on_jpegs
@@ -408,3 +408,24 @@ def test_the_imagenet_command_runs_on_jpegs(more, tmp_path):
     assert (args.bank_size, args.lr, args.fill_steps) == (65536, 0.3 * args.batch_size / 256, 65536 / args.batch_size)
     out = run_on_jpegs(caco, [*flags, *more, "--warmup", "0"], tmp_path)
     assert torch.load(out / "encoder.pt", weights_only=True)["stem"] == "imagenet"
+
+
+def test_pictures_attack_a_view_with_the_positives_of_the_other_ones_key(monkeypatch):
+    net, target, bank, _ = real()
+    args = arguments(eps=8.0, steps=1)
+    x, y, _ = shapes.shapes(8, seed=0)
+    given = []
+
+    def spy(net, view, positive, n, noise, **settings):
+        given.append((view, positive))
+        return view
+
+    monkeypatch.setattr(caco, "attack", spy)
+    rows = caco.pictures(net, target, bank, data.Images(x, y, 4), 32, args)
+    assert [name for name, _ in rows] == ["x1", "x2", "x1_adv", "x1_adv - x1", "x2_adv", "x2_adv - x2"]
+    with torch.no_grad():
+        keys = [unit(target.eval()(view)) for _, view in rows[:2]]
+    wanted = [(key @ unit(bank.rows).T).argmax(1) for key in keys]
+    assert not torch.equal(*wanted)
+    for (view, positive), (_, own), other in zip(given, rows, wanted[::-1]):
+        assert torch.equal(view, own) and torch.equal(positive, other[None])
