@@ -80,6 +80,7 @@ CASES = {  # the script, and flags besides SMALL
     "adpe pgd l2": ("adpe", ADPE + " --adversary pgd --norm l2 --step-size 0.3 --steps 1 --min-scale 0.5"),
     "adios": ("adios", ADIOS),
     "adios byol": ("adios", ADIOS + " --objective byol"),
+    "adios one mask": ("adios", ADIOS + " --masks 1"),
     "adios random": ("adios", ADIOS + " --masker random"),
     "adios none": ("adios", ADIOS + " --masker none --single"),
     "rotnet": ("rotnet", ROTNET),
@@ -837,7 +838,7 @@ def test_masks_that_nobody_learns_are_given_and_fresh(case, watched):
     given = [step.given["control_masks"] for step in watched(case).steps]
     picks = [step.given["pick"] for step in watched(case).steps]
     assert all((pick[:, 0] != pick[:, 1]).all() for pick in picks)
-    if case in ("adios", "adios byol"):
+    if case in ("adios", "adios byol", "adios one mask"):
         assert given == [None] * STEPS
     elif case == "adios random":
         assert {masks.shape for masks in given} == {(BATCH, 2, SIDE, SIDE)}
@@ -1053,7 +1054,7 @@ def test_the_stem_is_that_of_the_flag(case, watched):
 @cases_of("adios")
 def test_the_masker_has_the_masks_and_width_of_its_flags(case, watched):
     masker = watched(case).steps[0].nets["masker"]
-    assert masker.head.in_channels == 8 and masker.head.out_channels == 2
+    assert masker.head.in_channels == 8 and masker.head.out_channels == (1 if case == "adios one mask" else 2)
     assert masker.mean.flatten().tolist() == pytest.approx(CIFAR[0])
     assert masker.std.flatten().tolist() == pytest.approx(CIFAR[1])
 
