@@ -73,7 +73,7 @@ CASES = {  # the script, and flags besides SMALL
     "byorl l2": ("byorl", BYORL + " --norm l2 --eps 90 --step-size 40 --steps 1"),
     "byorl clean": ("byorl", BYORL + " --eps 0"),
     "adv_mae": ("adv_mae", ADV_MAE + " --eps 6 --steps 2"),
-    "adv_mae l2": ("adv_mae", ADV_MAE + " --norm l2 --eps 90 --step-size 40 --steps 2"),
+    "adv_mae l2": ("adv_mae", ADV_MAE + " --norm l2 --eps 90 --step-size 40 --steps 2 --clean-weight 0.3"),
     "adv_mae fgsm": ("adv_mae", ADV_MAE + " --eps 6 --steps 1"),
     "adpe": ("adpe", ADPE),
     "adpe pgd": ("adpe", ADPE + " --adversary pgd --steps 2 --crops 2"),
@@ -1107,7 +1107,7 @@ DEFAULTS = {  # of each flag that a paper or its authors' code names
         hidden=4096, epochs=200, batch_size=512, lr=2, warmup=10, weight_decay=5e-4, ema=0.996, norm="linf",
         eps=8, step_size=None, steps=5, arch="resnet18"),
     "adv_mae": dict(
-        decoder=[128, 4, 4], mask_ratio=0.75, norm_pix=True, epochs=400, batch_size=512, lr=1e-3, warmup=20,
+        decoder=[128, 4, 4], mask_ratio=0.75, norm_pix=True, clean_weight=0, epochs=400, batch_size=512, lr=1e-3, warmup=20,
         weight_decay=0.05, norm="linf", eps=1, step_size=None, steps=2, arch="vit_tiny"),
     "adpe": dict(
         position="relative", mode="coordinate", adversary="persistent", norm="linf", radius=1, adv_lr=1e-3,
