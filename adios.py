@@ -21,8 +21,14 @@ by Qi & Shah 2022, 2210.13463, Eq. 11: the error in pixels, by a ViT; that an ML
 rebuilds them is ours). As in the authors' code, x1 is whole and x2 is masked (the survey writes the
 same x for both); simsiam masks both views, and mae has x1 alone.
 
+Several masks are a softmax, which shares each pixel out among them. Eq. 11 has one mask; a softmax
+over one would always remove everything, so with --masks 1 it is a sigmoid instead. The penalty of a
+single mask is least where it removes half of the image. (The survey's mask is the part that is kept,
+ours the part that is removed.)
+
 There are two controls. --masker random has hard masks with smooth outlines, each of which removes
-1/N of the pixels on average. --masker none has no masks: its loss is one term instead of N.
+1/N of the pixels on average (a single one: half). --masker none has no masks: its loss is one term
+instead of N.
 
 Beyond the abstract we know the authors' code; our numbers for CIFAR-10 are no paper's. We depart
 from the code:
@@ -43,6 +49,7 @@ from the code:
     python adios.py                                      SimCLR + ADIOS: CIFAR-10, ResNet-18, 200 epochs
     torchrun --standalone --nproc-per-node 2 adios.py    the same on 2 GPUs, 128 of the 256 images on each
     python adios.py --masker none --out runs/simclr      SimCLR, the base
+    python adios.py --objective mae --masks 1 --arch vit_tiny --out runs/one-mask    the survey's Eq. 11
     python eval.py runs/adios/encoder.pt --preset knn amoc-slf --attacks clean
 
 On several processes simclr has the negatives of all of them. Each BatchNorm sees the images of its
@@ -51,10 +58,10 @@ own process, or with --sync-bn (on GPUs) those of all.
 What is exported is the encoder, without heads and masker: at test time images are whole.
 
 In the log, loss falls below chance (printed at the start) while the masker holds it up. loss_mask
-is the masker's view of it, for byol about half. penalty is at least N / sin(pi / N), twice that for
-simsiam, which masks both views; masks of equal area reach it whether they follow objects or not, so
-look at masks.png. std and rank say how far the projections are spread (for mae, the features), and
-a run in which they are all alike ends.
+is the masker's view of it, for byol about half. penalty is at least N / sin(pi / N), and 1 for a
+single mask; twice that for simsiam, which masks both views. Masks of equal area reach it whether
+they follow objects or not, so look at masks.png. std and rank say how far the projections are spread
+(for mae, the features), and a run in which they are all alike ends.
 
 Measured on one CPU thread (Intel Xeon) with --data shapes --single, in 3.6 minutes: the best mask
 covers the drawn figure with an intersection over union of 0.78, random masks with 0.26. More is in
@@ -108,8 +115,10 @@ def embed(net, x):
 
 
 def propose(masker, x):
-    """Masks (B, N, S, S) of x (B, 3, S, S): positive, and their sum is 1 at every pixel."""
-    return embed(masker, x).softmax(1)
+    """Masks (B, N, S, S) of x (B, 3, S, S), in [0, 1]: N of them have the sum 1 at every pixel; a
+    single one is free."""
+    logits = embed(masker, x)
+    return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
 
 
 def occlude(x, mask, fill):
@@ -121,7 +130,7 @@ def occlude(x, mask, fill):
 def mask_penalty(masks):
     """Sum over n, mean over images, of 1 / sin(pi s_n), s_n the fraction of the image that mask n
     covers, the sine floored at 1e-4, flat below. masks (B, N, H, W). The minimum, at equal areas,
-    is N / sin(pi / N)."""
+    is N / sin(pi / N); that of a single mask is 1, at an area of a half."""
     return (1 / (math.pi * masks.mean((2, 3))).sin().clamp_min(1e-4)).sum(1).mean()
 
 
@@ -266,7 +275,8 @@ def parser():
                    help="the self-supervised loss that is attacked (paper; mae is the survey's)")
     p.add_argument("--masker", choices=("learned", "random", "none"), default="learned",
                    help="learned (paper); random and none are controls (ours)")
-    p.add_argument("--masks", type=run.integer(1), default=4, help="N (authors' code)")
+    p.add_argument("--masks", type=run.integer(1), default=4,
+                   help="N; several are a softmax, a single one (the survey's) a sigmoid; default (authors' code)")
     p.add_argument("--single", action=argparse.BooleanOptionalAction, default=False,
                    help="one mask per image: ADIOS-s (paper)")
     p.add_argument("--mask-weight", type=run.number(), default=0.9,
@@ -291,8 +301,6 @@ def parser():
 
 
 def check(args):
-    if args.masks < 2 and args.masker != "none":
-        raise ValueError(f"--masks {args.masks}: must be at least 2; a single one would remove everything")
     if args.objective == "mae" and args.arch not in VITS:
         raise ValueError(f"--arch {args.arch}: --objective mae needs one of {', '.join(VITS)}")
 
@@ -321,9 +329,11 @@ def control(rng, size, args, device):
     if args.masker == "learned":
         return None
     views = len(MASKED[args.objective])
-    u = rng.uniform(views, args.masks, 4, 4, device=device)
+    shares = max(args.masks, 2)  # a single mask has a rest
+    u = rng.uniform(views, shares, 4, 4, device=device)
     fields = F.interpolate(u.transpose(0, 1).flatten(0, 1), size=2 * [size], mode="bicubic")
-    masks = F.one_hot(fields.argmax(1), args.masks).movedim(3, 1).float()  # the largest of smooth fields
+    masks = F.one_hot(fields.argmax(1), shares).movedim(3, 1).float()  # the largest of smooth fields
+    masks = masks[:, : args.masks]
     return masks if args.masker == "random" else torch.zeros_like(masks[:, :1])
 
 

@@ -25,9 +25,9 @@ has no gradient yet.
 By "paper" we mean its abstract and a survey by the same group (Qi & Shah 2022, arXiv 2210.13463);
 its body was not at hand, the code was. In the code delta persists: each update moves it one step of
 Adam uphill, with the gradient of the weights' own backward pass, and projects it. The survey's
-Table 1 has such a projected step on a delta that is kept. Its text says that PGD and the updates of
-the weights alternate, which we read as an attack on each batch: --adversary pgd. We depart from the
-code:
+Table 1 has such a projected step on a delta that is kept, and its text, that PGD and the updates of
+the weights alternate, fits that too. A new delta for each batch, found by several steps (--adversary
+pgd), is ours. We depart from the code:
     - The l2 projection is finite at delta = 0; theirs divides 0 by 0. In absolute embedding, delta
       starts at 0 and is added to the mask token; theirs starts at random and replaces it.
     - An index that is a whole number reads one entry of the table, as the rounded index of iRPE

@@ -18,6 +18,11 @@ one picture, and not of this method: Fig. 5, the accuracy under l2 attacks of it
     Eq. 2  its step             common.pgd: for linf the gradient's sign; for l2 its direction (the paper
                                 prints the sign for both; BYORL's, by the same group, has the
                                 direction)
+    survey, Sec. 2.4.2          (1 - w) loss_adv + w loss_clean, w of --clean-weight
+
+The paper has no loss of clean patches. With --clean-weight w, from 0 to 1, the network also rebuilds
+the image from the visible patches as they were, under the same mask. Without BatchNorm, clean and
+attacked patches need no branches of their own.
 
 Where the paper is silent we take MAE's code: the unbiased variance + 1e-6 of channel-normalised
 patches, a mean over pixels and then over the batch's removed patches, weight decay on cls and mask
@@ -32,25 +37,27 @@ are ours:
 --image-size 224 --decoder 512 8 16 --batch-size 4096 --lr 2.4e-3 --warmup 40 --epochs 800
     python adv_mae.py                                         linf 1/255, the paper's best; K = 2
     python adv_mae.py --norm l2 --eps 17.85 --out runs/l2     l2 0.07: the paper's best, 0.5, at equal RMS
+    python adv_mae.py --clean-weight 0.5 --out runs/both      clean patches beside attacked ones
     python adv_mae.py --eps 0 --out runs/mae                  MAE, the clean base
     python adv_mae.py --steps 1 --no-random-start --out runs/fgsm    FGSM: one step of eps, from v itself
     python eval.py runs/adv_mae/encoder.pt --preset mae-tune-cifar mae-slf-cifar knn
 
-A step costs (2 K + 3) / 3 times as much as MAE's: 2.3 times with K = 2. The encoder is exported
-without the decoder: at test time it sees all patches, where in training it saw a quarter.
+A step costs (2 K + 3) / 3 times as much as MAE's: 2.3 times with K = 2. With --clean-weight it costs
+(2 K + 6) / 3 times as much, 3.3 times. The encoder is exported without the decoder: at test time it
+sees all patches, where in training it saw a quarter.
 
 On several processes the loss is a mean over the images of each, and then over processes; there is
 no BatchNorm, so nothing else changes.
 
 In the log, a loss of 1 - 1/D is what predicting each patch's mean gives (D values per patch, with
---norm-pix); it falls below that within the first epochs. With --steps 0 the visible patches are
-moved by the random start alone.
+--norm-pix); it falls below that within the first epochs. With --clean-weight the log has both losses
+besides their mixture. With --steps 0 the visible patches are moved by the random start alone.
 
 Measured on one CPU thread, with a 0.46 M-parameter ViT (vit_slim, --decoder 64 1 4) and 10,000
 images of CIFAR-10 (JPEG), in 9 minutes: a linear probe reaches 46.5 %, fine-tuning 52.3 (16
 epochs). MAE reaches 49.4 and 54.7 (40 epochs); a random encoder, 34.8 and 40.4. This has not been
-run on a GPU yet. The paper's 98.30 on CIFAR-10 is of a ViT-B/16, pretrained on ImageNet, at 224
-pixels.
+run on a GPU yet, and with --clean-weight not at all. The paper's 98.30 on CIFAR-10 is of a ViT-B/16,
+pretrained on ImageNet, at 224 pixels.
 """
 import argparse
 import pathlib
@@ -152,22 +159,30 @@ def attack(net, v, noise, ids_keep, ids_restore, target, mask, *, norm_pix, norm
     return pgd(loss_of_patches, v, eps, step_size, steps, norm, start=start)
 
 
-def train_step(net, opt, x, u, noise, *, mask_ratio, norm_pix, norm, eps, step_size, steps):
+def train_step(net, opt, x, u, noise, *, mask_ratio, norm_pix, norm, eps, step_size, steps,
+               clean_weight=0.0):
     """One iteration on images x (B, 3, S, S); the losses to be logged. `u` (B, L), uniform, draws
-    the mask; `noise` is as in `attack`."""
+    the mask; `noise` is as in `attack`. `clean_weight`, from 0 to 1, is that of the patches as they
+    were."""
     patches = patchify(x, net.encoder.patch)  # (B, L, D)
     target = net.encoder.normalise(patches)  # of the clean image
     ids_keep, ids_restore, mask = random_masking(u, mask_ratio)
     v = take(patches, ids_keep)
     v_adv = attack(net, v, noise, ids_keep, ids_restore, target, mask,
                    norm_pix=norm_pix, norm=norm, eps=eps, step_size=step_size, steps=steps)
-    loss = mae_loss(net(v_adv, ids_keep, ids_restore), target, mask, norm_pix)  # there is no clean term
+    loss = mae_loss(net(v_adv, ids_keep, ids_restore), target, mask, norm_pix)
+    losses = {"loss": loss}
+    if clean_weight:
+        loss_adv = loss
+        loss_clean = mae_loss(net(v, ids_keep, ids_restore), target, mask, norm_pix)
+        loss = (1 - clean_weight) * loss_adv + clean_weight * loss_clean
+        losses = {"loss": loss, "loss_clean": loss_clean, "loss_adv": loss_adv}
 
     opt.zero_grad()
     loss.backward()
     dist.average_grads(net.parameters())
     opt.step()
-    return {"loss": loss}
+    return losses
 
 
 def lr_at(epoch, epochs, lr, warmup):
@@ -187,6 +202,8 @@ def parser():
                    help="the share of the patches that is removed (paper)")
     p.add_argument("--norm-pix", action=argparse.BooleanOptionalAction, default=True,
                    help="standardise the patches of the target (paper)")
+    p.add_argument("--clean-weight", type=run.number(0, 1), default=0.0,
+                   help="w, the share of the loss of clean patches beside that of attacked ones; 0: none (paper)")
     p.add_argument("--epochs", type=run.integer(0), default=400,
                    help="0 exports the random encoder; default (ours)")
     p.add_argument("--batch-size", type=run.integer(1), default=512,
@@ -207,6 +224,12 @@ def parser():
     p.add_argument("--image-size", type=run.integer(1, 10000),
                    help="side of a crop in pixels; default: that of the images, and 32 for a folder")
     return p
+
+
+def check(args):
+    if args.clean_weight and not args.eps:
+        raise ValueError(f"--clean-weight {args.clean_weight:g}: needs --eps above 0, as without an attack "
+                         "all patches are clean")
 
 
 def network(args, size):
@@ -271,6 +294,7 @@ def pictures(net, images, size, args):
 
 def main(argv=None):
     args = parser().parse_args(argv)
+    check(args)
     env = run.setup(args)
     device = env.device
     out = pathlib.Path(args.out)
@@ -291,7 +315,7 @@ def main(argv=None):
     flat = 1 - 1 / (3 * net.encoder.patch**2)
     log.start(step, f"predicting each patch's mean: loss 1 - 1/D = {flat:.3f}" if args.norm_pix else "")
 
-    settings = dict(mask_ratio=args.mask_ratio, **attack_settings(args))
+    settings = dict(mask_ratio=args.mask_ratio, clean_weight=args.clean_weight, **attack_settings(args))
     for epoch in range(step // steps_per_epoch, args.epochs):
         first = step % steps_per_epoch  # not 0 where a run was stopped within an epoch
         for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, first):

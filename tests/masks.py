@@ -2,9 +2,9 @@
 
     python -m tests.masks runs/adios ...     the masker of each run's last.pt, on 1000 images it has not seen
 
-A pixel belongs to the largest of its N masks; of each image's masks the best counts, by intersection over union
-with the true figure; the mean over images is printed. Its rivals see no image: random masks (`adios.control`),
-and the one central square that is best over all images.
+A pixel belongs to the largest of its N masks; a single mask is joined by its rest, what it does not remove. Of each
+image's masks the best counts, by intersection over union with the true figure; the mean over images is printed. Its
+rivals see no image: random masks (`adios.control`), and the one central square that is best over all images.
 """
 import json
 import pathlib
@@ -21,6 +21,8 @@ from common.unet import UNet
 
 def best_iou(masks, figure):
     """Mean over images of the largest IoU of one of the masks (B, N, H, W), made hard, with figure (B, H, W), bool."""
+    if masks.shape[1] == 1:
+        masks = torch.cat([masks, 1 - masks], 1)
     hard, figure = F.one_hot(masks.argmax(1), masks.shape[1]).movedim(3, 1).bool(), figure[:, None]
     both, either = (hard & figure).sum((2, 3)), (hard | figure).sum((2, 3))
     return (both / either).amax(1).mean().item()

@@ -96,6 +96,52 @@ def test_masks_sum_to_one_in_float32_whatever_the_autocast(bfloat16):
     torch.testing.assert_close(masks.sum(1), torch.ones(2, 32, 32))
 
 
+class Given(nn.Module):
+    """A masker whose logits are its parameter, whatever it sees."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, x):
+        return self.logits
+
+
+def test_one_mask_is_a_sigmoid_with_its_value_and_gradient():
+    logits = torch.linspace(-6, 6, 2 * 4 * 4, dtype=torch.float64).view(2, 1, 4, 4)
+    masker = Given(logits)
+    mask = adios.propose(masker, logits)
+    weight = X(2, 1, 4, 4)
+    (mask * weight).sum().backward()
+    for value, v in zip(mask.flatten().tolist(), logits.flatten().tolist()):
+        assert value == pytest.approx(1 / (1 + math.exp(-v)), rel=1e-12)
+    for value, v, w in zip(masker.logits.grad.flatten(), logits.flatten().tolist(), weight.flatten().tolist()):
+        assert value.item() == pytest.approx(w / (2 + math.exp(v) + math.exp(-v)), rel=1e-9)
+
+
+def test_two_masks_of_which_one_is_constant_are_the_one_mask_and_its_rest():
+    """A sigmoid is a softmax with 0; the penalty then has two equal terms."""
+    logits = 2 * X(3, 1, 4, 4) - 0.6
+    one = adios.propose(Given(logits), logits)
+    two = adios.propose(Given(torch.cat([logits, 0 * logits], 1)), logits)
+    torch.testing.assert_close(two, torch.cat([one, 1 - one], 1), rtol=1e-12, atol=0)
+    assert 2 * adios.mask_penalty(one).item() == pytest.approx(adios.mask_penalty(two).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_penalty_of_one_mask_is_least_at_a_half_and_forbids_all_and_nothing(dtype):
+    areas = [1.0, 0.9, 0.7, 0.5, 0.3, 0.1, 0.0]
+    found = [adios.mask_penalty(torch.full((2, 1, 4, 4), area, dtype=dtype)).item() for area in areas]
+    assert found == pytest.approx([10000, 3.23606798, 1.23606798, 1, 1.23606798, 3.23606798, 10000], rel=1e-6)
+
+
+def test_a_single_random_mask_removes_half_and_is_the_first_of_two():
+    numbers = [data.Rng((0,), 500, slice(500)) for _ in range(2)]
+    one, two = (adios.control(rng, 32, arguments(masker="random", masks=n), "cpu") for rng, n in zip(numbers, (1, 2)))
+    assert one.shape == (500, 1, 32, 32) and torch.equal(one, two[:, :1])
+    assert one.mean().item() == pytest.approx(0.5, abs=0.02)
+
+
 def test_random_masks_are_hard_and_smooth_and_have_equal_areas():
     masks = adios.control(data.Rng((0,), 500, slice(500)), 32, arguments(masker="random", masks=3), "cpu")
     assert set(masks.unique().tolist()) == {0, 1} and torch.equal(masks.sum(1), torch.ones(500, 32, 32))
@@ -364,6 +410,32 @@ def test_mae_is_the_mean_over_pixels_and_moves_both_networks():
         assert any(not torch.equal(v, old[k]) for k, v in part.state_dict().items())
 
 
+def test_one_mask_hides_most_of_the_image_without_the_penalty_and_about_half_with_it(monkeypatch):
+    """Of Eq. 11, by a network that copies what it sees and stands still, so that the error is the mean of
+    ((x - colour) m)^2. In both cases the mask goes where the pixels differ most from the colour."""
+    monkeypatch.setattr(adios, "rebuild", copied)
+    ends = {}
+    for weight in (0.0, 0.1):
+        net = nn.Linear(1, 1).double()
+        masker = Given(torch.full((4, 1, 16, 16), math.log(3), dtype=torch.float64))  # 3/4
+        masker.mean = torch.tensor(adios.MEAN, dtype=torch.float64).view(3, 1, 1)
+        opts = [torch.optim.SGD(net.parameters(), 0.0), torch.optim.SGD(masker.parameters(), 1000.0)]
+        args = arguments(objective="mae", masks=1, mask_weight=weight)
+        losses = []
+        for _ in range(100):
+            losses.append(train_step(net, None, masker, *opts, x1, x2, None, pick, None, args))
+        mask = masker.logits.detach().sigmoid()[:, 0]
+        away = (x1 - masker.mean).square().sum(1)
+        assert torch.corrcoef(torch.stack([mask.flatten(), away.flatten()]))[0, 1] > 0.5
+        ends[weight] = mask.mean().item()
+    assert ends[0.0] > 0.9 and 0.4 < ends[0.1] < 0.7
+    assert losses[-1]["penalty"] < losses[0]["penalty"]
+
+
+def copied(net, x):
+    return x + 0 * net(x[..., :1])
+
+
 class Fixed(nn.Module):
     """A network that gives the same `rows` (B, D) whatever it sees."""
 
@@ -375,7 +447,7 @@ class Fixed(nn.Module):
         return self.rows[: len(x)]
 
 
-@pytest.mark.parametrize("more, terms", [({}, 4), ({"single": True}, 1), ({"masker": "none"}, 1), ({"masks": 3}, 3)])
+@pytest.mark.parametrize("more, terms", [({}, 4), ({"single": True}, 1), ({"masker": "none"}, 1), ({"masks": 3}, 3), ({"masks": 1}, 1)])
 @pytest.mark.parametrize("objective", ["simclr", "byol", "simsiam"])
 def test_the_chance_loss_that_is_printed_is_that_of_an_encoder_that_knows_nothing(objective, more, terms):
     """All projections alike (simclr); predictions orthogonal to all targets (byol, simsiam)."""
@@ -428,7 +500,7 @@ def test_defaults():
 @pytest.mark.parametrize("flags, words", [
     (["--objective", "moco"], "--objective moco: choose one of simclr, byol, simsiam, mae"),
     (["--masker", "best"], "--masker best: choose one of learned, random, none"),
-    (["--masks", "1"], "--masks 1: must be at least 2"), (["--ema", "2"], "--ema 2: must be a number from 0 to 1"),
+    (["--masks", "0"], "--masks 0: must be"), (["--ema", "2"], "--ema 2: must be a number from 0 to 1"),
     (["--mask-weight", "-1"], "--mask-weight -1: must be"),
     (["--temperature", "0"], "--temperature 0: must be"),
     (["--objective", "mae"], "--arch resnet18: --objective mae needs one of vit")])
@@ -438,8 +510,8 @@ def test_bad_flags_of_the_method_are_named(flags, words):
 
 
 @pytest.mark.parametrize("more", [
-    ["--objective", "byol", "--single"], ["--objective", "simsiam"], ["--masker", "random"], ["--masker", "none"],
-    ["--objective", "mae", "--arch", "vit_slim"]])
+    ["--objective", "byol", "--single"], ["--objective", "simsiam"], ["--masks", "1"],
+    ["--masker", "random"], ["--masker", "none"], ["--objective", "mae", "--arch", "vit_slim"]])
 def test_every_kind_of_run_ends_and_its_masks_can_be_measured(more, tmp_path):
     flags = ["--data", "shapes", "--limit", "16", "--arch", "slim", "--batch-size", "8", "--epochs", "1",
              "--warmup", "0"]

@@ -103,7 +103,7 @@ def arguments(*flags, **more):
 
 
 def train_step(net, opt, x, u, noise, args):
-    settings = dict(mask_ratio=args.mask_ratio, **adv_mae.attack_settings(args))
+    settings = dict(mask_ratio=args.mask_ratio, clean_weight=args.clean_weight, **adv_mae.attack_settings(args))
     return adv_mae.train_step(net, opt, x, u, noise, **settings)
 
 
@@ -254,6 +254,35 @@ def test_a_step_trains_on_the_attacked_patches_under_the_same_mask():
     assert torch.equal(losses["loss"], want) and torch.equal(net.mask_token.grad, g)
 
 
+def gradients(net):
+    return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("weight", [0.25, 1.0])
+def test_clean_patches_have_their_weight_under_the_same_mask_and_the_attack_stays(weight):
+    """The gradient is the mixture of that of attacked patches (weight 0) and of MAE's, on the same numbers."""
+    found = {}
+    for name, flags in {"adv": ["--eps", "8"], "clean": ["--eps", "0"],
+                        "both": ["--eps", "8", "--clean-weight", str(weight)]}.items():
+        net, x, order, noise, args = real(*flags)
+        losses = train_step(net, torch.optim.SGD(net.parameters(), 0.0), x, order, noise, args)
+        found[name] = {key: value.item() for key, value in losses.items()}, gradients(net)
+    (adv, g_adv), (clean, g_clean), (both, g_both) = found.values()
+    assert adv.keys() == clean.keys() == {"loss"} and both.keys() == {"loss", "loss_clean", "loss_adv"}
+    assert (both["loss_adv"], both["loss_clean"]) == (adv["loss"], clean["loss"])
+    assert both["loss"] == pytest.approx((1 - weight) * adv["loss"] + weight * clean["loss"], rel=1e-6)
+    torch.testing.assert_close(g_both, (1 - weight) * g_adv + weight * g_clean, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("weight, passes", [(0.0, 1), (0.3, 2)])
+def test_only_a_weight_above_0_costs_another_pass(weight, passes):
+    net, x, order, noise, args = real("--eps", "8", "--steps", "2", "--clean-weight", str(weight))
+    calls = []
+    net.register_forward_hook(lambda *call: calls.append(1))
+    train_step(net, torch.optim.SGD(net.parameters(), 0.0), x, order, noise, args)
+    assert len(calls) == args.steps + passes
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_starts_fill_the_unit_ball(norm):
     u = torch.rand(4000, 4, generator=torch.Generator().manual_seed(0))
@@ -286,7 +315,8 @@ def test_the_papers_network_has_its_sizes():
 
 def test_defaults():
     want = dict(arch="vit_tiny", decoder=[128, 4, 4], mask_ratio=0.75, norm_pix=True, epochs=400, batch_size=512,
-                lr=1e-3, warmup=20, weight_decay=0.05, norm="linf", eps=1, steps=2, step_size=None, data="cifar10")
+                lr=1e-3, warmup=20, weight_decay=0.05, norm="linf", eps=1, steps=2, step_size=None,
+                clean_weight=0, data="cifar10")
     args = vars(adv_mae.parser().parse_args([]))
     assert {k: args[k] for k in want} == want
 
@@ -307,6 +337,8 @@ def test_the_default_step_is_five_eighths_of_eps():
     (["--decoder", "32", "0", "4"], "--decoder 0"), (["--eps", "-1"], "--eps -1: must be"),
     (["--step-size", "-1"], "--step-size -1"), (["--steps", "-1"], "--steps -1"),
     (["--image-size", "30"], "--image-size 30: no multiple of vit_tiny's patch size, 4"),
+    (["--clean-weight", "1.5"], "--clean-weight 1.5: must be a number from 0 to 1"),
+    (["--clean-weight", "0.5", "--eps", "0"], "--clean-weight 0.5: needs --eps above 0"),
     (["--mask-ratio", "1"], "--mask-ratio 1: of 64 patches"), (["--mask-ratio", "0"], "--mask-ratio 0: of 64")])
 def test_bad_flags_of_the_method_are_named(flags, words):
     with pytest.raises(ValueError, match=words):

@@ -38,6 +38,7 @@ CLAIMS = {  # of a script's variant: what its docstring says of it, with the for
     ("pretext", "--tasks rotation --eps 0"): (r"and (\d+) with --eps 0", 0),
     ("adpe", "--adversary pgd"): (r"pgd with K steps costs 2 K \+ (\d+)\.", 2 * 2),
     ("adv_mae", "--steps 2"): (r"A step costs \(2 K \+ (\d+)\) / 3 times", 2 * 2),
+    ("adv_mae", "--steps 2 --clean-weight 0.5"): (r"With --clean-weight it costs \(2 K \+ (\d+)\) / 3 times", 2 * 2),
 }
 
 

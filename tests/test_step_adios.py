@@ -17,8 +17,8 @@ from tests import steps2 as plain
 from tests.scripts import named_by
 
 FLAGS = dict(temperature=0.3, mask_weight=0.7, lr=0.02, mask_lr=0.005, weight_decay=0.05, single=False)
-TAU = 0.9
-MASKS = 3  # of this step; of an image
+TAU = 0.9  # of this step
+MASKS = 3  # of an image, in most of these steps
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -39,6 +39,8 @@ def predict(f, z, mode):
 def draw(f, x):
     """The masker: what part of each pixel each of its masks removes, (B, N, S, S)."""
     h = torch.nn.functional.conv2d((x - f["mean"]) / f["std"], f["conv.weight"], f["conv.bias"], padding=1)
+    if h.shape[1] == 1:
+        return 1 / (1 + torch.exp(-h))  # one mask is free of others
     weights = torch.exp(h)
     return weights / weights.sum(1, keepdim=True)
 
@@ -191,17 +193,17 @@ def step_of_the_script(net, target, masker, opt, opt_mask, x1, x2, given, pick, 
 
 
 class Masker(nn.Module):
-    def __init__(self):
+    def __init__(self, masks):
         super().__init__()
         self.register_buffer("mean", torch.tensor(plain.MEAN, dtype=torch.float64).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(plain.STD, dtype=torch.float64).view(3, 1, 1))
-        self.conv = nn.Conv2d(3, MASKS, 3, padding=1)
+        self.conv = nn.Conv2d(3, masks, 3, padding=1)
 
     def forward(self, x):
         return self.conv((x - self.mean) / self.std)
 
 
-def networks(objective):
+def networks(objective, masks):
     """(net, target or None, masker)"""
     if objective == "mae":
         encoder = ViT("toy", 2, 8, 1, 2, 6, plain.MEAN, plain.STD, "sincos", False, False)
@@ -218,17 +220,27 @@ def networks(objective):
     target = None
     if objective == "byol":
         target = plain.randomised(copy.deepcopy(net[:2]), 2).requires_grad_(False)
-    return net, target, plain.randomised(Masker(), 3, scale=1.5)
+    return net, target, plain.randomised(Masker(masks), 3, scale=1.5)
 
 
 @pytest.mark.parametrize("masker_learns", [True, False], ids=["learned masks", "given masks"])
 @pytest.mark.parametrize("single", [False, True], ids=["all masks", "single"])
 @pytest.mark.parametrize("objective", ["simclr", "byol", "simsiam", "mae"])
 def test_two_steps_are_the_methods(objective, single, masker_learns):
+    compare(objective, single, masker_learns, MASKS)
+
+
+@pytest.mark.parametrize("objective", ["simclr", "byol", "simsiam", "mae"])
+def test_two_steps_with_one_mask_a_sigmoid_are_the_methods(objective):
+    compare(objective, single=False, masker_learns=True, count=1)
+
+
+def compare(objective, single, masker_learns, count):
+    """Two steps of the script and of the method, with `count` masks."""
     given_flags = {**FLAGS, "objective": objective, "single": single}
     flags = SimpleNamespace(**given_flags)
     args = plain.arguments(adios, given_flags)
-    net, target, masker = networks(objective)
+    net, target, masker = networks(objective, count)
     opt, opt_mask = optimizers(net, masker, flags)
     names = plain.trained(net)
     names_masker = plain.trained(masker)
@@ -242,10 +254,10 @@ def test_two_steps_are_the_methods(objective, single, masker_learns):
         x1 = plain.images(4, 6, 10 + t)
         x2 = plain.images(4, 6, 20 + t)
         pick = torch.rand(4, 2, generator=g, dtype=torch.float64)
-        assert {int(u * MASKS) for u in pick[:, 0]} != {int(u * MASKS) for u in pick[:, 1]}
+        assert count == 1 or {int(u * count) for u in pick[:, 0]} != {int(u * count) for u in pick[:, 1]}
         masks = None
         if not masker_learns:
-            masks = [m.softmax(1) for m in torch.rand(2, 4, MASKS, 6, 6, generator=g, dtype=torch.float64)]
+            masks = [m.softmax(1) for m in torch.rand(2, 4, count, 6, 6, generator=g, dtype=torch.float64)]
         logged = step(want["net"], want.get("target"), want["masker"], past, past_masker, names, names_masker,
                       x1, x2, masks, pick, flags)
         found = step_of_the_script(net, target, masker, opt, opt_mask, x1, x2, masks, pick, args)

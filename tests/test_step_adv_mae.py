@@ -11,7 +11,8 @@ from common.vit import ViT
 from tests import steps2 as plain
 from tests.scripts import named_by
 
-FLAGS = dict(mask_ratio=0.5, norm_pix=True, lr=0.02, weight_decay=0.3, norm="linf", eps=60.0, steps=2)
+FLAGS = dict(mask_ratio=0.5, norm_pix=True, lr=0.02, weight_decay=0.3, norm="linf", eps=60.0, steps=2,
+             clean_weight=0.0)
 SIDE = 2
 HEADS = 2  # of a patch; of both transformers, which have one block
 
@@ -88,8 +89,13 @@ def step(f, past, names, x, u, noise, flags):
     v_adv = attack(loss_of, v, noise, flags)
     weights = plain.with_gradient(f, names)
     loss = loss_of(v_adv)
+    logged = {"loss": loss}
+    if flags.clean_weight:
+        of_each = {"loss_adv": loss, "loss_clean": loss_of(v)}
+        loss = (1 - flags.clean_weight) * of_each["loss_adv"] + flags.clean_weight * of_each["loss_clean"]
+        logged = {"loss": loss, **of_each}
     plain.adamw(f, names, torch.autograd.grad(loss, weights), past, flags.lr, flags.weight_decay)
-    return {"loss": loss}
+    return logged
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -114,7 +120,8 @@ def network():
     *({"norm": norm, "norm_pix": norm_pix, "steps": steps}
       for norm in ("linf", "l2") for norm_pix in (True, False) for steps in (1, 2)),
     {"norm": "linf", "steps": 3, "step_size": 25.0}, {"norm": "l2", "steps": 3, "step_size": 110.0},
-    {"norm": "l2", "steps": 1, "step_size": 110.0}, {"eps": 0.0}],
+    {"norm": "l2", "steps": 1, "step_size": 110.0}, {"eps": 0.0},
+    {"clean_weight": 0.3}, {"clean_weight": 0.8, "norm": "l2", "norm_pix": False}, {"clean_weight": 1.0}],
     ids=lambda more: " ".join(f"{key}={value}" for key, value in more.items()))
 def test_two_steps_are_the_methods(more):
     given = {**FLAGS, **more}

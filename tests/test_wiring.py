@@ -80,7 +80,7 @@ CASES = {  # the script, and flags besides SMALL
     "byorl l2": ("byorl", BYORL + " --norm l2 --eps 90 --step-size 40 --steps 1"),
     "byorl clean": ("byorl", BYORL + " --eps 0"),
     "adv_mae": ("adv_mae", ADV_MAE + " --eps 6 --steps 2"),
-    "adv_mae l2": ("adv_mae", ADV_MAE + " --norm l2 --eps 90 --step-size 40 --steps 2"),
+    "adv_mae l2": ("adv_mae", ADV_MAE + " --norm l2 --eps 90 --step-size 40 --steps 2 --clean-weight 0.3"),
     "adv_mae fgsm": ("adv_mae", ADV_MAE + " --eps 6 --steps 1 --no-random-start"),
     "unified": ("unified", ADV_MAE + " --eps 6 --steps 2 --lam 0.7 --con-weight 1.3 --temperature 0.3"),
     "unified l2": ("unified", ADV_MAE + " --attack con --norm l2 --eps 90 --step-size 40 --steps 2"),
@@ -90,6 +90,7 @@ CASES = {  # the script, and flags besides SMALL
     "adpe pgd l2": ("adpe", ADPE + " --adversary pgd --norm l2 --step-size 0.3 --steps 1 --min-scale 0.5"),
     "adios": ("adios", ADIOS),
     "adios byol": ("adios", ADIOS + " --objective byol"),
+    "adios one mask": ("adios", ADIOS + " --masks 1"),
     "adios random": ("adios", ADIOS + " --masker random"),
     "adios none": ("adios", ADIOS + " --masker none --single"),
     "rotnet": ("rotnet", ROTNET),
@@ -875,7 +876,7 @@ def test_masks_that_nobody_learns_are_given_and_fresh(case, watched):
     given = [step.given["control_masks"] for step in watched(case).steps]
     picks = [step.given["pick"] for step in watched(case).steps]
     assert all((pick[:, 0] != pick[:, 1]).all() for pick in picks)
-    if case in ("adios", "adios byol"):
+    if case in ("adios", "adios byol", "adios one mask"):
         assert given == [None] * STEPS
     elif case == "adios random":
         assert {masks.shape for masks in given} == {(BATCH, 2, SIDE, SIDE)}
@@ -1102,7 +1103,7 @@ def test_the_stem_is_that_of_the_flag(case, watched):
 @cases_of("adios")
 def test_the_masker_has_the_masks_and_width_of_its_flags(case, watched):
     masker = watched(case).steps[0].nets["masker"]
-    assert masker.head.in_channels == 8 and masker.head.out_channels == 2
+    assert masker.head.in_channels == 8 and masker.head.out_channels == (1 if case == "adios one mask" else 2)
     assert masker.mean.flatten().tolist() == pytest.approx(CIFAR[0])
     assert masker.std.flatten().tolist() == pytest.approx(CIFAR[1])
 
@@ -1159,7 +1160,7 @@ DEFAULTS = {  # of each flag that a paper or its authors' code names
         hidden=4096, epochs=200, batch_size=512, lr=2, warmup=10, weight_decay=5e-4, ema=0.996, norm="linf",
         eps=8, step_size=None, steps=5, arch="resnet18"),
     "adv_mae": dict(
-        decoder=[128, 4, 4], mask_ratio=0.75, norm_pix=True, epochs=400, batch_size=512, lr=1e-3, warmup=20,
+        decoder=[128, 4, 4], mask_ratio=0.75, norm_pix=True, clean_weight=0, epochs=400, batch_size=512, lr=1e-3, warmup=20,
         weight_decay=0.05, norm="linf", eps=1, step_size=None, steps=2, arch="vit_tiny"),
     "unified": dict(
         attack="joint", lam=1, con_weight=1, share=False, decoder=[128, 4, 4], mask_ratio=0.75, norm_pix=True,
