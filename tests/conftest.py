@@ -1,7 +1,12 @@
+import functools
+import gc
 import os
 import tempfile
 
+import pytest
 import torch
+
+from common import data
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # checksums of folders are kept there
 
@@ -10,3 +15,23 @@ torch.set_num_threads(1)  # as in the processes that the tests start: the number
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "outside: compares with a library of tests/requirements.txt")
+
+
+def pytest_collection_finish():
+    """What was imported stays. Else each full garbage collection, of which every tiny run has a few, goes through
+    all objects of torch and of the test files."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def drawings_are_made_once():
+    """`data.load("shapes")` draws all 10,000 images, which takes longer than most of the runs on a few of them."""
+    drawn = functools.cache(data.shapes)
+
+    def copies(n, seed):
+        return [part.clone() for part in drawn(n, seed)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "shapes", copies)
+        yield
