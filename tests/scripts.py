@@ -3,7 +3,6 @@
 import inspect
 import os
 import pathlib
-import subprocess
 import sys
 
 import numpy as np
@@ -52,11 +51,6 @@ def command(script, *flags, processes=1):
 
 def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-
-
-def launch(script, *flags, **how):
-    return subprocess.run(
-        command(script, *flags, **how), env=environment(), capture_output=True, text=True, timeout=120)
 
 
 def named(function, script, *flags, **others):

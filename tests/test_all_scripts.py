@@ -12,10 +12,9 @@ import signal
 
 import pytest
 import torch
-from torch.multiprocessing import ProcessExitedException
 
 from common import encoders, run
-from tests.processes import script_in_two_processes
+from tests.processes import copy_of_a_death, left_by_a_death, script_in_two_processes
 from tests.scripts import PICTURES, ROOT, SCRIPTS, TINY, tiny_npz
 
 pytestmark = pytest.mark.parametrize("script", SCRIPTS)
@@ -70,8 +69,28 @@ def equal(x, y):
 
 @pytest.fixture(scope="module")
 def undisturbed(npz, tmp_path_factory):
-    """The folder of a script's run that nothing disturbs, made once."""
-    return functools.cache(lambda script: main(script, npz, tmp_path_factory.mktemp(script)))
+    """The folder of a script's run that nothing disturbs, made once. Beside it lies what a death without notice after
+    the first, third or fourth step would have left."""
+    ask = run.stop_if_signalled
+
+    def copied_before(args, env, state, step):
+        if step in (1, 3, 4):
+            copy_of_a_death(args.out, step)
+        ask(args, env, state, step)
+
+    @functools.cache
+    def run_of(script):
+        out = tmp_path_factory.mktemp(script) / "run"
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(run, "stop_if_signalled", copied_before)
+            return main(script, npz, out)
+
+    return run_of
+
+
+def copied(folder, out):
+    """A copy of a run's folder at `out`, without the lock, which another process would not hold."""
+    return shutil.copytree(folder, out, ignore=shutil.ignore_patterns(".lock"))
 
 
 def test_a_run_writes_log_checkpoint_encoder_and_pictures(script, undisturbed):
@@ -93,44 +112,49 @@ class Killed(Exception):
     pass
 
 
-def test_same_seed_same_run_and_another_seed_another(script, npz, tmp_path, monkeypatch, undisturbed):
-    a, b = undisturbed(script), main(script, npz, tmp_path / "b")
-    same_result(a, b)
-
-    def stop(args, env, state, step):
-        if step == 3:
+def die(at_step):
+    """In place of run.stop_if_signalled: ends the run there."""
+    def ask(args, env, state, step):
+        if step == at_step:
             raise Killed
 
-    monkeypatch.setattr(run, "stop_if_signalled", stop)  # one epoch of the other seed will do
+    return ask
+
+
+def test_same_seed_same_run_and_another_seed_another(script, npz, tmp_path, monkeypatch, undisturbed):
+    """The seed's second run begins where a death after the first step left a log, but no checkpoint."""
+    a = undisturbed(script)
+    b = left_by_a_death(a, 1)
+    assert (b / "log.jsonl").exists() and not (b / "last.pt").exists()
+    same_result(a, main(script, npz, b))
+    monkeypatch.setattr(run, "stop_if_signalled", die(3))  # after the first epoch
     with pytest.raises(Killed):
         main(script, npz, tmp_path / "c", "--seed", "1")
     assert lines(tmp_path / "c")[1]["loss"] != lines(a)[1]["loss"]
 
 
 def test_a_finished_run_continues_to_the_same_end(script, npz, tmp_path, undisturbed):
-    a = tmp_path / "a"
-    shutil.copytree(undisturbed(script), a)
+    a = copied(undisturbed(script), tmp_path / "a")
     (a / "encoder.pt").unlink()
     main(script, npz, a)
     same_result(a, undisturbed(script))
 
 
-def test_a_run_killed_again_and_again_resumes_bit_for_bit(script, npz, tmp_path, monkeypatch, undisturbed):
-    """Death without notice after any step, before the first checkpoint too: the run goes on from the last
-    checkpoint, and nothing shows."""
-    for at_step in (1, 3, 4):
-        def die(args, env, state, step):
-            if step == at_step:
-                raise Killed
-
-        with monkeypatch.context() as m, pytest.raises(Killed):
-            m.setattr(run, "stop_if_signalled", die)
-            main(script, npz, tmp_path / "cut")
-        assert (tmp_path / "cut" / "last.pt").exists() == (at_step >= 3)
-    same_result(main(script, npz, tmp_path / "cut"), undisturbed(script))
+def test_a_killed_run_resumes_bit_for_bit(script, npz, undisturbed):
+    """Death without notice after the fourth step: the run goes on from the last checkpoint, and nothing shows. After
+    the third, the last of its epoch, there were the same files; for the first see the test of the seed."""
+    third, fourth = (left_by_a_death(undisturbed(script), step) for step in (3, 4))
+    names = sorted(path.name for path in fourth.iterdir())
+    assert names == sorted(path.name for path in third.iterdir())
+    assert all((third / name).read_bytes() == (fourth / name).read_bytes() for name in names)
+    assert torch.load(fourth / "last.pt", weights_only=True)["step"] == 3
+    same_result(main(script, npz, fourth), undisturbed(script))
 
 
-def test_signals_save_within_the_epoch_and_the_run_resumes_bit_for_bit(script, npz, tmp_path, monkeypatch, undisturbed):
+def test_a_signal_saves_within_the_epoch_and_the_run_resumes_bit_for_bit(
+    script, npz, tmp_path, monkeypatch, undisturbed
+):
+    """Three times in one run: within the first epoch, between the two, and within the second."""
     ask = run.stop_if_signalled
     for number, at_step in ((signal.SIGTERM, 2), (signal.SIGTERM, 3), (signal.SIGINT, 4)):
         def after(args, env, state, step):
@@ -148,11 +172,12 @@ def test_signals_save_within_the_epoch_and_the_run_resumes_bit_for_bit(script, n
 
 @pytest.fixture(scope="module")
 def by_two(npz, tmp_path_factory):
-    """The folder of a script's run in two processes, made once."""
+    """The folder of a script's run in two processes, made once; beside it, what their death after the fourth step of
+    six would have left (test_processes.py has them die)."""
     @functools.cache
     def run_of(script):
-        out = tmp_path_factory.mktemp(script)
-        script_in_two_processes(script, *flags(script, npz, out), dump=out)
+        out = tmp_path_factory.mktemp(script) / "run"
+        script_in_two_processes(script, *flags(script, npz, out), copy_at=4, dump=out)
         return out
 
     return run_of
@@ -177,13 +202,12 @@ def test_a_checkpoint_of_two_processes_is_refused_by_one(script, npz, by_two):
     assert (by_two(script) / "last.pt").read_bytes() == before
 
 
-def test_two_processes_resume_bit_for_bit(script, npz, tmp_path, by_two):
-    """Both die after the fourth step of six; the same flags go on from the checkpoint of the third."""
-    with pytest.raises(ProcessExitedException) as died:
-        script_in_two_processes(script, *flags(script, npz, tmp_path), die_at=4)
-    assert died.value.exit_code == 9 and torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 3
-    script_in_two_processes(script, *flags(script, npz, tmp_path))
-    same_result(tmp_path, by_two(script))
+def test_two_processes_resume_bit_for_bit(script, npz, by_two):
+    """After the death of both the same flags go on from the checkpoint of the third step."""
+    cut = left_by_a_death(by_two(script), 4)
+    assert torch.load(cut / "last.pt", weights_only=True)["step"] == 3
+    script_in_two_processes(script, *flags(script, npz, cut))
+    same_result(cut, by_two(script))
 
 
 def test_under_autocast_only_the_networks_are_cast(script, npz, tmp_path, monkeypatch):
@@ -195,7 +219,7 @@ def test_under_autocast_only_the_networks_are_cast(script, npz, tmp_path, monkey
         losses = step(*args, **settings)
         nets = [a for a in args if isinstance(a, torch.nn.Module)]
         steps.append((losses, [p.grad is not None for net in nets for p in net.parameters()]))
-        raise Killed
+        return losses
 
     def outside(loss, *args, **kwargs):
         assert not torch.is_autocast_enabled("cpu") and loss.dtype == torch.float32
@@ -204,44 +228,48 @@ def test_under_autocast_only_the_networks_are_cast(script, npz, tmp_path, monkey
     monkeypatch.setattr(module, "train_step", watched)
     monkeypatch.setattr(torch.Tensor, "backward", outside)
     more = ["--fill-steps", "0"] if script == "caco" else []  # its positives jump with the rounding of a fill
-    with pytest.raises(Killed):
-        main(script, npz, tmp_path / "plain", *more)
-    monkeypatch.setattr(run, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
-    with pytest.raises(Killed):
-        main(script, npz, tmp_path / "cast", *more)
-    plain, cast = steps
-    assert cast[1] == plain[1] and any(cast[1])
+    for out, last in (("plain", 1), ("cast", 4)):  # one step; an epoch with its end, and a step more
+        monkeypatch.setattr(run, "stop_if_signalled", die(last))
+        with pytest.raises(Killed):
+            main(script, npz, tmp_path / out, *more)
+        monkeypatch.setattr(run, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    plain, cast = steps[:2]
+    assert len(steps) == 5 and cast[1] == plain[1] and any(cast[1])
     assert cast[0]["loss"] != plain[0]["loss"] and cast[0]["loss"].item() == pytest.approx(
         plain[0]["loss"].item(), rel=0.05)
     assert all(v.dtype == torch.float32 for v in cast[0].values())
 
 
 def test_another_configuration_in_the_same_folder_is_refused(script, npz, tmp_path, undisturbed):
-    out = shutil.copytree(undisturbed(script), tmp_path, dirs_exist_ok=True)
+    out = copied(undisturbed(script), tmp_path / "run")
     before = (out / "last.pt").read_bytes(), (out / "log.jsonl").read_bytes()
     with pytest.raises(ValueError, match=r"--lr .* there, 0\.123 here.*another --out"):
-        main(script, npz, tmp_path, "--lr", "0.123")
+        main(script, npz, out, "--lr", "0.123")
     (out / "last.pt").rename(out / "kept")
     with pytest.raises(ValueError, match="--seed 0 there, 3 here"):
-        main(script, npz, tmp_path, "--seed", "3")
+        main(script, npz, out, "--seed", "3")
     assert before == ((out / "kept").read_bytes(), (out / "log.jsonl").read_bytes())
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(script, npz, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    script, npz, tmp_path, monkeypatch, undisturbed
+):
+    """In the second step after the first epoch, which is taken from the run that nothing disturbs."""
+    out = copied(left_by_a_death(undisturbed(script), 3), tmp_path / "run")
     module = importlib.import_module(script)
     step, count = module.train_step, []
 
     def broken(*args, **settings):
         losses = step(*args, **settings)
         count.append(1)
-        return {k: v * float("nan") for k, v in losses.items()} if len(count) == 5 else losses
+        return {k: v * float("nan") for k, v in losses.items()} if len(count) == 2 else losses
 
     monkeypatch.setattr(module, "train_step", broken)
     with pytest.raises(
         ValueError, match=r"not finite in epoch 1, step 4; the last good checkpoint is .*last\.pt"
     ):
-        main(script, npz, tmp_path)
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 3
+        main(script, npz, out)
+    assert torch.load(out / "last.pt", weights_only=True)["step"] == 3
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import os
 import pathlib
 import pickle
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -17,8 +16,7 @@ from PIL import Image
 from torchvision import datasets
 
 from common import augment, data
-from tests.processes import in_two_processes
-from tests.scripts import ROOT
+from tests.processes import Forked, in_two_processes
 
 
 @pytest.fixture(autouse=True)
@@ -810,10 +808,9 @@ from common import data
 import torch
 torch.zeros(1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for limit in (1000, None):  # the larger one last, as it is the largest use so far that is asked for
-    images = data.load(sys.argv[1], limit=limit)
-    images.checksum()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, len(images))
+images = data.load(sys.argv[1], limit=int(sys.argv[2]) or None)
+images.checksum()
+print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(images))
 """
 
 
@@ -824,8 +821,10 @@ def test_images_are_in_memory_once(tmp_path, kind):
     path = tmp_path / "large.npz"
     n, bytes_each = 20_000, 64 * 64 * 3
     WRITERS[kind](path, x_train=np.zeros((n, 64, 64, 3), np.uint8))
-    command = [sys.executable, "-c", MEASURE, str(path)]
-    out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
-    for line, images, most in zip(out.splitlines(), (1000, n), (1000 * bytes_each, 1.3 * n * bytes_each), strict=True):
-        used, found = map(int, line.split())
-        assert found == images and 1024 * used <= most + 6 * data.PART
+    for limit, most in ((0, 1.3 * n * bytes_each + 6 * data.PART), (1000, 1000 * bytes_each + 6 * data.PART)):
+        (tmp_path / "measure.py").write_text(MEASURE)
+        with open(tmp_path / "printed.txt", "w") as printed:
+            process = Forked([sys.executable, str(tmp_path / "measure.py"), str(path), str(limit)], printed)
+        assert process.wait(60) == 0
+        before, after, found = map(int, (tmp_path / "printed.txt").read_text().split())
+        assert found == (limit or n) and 1024 * (after - before) <= most

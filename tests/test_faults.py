@@ -20,12 +20,13 @@ from torch.multiprocessing import ProcessExitedException
 
 from common import data, encoders, files, run
 from common.log import Log, check_spread
-from tests.processes import free_port, in_two_processes, script_in_two_processes
-from tests.scripts import PICTURES, ROOT, SCRIPTS, TINY, environment, tiny_npz
+from tests.processes import Forked, free_port, in_two_processes, script_in_two_processes
+from tests.scripts import PICTURES, SCRIPTS, TINY, environment, tiny_npz
 
 BANKS = ("adco", "caco")
 NO_WARMUP = ("adco", "clae", "hardneg", "pretext")
 BATCH_NORM = [s for s in SCRIPTS if s not in ("adv_mae", "adpe")]
+ONE_STEP = ["--limit", "16"]  # an epoch
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
@@ -62,17 +63,14 @@ def same_files(folder):
 # Other data -----------------------------------------------------------------------------------------------
 @every_script
 def test_a_run_on_other_data_is_refused_and_loses_nothing(script, npz, tmp_path):
-    out = main(script, npz, tmp_path / "run")
+    small = tiny_npz(tmp_path / "small.npz", 16)
+    out = main(script, small, tmp_path / "run")
     header = files.json_lines(out / "log.jsonl")[0][1]
-    assert header["data"]["images"] == 44 and len(header["data"]["checksum"]) == 64
+    assert header["data"]["images"] == 16 and len(header["data"]["checksum"]) == 64
     before = same_files(out)
-    arrays = dict(np.load(npz))
-    arrays["x_train"] = np.concatenate([arrays["x_train"]] * 3)[:96]
-    arrays["y_train"] = np.arange(96) % 4
-    np.savez(tmp_path / "other.npz", **arrays)
-    with replaced(npz, tmp_path / "other.npz"):
-        with pytest.raises(ValueError, match=r"on other data \(44 images there, 96 here\); use another --out"):
-            main(script, npz, out)
+    with replaced(small, npz):
+        with pytest.raises(ValueError, match=r"on other data \(16 images there, 44 here\); use another --out"):
+            main(script, small, out)
     assert same_files(out) == before
 
 
@@ -100,12 +98,12 @@ def test_one_changed_pixel_is_other_data_even_before_the_first_checkpoint(npz, t
 # Sizes ----------------------------------------------------------------------------------------------------
 @every_script
 def test_views_have_the_side_of_the_data_and_the_encoder_says_so(script, tmp_path):
-    x = np.random.default_rng(0).integers(0, 256, (32, 24, 24, 3), dtype=np.uint8)
-    np.savez(tmp_path / "side24.npz", x_train=x, y_train=np.arange(32) % 2, x_test=x, y_test=np.arange(32) % 2)
+    x = np.random.default_rng(0).integers(0, 256, (16, 24, 24, 3), dtype=np.uint8)
+    np.savez(tmp_path / "side24.npz", x_train=x, y_train=np.arange(16) % 2, x_test=x, y_test=np.arange(16) % 2)
     side = 24
     if script == "adios":  # its U-Net takes powers of two
         x = np.repeat(np.repeat(x[:, :8, :8], 2, 1), 2, 2)
-        np.savez(tmp_path / "side24.npz", x_train=x, y_train=np.arange(32) % 2, x_test=x, y_test=np.arange(32) % 2)
+        np.savez(tmp_path / "side24.npz", x_train=x, y_train=np.arange(16) % 2, x_test=x, y_test=np.arange(16) % 2)
         side = 16
     out = main(script, tmp_path / "side24.npz", tmp_path / "run")
     encoder = encoders.load_encoder(out / "encoder.pt")
@@ -116,8 +114,8 @@ def test_views_have_the_side_of_the_data_and_the_encoder_says_so(script, tmp_pat
 
 @every_script
 def test_images_that_are_not_square_need_image_size(script, tmp_path):
-    x = np.random.default_rng(0).integers(0, 256, (32, 20, 28, 3), dtype=np.uint8)
-    np.savez(tmp_path / "wide.npz", x_train=x, y_train=np.arange(32) % 2, x_test=x, y_test=np.arange(32) % 2)
+    x = np.random.default_rng(0).integers(0, 256, (16, 20, 28, 3), dtype=np.uint8)
+    np.savez(tmp_path / "wide.npz", x_train=x, y_train=np.arange(16) % 2, x_test=x, y_test=np.arange(16) % 2)
     with pytest.raises(ValueError, match="not square; give their side by --image-size"):
         main(script, tmp_path / "wide.npz", tmp_path / "run")
     main(script, tmp_path / "wide.npz", tmp_path / "run", "--image-size", "16")
@@ -127,7 +125,7 @@ def test_images_that_are_not_square_need_image_size(script, tmp_path):
 @pytest.mark.parametrize("side", [1, 2, 4, 6])
 def test_tiny_images_work_or_are_refused_by_the_flags_name(script, side, npz, tmp_path):
     try:
-        main(script, npz, tmp_path, "--image-size", str(side))
+        main(script, npz, tmp_path, "--image-size", str(side), *ONE_STEP)
     except ValueError as e:
         assert ("--image-size" in str(e) or "collapsed" in str(e)) and "\n" not in str(e)
         assert not (tmp_path / "last.pt").exists()
@@ -233,7 +231,7 @@ def test_a_loss_that_turns_nan_ends_in_the_stop_line(script, npz, tmp_path):
 
     with pytest.MonkeyPatch.context() as m, pytest.raises(ValueError, match="not finite in epoch 0, step 0"):
         m.setattr(module, "train_step", poisoned)
-        main(script, npz, tmp_path)
+        main(script, npz, tmp_path, "--limit", "32")
     assert not (tmp_path / "encoder.pt").exists() and not (tmp_path / "last.pt").exists()
 
 
@@ -253,7 +251,7 @@ def test_an_infinite_buffer_is_neither_saved_nor_exported(script, npz, tmp_path)
 
     with pytest.MonkeyPatch.context() as m, pytest.raises(ValueError, match="not finite|collapsed"):
         m.setattr(module, "train_step", poisoned)
-        main(script, npz, tmp_path)
+        main(script, npz, tmp_path, "--limit", "32")
     assert not (tmp_path / "encoder.pt").exists() and not (tmp_path / "last.pt").exists()
 
 
@@ -285,10 +283,10 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(script, npz, tmp_p
 
         with monkeypatch.context() as m, pytest.raises(OSError, match=f"{name} cannot be written: No space left"):
             m.setattr(os, "fsync", full)
-            main(script, npz, tmp_path)
+            main(script, npz, tmp_path, *ONE_STEP)
         assert not list(tmp_path.glob("*.tmp"))
         assert (tmp_path / "last.pt").exists() == (name == "encoder.pt")
-    main(script, npz, tmp_path)
+    main(script, npz, tmp_path, *ONE_STEP)
     assert all((tmp_path / name).exists() for name in names)
 
 
@@ -311,16 +309,16 @@ def test_somebodys_own_log_is_refused_and_stays(text, npz, tmp_path):
     assert (tmp_path / "log.jsonl").read_text(encoding="latin-1") == text
 
 
-@pytest.mark.parametrize("damage", ["\xff\xfe", "5", '{"epo', None])
-def test_a_hole_in_the_log_is_named_and_the_run_goes_on(damage, npz, tmp_path, capsys):
-    out = main("rocl", npz, tmp_path, "--epochs", "2", "--warmup", "0")
+def test_a_hole_in_the_log_is_named_and_the_run_goes_on(npz, tmp_path, capsys):
+    out = main("rocl", npz, tmp_path, "--epochs", "2", *ONE_STEP)
     header, first, second = (out / "log.jsonl").read_text().splitlines()
-    kept = [header, *([damage] if damage else []), second]
-    (out / "log.jsonl").write_text("\n".join(kept) + "\n", encoding="latin-1")
-    main("rocl", npz, tmp_path, "--epochs", "2", "--warmup", "0")
-    assert "log.jsonl: the lines of these epochs are damaged or missing: [0]" in capsys.readouterr().out
-    lines = [line for _, line in files.json_lines(out / "log.jsonl")]
-    assert lines[0]["missing_epochs"] == [0] and [line["epoch"] for line in lines[1:]] == [1]
+    for damage in ("\xff\xfe", "5", '{"epo', None):
+        kept = [header, *([damage] if damage else []), second]
+        (out / "log.jsonl").write_text("\n".join(kept) + "\n", encoding="latin-1")
+        main("rocl", npz, tmp_path, "--epochs", "2", *ONE_STEP)
+        assert "log.jsonl: the lines of these epochs are damaged or missing: [0]" in capsys.readouterr().out
+        lines = [line for _, line in files.json_lines(out / "log.jsonl")]
+        assert lines[0]["missing_epochs"] == [0] and [line["epoch"] for line in lines[1:]] == [1]
 
 
 @every_script
@@ -335,7 +333,7 @@ def test_two_processes_cannot_work_in_one_folder(script, npz, tmp_path):
     assert os.listdir(tmp_path) == [".lock"]
     holder.kill()
     holder.wait()
-    main(script, npz, tmp_path)
+    main(script, npz, tmp_path, *ONE_STEP)
 
 
 # Signals and processes --------------------------------------------------------------------------------------
@@ -366,28 +364,31 @@ def test_two_processes_stopped_within_an_epoch_log_the_same_means(script, npz, t
     def losses(out):
         return [line["loss"] for _, line in files.json_lines(out / "log.jsonl")[1:]]
 
-    words = [*TINY, *SCRIPTS[script], "--data", str(npz)]
-    script_in_two_processes(script, *words, "--out", str(tmp_path / "a"))
+    words = flags(script, npz, tmp_path / "b")
+    script_in_two_processes(script, *flags(script, npz, tmp_path / "a"))
     with pytest.raises(ProcessExitedException) as stopped:
-        script_in_two_processes(script, *words, "--out", str(tmp_path / "b"), signal_at=2)
+        script_in_two_processes(script, *words, signal_at=2)
     assert stopped.value.exit_code == 128 + signal.SIGTERM
     assert torch.load(tmp_path / "b" / "last.pt", weights_only=True)["step"] == 2
-    script_in_two_processes(script, *words, "--out", str(tmp_path / "b"))
+    script_in_two_processes(script, *words)
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_does_not_wait_for_ever_for_one_that_does_not_start(rank, npz, tmp_path):
-    code = ("import datetime\nfrom common import dist, run\ndist.MEETING = datetime.timedelta(seconds=1)\n"
-            "import rocl, sys\nrun.cli(lambda: rocl.main(sys.argv[1:]))")
+    (tmp_path / "impatient.py").write_text(
+        "import datetime\nfrom common import dist, run\ndist.MEETING = datetime.timedelta(seconds=1)\n"
+        "import rocl, sys\nrun.cli(lambda: rocl.main(sys.argv[1:]))")
     alone = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
              "MASTER_PORT": str(free_port())}
     words = [*TINY, *SCRIPTS["rocl"], "--data", str(npz), "--out", str(tmp_path)]
-    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, env={**environment(), **alone},
-                          capture_output=True, text=True, timeout=100)
-    assert done.returncode == 1
-    assert f"error: process {rank} of 2: the others could not be met within 1 s" in done.stderr
-    assert "Traceback" not in done.stderr
+    with open(tmp_path / "printed.txt", "w") as printed:
+        process = Forked([sys.executable, str(tmp_path / "impatient.py"), *words], printed,
+                         env={**environment(), **alone})
+    assert process.wait(100) == 1
+    said = (tmp_path / "printed.txt").read_text()
+    assert f"error: process {rank} of 2: the others could not be met within 1 s" in said
+    assert "Traceback" not in said
 
 
 def test_a_nan_on_one_process_stops_both_and_keeps_the_checkpoint(npz, tmp_path):

@@ -1,13 +1,13 @@
 import os
 import pathlib
-import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 from common import files
-from tests.scripts import ROOT
+from tests.processes import Forked
 
 
 def test_any_flipped_bit_is_seen(tmp_path):
@@ -74,16 +74,20 @@ def test_lines_that_are_no_objects_are_none(tmp_path):
 
 
 def test_a_folder_is_locked_against_other_processes_until_death(tmp_path):
-    def other():
-        code = f"from common import files; files.lock({str(tmp_path)!r})"
-        return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    def other(number, more=""):
+        (tmp_path / "lock.py").write_text(f"from common import files\nfiles.lock({str(tmp_path / 'run')!r})\n{more}")
+        with open(tmp_path / f"{number}.txt", "w") as printed:
+            return Forked([sys.executable, str(tmp_path / "lock.py")], printed)
 
-    holder = subprocess.Popen(
-        [sys.executable, "-c", f"from common import files; files.lock({str(tmp_path)!r}); print(1, flush=True); input()"],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline()
-    assert "another process is at work there" in other().stderr
+    (tmp_path / "run").mkdir()
+    holder = other(1, "import time\nprint('locked', flush=True)\ntime.sleep(600)")
+    while "locked" not in (tmp_path / "1.txt").read_text():
+        assert holder.poll() is None
+        time.sleep(0.01)
+    assert other(2).wait(60) == 1
+    assert "another process is at work there" in (tmp_path / "2.txt").read_text()
     holder.kill()
-    holder.wait()
-    assert other().returncode == 0
+    holder.wait(60)
+    assert other(3).wait(60) == 0
+    tmp_path = tmp_path / "run"
     files.lock(tmp_path), files.lock(tmp_path)  # the same process may ask again
