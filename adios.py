@@ -276,7 +276,7 @@ def parser():
     p.add_argument("--masker", choices=("learned", "random", "none"), default="learned",
                    help="learned (paper); random and none are controls (ours)")
     p.add_argument("--masks", type=run.integer(1), default=4,
-                   help="N; several are a softmax, a single one (the survey's) a sigmoid; default (authors' code)")
+                   help="N; several are a softmax, one (the survey's) is a sigmoid; default (authors' code)")
     p.add_argument("--single", action=argparse.BooleanOptionalAction, default=False,
                    help="one mask per image: ADIOS-s (paper)")
     p.add_argument("--mask-weight", type=run.number(), default=0.9,

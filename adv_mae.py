@@ -203,7 +203,7 @@ def parser():
     p.add_argument("--norm-pix", action=argparse.BooleanOptionalAction, default=True,
                    help="standardise the patches of the target (paper)")
     p.add_argument("--clean-weight", type=run.number(0, 1), default=0.0,
-                   help="w, the share of the loss of clean patches beside that of attacked ones; 0: none (paper)")
+                   help="w, the share of clean patches beside attacked ones in the loss; 0: none (paper)")
     p.add_argument("--epochs", type=run.integer(0), default=400,
                    help="0 exports the random encoder; default (ours)")
     p.add_argument("--batch-size", type=run.integer(1), default=512,
