@@ -6,7 +6,7 @@ import tempfile
 import pytest
 import torch
 
-from common import data
+from common import data, resnet, vit
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # checksums of folders are kept there
 
@@ -35,3 +35,11 @@ def drawings_are_made_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "shapes", copies)
         yield
+
+
+@pytest.fixture
+def one_block(monkeypatch):
+    """The slim networks have one block: for what takes its time by every operation, as tracing and counting do."""
+    monkeypatch.setitem(resnet.ARCHS, "slim", ((0, 0, 0, 1), *resnet.ARCHS["slim"][1:]))
+    patch, width, _, *more = vit.VITS["vit_slim"]
+    monkeypatch.setitem(vit.VITS, "vit_slim", (patch, width, 1, *more))

@@ -9,7 +9,7 @@ from common.pgd import pgd
 from tests import bench
 
 
-def test_every_section_runs_and_its_rivals_agree(capsys):
+def test_every_section_runs_and_its_rivals_agree(capsys, one_block):
     """Values are compared before anything is timed; here only that comparison matters."""
     bench.main(["--quick", "--device", "cpu", "attack", "autoattack", "bank", "step"])
     out = capsys.readouterr().out

@@ -1,13 +1,14 @@
 """python -m tests.gpu, on a CPU and with everything tiny."""
-import contextlib
-import importlib
 import json
+import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from tests import gpu
+from tests.processes import Forked
 
 BANK = """
                           grad of  ours ms  plain ms  eager ms
@@ -35,18 +36,10 @@ def test_a_part_that_takes_too_long_is_interrupted_and_may_still_save(tmp_path):
 
 
 def test_one_command_does_what_is_left_and_says_so(tmp_path, capsys, monkeypatch):
-    """Bench is made elsewhere; here a test, in a process of its own, and AMOC with its evaluations, in this one."""
-    call = gpu.call
-
-    def called(command, path, seconds):
-        _, script, *flags = command
-        if script == "-m":
-            return call(command, path, seconds)
-        with open(path, "a") as f, contextlib.redirect_stdout(f):
-            importlib.import_module(script.removesuffix(".py")).main(flags)
-        return 0
-
-    monkeypatch.setattr(gpu, "call", called)
+    """Bench is made elsewhere; here a test, and AMOC with its evaluations, in processes that have their imports."""
+    monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(
+        Popen=lambda command, cwd, stdout, stderr: Forked(command, stdout, cwd=cwd), STDOUT=None,
+        TimeoutExpired=subprocess.TimeoutExpired))
     summary = tmp_path / "summary.json"
     summary.write_text(json.dumps({name: {"result": "done"} for name in ("bank", "step", "autoattack")}))
     flags = ["--quick", "--device", "cpu", "--out", str(tmp_path), "--minutes", "20"]

@@ -40,7 +40,7 @@ class Compilations:
 
 
 @pytest.fixture
-def compilations(monkeypatch):
+def compilations(monkeypatch, one_block):
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=8):  # Torch's own, whatever ran before
         yield Compilations(monkeypatch)
@@ -112,7 +112,7 @@ def test_a_copy_of_a_compiled_network_stands_for_itself(compilations):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_with_compile_takes_the_same_steps(script, tmp_path, monkeypatch):
+def test_a_script_with_compile_takes_the_same_steps(script, tmp_path, monkeypatch, one_block):
     """By a compiler that changes nothing; two epochs with a short last batch."""
     torch._dynamo.reset()
     compiler = torch.compile
