@@ -75,7 +75,8 @@ Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,0
 CIFAR-10 (JPEG), in 4.1 minutes (14 epochs): a linear probe reaches 43.3 %, with 232 of 256
 positives unique. With Eq. 13 it reaches 43.7, with 86 unique, and after 25 epochs at constant rates
 45.2, with 39 unique; MoCo reaches 42.5 in 3.0 minutes. This has not been run on a GPU yet, and other
-values of --cooperation, --eps and AdamW not at all. The paper reports 71.3 on ImageNet (linear probe, 200 epochs).
+values of --cooperation, --eps and AdamW not at all. The paper reports 71.3 on ImageNet (linear probe,
+200 epochs).
 """
 import argparse
 import itertools

@@ -28,14 +28,14 @@ def compile_networks(args, env, *nets):
         net._compiled_call_impl = functools.partial(_call, net, net._compiled_call_impl, share)
 
 
-def _call(net, compiled, share, x, *rest):
+def _call(net, compiled, share, x, *rest, **named):
     if len(x) % share:
-        return net._call_impl(x, *rest)
+        return net._call_impl(x, *rest, **named)
     frozen = [w for w in net.parameters() if w.requires_grad] if Kept.pixels_only else []
     try:
         for w in frozen:
             w.requires_grad_(False)
-        return compiled(x, *rest)
+        return compiled(x, *rest, **named)
     finally:
         for w in frozen:
             w.requires_grad_(True)

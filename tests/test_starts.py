@@ -133,7 +133,8 @@ def test_in_l2_every_view_of_every_image_has_a_ball_and_a_step_of_its_own(script
         assert (a.norm, a.eps, a.step_size) == ("l2", pytest.approx(200 / 255), pytest.approx(150 / 255))
         for x, start, g, x_adv in zip(a.x, a.start, a.g, a.x_adv):
             length = (start - x).norm()  # less than eps where it is clipped
-            assert 0.8 * a.eps < length <= a.eps * (1 + 1e-5)
+            at_the_image = script in ("adco", "caco") and length == 0  # in their pictures
+            assert (0.8 * a.eps < length or at_the_image) and length <= a.eps * (1 + 1e-5)
             away = start + a.step_size * g / g.norm() - x
             away = away * min(1.0, a.eps / away.norm().item())
             torch.testing.assert_close(x_adv, (x + away).clamp(*a.box), rtol=0, atol=1e-5)

@@ -277,6 +277,7 @@ def test_what_has_no_weight_is_not_computed():
      dict(climbs=(False, True), eps=300 / 255, step_size=0.2, norm="l2", steps=3))])
 def test_flags_reach_the_attack(flags, wanted):
     found = named(unified.attack, unified, *flags)
+    assert found["climbs"] == wanted.pop("climbs")
     assert {name: found[name] for name in wanted} == pytest.approx(wanted)
 
 
