@@ -68,9 +68,12 @@ negative. IFM's shift and HCL's weights, which move no point, do not enter. Chan
 embeddings equal, is ln(N + 1) with N negatives, and for IFM more: the screen says it. While the bank
 is noise, which is near no query, the loss lies below where it goes from there.
 
-Measured: nothing yet. This has not been run beyond a few steps. Robinson, Sun et al. report 81.4 on
-ImageNet-100 for IFM (linear probe, ResNet-50; MoCo v2 80.5), and Kalantidis et al. 68.0 on ImageNet for
-MoCHi (linear probe, 200 epochs).
+Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
+CIFAR-10 (JPEG), on MoCo, in 4.5 minutes (25 epochs, MoCHi 15; one seed): a linear probe reaches
+43.0 % with plain, 43.0 with IFM, 40.9 with HCL, 40.1 with debiased and 39.2 with MoCHi, which mixes
+from epoch 4. AdCo reaches 41.1 in the same time. This has not been run on a GPU yet. Robinson, Sun et
+al. report 81.4 on ImageNet-100 for IFM (linear probe, ResNet-50; MoCo v2 80.5), and Kalantidis et al.
+68.0 on ImageNet for MoCHi (linear probe, 200 epochs).
 """
 import argparse
 import math
