@@ -33,9 +33,9 @@ that code:
 
 The hybrid learns from attacked queries alone. With --clean-weight w, between 0 and 1, it learns from
 clean ones too, and both drive network and bank. Clean and attacked images then pass through BatchNorm
-branches of their own. The key network sees clean images only, through branch clean, and branch adv
-begins as a copy of what branch clean is once the bank is filled, so that the first attacks meet a
-network that works.
+branches of their own. The key network sees clean images only, through branch clean. Branch adv begins
+as a copy of what branch clean is after the steps of MoCo, so that the first attacks meet a network
+that works.
 
 A step costs 4 forward passes, as MoCo's does (a whole backward pass counts two); the hybrid's costs
 14 with 5 attack steps, counting a backward pass to the pixels as one forward pass, and 17 with clean
@@ -240,8 +240,8 @@ def train_step(net, target, opt, bank, x_q, x_k, order, noise, *, ema, temperatu
     `clean_weight` is not 0 the networks need BatchNorm branches "clean" and "adv".
     """
     bn_clean, bn_adv = branches(clean_weight)
-    # The key network moves first (its parameters; its running statistics are its own). Then both networks
-    # see each of their images once, in train mode.
+    # The key network moves first (its parameters; its running statistics are its own). Both networks see
+    # their images in train mode, each image once (clean and attacked ones are two); attacks are in eval mode.
     optim.ema(target, net, ema)
     k = embed_keys(target, x_k, order, bn_clean)
     pairs = [(key, batch_keys(key, batch_negatives)) for key in k]
@@ -265,9 +265,10 @@ def train_step(net, target, opt, bank, x_q, x_k, order, noise, *, ema, temperatu
     clean = []
     if clean_weight:
         # Section 2.4.2 of the survey: the clean queries meet the same keys and rows.
-        q = [embed(net, x, bn_clean) for x in x_clean]
-        loss_clean = objective([(query, *pair) for query, pair in zip(q, pairs)], n, temperature, symmetric)
-        clean = [(query.detach(), *pair) for query, pair in zip(q, pairs)]
+        q_clean = [embed(net, x, bn_clean) for x in x_clean]
+        with_keys = [(query, *pair) for query, pair in zip(q_clean, pairs)]
+        loss_clean = objective(with_keys, n, temperature, symmetric)
+        clean = [(query.detach(), *pair) for query, pair in zip(q_clean, pairs)]
         loss_adv = loss
         loss = mixed(loss_adv, loss_clean, clean_weight)
         losses = {"loss": loss, "loss_clean": loss_clean, "loss_adv": loss_adv}
@@ -355,7 +356,8 @@ def parser():
                    help="of the attack, in 1/255; default: for linf 2, for l2 1.25 eps / steps (ours)")
     p.add_argument("--steps", type=run.integer(0), default=5, help="of the attack (ours)")
     p.add_argument("--clean-weight", type=run.number(0, 1), default=0.0,
-                   help="w, the share of clean queries beside attacked ones; 0: none (ours)")
+                   help="w, the weight of the loss of clean queries, beside 1 - w of attacked ones; "
+                        "0: no clean queries (ours)")
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
                    help="start the attack at a random point of the ball (ours); without it, at "
                         "the image: with --steps 1 and --step-size equal to --eps that is FGSM")

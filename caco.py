@@ -6,11 +6,10 @@ network descends it. In CaCo the bank gives the positive too: the row nearest to
 *other* view. That row cooperates: it moves towards its query, which lowers the loss, while the
 negatives move towards the queries because that raises it.
 
-How strongly it moves is --cooperation, from -1 to 1. 1 is the paper's. With 0 its query does not move
-it at all, but as a negative of other queries it still moves. With -1 it flees from its query: that is
-an adversarial positive, for which the survey (Qi & Shah 2022, arXiv 2210.13463) reports an accuracy
-close to zero. In our small runs fewer and fewer rows were positives then, but the encoder was no
-worse: see below.
+Which way it moves, and how strongly, is --cooperation, from -1 to 1. 1 is the paper's. With 0 its
+query does not move it at all, but as a negative of other queries it still moves. With -1 it flees from
+its query: that is an adversarial positive, for which the survey (Qi & Shah 2022, arXiv 2210.13463)
+reports an accuracy close to zero. What our small runs saw is said below.
 
     paper (equations: the survey's)     this file
     f_q, f_k                            net, target: an encoder and a projector each
@@ -44,8 +43,8 @@ while the bank and the positives, those of clean keys, stand still. The attacked
 network and bank. There is one set of BatchNorms, which in the query network sees attacked images.
 
 A step costs 8 forward passes, as MoCo's does on two views (a whole backward pass counts two), and
-with multi-crop 11.3, a small view counted by its area. With 5 attack steps it costs 28, counting a
-backward pass to the pixels as one forward pass.
+with multi-crop 11.3, a small view counted by its area. With --eps it costs 28 on two views: each of
+the 5 attack steps is 2 passes of each view, counting a backward pass to the pixels as one.
 
     python caco.py                                       CIFAR-10, ResNet-18, 200 epochs
     python caco.py --cooperation -1 --out runs/eq13      Eq. 13
@@ -65,10 +64,12 @@ On several processes the bank is equal on all of them. Each BatchNorm sees the i
 process, or with --sync-bn (on GPUs) those of all, as in the authors' code.
 
 The log tells how the bank lives: bank_change is what its step adds to a view's loss (below 0 where
-the positives weigh more than the negatives); rotation is how far its rows turn, in radians per
+the cooperating positives weigh more than the negatives, above it where they do not, or where
+--cooperation is below 0); rotation is how far its rows turn, in radians per
 step; norm is their length; unique is how many rows are positives of a view, on one process; p is
-the mean probability of a positive; cosine is the mean largest cosine of a query with any row. Below
-0.2, or with fewer positives than a fifth of the batch, the bank is called dead on the screen.
+the mean probability of a positive; cosine is the mean largest cosine of a query with any row. Where
+it is below 0.2, or fewer positives than a fifth of the batch differ, the bank is called dead on the
+screen, but not where --cooperation is below 0, which drives both down.
 Chance for the loss is 2 ln K.
 
 Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
@@ -256,7 +257,7 @@ def train_step(net, target, opt, bank, x, noise, *, cooperation, temperature, em
         loss = loss_view + loss_small
 
     # Two players, one backward pass: both gradients are taken at one point. The network descends
-    # the loss, and the bank climbs it; of its positives, cooperative_loss has turned the gradient.
+    # the loss, and the bank climbs it; its positives have the gradient that cooperative_loss gave them.
     opt.zero_grad()
     loss.backward()
     dist.average_grads([*net.parameters(), free])
@@ -307,8 +308,8 @@ def parser():
     switch = dict(action=argparse.BooleanOptionalAction, default=False)
     p.add_argument("--stem", help="cifar, imagenet, small; default: the architecture's own")
     p.add_argument("--cooperation", type=run.number(-1, 1), default=1.0,
-                   help="of positives: 1 draws them to their queries, 0 leaves them, -1 drives them away, "
-                        "Eq. 13 (paper)")
+                   help="c: how strongly the bank's step moves a positive towards its query; 0: not at all; "
+                        "-1: away from it, Eq. 13 of the survey; default (paper)")
     p.add_argument("--multi-crop", help="six small views besides the two (authors' code)", **switch)
     p.add_argument("--epochs", type=run.integer(0), default=200,
                    help="0 exports the random encoder; default (paper)")
@@ -491,7 +492,9 @@ def main(argv=None):
         cosine = log.mean("cosine")
         unique = log.mean("unique")
         log.epoch(epoch, step, lr=lr, bank_lr=bank_lr, ema=ema)
-        if env.rank == 0 and (cosine < 0.2 or unique < 0.2 * args.batch_size / env.world):
+        # Where positives flee from their queries, few of them and a low cosine are what is asked for.
+        lost = cosine < 0.2 or unique < 0.2 * args.batch_size / env.world
+        if env.rank == 0 and args.cooperation >= 0 and lost:
             print(f"the bank is dead: cosine {cosine:.3f}, {unique:.1f} positives; try more --fill-steps")
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
             # Pictures come before the checkpoint: a run that is stopped between the two draws them

@@ -20,8 +20,8 @@ thing of one base, so that one flag of one script tells them apart:
     the queue; the 2B - 2 of a batch    bank: its rows; None
     InfoNCE, NT-Xent                    info_nce
     IFM: s+ - eps, s_j + eps            ifm_loss; eps is --shift
-    HCL: beta, tau+                     hcl_loss; debiased where beta is 0
-    MoCHi: N, s, s'                     --hard, --mix, --mix-query; hardest, mix_negatives, mochi_loss
+    HCL: beta, tau+                     hcl_loss, --beta, --tau; debiased where beta is 0
+    MoCHi: its N, s and s'              --hardest, --mix, --mix-query; hardest, mix_negatives, mochi_loss
 
 The base is MoCo (--base moco): the negatives are a queue of old keys, which a slowly moving copy of
 the network has made. With --base simclr they are the other images of the batch, there is no copy, and
@@ -35,12 +35,17 @@ second views enter in random order. (With common statistics the network could te
 its batch.) So these runs, MoCo's and AdCo's differ in their negatives alone. Two differences stay:
 AdCo begins with 256 steps of MoCo (--fill-steps), while this bank begins with noise, which is
 overwritten after K / B steps; and each loss has its own temperature. If --temperature is not given it
-is the papers': 0.2 on MoCo for plain, ifm and mochi, and 0.5 for the rest and on SimCLR.
+is 0.2 on MoCo for plain, ifm and mochi, and 0.5 for the rest and on SimCLR. So has each paper on the
+base that it used. No paper has HCL or debiased on MoCo: 0.5 there is ours, SimCLR's, and such a run
+differs from the others in its temperature too.
 
-Where the papers are silent we follow their authors' code (for MoCHi there is none): IFM's loss is a
-mean weighted by 1 and alpha, not a sum, so that a step keeps its size; HCL's gradient flows through
-its weights, and stops at its floor N e^(-1/T). HCL's sums are taken in logarithms here, so that no
-temperature overflows. MoCHi's i and j of a mixture are drawn independently, and may be the same row.
+Where the papers are silent we follow their authors' code: IFM's loss is a mean weighted by 1 and
+alpha, not a sum, so that a step keeps its size; HCL's gradient flows through its weights, and stops at
+its floor N e^(-1/T), N negatives. Of MoCHi there is no such code. Ours are:
+    - HCL's sums are taken in logarithms, so that no temperature overflows.
+    - MoCHi's i and j of a mixture are drawn independently, and may be the same row.
+    - The queries and the keys are embedded in train mode, each by the statistics of its group. The
+      running statistics serve the exported encoder alone.
 
 On MoCo a step costs 4 forward passes (a whole backward pass counts two), on SimCLR 6; no rule adds
 any. No image is attacked.
@@ -65,8 +70,10 @@ softmax, and accuracy how often a query's key is nearer than all of them, as in 
 its temperature of 0.05 (--bank-temperature), whatever the loss's own is, so that all runs compare.
 (AdCo's are those of the bank after its step.) cosine is the mean largest cosine of a query with a
 negative. IFM's shift and HCL's weights, which move no point, do not enter. Chance for the loss, all
-embeddings equal, is ln(N + 1) with N negatives, and for IFM more: the screen says it. While the bank
-is noise, which is near no query, the loss lies below where it goes from there.
+embeddings equal, is ln(N + 1) with N negatives, MoCHi's mixtures among them once it mixes, and for
+IFM more: the screen says it. While the bank is noise, which is near no query, the loss lies below
+where it goes from there. In a healthy run the loss then falls, and accuracy rises from epoch to epoch.
+A cosine that stays near 1, and an accuracy near 0, mean that all embeddings are alike.
 
 Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
 CIFAR-10 (JPEG), on MoCo, in 4.5 minutes (25 epochs, MoCHi 15; one seed): a linear probe reaches
@@ -94,7 +101,7 @@ from common.speed import compile_networks
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in adco.py
 STD = (0.229, 0.224, 0.225)
 
-# --temperature where it is not given: the papers'.
+# --temperature where it is not given: the papers', but for hcl and debiased on MoCo, which are ours.
 TEMPERATURES = {
     "moco": {"plain": 0.2, "ifm": 0.2, "hcl": 0.5, "debiased": 0.5, "mochi": 0.2},
     "simclr": {"plain": 0.5, "ifm": 0.5, "hcl": 0.5, "debiased": 0.5},
@@ -144,9 +151,9 @@ def embed_in_order(net, x, order):
     return embed(net, x[order])[order.argsort()]
 
 
-# Below, q and k (N, D) have unit rows. With a bank (K, D) of unit rows, q are the anchors and these rows
-# are the negatives of each. Without one, where `bank` is None, all 2N rows of q and k are anchors, each is
-# the positive of its partner, and the 2N - 2 others are its negatives. M is N or 2N, the number of anchors.
+# Below, q and k (B, D) have unit rows. With a bank (K, D) of unit rows, q are the anchors and these rows
+# are the negatives of each. Without one, where `bank` is None, all 2B rows of q and k are anchors, each is
+# the positive of its partner, and the 2B - 2 others are its negatives. M is B or 2B, the number of anchors.
 def positive_cosines(q, k, bank):
     """s+ of each anchor: (M,)."""
     cosines = (q * k).sum(1)
@@ -154,7 +161,7 @@ def positive_cosines(q, k, bank):
 
 
 def cosines_in_batch(q, k):
-    """s_j of each row of q and k with every row: (2N, 2N), -inf for itself and its partner."""
+    """s_j of each row of q and k with every row: (2B, 2B), -inf for itself and its partner."""
     rows = torch.cat([q, k])
     no_negatives = torch.eye(len(q), dtype=torch.bool, device=q.device).repeat(2, 2)
     return (rows @ rows.T).masked_fill(no_negatives, -math.inf)
@@ -178,8 +185,8 @@ def ifm_loss(q, k, bank, temperature, eps, alpha=1.0, ifm_only=False):
     """Implicit feature modification: the mean, weighted by 1 and `alpha`, of `info_nce` and of the same where
     every s+ is less by `eps` and every s_j is more. `ifm_only`: the latter alone.
 
-    These are the cosines after the attack that moves the positive by -eps q and a negative by +eps q, which
-    is the worst within that distance for this anchor.
+    These are the products after the attack that moves the positive by -eps q and a negative by +eps q,
+    which is the worst within that distance for this anchor. The moved points are not normalised again.
     """
     positive = positive_cosines(q, k, bank) / temperature
     odds = log_negatives(q, k, bank, temperature) - positive
@@ -205,23 +212,23 @@ def hcl_loss(q, k, bank, temperature, beta, tau):
         log_g = log_g - log_negatives(q, k, bank, temperature / beta) + math.log(count)
     if tau:
         floor = math.log(count) - 1 / temperature
-        share = positive + math.log(tau * count) - log_g  # ln(tau N p / R); from 0 on nothing is left of R
-        left = torch.log(-torch.expm1(share.clamp_max(-1e-12)))
-        log_g = torch.where(share < 0, log_g + left - math.log(1 - tau), floor).clamp_min(floor)
+        log_share = positive + math.log(tau * count) - log_g  # ln(tau N p / R); from 0 on nothing is left
+        log_left = torch.log(-torch.expm1(log_share.clamp_max(-1e-12)))  # ln(1 - tau N p / R)
+        log_g = torch.where(log_share < 0, log_g + log_left - math.log(1 - tau), floor).clamp_min(floor)
     return F.softplus(log_g - positive).mean()
 
 
 @torch.no_grad()
 def hardest(q, bank, n):
-    """The `n` rows of bank (K, D) with the largest products with each row of q (N, D), the largest first:
-    (N, n) int64."""
+    """The `n` rows of bank (K, D) with the largest products with each row of q (B, D), the largest first:
+    (B, n) int64."""
     return (q @ bank.T).topk(n, dim=1).indices
 
 
 @torch.no_grad()
 def mix_negatives(q, bank, pairs, a, partners, b):
-    """Mixtures for each query: first u(a n_i + (1 - a) n_j) with (i, j) = pairs (N, s, 2) and a (N, s), then
-    u(b q + (1 - b) n_j) with j = partners (N, s') and b (N, s'): (N, s + s', D), constant."""
+    """Mixtures for each query: first u(a n_i + (1 - a) n_j) with (i, j) = pairs (B, s, 2) and a (B, s), then
+    u(b q + (1 - b) n_j) with j = partners (B, s') and b (B, s'): (B, s + s', D), constant."""
     a = a[..., None]
     b = b[..., None]
     of_two = a * bank[pairs[..., 0]] + (1 - a) * bank[pairs[..., 1]]
@@ -230,7 +237,7 @@ def mix_negatives(q, bank, pairs, a, partners, b):
 
 
 def mochi_loss(q, k, bank, mixed, temperature):
-    """`info_nce` over the rows of bank (K, D) and, for each query, its own `mixed` ones (N, S, D)."""
+    """`info_nce` over the rows of bank (K, D) and, for each query, its own `mixed` ones (B, S, D)."""
     positive = positive_cosines(q, k, bank) / temperature
     negative = log_negatives(q, k, bank, temperature)
     if mixed.shape[1]:
@@ -239,27 +246,30 @@ def mochi_loss(q, k, bank, mixed, temperature):
     return F.softplus(negative - positive).mean()
 
 
-def mixtures(q, bank, numbers, hard):
-    """MoCHi's mixtures (B, s + s', D) of the `hard` hardest rows of bank (K, D) for each query (B, D).
+def rows_at(uniform, candidates):
+    """For `uniform` numbers (B, ...) in [0, 1), the row that each stands for among its query's `candidates`
+    (B, n) int64: (B, ...) int64."""
+    n = candidates.shape[1]
+    ranks = (uniform * n).long().clamp_max(n - 1)
+    return candidates.gather(1, ranks.flatten(1)).view(ranks.shape)
+
+
+def mixtures(q, bank, numbers, hardest_rows):
+    """MoCHi's mixtures (B, s + s', D) of the `hardest_rows` hardest rows of bank (K, D) for each query
+    (B, D).
 
     `numbers` are uniform in [0, 1): (B, s, 3) for i, j and a; and (B, s', 2) for j and b, which is at most
     1/2, so that the query never dominates.
     """
     of_two, of_query = numbers
-    nearest = hardest(q, bank, hard)
-
-    def rows_of(uniform):
-        """The row of the bank that a number stands for."""
-        ranks = (uniform * hard).long().clamp_max(hard - 1)
-        return nearest.gather(1, ranks.flatten(1)).view(ranks.shape)
-
-    pairs = rows_of(of_two[..., :2])
-    partners = rows_of(of_query[..., 0])
+    nearest = hardest(q, bank, hardest_rows)
+    pairs = rows_at(of_two[..., :2], nearest)
+    partners = rows_at(of_query[..., 0], nearest)
     return mix_negatives(q, bank, pairs, of_two[..., 2], partners, of_query[..., 1] / 2)
 
 
 def objective(q, k, bank, mixed, *, negatives, temperature, shift, alpha, ifm_only, beta, tau):
-    """The loss that `negatives` names; `mixed` (N, S, D) or, before MoCHi mixes and for the others, None."""
+    """The loss that `negatives` names; `mixed` (B, S, D) or, before MoCHi mixes and for the others, None."""
     if negatives == "ifm":
         return ifm_loss(q, k, bank, temperature, shift, alpha, ifm_only)
     if negatives == "hcl":
@@ -271,8 +281,8 @@ def objective(q, k, bank, mixed, *, negatives, temperature, shift, alpha, ifm_on
     return info_nce(q, k, bank, temperature)
 
 
-def train_step(net, target, opt, bank, x1, x2, order, numbers, *, ema, hard, negatives, temperature, shift,
-               alpha, ifm_only, beta, tau):
+def train_step(net, target, opt, bank, x1, x2, order, numbers, *, ema, hardest_rows, negatives,
+               temperature, shift, alpha, ifm_only, beta, tau):
     """One iteration on two views (B, 3, S, S) of B images; the losses to be logged.
 
     `target` and `bank` are None on SimCLR. BatchNorm groups x2 in `order`, a permutation of B. `numbers`
@@ -292,7 +302,7 @@ def train_step(net, target, opt, bank, x1, x2, order, numbers, *, ema, hard, neg
         q = embed(net, x1)
         rows = bank.rows
         if numbers is not None:
-            mixed = mixtures(q, rows, numbers, hard)
+            mixed = mixtures(q, rows, numbers, hardest_rows)
     loss = objective(q, k, rows, mixed, negatives=negatives, temperature=temperature, shift=shift,
                      alpha=alpha, ifm_only=ifm_only, beta=beta, tau=tau)
 
@@ -311,7 +321,7 @@ def train_step(net, target, opt, bank, x1, x2, order, numbers, *, ema, hard, neg
 
 @torch.no_grad()
 def hardness(q, k, bank, mixed):
-    """How hard the negatives of unit rows q and k are, with the rows of `mixed` (N, S, D) where it is not
+    """How hard the negatives of unit rows q and k are, with the rows of `mixed` (B, S, D) where it is not
     None."""
     positive = positive_cosines(q, k, bank)
     if bank is None:
@@ -344,9 +354,11 @@ def parser():
     p = run.parser(__doc__, name="hardneg", arch="resnet18")
     switch = dict(action=argparse.BooleanOptionalAction, default=False)
     p.add_argument("--negatives", choices=TEMPERATURES["moco"], default="mochi",
-                   help="the rule that makes them harder; plain: none (ours)")
+                   help="the rule that makes the negatives harder; plain: none, the base itself; "
+                        "default (ours)")
     p.add_argument("--base", choices=TEMPERATURES, default="moco",
-                   help="a queue of old keys, or the other images of the batch (ours)")
+                   help="the negatives: moco, a queue of old keys; simclr, the other images of the batch; "
+                        "default (ours)")
     p.add_argument("--stem", help="cifar, imagenet, small; default: the architecture's own")
     p.add_argument("--epochs", type=run.integer(0), default=200,
                    help="0 exports the random encoder; default (ours)")
@@ -360,22 +372,24 @@ def parser():
     p.add_argument("--ema", type=run.number(0, 1), default=0.99,
                    help="moco: momentum of the key network (ours)")
     p.add_argument("--temperature", type=run.number(above=0),
-                   help="T; default: 0.2 on MoCo for plain, ifm and mochi, else 0.5 (paper)")
+                   help="T; default: 0.2 on MoCo for plain, ifm and mochi, else 0.5 (paper; on MoCo for hcl "
+                        "and debiased, ours)")
     p.add_argument("--bank-size", type=run.integer(1), default=4096, help="moco: K (ours)")
-    p.add_argument("--shift", type=run.number(0, 2), default=0.1, help="ifm: eps, of a cosine (paper)")
+    p.add_argument("--shift", type=run.number(0, 2), default=0.1,
+                   help="ifm: eps, by which the positive's cosine falls and the negatives' rise (paper)")
     p.add_argument("--alpha", type=run.number(), default=1.0,
                    help="ifm: weight of the shifted term (authors' code)")
     p.add_argument("--ifm-only", help="ifm: the shifted term alone (authors' code)", **switch)
     p.add_argument("--beta", type=run.number(0, 100), default=1.0,
-                   help="hcl: how much more a near negative weighs (authors' code)")
+                   help="hcl: a negative weighs e^(beta s/T), s its cosine; 0: all alike (authors' code)")
     p.add_argument("--tau", type=run.number(0, 0.999), default=0.1,
                    help="hcl, debiased: share of the negatives that has the query's class (authors' code)")
-    p.add_argument("--hard", type=run.integer(1), default=1024,
-                   help="mochi: how many of a query's nearest rows are mixed (paper)")
+    p.add_argument("--hardest", type=run.integer(1), default=1024,
+                   help="mochi: from how many of a query's nearest rows mixtures are made (paper)")
     p.add_argument("--mix", type=run.integer(0, 10**6), default=512,
-                   help="mochi: mixtures of two rows (paper)")
+                   help="mochi: how many mixtures of two rows a query gets (paper)")
     p.add_argument("--mix-query", type=run.integer(0, 10**6), default=256,
-                   help="mochi: mixtures of a row and the query (paper)")
+                   help="mochi: how many mixtures of a row and itself a query gets (paper)")
     p.add_argument("--mix-from", type=run.integer(0), default=10,
                    help="mochi: the epoch that is the first with mixtures (ours)")
     p.add_argument("--blur", help="blur views, as on ImageNet (authors' code)", **switch)
@@ -389,8 +403,8 @@ def check(args):
         if args.base == "simclr":
             raise ValueError("--negatives mochi mixes rows of a queue, and --base simclr has none; "
                              "use --base moco")
-        if args.hard > args.bank_size:
-            raise ValueError(f"--hard {args.hard}: the bank has --bank-size {args.bank_size} rows only")
+        if args.hardest > args.bank_size:
+            raise ValueError(f"--hardest {args.hardest}: the bank has --bank-size {args.bank_size} rows only")
         if 0 < args.epochs <= args.mix_from:
             raise ValueError(f"--mix-from {args.mix_from}: must be less than --epochs {args.epochs}, "
                              "or nothing is mixed")
@@ -424,10 +438,10 @@ def loss_settings(args):
     )
 
 
-def chance_of(args):
-    """The loss where all embeddings are equal, mixtures included."""
+def chance_of(args, mixes):
+    """The loss where all embeddings are equal; `mixes`: mixtures are among the negatives."""
     count = args.bank_size if args.base == "moco" else 2 * args.batch_size - 2
-    if args.negatives == "mochi":
+    if mixes:
         count += args.mix + args.mix_query
     chance = math.log(count + 1)
     if args.negatives != "ifm":
@@ -487,9 +501,12 @@ def main(argv=None):
         compile_networks(args, env, net)
 
     step = run.resume(args, env, state)
-    log.start(step, f"chance loss = {chance_of(args):.3f}")
+    note = f"chance loss = {chance_of(args, mixes=False):.3f}"
+    if args.negatives == "mochi":
+        note += f", and from epoch {args.mix_from} on, with mixtures, {chance_of(args, mixes=True):.3f}"
+    log.start(step, note)
 
-    settings = dict(ema=args.ema, hard=args.hard, **loss_settings(args))
+    settings = dict(ema=args.ema, hardest_rows=args.hardest, **loss_settings(args))
     for epoch in range(step // steps_per_epoch, args.epochs):
         lr = lr_at(epoch, args.epochs, args.lr, args.lr_final)
         optim.set_lr(opt, lr)

@@ -87,7 +87,7 @@ from common import data, dist, encoders, optim, run
 from common.augment import random_color_jitter, random_grayscale, random_resized_crop, to_float
 from common.log import Log
 from common.pgd import ball_point, eval_mode, pgd
-from common.pictures import difference, save_rows
+from common.pictures import attack_key, difference, save_rows
 from common.speed import compile_networks, graphed
 
 
@@ -137,7 +137,8 @@ def asymmetric_loss(views, temperature, asymmetry, weight=1.0, hard=False, beta=
 
     hard: the denominator is p + G instead (HCL, arXiv 2010.04592), with p the mean of the two positive
     e^S, n the N = 3 B - 3 negative ones, R = sum n^(1 + beta) / mean n^beta, and
-    G = max((R - tau N p) / (1 - tau), N e^(-1/T)).
+    G = max((R - tau N p) / (1 - tau), N e^(-1/T)). beta, how hard the negatives are, and tau, the share
+    of them that is of the anchor's class, are those of A-InfoNCE's code.
 
     Chance is (2 + 2 weight) / 3 times ln(3 B - 1), or with `hard` ln(3 B - 2).
     """
@@ -294,9 +295,8 @@ def parser():
 
 
 def check(args):
-    for flag, value in (("--eps", args.eps), ("--step-size", args.step_size or 0)):
-        if args.norm == "linf" and value > 255:
-            raise ValueError(f"{flag} {value:g}: must be at most 255 with --norm linf; it is in 1/255")
+    if args.norm == "linf" and args.eps > 255:
+        raise ValueError(f"--eps {args.eps:g}: with --norm linf at most 255, the range of a pixel")
     if args.hard and args.asymmetry is None:
         raise ValueError("--hard: goes with --asymmetry, as in --asymmetry 0.2 --hard")
 
@@ -356,8 +356,8 @@ def pictures(net, images, size, args):
     x2 = augment(x, rng, size)
     noise = start_noise(x1, args.norm, rng) if args.random_start else None
     x_adv = attack(net, x1, x2, noise, **attack_settings(args))
-    most = args.eps / 255 if args.norm == "linf" else (x_adv - x1).abs().max()
-    return [("x1", x1), ("x2", x2), ("x_adv", x_adv), ("x_adv - x1", difference(x_adv, x1, most))]
+    full_scale = args.eps / 255 if args.norm == "linf" else None
+    return [("x1", x1), ("x2", x2), ("x_adv", x_adv), ("x_adv - x1", difference(x_adv, x1, full_scale))]
 
 
 def main(argv=None):
@@ -407,10 +407,7 @@ def main(argv=None):
             # again.
             rows = pictures(net, images, size, args)
             if env.rank == 0:
-                key = (f"-{args.eps:g}/255", f"+{args.eps:g}/255")
-                if args.norm != "linf":
-                    key = ("largest decrease", "largest increase")
-                save_rows(out / "views.png", rows, key=key)
+                save_rows(out / "views.png", rows, key=attack_key(args.norm, args.eps))
             run.save(args, env, state, step)
     if env.rank == 0:
         encoders.export(net[0], out / "encoder.pt", image_size=size)

@@ -48,9 +48,10 @@ its own process. The reconstruction loss is a mean over the images of each, and 
 
 In the log, chance for loss_con is ln(2B - 1), and predicting each patch's mean gives loss_mae 1 - 1/D
 (D values per patch, with --norm-pix). At the end of an epoch, on up to 64 training images: gain_con and
-gain_mae are what the attack adds to each loss beyond what noise of the same eps adds, and agreement is
-the mean cosine of the two losses' gradients in the pixels. Where it is below 0, what raises one loss
-lowers the other.
+gain_mae are what the attack adds to each loss beyond what its start adds: noise of the same eps, or
+without --random-start nothing. Where removed patches have no noise, the noise is that of the visible
+ones. agreement is the mean cosine of the two losses' gradients in the pixels. Where it is below 0, what
+raises one loss lowers the other.
 
 Measured: nothing yet.
 """
@@ -124,7 +125,7 @@ class Unified(nn.Module):
         (B, L, D) from its patches ids_keep (B, Lk); both as they are for the losses, in the patches'
         dtype.
 
-        Without ids_keep nothing is rebuilt, and without `con` there is no z: None in their place. With
+        Without ids_restore nothing is rebuilt, and without `con` there is no z: None in their place. With
         `share` z is of the patches ids_keep as well.
         """
         # Pixels are embedded in float32: bf16 would blur a perturbation of 1/255.
@@ -134,6 +135,7 @@ class Unified(nn.Module):
         with run.autocast(patches.device):
             if ids_keep is not None:
                 h = self.encoder.encode(take(tokens, ids_keep))  # (B, 1 + Lk, dim), the cls token first
+            if ids_restore is not None:
                 pred = self.rebuild(h, ids_restore).to(patches.dtype)
             if con:
                 seen = h if share else self.encoder.encode(tokens)
@@ -192,8 +194,10 @@ def gradient_cosine(g1, g2):
 
 def look(net, patches, ids_keep, ids_restore, *, lam, con_weight, share):
     """z and the rebuilt patches of a view's patches (B, L, D); None in place of what has no weight."""
-    if not lam and not share:
-        ids_keep = None  # nothing is to be rebuilt
+    if not lam:
+        ids_restore = None  # nothing is to be rebuilt
+        if not share:
+            ids_keep = None
     return net(patches, ids_keep, ids_restore, con_weight > 0, share)
 
 

@@ -239,10 +239,19 @@ def setup(args):
 
 
 def to_device(net, args, env):
-    """`net` on this process's device; with --sync-bn and several processes, with SyncBatchNorm."""
+    """`net` on this process's device; with --sync-bn and several processes, with SyncBatchNorm.
+
+    Raises ValueError where there is no BatchNorm to be replaced, or one of a class of its own, whose way
+    to normalise would be lost without a word (GroupedNorm of adco.py and hardneg.py).
+    """
     if args.sync_bn:
-        if not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in net.modules()):
+        norms = [m for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        if not norms:
             raise ValueError("--sync-bn: this network has no BatchNorm")
+        for norm in norms:
+            if type(norm).__module__ != "torch.nn.modules.batchnorm":
+                raise ValueError(f"--sync-bn: this network has a {type(norm).__name__}, which normalises in "
+                                 "its own way, and SyncBatchNorm would replace it; leave --sync-bn out")
         if env.world > 1:
             net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     return net.to(env.device)

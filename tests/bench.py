@@ -533,7 +533,7 @@ def bank_step(s, script, args, compiled):
 def hardneg_step(s, variant, compiled):
     """The same for hard negatives by rule."""
     args = hardneg.parser().parse_args(variant.split())
-    args.hard = min(args.hard, s.bank)
+    args.hardest = min(args.hardest, s.bank)
     net, target, bank = hardneg.network(s.arch).to(s.device), None, None
     x1, x2 = views(s)
     if args.base == "moco":
@@ -543,7 +543,7 @@ def hardneg_step(s, variant, compiled):
     rng = data.Rng((0, 0, 0), s.batch, slice(None))
     order, numbers = hardneg.random_order(x1, rng), hardneg.mixing_numbers(x1, rng, args, args.mix_from)
     compile_(s, compiled, *([net] if target is None else [net, target]))
-    settings = dict(ema=args.ema, hard=args.hard, **hardneg.loss_settings(args))
+    settings = dict(ema=args.ema, hardest_rows=args.hardest, **hardneg.loss_settings(args))
 
     def one():
         hardneg.train_step(net, target, opt, bank, x1, x2, order, numbers, **settings)

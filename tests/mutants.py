@@ -63,6 +63,7 @@ MORE = {
     "eval.py": ("test_names.py",),
     "evaluation/attacks.py": ("test_names.py", "test_together.py"),
     "hardneg.py": ("test_gathered_losses.py",),
+    "unified.py": ("test_gathered_losses.py",),
     "common/vit.py": ("test_encoders.py", "test_step_adpe.py", "test_adpe.py"),
 }
 

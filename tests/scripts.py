@@ -20,7 +20,7 @@ SCRIPTS = {
     "clae": [],
     "adco": ["--bank-size", "48", "--fill-steps", "3"],
     "caco": ["--bank-size", "48", "--fill-steps", "3"],
-    "hardneg": ["--bank-size", "48", "--hard", "8", "--mix", "6", "--mix-query", "4", "--mix-from", "0"],
+    "hardneg": ["--bank-size", "48", "--hardest", "8", "--mix", "6", "--mix-query", "4", "--mix-from", "0"],
     "adpe": ["--arch", "vit_slim", "--decoder", "16", "1", "2", "--warmup", "1"],
     "adv_mae": ["--arch", "vit_slim", "--decoder", "16", "1", "2", "--warmup", "1"],
     "unified": ["--arch", "vit_slim", "--decoder", "16", "1", "2", "--steps", "1", "--warmup", "1"],

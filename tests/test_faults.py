@@ -198,6 +198,16 @@ def test_synchronised_batch_norm_reaches_every_batch_norm(script):
         run.to_device(encoders.make("vit_slim"), args, run.Env(torch.device("cpu"), 0, 2))
 
 
+@pytest.mark.parametrize("script", ["adco", "hardneg"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_synchronised_batch_norm_does_not_replace_grouped_batch_norm(script, world):
+    """It would undo the groups, and a query's key could be told by its batch."""
+    net = importlib.import_module(script).network("slim")
+    args = argparse.Namespace(sync_bn=True)
+    with pytest.raises(ValueError, match="--sync-bn: this network has a GroupedNorm, which normalises in its"):
+        run.to_device(net, args, run.Env(torch.device("cpu"), 0, world))
+
+
 def test_memory_that_cannot_be_had_is_one_line():
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ...")):

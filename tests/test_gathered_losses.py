@@ -8,6 +8,9 @@ import advcl
 import clae
 import hardneg
 import rocl
+import unified
+from common.vit import ViT
+from tests import steps2 as plain
 from tests.processes import in_two_processes
 from tests.recipes import X, Z
 from tests.scripts import named
@@ -49,7 +52,7 @@ def hard_gradients(negatives, rank, world):
     opt = torch.optim.SGD(net.parameters(), 0.0)
     args = hardneg.parser().parse_args(["--base", "simclr", "--negatives", negatives])
     losses = hardneg.train_step(net, None, opt, None, x.flip(3), x.flip(2), torch.arange(len(x)).flip(0), None,
-                                ema=0.5, hard=1, **hardneg.loss_settings(args))
+                                ema=0.5, hardest_rows=1, **hardneg.loss_settings(args))
     return {k: v.detach() for k, v in losses.items()}, [p.grad for p in net.parameters()]
 
 
@@ -60,9 +63,20 @@ CASES = [(rocl, []), (acl, []), (advcl, []), (clae, []), (rocl, ["--asymmetry", 
          (rocl, ["--asymmetry", "0.3", "--hard"])]
 
 
+def unified_gradients(rank, world):
+    """The same of unified.py, on a ViT of one block."""
+    encoder = ViT("toy", 2, 8, 1, 2, 6, plain.MEAN, plain.STD, "sincos", False, False)
+    net = plain.randomised(unified.Unified(encoder, (12, 1, 2)), 1)
+    x, u = (given.chunk(world)[rank] for given in (X(8, 3, 6, 6), 0.5 + 0.5 * Z(8, 9)))
+    settings = named(unified.train_step, unified, "--arch", "vit_slim", "--eps", "0")
+    losses = unified.train_step(net, torch.optim.SGD(net.parameters(), 0.0), x, x.flip(3), u, None, **settings)
+    return {k: v.detach() for k, v in losses.items()}, [p.grad for p in net.parameters() if p.requires_grad]
+
+
 def all_gradients(rank, world):
     of_scripts = [gradients(*case, rank, world) for case in CASES]
-    return of_scripts + [hard_gradients(negatives, rank, world) for negatives in HARD]
+    hard = [hard_gradients(negatives, rank, world) for negatives in HARD]
+    return [*of_scripts, *hard, unified_gradients(rank, world)]
 
 
 @pytest.mark.parametrize("negatives", HARD)
@@ -73,6 +87,18 @@ def test_hard_negatives_of_two_processes_are_those_of_one(negatives, two):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
         for name in losses:
             torch.testing.assert_close(found_losses[name], losses[name], rtol=1e-12, atol=1e-12)
+
+
+def test_the_unified_loss_of_two_processes_is_that_of_one(two):
+    """Negatives are those of all; the reconstruction loss is a mean over processes."""
+    losses, grads = unified_gradients(0, 1)
+    for part in two:
+        for a, b in zip(part[-1][1], grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(part[-1][0]["loss_con"], losses["loss_con"], rtol=1e-12, atol=1e-12)
+    for name in losses:
+        mean = (two[0][-1][0][name] + two[1][-1][0][name]) / 2
+        torch.testing.assert_close(mean, losses[name], rtol=1e-12, atol=1e-12)
 
 
 @pytest.fixture(scope="module")

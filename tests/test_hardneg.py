@@ -313,13 +313,13 @@ def test_the_chance_that_is_printed_is_the_loss_of_equal_embeddings(base, count,
         return
     same = unit(torch.ones(4, 8, dtype=torch.float64))
     rows = same[:1].expand(16, 8) if base == "moco" else None
-    flags = ["--base", base, "--negatives", negatives, "--bank-size", "16", "--batch-size", "4", "--hard", "3",
+    flags = ["--base", base, "--negatives", negatives, "--bank-size", "16", "--batch-size", "4", "--hardest", "3",
              "--mix", "5", "--mix-query", "2", "--alpha", "0.4"]
     for more in ([], ["--ifm-only"], ["--temperature", "0.3"]):
         args = read_flags(hardneg, *flags, *more)
         mixed = same[:, None].expand(4, 7, 8) if negatives == "mochi" else None
         loss = hardneg.objective(same, same, rows, mixed, **hardneg.loss_settings(args))
-        assert hardneg.chance_of(args) == pytest.approx(loss.item(), rel=1e-9)
+        assert hardneg.chance_of(args, mixes=negatives == "mochi") == pytest.approx(loss.item(), rel=1e-9)
         if negatives not in ("ifm", "mochi"):
             assert loss.item() == pytest.approx(math.log(count + 1), rel=1e-9)
 
@@ -379,18 +379,18 @@ def test_each_rule_has_the_temperature_of_its_paper():
 
 @pytest.mark.parametrize("flags, words", [
     (["--base", "simclr"], "--negatives mochi mixes rows of a queue, and --base simclr has none; use --base moco"),
-    (["--bank-size", "512"], "--hard 1024: the bank has --bank-size 512 rows only"),
+    (["--bank-size", "512"], "--hardest 1024: the bank has --bank-size 512 rows only"),
     (["--epochs", "10"], "--mix-from 10: must be less than --epochs 10, or nothing is mixed"),
     (["--negatives", "hard"], "--negatives hard: choose one of plain, ifm, hcl, debiased, mochi"),
     (["--base", "byol"], "--base byol: choose one of moco, simclr"),
     (["--tau", "1"], "--tau 1: must be a number from 0 to 0.999"),
-    (["--hard", "0"], "--hard 0: must be"), (["--mix", "-1"], "--mix -1: must be"),
+    (["--hardest", "0"], "--hardest 0: must be"), (["--mix", "-1"], "--mix -1: must be"),
     (["--shift", "-0.1"], "--shift -0.1: must be"), (["--beta", "-1"], "--beta -1: must be"),
     (["--temperature", "0"], "--temperature 0: must be")])
 def test_bad_flags_of_the_method_are_named(flags, words):
     with pytest.raises(ValueError, match=words):
         read_flags(hardneg, *flags)
-    read_flags(hardneg, "--negatives", "plain", "--bank-size", "512")  # --hard is MoCHi's
+    read_flags(hardneg, "--negatives", "plain", "--bank-size", "512")  # --hardest is MoCHi's
     read_flags(hardneg, "--negatives", "plain", "--epochs", "5")
     read_flags(hardneg, "--mix", "0", "--mix-query", "0")
     read_flags(hardneg, "--epochs", "0")

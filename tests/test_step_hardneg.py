@@ -12,7 +12,7 @@ from common.bank import Bank
 from tests import steps2 as plain
 
 B, K, HARD, MIX, MIX_QUERY = 5, 7, 3, 4, 2
-FLAGS = dict(ema=0.9, temperature=0.3, lr=0.1, weight_decay=0.02, shift=0.15, alpha=0.6, beta=0.7, tau=0.02, hard=HARD,
+FLAGS = dict(ema=0.9, temperature=0.3, lr=0.1, weight_decay=0.02, shift=0.15, alpha=0.6, beta=0.7, tau=0.02, hardest=HARD,
              mix=MIX, mix_query=MIX_QUERY, mix_from=0, bank_size=K)
 
 
@@ -148,7 +148,7 @@ def test_two_steps_are_the_methods(base, negatives, more):
         want.update(target=plain.state(target), bank=dict(rows=rows, pointer=4))
     start = {key: dict(part) for key, part in want.items() if part is not None}
     opt = torch.optim.SGD(net.parameters(), flags.lr, momentum=0.9, weight_decay=flags.weight_decay)
-    settings = dict(ema=args.ema, hard=args.hard, **hardneg.loss_settings(args))
+    settings = dict(ema=args.ema, hardest_rows=args.hardest, **hardneg.loss_settings(args))
 
     for t in range(2):
         x1 = plain.images(B, 6, 10 + t)

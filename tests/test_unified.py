@@ -259,16 +259,20 @@ def test_shared_the_contrastive_loss_sees_the_visible_patches_of_the_first_view_
 
 def test_what_has_no_weight_is_not_computed():
     net = toy()
-    calls = []
+    calls, rebuilt = [], []
     net.encoder.blocks[0].register_forward_hook(lambda module, given, out: calls.append(given[0].shape[1]))
+    net.decoder.register_forward_hook(lambda *call: rebuilt.append(1))
     x1, x2, u = inputs()
-    for flags, tokens in ((["--con-weight", "0"], 3 * [3]), (["--lam", "0"], 4 * [10]),
-                          ([], [10, 3, 10, 3, 10, 3, 10]), (["--attack", "con"], [10, 10, 10, 3, 10]),
-                          (["--share"], [10, 3, 3, 3]), (["--attack", "none"], [10, 3, 10])):
+    for flags, tokens, decoders in (
+            (["--con-weight", "0"], 3 * [3], 3), (["--lam", "0"], 4 * [10], 0),
+            ([], [10, 3, 10, 3, 10, 3, 10], 3), (["--attack", "con"], [10, 10, 10, 3, 10], 1),
+            (["--share"], [10, 3, 3, 3], 3), (["--attack", "none"], [10, 3, 10], 1),
+            (["--share", "--lam", "0"], [10, 3, 3, 3], 0), (["--share", "--attack", "con"], [10, 3, 3, 3], 1)):
         args = read_flags(unified, "--arch", "vit_slim", *flags)
         calls.clear()
+        rebuilt.clear()
         unified.train_step(net, sgd(net), x1, x2, u, None, mask_ratio=0.75, **unified.attack_settings(args))
-        assert calls == tokens, flags
+        assert calls == tokens and len(rebuilt) == decoders, flags
 
 
 @pytest.mark.parametrize("flags, wanted", [
@@ -292,6 +296,16 @@ def test_bad_flags_of_the_method_are_named(flags, words):
         read_flags(unified, *flags)
 
 
+def cosine_of(net, loaded, args):
+    """Mean over the images of the cosine of the losses' gradients in the pixels of the clean first view."""
+    x1, _, _, (z2, ids_keep, ids_restore, target, mask) = unified.sample(net, loaded, 64, 32, args)
+    patches = patchify(x1, 4).requires_grad_()
+    z1, pred = net(patches, ids_keep, ids_restore)
+    losses = slow_nt_xent(z1, z2.detach(), args.temperature), unified.mae_loss(pred, target, mask)
+    g, other = (torch.autograd.grad(loss, patches, retain_graph=True)[0].flatten(1) for loss in losses)
+    return ((g * other).sum(1) / g.norm(dim=1) / other.norm(dim=1)).mean().item()
+
+
 def test_the_log_says_what_the_attack_adds_and_whether_gradients_agree():
     torch.manual_seed(0)
     pixels = (255 * X(16, 3, 32, 32)).to(torch.uint8)
@@ -302,5 +316,7 @@ def test_the_log_says_what_the_attack_adds_and_whether_gradients_agree():
         found = unified.gains(net, loaded, 32, args)
         assert found.keys() == names and found["gain_con"] > 0 and abs(found.get("agreement", 0)) <= 1
         assert (found["gain_mae"] == 0) == (not args.lam)
+        if "agreement" in found:
+            assert found["agreement"] == pytest.approx(cosine_of(net, loaded, args), abs=1e-6)
         args.steps = 0  # the attack is its own start
         assert unified.gains(net, loaded, 32, args)["gain_con"] == 0

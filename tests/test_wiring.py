@@ -37,7 +37,7 @@ ADCO = ("--lr 0.11 --lr-final 0.02 --weight-decay 0.003 --ema 0.6 --bank-size 40
 CACO = ("--lr 0.11 --lr-final 0.02 --warmup 1 --weight-decay 0.003 --ema 0.6 --bank-size 40 --fill-steps 3 "
         "--bank-lr 0.23 --bank-warmup 2 --bank-momentum 0.7 --temperature 0.1 --fill-temperature 0.3 "
         "--dim 24 --cooperation -0.25")
-HARDNEG = ("--lr 0.11 --lr-final 0.02 --weight-decay 0.003 --ema 0.6 --bank-size 40 --hard 8 --mix 6 --mix-query 4 "
+HARDNEG = ("--lr 0.11 --lr-final 0.02 --weight-decay 0.003 --ema 0.6 --bank-size 40 --hardest 8 --mix 6 --mix-query 4 "
            "--mix-from 1 --shift 0.15 --alpha 0.7 --beta 0.8 --tau 0.2")
 BYORL = "--lr 0.9 --weight-decay 0.003 --warmup 2 --ema 0.6 --hidden 40"
 ADV_MAE = "--arch vit_slim --decoder 16 1 2 --lr 0.004 --weight-decay 0.03 --warmup 2"
@@ -1154,7 +1154,7 @@ DEFAULTS = {  # of each flag that a paper or its authors' code names
         arch="resnet18"),
     "hardneg": dict(
         negatives="mochi", base="moco", stem=None, epochs=200, batch_size=256, lr=0.06, lr_final=0, weight_decay=5e-4,
-        ema=0.99, temperature=None, optimizer="sgd", bank_size=4096, shift=0.1, alpha=1, ifm_only=False, beta=1, tau=0.1, hard=1024,
+        ema=0.99, temperature=None, optimizer="sgd", bank_size=4096, shift=0.1, alpha=1, ifm_only=False, beta=1, tau=0.1, hardest=1024,
         mix=512, mix_query=256, mix_from=10, blur=False, arch="resnet18"),
     "byorl": dict(
         hidden=4096, epochs=200, batch_size=512, lr=2, warmup=10, weight_decay=5e-4, ema=0.996, norm="linf",
