@@ -2,60 +2,68 @@
 
 SimCLR asks that two augmentations of an image agree. CLAE asks in addition that one of them agrees
 with an attacked copy of itself. The attack is the cheapest there is, one signed step uphill on the
-contrastive loss. Its aim is accuracy, not robustness: the copy's cosine with its own original is at its
-maximum, 1, where it has no gradient, so the step moves the copy towards the other images of the
-batch. That makes them harder negatives.
+contrastive loss of the view and its copy. Its aim is accuracy, not robustness. The copy starts at the
+view itself: their cosine is at its maximum, 1, where it has no gradient. So, to first order, the step
+moves the copy's embedding towards those of the other images, and a copy nearer to them is a harder
+example.
 
-    code                          this file
-    model                         net: encoder and projector; embed gives z, not normalised
-    BN of clean, attacked x       BatchNorm branches "clean", "adv"
+    in formulas                   this file
+    z                             embed: the output of net, encoder and projector, not normalised
     a = t(x), b = t'(x)           x1, x2: the two views of an image
-    a + eps sign(gradient)        attack
+    a' = a + eps sign(gradient)   x1_adv, of attack
     NT(z_a, z_b)                  nt_xent
     NT(z_a, z_b) + alpha NT(z_a, z_a')    objective
+    BN of clean, attacked x       BatchNorm branches "clean", "adv": weights and statistics of their own
 
-The body of the paper was not at hand: this is its authors' code, in the form for SimCLR. We depart
-from it in these places:
-    - eps is in pixels, and the attacked view stays in [0, 1]. Theirs is 0.03 of normalised pixels,
-      which is 3.8/255, and is not clipped.
+The body of the paper was not at hand: this follows its authors' code, in its variant for SimCLR. We
+depart from it in these places:
+    - eps is a difference of pixel values in [0, 1], and the attacked view stays in [0, 1]. Theirs is
+      0.03 of normalised values, which is 3.8/255, and is not clipped.
     - No running statistic moves in the attack. Their code runs it in train mode, so that each of its
       two passes moves those of branch adv.
-    - Both views are one batch to BatchNorm, as in acl.py.
-    - A vector is kept out of its own denominator by a mask, and the attack makes no gradient of the
-      weights.
+    - Both views are one batch to BatchNorm, as in acl.py. Theirs are two.
+    - Every image is used in every epoch; their last, short batch is dropped. Weights start as He et
+      al. have it, theirs as PyTorch does.
+    - At its start the copy is the view, so one pass gives both embeddings of the attack; their code
+      makes two. The result is the same.
 
-In the attack the BatchNorms of branch adv are in train mode: they normalise by the batch, as they do in
-the loss that the copy enters next. So the step climbs that very loss. In eval mode it would climb
-another: no pass that trains anything reads the running statistics of that branch, and with a momentum
-of 0.01 they lag behind the weights for hundreds of steps.
+In the attack the BatchNorms of branch adv are in train mode: they normalise by the batch, as they do
+where the copy enters the loss. In eval mode the copy would be another: no pass that trains anything
+reads the running statistics of that branch, and with a momentum of 0.01 they lag behind the weights
+for hundreds of steps. Still the attack does not climb the loss's second term itself. There z_a comes
+through branch clean; in the attack it comes through branch adv, as the copy does, for otherwise their
+cosine would not be 1. And where branch clean moves its running statistics once a step, by 2B images,
+branch adv does so by B. A ViT has no BatchNorm, and so no branches.
 
     python clae.py                                       CIFAR-10, ResNet-18, 100 epochs
-    torchrun --standalone --nproc-per-node 2 clae.py     the same on 2 GPUs, 128 of the 256 images on each
-    python clae.py --alpha 0 --out runs/simclr           SimCLR, the clean base
+    torchrun --standalone --nproc-per-node 2 clae.py     on 2 GPUs, 128 of the 256 images on each
+    python clae.py --alpha 0 --out runs/simclr           SimCLR, the clean base: nothing is attacked
     python clae.py --random --out runs/random            a control: steps of equal length in random directions
     python clae.py --eps 0 --out runs/copy               another: the third view is a copy of the first
-    python clae.py --arch vit_tiny --out runs/clae-vit   a ViT, for which Adam's rate will do
+    python clae.py --arch vit_tiny --out runs/clae-vit   a ViT; the learning rate can stay as it is
     python eval.py runs/clae/encoder.pt --preset knn amoc-slf
 
-A step costs 12 forward passes,
-counting a backward pass to the pixels as one and a whole one as two: 3 for the attack and 9 for the
-update. SimCLR's costs 6.
+A step costs 11 forward passes, counting a backward pass to the pixels as one and a whole one as two: 2
+for the attack and 9 for the update. With --random it costs 9, and with --alpha 0, SimCLR's, 6.
 
-The encoder is exported without the projector, with BatchNorm branch clean.
+The encoder is exported without the projector, with BatchNorm branch clean, which is the one that
+eval.py reads, in eval mode.
 
 On several processes order, augmentation and the directions of --random are those of one process. The
 losses have the negatives of all of them, the attack those of its own process. Each BatchNorm sees the
 images of its own process, or with --sync-bn (on GPUs) those of all.
 
-In the log, chance is ln(2B - 1) for both losses, with B images per step. loss_adv lies below
-loss_clean, since a view and its copy are alike. gain is what the attack adds to NT(z_a, z_a') on up to
-256 training images, measured at the end of the epoch: with --random it is near 0.
+In the log, chance is ln(2B - 1) for loss_clean and for loss_adv, with B images per step, and loss is
+loss_clean + alpha loss_adv. Both fall below chance as it learns; where all embeddings are alike, they
+stay there. gain is what the attack adds to NT of the view and its copy, both through branch adv, on up
+to 64 training images, the same ones at the end of every epoch. It is above 0, and near 0 with --random
+or --eps 0.
 
-Measured: nothing yet. For a linear probe on clean images the survey by Qi & Shah 2022 (arXiv
-2210.13463, Table 3, under the heading "robust linear") reports 76.70 % on CIFAR-10 and 55.52 on
-CIFAR-100, by the authors' code of the best epoch on the test images. Ours is always the last.
+Measured: nothing yet. The survey by Qi & Shah 2022 (arXiv 2210.13463, Table 3, under the heading "robust
+linear") has 76.70 % on CIFAR-10 and 55.52 on CIFAR-100, of a linear probe on clean images. Those are the
+authors' figures, and their code keeps the epoch of the probe that is best on the test images. Ours is
+always the last.
 """
-import argparse
 import math
 import pathlib
 
@@ -67,7 +75,7 @@ from common import data, dist, encoders, optim, run
 from common.augment import random_color_jitter, random_grayscale, random_resized_crop
 from common.log import Log
 from common.pgd import frozen_stats, pgd
-from common.pictures import difference, save_rows
+from common.pictures import attack_key, difference, save_rows
 from common.resnet import BranchNorm, branch
 from common.speed import compile_networks, graphed
 
@@ -110,52 +118,60 @@ def nt_xent(z1, z2, temperature):
 def objective(z1, z2, z_adv, temperature, alpha):
     """NT(z_a, z_b) + alpha NT(z_a, z_a') of z1, z2, z_adv (B, D), with gradient through all three.
 
-    The attacked view is compared with the view that it is made of, z1, and not with the other one.
+    The attacked view is compared with the view that it is made of, z1, and not with the other one. Where
+    `alpha` is 0 it is not read.
     """
-    return nt_xent(z1, z2, temperature) + alpha * nt_xent(z1, z_adv, temperature)
+    loss = nt_xent(z1, z2, temperature)
+    if alpha:
+        loss = loss + alpha * nt_xent(z1, z_adv, temperature)
+    return loss
 
 
 @graphed
 def attack(net, x, noise, *, eps, temperature, random=False):
-    """x (B, 3, S, S) in [0, 1] after one step of eps uphill on NT(z_x, z), with z_x, that of x itself, a
-    constant. eps is in the units of x.
+    """x (B, 3, S, S) in [0, 1] after one step of eps uphill on NT(z_x, z), where z is the embedding of the
+    moving copy, and z_x, that of x, is held constant. eps is in the units of x.
 
     With `random` the step is eps sign(`noise`) instead, noise shaped as x; else noise is not read.
     """
     if random:
         return (x + eps * noise.sign()).clamp(0, 1)
+
+    def loss_of_copy(x_adv):
+        z = embed(net, x_adv, "adv")
+        return nt_xent(z.detach(), z, temperature)  # in the one step that there is, the copy still is x
+
     # Train mode: batch statistics are part of what is attacked. No running statistic changes.
     with frozen_stats(net):
-        with torch.no_grad():
-            z = embed(net, x, "adv")
-
-        def loss_of_copy(x_adv):
-            return nt_xent(z, embed(net, x_adv, "adv"), temperature)
-
-        return pgd(loss_of_copy, x, eps, eps, 1, start=x)
+        return pgd(loss_of_copy, x, eps, step_size=eps, steps=1, start=x)
 
 
 def train_step(net, opt, x1, x2, noise, *, temperature, alpha, eps, random):
     """One iteration on two views (B, 3, S, S) of B images; the losses to be logged. `noise` is as in
     `attack`."""
-    x1_adv = attack(net, x1, noise, eps=eps, temperature=temperature, random=random)
+    if alpha:
+        x1_adv = attack(net, x1, noise, eps=eps, temperature=temperature, random=random)
+    # Embeddings of all processes' images. The gradient flows through all three, and not into the
+    # perturbation.
     z1, z2 = embed(net, torch.cat([x1, x2]), "clean").chunk(2)  # one batch to BatchNorm
-    z_adv = embed(net, x1_adv, "adv")
-    # Negatives of all processes. The gradient flows through all three, and not into the perturbation.
     z1 = dist.gather(z1)
     z2 = dist.gather(z2)
-    z_adv = dist.gather(z_adv)
+    z_adv = None
+    if alpha:
+        z_adv = dist.gather(embed(net, x1_adv, "adv"))
     loss = objective(z1, z2, z_adv, temperature, alpha)
-    with torch.no_grad():
-        loss_clean = nt_xent(z1, z2, temperature)
-        loss_adv = nt_xent(z1, z_adv, temperature)
+    losses = {"loss": loss}
+    if alpha:
+        with torch.no_grad():
+            losses["loss_clean"] = nt_xent(z1, z2, temperature)
+            losses["loss_adv"] = nt_xent(z1, z_adv, temperature)
 
     opt.zero_grad()
     loss.backward()
     dist.average_grads(net.parameters())
     opt.step()
     dist.average_buffers(net)  # else the running statistics of the processes drift apart
-    return {"loss": loss, "loss_clean": loss_clean, "loss_adv": loss_adv}
+    return losses
 
 
 def lr_at(epoch, epochs, lr, final):
@@ -179,7 +195,7 @@ def parser():
                    help="of Adam; their code reads one and does not use it (authors' code)")
     p.add_argument("--temperature", type=run.number(above=0), default=0.5, help="T (authors' code)")
     p.add_argument("--alpha", type=run.number(), default=1.0,
-                   help="weight of the attacked view's loss (authors' code)")
+                   help="weight of the attacked view's loss; 0 is SimCLR, without an attack (authors' code)")
     p.add_argument("--eps", type=run.number(0, 255), default=4.0,
                    help="the step of the attack, in 1/255; theirs is 3.8 (ours)")
     p.add_argument("--random", action="store_true",
@@ -196,7 +212,8 @@ def network(arch):
     projector = encoders.mlp(encoder.dim, encoder.dim, 64)
     for module in encoder.modules():
         if isinstance(module, BranchNorm):
-            module.branches["adv"].momentum = 0.01  # as in the authors' code
+            # As in the authors' code. Only --bn adv of eval.py reads the statistics that it moves.
+            module.branches["adv"].momentum = 0.01
     return nn.Sequential(encoder, projector).to(memory_format=torch.channels_last)
 
 
@@ -212,8 +229,9 @@ def attack_settings(args):
 
 @torch.no_grad()
 def gain(net, images, size, args):
-    """What the attack adds to NT(z_a, z_a') on up to 256 training images, augmented as in training."""
-    x, _, rng = next(data.batches(images, min(256, len(images)), args.seed, 0))
+    """What the attack adds to NT of the view and its copy, both through branch adv, on up to 64 training
+    images, augmented as in training."""
+    x, _, rng = next(data.batches(images, min(64, len(images)), args.seed, 0))
     x1 = augment(x, rng, size)
     x1_adv = attack(net, x1, start_noise(x1, rng), **attack_settings(args))
     with frozen_stats(net):
@@ -223,14 +241,16 @@ def gain(net, images, size, args):
 
 
 def pictures(net, images, size, args):
-    """Rows for `save_rows` of up to eight images: both views, the attacked one, and what the attack
-    added."""
+    """Rows for `save_rows` of up to eight images: both views; and with --alpha the attacked one, and
+    what the attack added."""
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
     x1 = augment(x, rng, size)
     x2 = augment(x, rng, size)
-    x1_adv = attack(net, x1, start_noise(x1, rng), **attack_settings(args))
-    return [("x1", x1), ("x2", x2), ("x1_adv", x1_adv),
-            ("x1_adv - x1", difference(x1_adv, x1, args.eps / 255))]
+    rows = [("x1", x1), ("x2", x2)]
+    if args.alpha:
+        x1_adv = attack(net, x1, start_noise(x1, rng), **attack_settings(args))
+        rows += [("x1_adv", x1_adv), ("x1_adv - x1", difference(x1_adv, x1, args.eps / 255))]
+    return rows
 
 
 def main(argv=None):
@@ -250,7 +270,7 @@ def main(argv=None):
     log = Log(args, env, steps_per_epoch * args.epochs, images)
     state = dict(net=net, opt=opt, log=log)
     step = run.resume(args, env, state)
-    log.start(step, f"chance loss ln(2B - 1) = {math.log(2 * args.batch_size - 1):.3f}")
+    log.start(step, f"chance: loss_clean, loss_adv ln(2B - 1) = {math.log(2 * args.batch_size - 1):.3f}")
 
     final = args.lr if args.lr_final is None else args.lr_final
     settings = dict(alpha=args.alpha, **attack_settings(args))
@@ -266,13 +286,14 @@ def main(argv=None):
             losses = train_step(net, opt, x1, x2, noise, **settings)
             log.step(step, len(x) * env.world, **losses)
             step += 1
-        log.epoch(epoch, step, lr=lr, gain=gain(net, images, size, args))
+        gained = {"gain": gain(net, images, size, args)} if args.alpha else {}
+        log.epoch(epoch, step, lr=lr, **gained)
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
             # Pictures come before the checkpoint: a run that is stopped between the two draws them
             # again.
             rows = pictures(net, images, size, args)
             if env.rank == 0:
-                save_rows(out / "views.png", rows, key=(f"-{args.eps:g}/255", f"+{args.eps:g}/255"))
+                save_rows(out / "views.png", rows, key=attack_key("linf", args.eps) if args.alpha else None)
             run.save(args, env, state, step)
     if env.rank == 0:
         bn = encoders.branch_of(net[0], "clean")

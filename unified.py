@@ -5,30 +5,37 @@ loss and the MAE loss", and training on the joint loss. It prints no equation, a
 published code: every formula, decision and number below is ours, where nothing else is said.
 
 One perturbation delta of one view, t(x), is to raise two losses at once. The contrastive loss compares
-the whole attacked view with another, clean view of the image, and with those of the other images. The
-reconstruction loss rebuilds the clean view from the attacked patches that remain visible. All weights
-descend the joint loss; delta alone ascends it.
+the whole attacked view with another, clean view of the image, and with both views of the other images.
+For the reconstruction loss the decoder rebuilds the removed patches of the clean view from the visible,
+attacked ones. All weights descend the joint loss; delta alone ascends it.
 
     min over the weights of E_x max_{|delta| <= eps} J(delta),
     J = con_weight NT( t(x) + delta, t'(x) ) + lam MAE( m (t(x) + delta), t(x) )
 
-    m, the visible patches            ids_keep, ids_restore and mask, of random_masking; a draw per step
-    t(x), t'(x)                       patches1, patches2: two views, as patches in pixels
+    t(x), t'(x)                       x1, x2: two views; `patches`, those of x1, in pixels
+    m, 1 at a visible patch           1 - mask, of random_masking; for each image and step one draw
     NT                                nt_xent, of ACL's and SimCLR's kind, in the batch
     MAE                               mae_loss: that of adv_mae.py, Eq. 4 of Rebuffi et al. 2023
     J                                 objective
     max over delta                    attack: --norm, --eps, --steps
 
-One ViT encodes both; MAE's decoder and a projector of the mean patch token stand on it. A ViT has no
-BatchNorm, so what stands still in the attack is computed exactly once, the embedding of t'(x) among
-it. The weights --lam and --con-weight hold in the attack as in the update: under the gradient's sign
-their ratio matters. The rate, its schedule and the decoder are adv_mae.py's, the augmentation is
-SimCLR's without blur, the radius that of small attacks.
+One ViT encodes both; MAE's decoder and a projector of the mean patch token stand on it. A ViT has
+neither BatchNorm nor dropout, and the weights change only after the attack. So the embedding of t'(x)
+is computed once per step, for the attack, where it is a constant, and for the update, which has its
+gradient. The same draw of m serves both, and the attacked patches are constants in the update. The
+images of a batch are attacked together: their views are each other's negatives.
 
-It contains its parts, exactly: with --con-weight 0 loss and attack are those of adv_mae.py, with
---eps 0 it is the clean joint loss, and with --lam 0 SimCLR on a ViT under attack. What has no weight
-is not computed. Under l2 the noise of removed patches is zero where no gradient moves them (with
---con-weight 0, --attack mae or --share): it would use up the radius.
+The weights --lam and --con-weight hold in the attack as in the update. A step of the attack uses only
+the gradient's direction (its sign under linf), so there their ratio alone matters. Rate, schedule,
+optimizer and decoder are those of adv_mae.py, and so are the number and the size of the attack's
+steps, and crop and flip, which are MAE's. The colours are changed as SimCLR does for CIFAR-10. --eps is
+4/255, half of what is usual.
+
+It contains its parts, exactly: with --con-weight 0 loss and attack are those of adv_mae.py at equal
+flags (whose --eps is 1 if not given), with --eps 0 it is the clean joint loss, and with --lam 0 SimCLR on a
+ViT under attack. What has no weight is not computed. Removed patches have no noise where no gradient
+moves them (with --con-weight 0, --attack mae or --share). Under l2 it would use up the radius; under
+linf it is so for the rule's sake.
 
     python unified.py                                    the joint attack
     python unified.py --attack none --out runs/clean     the clean joint loss
@@ -36,22 +43,29 @@ is not computed. Under l2 the noise of removed patches is zero where no gradient
     python unified.py --attack mae --out runs/mae        delta raises the reconstruction loss alone
     python unified.py --lam 0 --out runs/simclr          SimCLR under attack
     python unified.py --con-weight 0 --out runs/amae     adversarial MAE, with this augmentation
-    python unified.py --share --out runs/share           the contrastive loss sees the visible patches only
+    python unified.py --share --out runs/share           the contrastive loss sees the visible patches of t(x)
     python eval.py runs/unified/encoder.pt --preset mae-tune-cifar mae-slf-cifar knn
 
-With K attack steps a step costs (2 K + 3) times as much as a forward pass of the whole view, of the
-visible patches and of the decoder together, and 3 forward passes of the other view. The encoder is
-exported without decoder and projector.
+A forward pass, or a backward pass to the pixels, counts one, a backward pass to the weights two. Then
+a step costs 2 for each of K attack steps and 3 for the update, each of a pass of the whole view, of its
+visible patches and of the decoder, and 3 passes of the other view. With K = 2 that is 1.8 times as much
+as without an attack. With --attack con or mae the attack passes only what that loss needs.
 
-On several processes the negatives of the loss are those of all of them, those of the attack those of
-its own process. The reconstruction loss is a mean over the images of each, and then over processes.
+The encoder is exported without decoder and projector; its feature is the mean of all patch tokens, of a
+whole, clean image.
 
-In the log, chance for loss_con is ln(2B - 1), and predicting each patch's mean gives loss_mae 1 - 1/D
-(D values per patch, with --norm-pix). At the end of an epoch, on up to 64 training images: gain_con and
-gain_mae are what the attack adds to each loss beyond what its start adds: noise of the same eps, or
-without --random-start nothing. Where removed patches have no noise, the noise is that of the visible
-ones. agreement is the mean cosine of the two losses' gradients in the pixels. Where it is below 0, what
-raises one loss lowers the other.
+On several processes order, augmentation, masks and noise are those of one process. In the update the
+negatives are those of all of them; in the attack, those of its own process. The reconstruction loss
+is a mean over the images of each, and then over processes.
+
+The losses in the log are those of the attacked view. Chance for loss_con is ln(2B - 1), and it stays
+there where all embeddings are alike; predicting each patch's mean gives loss_mae 1 - 1/D (D values per
+patch, with --norm-pix). Both fall below within the first epochs. At the end of each, on the same up to
+64 training images: gain_con and gain_mae are each loss after the attack minus the loss where the attack
+began, at random noise or, with --no-random-start, at the view. agreement is the mean cosine of the two
+losses' gradients in the pixels, at the view. Where it is below 0, a small step along one gradient lowers
+the other loss. It cannot come near 1: without --share one of the two gradients has no part in the
+removed patches.
 
 Measured: nothing yet.
 """
@@ -74,7 +88,7 @@ from common.vit import PatchDecoder, check_masked, patchify, unpatchify
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in MAE's code
 STD = (0.229, 0.224, 0.225)
 
-# What the attack climbs: whether each loss counts there.
+# Which losses the attack raises: the contrastive one, the reconstruction.
 ATTACKS = {"joint": (True, True), "con": (True, False), "mae": (False, True), "none": (False, False)}
 
 
@@ -122,11 +136,11 @@ class Unified(nn.Module):
 
     def forward(self, patches, ids_keep=None, ids_restore=None, con=True, share=False):
         """Patches (B, L, D) of a view, in pixels -> z (B, 128), not normalised, and the view rebuilt
-        (B, L, D) from its patches ids_keep (B, Lk); both as they are for the losses, in the patches'
-        dtype.
+        (B, L, D) from its patches ids_keep (B, Lk), as mae_loss wants it: standardised patches, or with
+        --no-norm-pix pixels normalised by channel. Both are in the patches' dtype.
 
         Without ids_restore nothing is rebuilt, and without `con` there is no z: None in their place. With
-        `share` z is of the patches ids_keep as well.
+        `share`, which needs ids_keep, z is of these patches as well.
         """
         # Pixels are embedded in float32: bf16 would blur a perturbation of 1/255.
         tokens = self.encoder.embed(patches) + self.encoder.pos_embed[0, 1:]
@@ -168,7 +182,7 @@ def nt_xent(z1, z2, temperature):
 def mae_loss(pred, target, mask, norm_pix=True):
     """Eq. 4: squared error of pred against target (B, L, D), mean over D, then over the patches
     where `mask` (B, L) is 1. With `norm_pix` each target patch is standardised over its D values
-    first (Eq. 3)."""
+    first (Eq. 3), by the unbiased variance + 1e-6, as in MAE's code."""
     if norm_pix:
         target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 1e-6).sqrt()
     error = (pred.to(target.dtype) - target).square().mean(2)  # (B, L)
@@ -179,8 +193,8 @@ def objective(z1, z2, pred, target, mask, temperature, lam, con_weight=1.0, norm
     """J = con_weight L_con + lam L_mae, and the two losses: three scalars. A loss of weight 0 is not
     computed, and 0.
 
-    z1, z2 (B, D) are embeddings of the two views, pred and target (B, L, D) the rebuilt and the clean
-    patches, and `mask` (B, L) is 1 where a patch was removed.
+    z1, z2 (B, D) are embeddings of the two views, pred and target (B, L, D) the rebuilt patches and the
+    clean ones, normalised by channel, and `mask` (B, L) is 1 where a patch was removed.
     """
     loss_con = nt_xent(z1, z2, temperature) if con_weight else target.new_zeros(())
     loss_mae = mae_loss(pred, target, mask, norm_pix) if lam else target.new_zeros(())
@@ -192,7 +206,7 @@ def gradient_cosine(g1, g2):
     return F.cosine_similarity(g1.flatten(1), g2.flatten(1), dim=1).mean()
 
 
-def look(net, patches, ids_keep, ids_restore, *, lam, con_weight, share):
+def outputs(net, patches, ids_keep, ids_restore, *, lam, con_weight, share):
     """z and the rebuilt patches of a view's patches (B, L, D); None in place of what has no weight."""
     if not lam:
         ids_restore = None  # nothing is to be rebuilt
@@ -218,7 +232,7 @@ def attack(net, patches, noise, z2, ids_keep, ids_restore, target, mask, *,
     start = patches if noise is None else (patches + eps * noise).clamp(0, 1)
 
     def loss_of_patches(moved):
-        z1, pred = look(net, moved, ids_keep, ids_restore, lam=lam, con_weight=con_weight, share=share)
+        z1, pred = outputs(net, moved, ids_keep, ids_restore, lam=lam, con_weight=con_weight, share=share)
         loss, _, _ = objective(z1, z2, pred, target, mask, temperature, lam, con_weight, norm_pix)
         return loss
 
@@ -242,7 +256,7 @@ def train_step(net, opt, x1, x2, u, noise, *, mask_ratio,
                       climbs=climbs, temperature=temperature, lam=lam, con_weight=con_weight,
                       norm_pix=norm_pix, share=share, norm=norm, eps=eps, step_size=step_size, steps=steps)
 
-    z1, pred = look(net, attacked, ids_keep, ids_restore, lam=lam, con_weight=con_weight, share=share)
+    z1, pred = outputs(net, attacked, ids_keep, ids_restore, lam=lam, con_weight=con_weight, share=share)
     if con_weight:  # negatives of all processes
         z1 = dist.gather(z1)
         z2 = dist.gather(z2)
@@ -252,7 +266,12 @@ def train_step(net, opt, x1, x2, u, noise, *, mask_ratio,
     loss.backward()
     dist.average_grads(net.parameters())
     opt.step()
-    return {"loss": loss, "loss_con": loss_con, "loss_mae": loss_mae}
+    losses = {"loss": loss}
+    if con_weight:
+        losses["loss_con"] = loss_con
+    if lam:
+        losses["loss_mae"] = loss_mae
+    return losses
 
 
 def lr_at(epoch, epochs, lr, warmup):
@@ -272,9 +291,10 @@ def parser():
     p.add_argument("--con-weight", type=run.number(), default=1.0,
                    help="weight of the contrastive loss (ours)")
     p.add_argument("--share", action=argparse.BooleanOptionalAction, default=False,
-                   help="the contrastive loss sees the visible patches of the attacked view only (ours)")
+                   help="of the attacked view the contrastive loss sees the visible patches only; the other "
+                        "view stays whole (ours)")
     p.add_argument("--decoder", type=run.integer(1), nargs=3, default=[128, 4, 4],
-                   metavar=("WIDTH", "BLOCKS", "HEADS"), help="its size (ours)")
+                   metavar=("WIDTH", "BLOCKS", "HEADS"), help="width, blocks and heads of the decoder (ours)")
     p.add_argument("--mask-ratio", type=run.number(0, 1), default=0.75,
                    help="the share of the patches that is removed (MAE's)")
     p.add_argument("--norm-pix", action=argparse.BooleanOptionalAction, default=True,
@@ -293,8 +313,8 @@ def parser():
     p.add_argument("--eps", type=run.number(0, 1e6), default=4.0,
                    help="radius of the attack, in 1/255; 0 gives the clean joint loss (ours)")
     p.add_argument("--step-size", type=run.number(0, 1e6),
-                   help="of the attack, in 1/255; default: 5/8 eps (ours)")
-    p.add_argument("--steps", type=run.integer(0), default=2, help="K, of the attack (ours)")
+                   help="of the attack, in 1/255; default: 5/8 eps, as in adv_mae.py (ours)")
+    p.add_argument("--steps", type=run.integer(0), default=2, help="K, of the attack, as in adv_mae.py (ours)")
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
                    help="start the attack at a random point of the ball (ours); without it, at "
                         "the image: with --steps 1 and --step-size equal to --eps that is FGSM")
@@ -322,8 +342,9 @@ def network(args, size):
 
 
 def start_noise(u, encoder, args, rng):
-    """Where the attack on a view starts: (B, L, D), each image in the unit ball; None: at the image.
-    `u` draws the mask. Where no gradient moves the removed patches they have no noise."""
+    """The noise from which the attack on a view starts: (B, L, D), each image in the unit ball; None: it
+    starts at the view. `u` draws the mask. Where no gradient moves the removed patches they have no
+    noise."""
     if args.attack == "none" or not args.random_start:
         return None
     B, L = u.shape
@@ -364,8 +385,8 @@ def attack_settings(args):
 
 
 def sample(net, images, count, size, args):
-    """Of up to `count` training images, augmented as in training: the first view, its noise, and what
-    the losses take besides its patches."""
+    """Of up to `count` training images, augmented as in training: both views, the noise of the first, and
+    what `attack` takes after it: z2, ids_keep, ids_restore, target and mask."""
     encoder = net.encoder
     x, _, rng = next(data.batches(images, min(count, len(images)), args.seed, 0))
     x1 = augment(x, rng, size)
@@ -381,8 +402,8 @@ def sample(net, images, count, size, args):
 
 @torch.no_grad()
 def gains(net, images, size, args):
-    """What the attack adds to each loss beyond what noise adds, and whether the two losses' gradients in
-    the pixels agree, on up to 64 training images."""
+    """What the attack adds to each loss beyond what its start adds, and whether the two losses' gradients
+    in the pixels agree, on up to 64 training images."""
     x1, _, noise, constants = sample(net, images, 64, size, args)
     patches = patchify(x1, net.encoder.patch)
     z2, ids_keep, ids_restore, target, mask = constants
@@ -390,15 +411,19 @@ def gains(net, images, size, args):
     attacked = attack(net, patches, noise, *constants, **attack_settings(args))
 
     def losses_of(view):
-        z1, pred = look(net, view, ids_keep, ids_restore,
-                        lam=args.lam, con_weight=args.con_weight, share=args.share)
+        z1, pred = outputs(net, view, ids_keep, ids_restore,
+                           lam=args.lam, con_weight=args.con_weight, share=args.share)
         _, loss_con, loss_mae = objective(
             z1, z2, pred, target, mask, args.temperature, args.lam, args.con_weight, args.norm_pix)
         return loss_con, loss_mae
 
     con_before, mae_before = losses_of(start)
     con_after, mae_after = losses_of(attacked)
-    found = {"gain_con": (con_after - con_before).item(), "gain_mae": (mae_after - mae_before).item()}
+    found = {}
+    if args.con_weight:
+        found["gain_con"] = (con_after - con_before).item()
+    if args.lam:
+        found["gain_mae"] = (mae_after - mae_before).item()
     if args.con_weight and args.lam:
         at = patches.clone().requires_grad_()
         with torch.enable_grad():
@@ -457,11 +482,13 @@ def main(argv=None):
     log = Log(args, env, steps_per_epoch * args.epochs, images)
     state = dict(net=net, opt=opt, log=log)
     step = run.resume(args, env, state)
-    flat = 1 - 1 / (3 * net.encoder.patch**2)
-    note = f"chance loss_con ln(2B - 1) = {math.log(2 * args.batch_size - 1):.3f}"
-    if args.norm_pix:
-        note += f"; predicting each patch's mean: loss_mae 1 - 1/D = {flat:.3f}"
-    log.start(step, note)
+    notes = []
+    if args.con_weight:
+        notes.append(f"chance loss_con ln(2B - 1) = {math.log(2 * args.batch_size - 1):.3f}")
+    if args.lam and args.norm_pix:
+        flat = 1 - 1 / (3 * net.encoder.patch**2)
+        notes.append(f"predicting each patch's mean: loss_mae 1 - 1/D = {flat:.3f}")
+    log.start(step, "; ".join(notes))
 
     settings = dict(mask_ratio=args.mask_ratio, **attack_settings(args))
     for epoch in range(step // steps_per_epoch, args.epochs):

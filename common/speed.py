@@ -28,7 +28,7 @@ def compile_networks(args, env, *nets):
         net._compiled_call_impl = functools.partial(_call, net, net._compiled_call_impl, share)
 
 
-def _call(net, compiled, share, x, *rest, **named):
+def _call(net, compiled, share, x, /, *rest, **named):
     if len(x) % share:
         return net._call_impl(x, *rest, **named)
     frozen = [w for w in net.parameters() if w.requires_grad] if Kept.pixels_only else []

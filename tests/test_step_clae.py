@@ -99,6 +99,24 @@ def test_two_steps_are_those_of_the_authors_algorithm(random, first):
         assert torch.equal(inputs[0], x1) and torch.equal(inputs[1], x2), "inputs are not changed"
 
 
+def test_without_alpha_a_step_is_simclrs_and_branch_adv_stays_as_it_is():
+    net = steps.named(encoder=steps.encoder(48, 6, ("clean", "adv")), projector=nn.Linear(6, 5))
+    steps.scrambled(net, 1)
+    opt = torch.optim.Adam(net.parameters(), 0.03)
+    w, memory = steps.plain(net), {}
+    x1, x2 = steps.images((2, B, 3, 4, 4), 10)
+    z1, z2 = embed(w, torch.cat([x1, x2]), "clean", "train").chunk(2)
+    wanted = nt_xent(z1, z2)
+    names = [name for name in steps.parameters(w) if "branches.adv" not in name]
+    gradients = torch.autograd.grad(wanted, [w[name] for name in names])
+    for name, gradient in zip(names, gradients):  # the first step of Adam, whose memory is empty
+        w[name] = w[name].detach() - 0.03 * gradient / (gradient.abs() + 1e-8)
+    settings = named(clae.train_step, clae, *FLAGS[:-1], "0")
+    found = clae.train_step(net, opt, x1, x2, None, **settings)
+    steps.assert_same(found, {"loss": wanted}, "losses")
+    steps.assert_same(net.state_dict(), w, "network")
+
+
 def test_a_run_hands_the_step_what_the_method_starts_with(monkeypatch, tmp_path):
     seen = steps.first_step(clae, monkeypatch, tmp_path, "--lr", "0.7")
     steps.assert_optimizer(seen["opt"], seen["net"], torch.optim.Adam, lr=0.7, betas=(0.9, 0.999), eps=1e-8,
