@@ -1,5 +1,6 @@
 """The mathematics of unified.py: slow float64 loops, printed values, and what it reduces to."""
 import copy
+import json
 import math
 
 import pytest
@@ -12,6 +13,7 @@ import unified
 from common import data
 from common.pgd import pgd
 from common.vit import ViT, patchify
+from tests import crossed
 from tests import steps2 as plain
 from tests.recipes import X, Z, unit
 from tests.scripts import named, read_flags
@@ -322,3 +324,35 @@ def test_the_log_says_what_the_attack_adds_and_whether_gradients_agree():
         args.steps = 0  # the attack is its own start
         at_its_start = unified.gains(net, loaded, 32, args)
         assert all(at_its_start[name] == 0 for name in names - {"agreement"})
+
+
+def test_losses_are_crossed_with_attacks_on_the_test_images(tmp_path, capsys):
+    """Without an attack they are the objective's; the attack on a loss raises it, most of all attacks; a loss that was
+    not trained is left out."""
+    flags = ["--data", "shapes", "--limit", "64", "--arch", "vit_slim", "--decoder", "16", "1", "2", "--batch-size", "32",
+             "--warmup", "0", "--epochs", "1", "--device", "cpu"]
+    unified.main([*flags, "--out", str(tmp_path / "joint")])
+    unified.main([*flags, "--lam", "0", "--out", str(tmp_path / "con")])
+    capsys.readouterr()
+    crossed.main([str(tmp_path / "joint"), str(tmp_path / "con"), "--images", "64", "--eps", "8", "--steps", "4"])
+    joint, con = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for loss, own in (("loss_con", "con"), ("loss_mae", "mae")):
+        values = {attack: joint[attack][loss] for attack in ("none", "noise", "con", "mae", "joint")}
+        assert max(values, key=values.get) == own and values["joint"] > values["noise"]
+    assert con["con"].keys() == {"loss_con"} and not {"mae", "joint"} & con.keys()
+
+    net, flags = crossed.network_of(tmp_path / "joint")
+    images = data.load("shapes", "data", "test", torch.device("cpu"), 64, 32, 0)
+    x, _, rng = next(data.batches(images, 64, 0, 0))
+    views = [patchify(unified.augment(x, rng, 32), net.encoder.patch) for _ in range(2)]
+    ids_keep, ids_restore, mask = unified.random_masking(rng.uniform(views[0].shape[1]), 0.75)
+    z1, pred = net(views[0], ids_keep, ids_restore)
+    z2, _ = net(views[1])
+    target = net.encoder.normalise(views[0])
+    wanted = unified.nt_xent(z1, z2, 0.2), unified.mae_loss(pred, target, mask)
+    assert list(joint["none"].values()) == [round(loss.item(), 4) for loss in wanted]
+
+
+def test_crossing_names_a_folder_without_a_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="last.pt: no such file; unified.py writes it"):
+        crossed.network_of(tmp_path)
