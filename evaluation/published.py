@@ -337,9 +337,34 @@ PUBLISHED = [  # (script, flags, text); the first that fits is shown
     ("amoc", {"data": cifar10, "variant": "ACA"}, beside(find("ACA", AMOC, "CIFAR-10", 200), "its paper")),
     ("rotnet", {"data": cifar10, "target": "labels", "loss": "ce", "norm": "linf", "eps": not_zero},
      beside(find("supervised AT", FAN, "CIFAR-10", None), FAN)),
-    ("pretext", {"data": cifar10, "tasks": ["selfie", "rotation", "jigsaw"], "eps": not_zero, "lam": not_zero},
+    ("pretext",
+     {"data": cifar10, "tasks": ["selfie", "rotation", "jigsaw"], "eps": not_zero, "lam": not_zero},
      beside(find("AP-DPE", FAN, "CIFAR-10", None), FAN)),
 ]
+
+def linf(norm):
+    return norm in (None, "linf")  # older logs do not name it
+
+
+# (script, flags, row): with what evaluation/ranks.py compares our linear probes; the first that fits. As
+# far as it goes from one source: Fan et al. have most of these, by one protocol.
+COMPARED = [(script, {"data": cifar10, **flags}, row) for script, flags, row in [
+    ("rotnet", {"target": "labels", "loss": "ce", "norm": linf, "eps": not_zero},
+     find("supervised AT", FAN, "CIFAR-10", None)),
+    ("pretext", {"tasks": ["selfie", "rotation", "jigsaw"], "eps": not_zero, "lam": not_zero},
+     find("AP-DPE", FAN, "CIFAR-10", None)),
+    ("rocl", {"asymmetry": None, "norm": linf}, find("RoCL", FAN, "CIFAR-10")),
+    ("acl", {"variant": "ds", "norm": linf}, find("ACL", FAN, "CIFAR-10")),
+    ("acl", {"variant": "s2s"}, find("SimCLR", SURVEY, "CIFAR-10", None)),
+    ("advcl", {"teacher": None, "labels": None, "norm": linf},
+     find("AdvCL, no pseudo-labels", FAN, "CIFAR-10")),
+    ("advcl", {"norm": linf}, find("AdvCL", FAN, "CIFAR-10")),
+    ("amoc", {"variant": "CCC"}, find("CCC (MoCo)", AMOC, "CIFAR-10", 200)),
+    ("amoc", {"variant": "CAC"}, find("CAC", AMOC, "CIFAR-10", 200)),
+    ("amoc", {"variant": "CAA"}, find("CAA", AMOC, "CIFAR-10", 200)),
+    ("amoc", {"variant": "ACC", "norm": linf}, find("ACC", AMOC, "CIFAR-10", 200)),
+    ("amoc", {"variant": "ACA", "norm": linf}, find("ACA", AMOC, "CIFAR-10", 200)),
+]]
 
 
 def markdown():
