@@ -82,7 +82,7 @@ from common.augment import random_color_jitter, random_grayscale, random_resized
 from common.log import Log
 from common.pgd import ball_point, pgd
 from common.pictures import attack_key, difference, save_rows
-from common.speed import compile_networks
+from common.speed import compile_networks, graphed
 from common.vit import PatchDecoder, check_masked, patchify, unpatchify
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in MAE's code
@@ -215,6 +215,7 @@ def outputs(net, patches, ids_keep, ids_restore, *, lam, con_weight, share):
     return net(patches, ids_keep, ids_restore, con_weight > 0, share)
 
 
+@graphed
 def attack(net, patches, noise, z2, ids_keep, ids_restore, target, mask, *,
            climbs, temperature, lam, con_weight, norm_pix, share, norm, eps, step_size, steps):
     """A view's patches (B, L, D), in pixels in [0, 1], moved within eps so as to maximise J, or one loss
@@ -284,7 +285,7 @@ def lr_at(epoch, epochs, lr, warmup):
 # The run
 # ----------------------------------------------------------------------------------------------------------
 def parser():
-    p = run.parser(__doc__, name="unified", arch="vit_tiny")
+    p = run.parser(__doc__, name="unified", arch="vit_tiny", graph=True)
     p.add_argument("--attack", choices=ATTACKS, default="joint",
                    help="which of the losses the attack raises (ours)")
     p.add_argument("--lam", type=run.number(), default=1.0, help="weight of the reconstruction loss (ours)")

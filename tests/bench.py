@@ -815,7 +815,7 @@ def passes(s):
           ["", "forward", "to pixels", "to weights", "in forward passes", "over the first"], lines)
 
 
-GRAPHED = ("amoc", "rocl", "acl", "clae", "adco", "caco", "adv_mae", "byorl", "rotnet")
+GRAPHED = ("amoc", "rocl", "acl", "clae", "adco", "caco", "adv_mae", "byorl", "rotnet", "unified")
 
 
 def with_graphs(s, on, one):

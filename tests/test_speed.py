@@ -18,7 +18,7 @@ from common.resnet import branch
 from tests.scripts import SCRIPTS, TINY, named, tiny_npz
 
 Recording = speed.Recording
-GRAPHED = ("acl", "adco", "adv_mae", "amoc", "byorl", "caco", "clae", "rocl", "rotnet")
+GRAPHED = ("acl", "adco", "adv_mae", "amoc", "byorl", "caco", "clae", "rocl", "rotnet", "unified")
 
 
 # --compile --------------------------------------------------------------------------------------------------
