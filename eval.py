@@ -25,7 +25,7 @@ Attacks (evaluation/attacks.py) have names: pgd20 is 20 steps at linf 8/255, pgd
 pgd50-l2-amoc is 50 steps in l2 as in AMOC's paper, aa is AutoAttack, curve is pgd20 at eight radii,
 c, c19, c-like and c17-like are corruptions, no attack. Any other PGD or AutoAttack has a name by a
 grammar (evaluation/names.py): pgd50-8/0.8, pgd20-1-l2, aa-2. PGD alone flatters: on the papers' frozen
-encoders it reads 4 to 11 points above AutoAttack. With each AutoAttack comes a check that its figure means
+encoders it reads 2 to 11 points above AutoAttack. With each AutoAttack comes a check that its figure means
 something (`sanity`).
 
 Masked-image models are usually judged by fine-tuning on clean images (mae-tune; it works for ResNets too):

@@ -186,7 +186,7 @@ NOTES = """\
 - RobustSSL benchmark: leaderboard of December 2023. DynACL++ and DynACL-AIR++ are post-processed. "STL-10,
   96 px" is another network, with a 7x7 stem of stride 2 and max-pooling.
 - ACL's AFF on CIFAR-100 is 28.33 under PGD-20 in its paper and 29.38 in Fan et al.
-- On frozen encoders PGD-20 reads 4 to 11 points above AutoAttack."""
+- On frozen encoders PGD-20 reads 2 to 11 points above AutoAttack."""
 
 
 class Table(NamedTuple):
