@@ -88,6 +88,7 @@ from common.pgd import ball_point, eval_mode, pgd
 from common.pictures import attack_key, difference, save_rows
 from common.resnet import BranchNorm, branch
 from common.speed import compile_networks, graphed
+from common.vit import check_crops
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in the authors' code
 STD = (0.229, 0.224, 0.225)
@@ -497,6 +498,8 @@ def main(argv=None):
     bank = make_bank(args.bank_size, 128).to(device)
     opt = optimizer(net, args)
     compile_networks(args, env, net, target)
+    if args.multi_crop:
+        check_crops(net[0], [round(size * side / 224) for side in CROPS])
 
     log = Log(args, env, steps_per_epoch * args.epochs, images)
     state = dict(net=net, target=target, bank=bank, opt=opt, log=log)

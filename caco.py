@@ -6,10 +6,10 @@ network descends it. In CaCo the bank gives the positive too: the row nearest to
 *other* view. That row cooperates: it moves towards its query, which lowers the loss, while the
 negatives move towards the queries because that raises it.
 
-Which way it moves, and how strongly, is --cooperation, from -1 to 1. 1 is the paper's. With 0 its
-query does not move it at all, but as a negative of other queries it still moves. With -1 it flees from
-its query: that is an adversarial positive, for which the survey (Qi & Shah 2022, arXiv 2210.13463)
-reports an accuracy close to zero. What our small runs saw is said below.
+Which way it moves, and how strongly, is --cooperation, from -1 to 1. 1 is CaCo. With 0 its query does
+not move it at all, but as a negative of other queries it still moves. With -1 it flees from its query:
+that is an adversarial positive, for which the survey (Qi & Shah 2022, arXiv 2210.13463) reports an
+accuracy close to zero. What our small runs saw stands at the end.
 
     paper (equations: the survey's)     this file
     f_q, f_k                            net, target: an encoder and a projector each
@@ -22,12 +22,13 @@ reports an accuracy close to zero. What our small runs saw is said below.
     Eqs. 4 to 6, attack on pixels       attack, with --eps
 
 The body of the paper was not at hand. The equations are the survey's, the numbers for ImageNet the
-authors' code's, those for CIFAR-10 (the defaults) ours. Also from the code are the choice of the
-positive by largest cosine, the derivative through the cosine (Eqs. 7, 12 and 13 are those of free
-vectors), the loss as the *sum* of both views, the bank's rate, momentum and warm-up, the
-augmentations, the projector, and the cosine of the key network's momentum. We depart from that
-code:
-    - There is one temperature, as in the paper, so that one backward pass gives the gradients of
+authors' code's. The defaults are for CIFAR-10; whose each is, its help text says. Also from the code
+are the choice of the positive by largest cosine, the derivative through the cosine (Eqs. 7, 12 and 13
+are those of free vectors), the loss as the *sum* of both views, in multi-crop as the mean over the two
+views plus the mean over the pairs of a small view and a key, the bank's momentum and warm-up, the
+augmentations, the projector, and the cosine of the key network's momentum. BatchNorm is common to the
+batch, as there. We depart from that code:
+    - There is one temperature, as in the survey, so that one backward pass gives the gradients of
       both players. Their code has two flags for it, which are equal in every recipe.
     - After 256 steps of MoCo (--fill-steps) at the peak learning rate, with --ema, the bank is
       filled with keys of the network they leave. Their code makes bank size / batch size steps with
@@ -42,13 +43,14 @@ With --eps the pixels of all views are attacked as well, which is ours: by PGD o
 while the bank and the positives, those of clean keys, stand still. The attacked queries then drive
 network and bank. There is one set of BatchNorms, which in the query network sees attacked images.
 
-A step costs 8 forward passes, as MoCo's does on two views (a whole backward pass counts two), and
-with multi-crop 11.3, a small view counted by its area. With --eps it costs 28 on two views: each of
-the 5 attack steps is 2 passes of each view, counting a backward pass to the pixels as one.
+A step costs 8 forward passes (a whole backward pass counts two): twice those of MoCo, since both views
+are queries and both have keys. With multi-crop it costs 11.3, a small view counted by its area. With
+--eps it costs 28 on two views: each of the 5 attack steps is 2 passes of each view, counting a
+backward pass to the pixels as one. The 256 steps of MoCo before epoch 0 come besides.
 
     python caco.py                                       CIFAR-10, ResNet-18, 200 epochs
     python caco.py --cooperation -1 --out runs/eq13      Eq. 13
-    python caco.py --cooperation 0 --out runs/frozen     positives that only their other roles move
+    python caco.py --cooperation 0 --out runs/frozen     no row is moved as a positive
     python caco.py --eps 8 --out runs/caco-pixels        bank and pixels
     python caco.py --norm l2 --eps 128 --out runs/caco-l2    pixels in l2, 128/255
     python caco.py --arch vit_tiny --optimizer adamw --lr 5e-4 --weight-decay 0.05 --warmup 10 \
@@ -65,12 +67,12 @@ process, or with --sync-bn (on GPUs) those of all, as in the authors' code.
 
 The log tells how the bank lives: bank_change is what its step adds to a view's loss (below 0 where
 the cooperating positives weigh more than the negatives, above it where they do not, or where
---cooperation is below 0); rotation is how far its rows turn, in radians per
-step; norm is their length; unique is how many rows are positives of a view, on one process; p is
-the mean probability of a positive; cosine is the mean largest cosine of a query with any row. Where
-it is below 0.2, or fewer positives than a fifth of the batch differ, the bank is called dead on the
-screen, but not where --cooperation is below 0, which drives both down.
-Chance for the loss is 2 ln K.
+--cooperation is below 0). After that step: rotation is how far the directions of its rows moved, about
+the angle in radians; norm is their length; unique is how many rows are positives of a view, on one
+process; p is the mean probability of a positive; cosine is the mean largest cosine of a query with any
+row. Where it is below 0.2, or fewer positives than a fifth of the batch differ, the bank is called dead
+on the screen, but not where --cooperation is below 0, which drives both down. Chance for the loss is
+2 ln K.
 
 Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
 CIFAR-10 (JPEG), in 4.1 minutes (14 epochs): a linear probe reaches 43.3 %, with 232 of 256
@@ -97,6 +99,7 @@ from common.log import Log
 from common.pgd import ball_point, eval_mode, pgd
 from common.pictures import attack_key, difference, save_rows
 from common.speed import compile_networks, graphed
+from common.vit import check_crops
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in the authors' code
 STD = (0.229, 0.224, 0.225)
@@ -157,21 +160,22 @@ def surprise(q, positive, n, temperature):
 def contrastive_loss(q, positive, n, temperature):
     """-mean_i log( e^(q_i.n_y/T) / sum_j e^(q_i.n_j/T) ), y = positive_i.
 
-    q (N, D) and n (K, D) have unit rows, positive (N,) is of `positives`. Chance is ln K. Its
-    gradient in n_j is p_j q_i / T for a negative (Eq. 7), and in n_y -(1 - p_i) q_i / T (Eq. 13).
+    q (N, D) and n (K, D) have unit rows, positive (N,) is of `positives`. Chance is ln K. With
+    p_ij = e^(q_i.n_j/T) / sum_k e^(q_i.n_k/T), query i adds to the gradient in a negative n_j
+    p_ij q_i / (N T) (Eq. 7), and to that in its positive -(1 - p_iy) q_i / (N T) (Eq. 13).
     """
     return surprise(q, positive, n, temperature).mean()
 
 
 def cooperative_loss(q, positive, n, temperature, cooperation=1.0):
     """The value of `contrastive_loss` and its gradient in q; but in n that of a query's own positive
-    is c (1 - p_i) q_i / T, c = `cooperation` in [-1, 1].
+    is c (1 - p_i) q_i / (N T), c = `cooperation` in [-1, 1], p_i the positive's probability.
 
     c = 1 is Eq. 12: a bank that climbs this gradient brings all its rows nearer to the queries. With
     c = 0 a row stands still as a positive, though it still moves as another query's negative. c = -1
     is Eq. 13, and this function contrastive_loss.
 
-    d contrastive_loss / d n_y is -(1 - p_i) q_i / T, to which (1 + c) (1 - p_i) q_i / T is added.
+    contrastive_loss has -(1 - p_i) q_i / (N T) there, to which (1 + c) (1 - p_i) q_i / (N T) is added.
     The added term is 0 in value, and a constant for q.
     """
     losses = surprise(q, positive, n, temperature)
@@ -224,8 +228,8 @@ def train_step(net, target, opt, bank, x, noise, *, cooperation, temperature, em
     `bank` is one of make_bank. `noise`, a list like x, starts the attacks, of which there are none
     where eps is 0; None: they start at the views.
     """
-    # The key network moves first (its parameters; its running statistics are its own). Then both
-    # networks see each of their views once, in train mode. Keys get no gradient.
+    # The key network moves first (its parameters; its running statistics are its own). Both networks see
+    # their views once in train mode; attacks are in eval mode. Keys get no gradient.
     optim.ema(target, net, ema)
     k1 = embed(target, x[0])
     k2 = embed(target, x[1])
@@ -243,7 +247,8 @@ def train_step(net, target, opt, bank, x, noise, *, cooperation, temperature, em
              for view, positive, start in zip(x, meets, starts)]
     q = [embed(net, view) for view in x]
 
-    # The sum of both views' losses is twice the mean over both.
+    # The sum of both views' losses is twice the mean over both. In multi-crop it is once that mean, and the
+    # mean over all pairs of a small view and a key besides.
     queries = torch.cat(q[:2])
     chosen = torch.cat([positives1, positives2])
     free = n.detach().requires_grad_()
@@ -465,6 +470,8 @@ def main(argv=None):
     bank = make_bank(args.bank_size, args.dim).to(device)
     opt = optimizer(net, args)
     compile_networks(args, env, net, target)
+    if args.multi_crop:
+        check_crops(net[0], [round(size * view.side / 224) for view in MULTI_CROP])
 
     log = Log(args, env, steps_per_epoch * args.epochs, images)
     state = dict(net=net, target=target, bank=bank, opt=opt, log=log)
@@ -493,7 +500,8 @@ def main(argv=None):
         unique = log.mean("unique")
         log.epoch(epoch, step, lr=lr, bank_lr=bank_lr, ema=ema)
         # Where positives flee from their queries, few of them and a low cosine are what is asked for.
-        lost = cosine < 0.2 or unique < 0.2 * args.batch_size / env.world
+        most = min(args.batch_size / env.world, args.bank_size)  # as many positives of a view may differ
+        lost = cosine < 0.2 or unique < 0.2 * most
         if env.rank == 0 and args.cooperation >= 0 and lost:
             print(f"the bank is dead: cosine {cosine:.3f}, {unique:.1f} positives; try more --fill-steps")
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:

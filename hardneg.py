@@ -3,12 +3,14 @@
 AdCo (adco.py) trains its negatives to be hard. These four make them hard by a rule. Each changes one
 thing of one base, so that one flag of one script tells them apart:
 
-    --negatives plain       the base itself: MoCo (He et al. 2020, arXiv 1911.05722), or SimCLR (Chen et
-                            al. 2020, arXiv 2002.05709)
+    --negatives plain       the base itself: MoCo v2 (He et al. 2020, arXiv 1911.05722, with the projector
+                            and the temperature of Chen, Fan et al. 2020, arXiv 2003.04297), or SimCLR
+                            (Chen, Kornblith et al. 2020, arXiv 2002.05709)
                 ifm         scores are shifted: the positive's down, the negatives' up (Robinson, Sun et
                             al. 2021, arXiv 2106.11230)
-                hcl         negatives weigh more the nearer they are, and the share of them that has the
-                            query's class is taken off (Robinson, Chuang et al. 2021, arXiv 2010.04592)
+                hcl         negatives weigh more the nearer they are, and what those of the query's own
+                            class would contribute is subtracted (Robinson, Chuang et al. 2021, arXiv
+                            2010.04592)
                 debiased    only the latter (Chuang et al. 2020, arXiv 2007.00224)
                 mochi       mixtures of the nearest negatives, and of these with the query, join them
                             (Kalantidis et al. 2020, arXiv 2010.01028)
@@ -22,6 +24,7 @@ thing of one base, so that one flag of one script tells them apart:
     IFM: s+ - eps, s_j + eps            ifm_loss; eps is --shift
     HCL: beta, tau+                     hcl_loss, --beta, --tau; debiased where beta is 0
     MoCHi: its N, s and s'              --hardest, --mix, --mix-query; hardest, mix_negatives, mochi_loss
+                                        (elsewhere N is the number of negatives)
 
 The base is MoCo (--base moco): the negatives are a queue of old keys, which a slowly moving copy of
 the network has made. With --base simclr they are the other images of the batch, there is no copy, and
@@ -32,23 +35,24 @@ Everything that is not a rule is as in adco.py, with the flags of the same names
 the augmentation, the projector, SGD and its schedule, the momentum of the key network, which moves
 before the keys are made, the size of the bank, and BatchNorm in groups of at most 32 images, which the
 second views enter in random order. (With common statistics the network could tell a query's key by
-its batch.) So these runs, MoCo's and AdCo's differ in their negatives alone. Two differences stay:
-AdCo begins with 256 steps of MoCo (--fill-steps), while this bank begins with noise, which is
-overwritten after K / B steps; and each loss has its own temperature. If --temperature is not given it
-is 0.2 on MoCo for plain, ifm and mochi, and 0.5 for the rest and on SimCLR. So has each paper on the
-base that it used. No paper has HCL or debiased on MoCo: 0.5 there is ours, SimCLR's, and such a run
-differs from the others in its temperature too.
+its batch.) So but for two things these runs, MoCo's and AdCo's differ in their negatives alone. AdCo
+begins with 256 steps of MoCo (--fill-steps), while this bank of K rows begins with noise, which is
+overwritten after K / B steps of B images. And each loss has its own temperature. If --temperature is
+not given it is 0.2 on MoCo for plain, ifm and mochi, and 0.5 for the rest and on SimCLR. So has each
+paper on the base that it used (SimCLR on CIFAR-10). No paper has HCL or debiased on MoCo: 0.5 there is
+ours, SimCLR's, and such a run differs from the others in its temperature too.
 
 Where the papers are silent we follow their authors' code: IFM's loss is a mean weighted by 1 and
-alpha, not a sum, so that a step keeps its size; HCL's gradient flows through its weights, and stops at
-its floor N e^(-1/T), N negatives. Of MoCHi there is no such code. Ours are:
+alpha, not a sum, so that a step keeps its size; HCL's gradient flows through its weights; and where
+its sum over N negatives is at its floor, N e^(-1/T), the negatives have no gradient. Of MoCHi there is
+no such code. Ours are:
     - HCL's sums are taken in logarithms, so that no temperature overflows.
     - MoCHi's i and j of a mixture are drawn independently, and may be the same row.
     - The queries and the keys are embedded in train mode, each by the statistics of its group. The
       running statistics serve the exported encoder alone.
 
-On MoCo a step costs 4 forward passes (a whole backward pass counts two), on SimCLR 6; no rule adds
-any. No image is attacked.
+On MoCo a step costs 4 forward passes (a whole backward pass counts two), on SimCLR 6. No rule adds
+any, but MoCHi's mixtures take time and memory: here a step took 1.7 times as long. No image is attacked.
 
     python hardneg.py                                    MoCHi on MoCo: CIFAR-10, ResNet-18, 200 epochs
     python hardneg.py --negatives plain --out runs/moco    MoCo
@@ -61,19 +65,21 @@ any. No image is attacked.
 
 The encoder is exported without the projector.
 
-On several processes order, augmentation and mixtures are those of one process. The queue is equal on
-all of them, SimCLR's negatives are those of all, and each group of BatchNorm has images of one
-process alone.
+On several processes order, augmentation and the random numbers of mixtures are those of one process.
+The queue is equal on all of them, SimCLR's negatives are those of all, and each group of BatchNorm has
+images of one process alone, so that few images on each make smaller groups.
 
-The log tells how hard the negatives are, MoCHi's mixtures among them: mass is their share of the
-softmax, and accuracy how often a query's key is nearer than all of them, as in adco.py's log and at
-its temperature of 0.05 (--bank-temperature), whatever the loss's own is, so that all runs compare.
-(AdCo's are those of the bank after its step.) cosine is the mean largest cosine of a query with a
-negative. IFM's shift and HCL's weights, which move no point, do not enter. Chance for the loss, all
-embeddings equal, is ln(N + 1) with N negatives, MoCHi's mixtures among them once it mixes, and for
-IFM more: the screen says it. While the bank is noise, which is near no query, the loss lies below
-where it goes from there. In a healthy run the loss then falls, and accuracy rises from epoch to epoch.
-A cosine that stays near 1, and an accuracy near 0, mean that all embeddings are alike.
+The log tells how hard the negatives are: mass is their share of the softmax, at the temperature of
+AdCo's bank, 0.05, whatever the loss's own is; accuracy is how often a query's key is nearer than all of
+them; cosine is the mean largest cosine of a query with one. adco.py's log has the first two, of its
+bank after the bank's step, so that these runs compare with AdCo's. IFM's shift and HCL's weights belong
+to the loss and do not enter. MoCHi's mixtures do: they are nearer to the query than what they are made
+of, so from --mix-from on loss, mass and cosine jump up, and accuracy falls.
+
+Chance for the loss, all embeddings equal, is ln(N + 1) with N negatives, and for IFM more: the screen
+says it. At first the bank is noise, near no query, and the loss starts low and rises while real keys
+fill the bank. Then, in a healthy run, it falls, and accuracy rises from epoch to epoch. Without
+mixtures a cosine that stays near 1, and an accuracy near 0, mean that all embeddings are alike.
 
 Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
 CIFAR-10 (JPEG), on MoCo, in 4.5 minutes (25 epochs, MoCHi 15; one seed): a linear probe reaches
@@ -209,6 +215,7 @@ def hcl_loss(q, k, bank, temperature, beta, tau):
     count = 2 * len(q) - 2 if bank is None else len(bank)
     log_g = log_negatives(q, k, bank, temperature / (1 + beta))  # ln R, where beta is 0
     if beta:
+        # The weights n_j^beta / mean n^beta have a gradient too: the sum above is of weight times score.
         log_g = log_g - log_negatives(q, k, bank, temperature / beta) + math.log(count)
     if tau:
         floor = math.log(count) - 1 / temperature
@@ -389,9 +396,9 @@ def parser():
     p.add_argument("--mix", type=run.integer(0, 10**6), default=512,
                    help="mochi: how many mixtures of two rows a query gets (paper)")
     p.add_argument("--mix-query", type=run.integer(0, 10**6), default=256,
-                   help="mochi: how many mixtures of a row and itself a query gets (paper)")
+                   help="mochi: how many mixtures of a row and the query itself a query gets (paper)")
     p.add_argument("--mix-from", type=run.integer(0), default=10,
-                   help="mochi: the epoch that is the first with mixtures (ours)")
+                   help="mochi: the first epoch, counted from 0, that has mixtures (ours)")
     p.add_argument("--blur", help="blur views, as on ImageNet (authors' code)", **switch)
     p.add_argument("--image-size", type=run.integer(1, 10000),
                    help="side of a view in pixels; default: that of the images, and 32 for a folder")
@@ -501,8 +508,9 @@ def main(argv=None):
         compile_networks(args, env, net)
 
     step = run.resume(args, env, state)
-    note = f"chance loss = {chance_of(args, mixes=False):.3f}"
-    if args.negatives == "mochi":
+    mixes = args.negatives == "mochi"
+    note = f"chance loss = {chance_of(args, mixes and args.mix_from == 0):.3f}"
+    if mixes and args.mix_from:
         note += f", and from epoch {args.mix_from} on, with mixtures, {chance_of(args, mixes=True):.3f}"
     log.start(step, note)
 

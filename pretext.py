@@ -422,7 +422,7 @@ def parser():
     p.add_argument("--lam", type=run.number(-1e6, 1e6), default=0.1,
                    help="lambda, of log_det, where there are several tasks; 0 gives AP-SE (authors' code)")
     p.add_argument("--clean-weight", type=run.number(0, 1), default=0.0,
-                   help="of the clean loss beside the attacked; the code has 0.5, the default is (paper)")
+                   help="of the clean loss beside the attacked, 0.5 in the authors' code; default (paper)")
     p.add_argument("--double-softmax", action=argparse.BooleanOptionalAction, default=False,
                    help="put a softmax before Selfie's cross-entropy, as the code does; without it (paper)")
     p.add_argument("--permutations", type=run.integer(1, 1000), default=30,

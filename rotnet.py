@@ -198,13 +198,13 @@ def parser():
     p.add_argument("--beta", type=run.number(), default=6.0,
                    help="weight of the divergence in TRADES (paper; TRADES' own)")
     p.add_argument("--smoothing", type=run.number(0, 1), default=0.0,
-                   help="of the labels, in the cross-entropy; the paper has 0.1, and 0 is (ours)")
+                   help="of the labels, in the cross-entropy, 0.1 in the paper; default (ours)")
     p.add_argument("--drop-path", type=run.number(0, 1), default=0.0,
-                   help="probability to skip the last block; the paper has 0.1, and 0 is (ours)")
+                   help="probability to skip the last block, 0.1 in the paper; default (ours)")
     p.add_argument("--crop", choices=("padded", "resized"), default="padded",
                    help="the whole image, padded by 4 pixels (ours), or a part of it, resized (paper)")
     p.add_argument("--jitter", type=run.number(0, 1), default=0.2,
-                   help="strength of the colour jitter; the paper has none, and this is (ours)")
+                   help="strength of the colour jitter, none in the paper; default (ours)")
     p.add_argument("--epochs", type=run.integer(0), default=400,
                    help="0 exports the random encoder; default (ours)")
     p.add_argument("--batch-size", type=run.integer(1), default=512,
@@ -218,8 +218,7 @@ def parser():
     p.add_argument("--weight-decay", type=run.number(0, 1e6), default=0.05, help="(ours)")
     p.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of the attack (paper has both)")
     p.add_argument("--eps", type=run.number(0, 1e6), default=4.0,
-                   help="radius of the attack, in 1/255; 0 gives RotNet; default: the best at 224 pixels "
-                        "(paper)")
+                   help="radius of the attack, in 1/255; 0 gives RotNet, 4 was the best at 224 pixels (paper)")
     p.add_argument("--step-size", type=run.number(0, 1e6),
                    help="of the attack, in 1/255; default: 5/8 eps (paper)")
     p.add_argument("--steps", type=run.integer(0), default=2, help="K, of the attack (paper)")

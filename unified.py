@@ -315,7 +315,8 @@ def parser():
                    help="radius of the attack, in 1/255; 0 gives the clean joint loss (ours)")
     p.add_argument("--step-size", type=run.number(0, 1e6),
                    help="of the attack, in 1/255; default: 5/8 eps, as in adv_mae.py (ours)")
-    p.add_argument("--steps", type=run.integer(0), default=2, help="K, of the attack, as in adv_mae.py (ours)")
+    p.add_argument("--steps", type=run.integer(0), default=2,
+                   help="K, of the attack, as in adv_mae.py (ours)")
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
                    help="start the attack at a random point of the ball (ours); without it, at "
                         "the image: with --steps 1 and --step-size equal to --eps that is FGSM")

@@ -42,7 +42,7 @@ def parser(doc, name, arch, graph=False):
                         "preact_resnet50, wrn34_10; vit_slim (for CPUs), vit_tiny, ...; or "
                         "my_file.py:function, which returns a network")
     g.add_argument("--out", type=path, default=f"runs/{name}", help="the run's folder")
-    g.add_argument("--seed", type=integer(0, 2**32 - 1), default=0)
+    g.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, help="of all random numbers")
     g.add_argument("--device", help="default: cuda if there is one, else cpu")
     g.add_argument("--workers", type=integer(0, 1000), default=4,
                    help="decoding processes, for an ImageFolder")
@@ -58,13 +58,29 @@ def parser(doc, name, arch, graph=False):
     return p
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help texts with the defaults in them, before the brackets that say whose they are."""
+
+    def _get_help_string(self, action):
+        text = action.help or ""
+        default = action.default
+        if default is None or default is argparse.SUPPRESS or isinstance(default, bool) or "default:" in text:
+            return action.help
+        values = default if isinstance(default, (list, tuple)) else [default]
+        value = " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+        value = value.replace("%", "%%")
+        text, whose = re.fullmatch(r"(.*?)(\([^()]*\))?", text, re.DOTALL).groups()
+        text = text.rstrip(" ;").removesuffix("default").rstrip(" ;")
+        return " ".join(filter(None, [text and f"{text};", f"default {value}", whose]))
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are a ValueError of one line: "--steps -1: must be ...", so that they
     read the same from `main(argv)` as from the shell. Flags cannot be abbreviated."""
 
     def __init__(self, prog, description):
         super().__init__(prog=prog, description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+                         formatter_class=HelpFormatter)
 
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:

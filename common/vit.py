@@ -286,3 +286,13 @@ VITS = {  # patch, width, blocks, heads, image size
     "vit_base": (16, 768, 12, 12, 224),
     "vit_large": (16, 1024, 24, 16, 224),
 }
+
+
+def check_crops(encoder, sides):
+    """ValueError where `encoder` is a ViT that crops of these `sides`, in pixels, do not fit; before
+    anything is trained."""
+    patch = getattr(encoder, "patch", 1)
+    for side in sides:
+        if side % patch:
+            raise ValueError(f"--multi-crop: crops of {side} x {side} pixels are no multiple of the patch "
+                             f"size {patch}; choose another --image-size, or leave --multi-crop out")

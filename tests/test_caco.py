@@ -307,13 +307,15 @@ def test_two_ranks_keep_equal_banks_and_take_the_steps_of_one(tmp_path):
         torch.testing.assert_close(a, c, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("cosine, unique, cooperation, lines", [
-    (0.1, 16.0, 1, 1), (0.8, 3.0, 1, 1), (0.8, 4.0, 1, 0), (0.8, 3.0, 0, 1),
-    (0.1, 3.0, -0.25, 0)])  # fleeing positives are few, and that is no fault of the fill
-def test_a_dead_bank_is_named_in_one_line_an_epoch(tmp_path, capsys, monkeypatch, cosine, unique, cooperation, lines):
+@pytest.mark.parametrize("cosine, unique, cooperation, size, lines", [
+    (0.1, 16.0, 1, 16, 1), (0.8, 3.0, 1, 16, 1), (0.8, 4.0, 1, 16, 0), (0.8, 3.0, 0, 16, 1),
+    (0.8, 3.0, 1, 8, 0),  # of 8 rows
+    (0.1, 3.0, -0.25, 16, 0)])  # fleeing positives are few, and that is no fault of the fill
+def test_a_dead_bank_is_named_in_one_line_an_epoch(
+        tmp_path, capsys, monkeypatch, cosine, unique, cooperation, size, lines):
     monkeypatch.setattr(caco, "alarms", lambda *_: {"cosine": torch.tensor(cosine), "unique": torch.tensor(unique)})
     caco.main(["--data", "shapes", "--limit", "32", "--arch", "slim", "--batch-size", "16", "--epochs", "1",
-               "--bank-size", "8", "--fill-steps", "1", "--device", "cpu", "--out", str(tmp_path),
+               "--bank-size", str(size), "--fill-steps", "1", "--device", "cpu", "--out", str(tmp_path),
                "--cooperation", str(cooperation)])
     assert capsys.readouterr().out.count("the bank is dead: cosine") == lines
 

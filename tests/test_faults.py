@@ -198,6 +198,16 @@ def test_synchronised_batch_norm_reaches_every_batch_norm(script):
         run.to_device(encoders.make("vit_slim"), args, run.Env(torch.device("cpu"), 0, 2))
 
 
+@pytest.mark.parametrize("script, side", [("adco", 27), ("caco", 14)])
+def test_crops_that_a_vit_cannot_take_are_refused_before_the_bank_is_filled(script, side, npz, tmp_path, monkeypatch):
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "fill", lambda *_: pytest.fail("the bank was filled first"))
+    flags = ["--arch", "vit_slim", "--multi-crop", "--bank-size", "32", "--image-size", "32", "--optimizer", "adamw"]
+    words = f"--multi-crop: crops of {side} x {side} pixels are no multiple of the patch size 4"
+    with pytest.raises(ValueError, match=words):
+        module.main(["--data", npz, "--batch-size", "4", "--epochs", "1", "--out", str(tmp_path / "run"), *flags])
+
+
 @pytest.mark.parametrize("script", ["adco", "hardneg"])
 @pytest.mark.parametrize("world", [1, 2])
 def test_synchronised_batch_norm_does_not_replace_grouped_batch_norm(script, world):

@@ -1,4 +1,5 @@
 """What makes a script readable and pasteable, as far as a machine sees it."""
+import argparse
 import ast
 import builtins
 import dis
@@ -49,6 +50,20 @@ def test_every_default_says_whose_it_is(script):
         if action.dest in HOUSEKEEPING | {"image_size", "stem", "teacher", "random_start"}:
             continue
         assert action.help and re.search(SAYS_WHOSE, action.help), f"--{action.dest}: {action.help}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_has_every_default_that_is_a_number_or_a_word(script):
+    parser = importlib.import_module(script).parser()
+    shown = "".join(parser.format_help().split())
+    for action in parser._actions:
+        value = action.default
+        if isinstance(value, bool) or value in (None, argparse.SUPPRESS):
+            continue
+        value = " ".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else value
+        (line,) = parser._get_formatter()._expand_help(action).splitlines()
+        assert line.count("default") == 1 and f"default {value}" in line.replace("default: ", "default "), line
+        assert "".join(line.split()) in shown
 
 
 def method_of(script):
