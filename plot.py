@@ -10,6 +10,7 @@ From the logs, and from what eval.py has measured and kept in eval.jsonl:
     python plot.py loss runs/* --column knn "amoc-slf pgd20"    accuracies, after evaluation/snapshots.py
     python plot.py tradeoff results/cifar10-jpeg/*       clean accuracy over that under PGD-20, a point per run
     python plot.py tradeoff runs/* --along eps           lines join runs that differ in --eps alone
+    python plot.py tradeoff runs/* --along eps step-size    or in --step-size besides, which follows from it
     python plot.py tradeoff runs/* --preset mae-tune --along preset.layer-decay --attack aa
     python plot.py curve runs/*                          accuracy over eps, after eval.py --attacks curve
     python plot.py curve runs/* --norm l2                the same in l2
@@ -29,6 +30,7 @@ A landscape is 121 attacks of 20 steps on 500 images; --grid, --steps and --test
 writes them to its --out while it trains, and eval.py --pictures has the attacked test images.
 """
 import pathlib
+import re
 
 import torch
 
@@ -109,6 +111,13 @@ def draw_history(axes, folders, args):
     axes[0].set(xlabel="epoch of fine-tuning", ylabel="accuracy, %")
 
 
+def common_name(points):
+    """What the names of the points of a line have in common, word by word; hyphens part words too."""
+    words = [re.split(r"([ -])", point.name) for point in points]
+    common = [word for word in words[0] if all(word in others for others in words)]
+    return re.sub(r"([ -])[ -]+", r"\1", "".join(common)).strip(" -") or points[0].name
+
+
 def draw_tradeoff(axes, folders, args):
     (ax,) = axes
     preset = args.preset or "amoc-slf"
@@ -118,14 +127,23 @@ def draw_tradeoff(axes, folders, args):
         points += series.tradeoff(folder, preset, attack, args.of_data)
     if not points:
         raise ValueError(f"no clean accuracy and {attack} were measured by preset {preset}")
+    points = series.over_seeds(points)
+    for point in points:
+        if point.clean_spread or point.robust_spread:
+            ax.errorbar(point.robust, point.clean, point.clean_spread, point.robust_spread, color="lightgrey",
+                        zorder=1)
     colours = {group: f"C{i}" for i, group in enumerate([*GROUPS, "other"])}
+    joined = []
     if args.along:
-        for row in series.along(points, args.along):
-            joined = [point for _, point in row]
-            ax.plot([p.robust for p in joined], [p.clean for p in joined], color="lightgrey", zorder=1)
+        for row in series.along(points, *args.along):
+            of_row = [point for _, point in row]
+            ax.plot([p.robust for p in of_row], [p.clean for p in of_row], marker="o", markersize=4,
+                    label=common_name(of_row))
             for value, point in row:
                 ax.annotate(f"{value:g}", (point.robust, point.clean), fontsize=6, xytext=(3, -8),
                             textcoords="offset points", color="grey")
+            joined += of_row
+    points = [point for point in points if point not in joined]
     of_group = {}
     for point in points:
         of_group.setdefault(table.group_of(point.run, GROUPS), []).append(point)
@@ -312,8 +330,9 @@ def parser():
                    "default: amoc-slf for tradeoff and corruptions, all for curves and history")
     p.add_argument("--attack", help="for tradeoff, the name of the attack, default pgd20; for corruptions c or "
                    "c-like, where both were measured")
-    p.add_argument("--along", metavar="FLAG", help="for tradeoff: join runs that differ in this flag alone, as "
-                   "eps, or in this field of the preset alone, as preset.layer-decay")
+    p.add_argument("--along", metavar="FLAG", nargs="+",
+                   help="for tradeoff: join runs that differ in this flag alone, as eps, or in this field "
+                   "of the preset alone, as preset.layer-decay; in further flags they may differ as well")
     p.add_argument("--column", nargs="+", default=["loss"],
                    help="for loss: columns of the log, or of results of encoders kept over the epochs")
     p.add_argument("--norm", choices=("linf", "l2", "l1"), default="linf", help="for curve")

@@ -218,7 +218,7 @@ def parser():
     p.add_argument("--weight-decay", type=run.number(0, 1e6), default=0.05, help="(ours)")
     p.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of the attack (paper has both)")
     p.add_argument("--eps", type=run.number(0, 1e6), default=4.0,
-                   help="radius of the attack, in 1/255; 0 gives RotNet, 4 was the best at 224 pixels (paper)")
+                   help="radius of the attack, in 1/255; 0 gives RotNet, 4 is best at 224 pixels (paper)")
     p.add_argument("--step-size", type=run.number(0, 1e6),
                    help="of the attack, in 1/255; default: 5/8 eps (paper)")
     p.add_argument("--steps", type=run.integer(0), default=2, help="K, of the attack (paper)")

@@ -5,7 +5,9 @@ with what was changed ("mae-tune layer-decay=0.75"), and that of the attack. Whi
 settings say that are kept with its result; names without settings are looked up in ATTACKS.
 """
 import json
+import os
 import pathlib
+import statistics
 from typing import NamedTuple
 
 from common import run
@@ -199,14 +201,16 @@ def kinds(folder, preset=None, data=None):
 # Clean accuracy over robust accuracy
 # ----------------------------------------------------------------------------------------------------------
 class Point(NamedTuple):
-    """A run judged by one recipe."""
+    """A run judged by one recipe; or several that differ in their seed alone."""
 
     name: str  # of the folder, of the encoder if it is not encoder.pt, and what was changed of the preset
     run: table.Run
     preset: str  # the column's
     recipe: dict
-    clean: float  # accuracies in per cent
+    clean: float  # accuracies in per cent, the mean over seeds
     robust: float
+    clean_spread: float = 0.0  # their standard deviation over seeds; 0 of one alone
+    robust_spread: float = 0.0
 
 
 def tradeoff(folder, preset, attack="pgd20", data=None):
@@ -227,9 +231,32 @@ def tradeoff(folder, preset, attack="pgd20", data=None):
     return found
 
 
-def along(points, what):
+def over_seeds(points):
+    """Points of runs that differ in their seed alone as one, of their means and standard deviations."""
+    rows = {}
+    for point in points:
+        same = json.dumps([point.run.script, point.run.flags, point.recipe], sort_keys=True)
+        rows.setdefault(same, []).append(point)
+    found = []
+    for row in rows.values():
+        if len({json.dumps(point.run.seed) for point in row}) < len(row):
+            found += row  # the same seed twice: not of one row
+        elif len(row) == 1:
+            found += row
+        else:
+            found.append(row[0]._replace(
+                name=os.path.commonprefix([point.name for point in row]).rstrip("-_ ") or row[0].name,
+                clean=statistics.mean(point.clean for point in row),
+                robust=statistics.mean(point.robust for point in row),
+                clean_spread=statistics.stdev(point.clean for point in row),
+                robust_spread=statistics.stdev(point.robust for point in row)))
+    return found
+
+
+def along(points, what, *free):
     """Points that differ in `what` alone, as lists of (value, Point) by its value: `what` is a flag of the
-    runs, as "eps", or a field of the preset, as "preset.layer-decay". What stands alone is no list.
+    runs, as "eps", or a field of the preset, as "preset.layer-decay". They may also differ in the flags
+    `free`, which follow from it, as "step-size". What stands alone is no list.
 
     Raises ValueError where no point has it, or a value is no number.
     """
@@ -245,6 +272,8 @@ def along(points, what):
         if not table.is_number(value):
             raise ValueError(f"--along {what}: is {json.dumps(value)} in {point.run.path}; only numbers have "
                              "an order")
+        for name in free:
+            flags.pop(name.replace("-", "_"), None)
         rest = json.dumps([point.run.script, flags, point.run.seed, recipe], sort_keys=True)
         rows.setdefault(rest, []).append((value, point))
     if not rows:

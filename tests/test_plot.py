@@ -11,7 +11,7 @@ from PIL import Image
 
 import plot
 from common import augment, data, encoders, files
-from evaluation import finetune, landscape, results
+from evaluation import finetune, landscape, results, series
 from evaluation.attacks import Attack
 
 
@@ -245,6 +245,19 @@ def test_points_have_the_colour_of_their_group_and_lines_their_order(tmp_path, m
     write(tmp_path / "a" / "log.jsonl", {"flags": {"eps": 8.0, "seed": 0}, "command": "python amoc.py"})
     plot.main(["tradeoff", *runs, "--along", "eps", "--out", str(tmp_path / "x.png")])
     assert axes[0].plot.call_args.args == ([20, 20], [60, 80])
+    assert not axes[0].errorbar.called
+    write(tmp_path / "b" / "log.jsonl", {"flags": {"eps": 8.0, "seed": 1}, "command": "python amoc.py"})
+    plot.main(["tradeoff", *runs, "--out", str(tmp_path / "x.png")])
+    assert axes[0].errorbar.call_args.args == pytest.approx((20, 70, 200**0.5, 0))
+
+
+def test_a_line_is_named_by_what_its_points_have_in_common():
+    def point(name):
+        return series.Point(name, None, "tune", {}, 0, 0)
+
+    for names, common in ((["queue-eps8-w0.5", "queue-eps4-w0.5"], "queue-w0.5"), (["a x=1", "a x=1 y=2"], "a x=1"),
+                          (["p", "q"], "p")):
+        assert plot.common_name([point(name) for name in names]) == common
 
 
 def test_tsne_is_scikit_learns_or_one_clear_line(tmp_path, monkeypatch):

@@ -158,6 +158,28 @@ def test_points_that_differ_in_one_flag_alone_are_joined_in_its_order(tmp_path):
             series.along(points, what)
 
 
+def test_points_may_differ_in_flags_that_follow_from_the_first(tmp_path):
+    points = []
+    for eps in (2.0, 8.0, 4.0):
+        points += series.tradeoff(run_of(tmp_path / f"{eps}", eps, eps, {"eps": eps, "step_size": eps / 4, "seed": 0}), "tune")
+    assert series.along(points, "eps") == []
+    (row,) = series.along(points, "eps", "step-size")
+    assert [value for value, _ in row] == [2, 4, 8]
+
+
+def test_runs_that_differ_in_their_seed_are_one_point_with_a_spread(tmp_path):
+    points = []
+    for name, clean, robust, flags in (("acc", 40, 10, {"seed": 0}), ("acc-1", 44, 13, {"seed": 1}),
+                                       ("other", 50, 0, {"seed": 0, "eps": 1.0})):
+        points += series.tradeoff(run_of(tmp_path / name, clean, robust, flags), "tune")
+    both, other = series.over_seeds(points)
+    assert (both.name, both.clean, both.robust) == ("acc", 42, 11.5)
+    assert (both.clean_spread, both.robust_spread) == pytest.approx((2 * 2**0.5, 1.5 * 2**0.5))
+    assert other == points[2] and other.clean_spread == 0
+    twice = [points[0], points[0]._replace(name="copy")]
+    assert series.over_seeds(twice) == twice  # one seed: no spread of seeds
+
+
 def test_points_that_differ_in_one_field_of_the_preset_are_joined(tmp_path):
     for decay, accuracy in ((0.75, 60), (0.65, 50), (0.95, 40)):
         folder = run_of(tmp_path / "run", accuracy, accuracy / 2, {"seed": 0}, {"layer_decay": decay, "lr": 1})
