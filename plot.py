@@ -8,7 +8,7 @@ From the logs, and from what eval.py has measured and kept in eval.jsonl:
     python plot.py loss results/shapes/*                 the loss of each run over its epochs
     python plot.py loss runs/* --column loss cosine unique    other columns of the log, a panel each
     python plot.py loss runs/* --column knn "amoc-slf pgd20"    accuracies, after evaluation/snapshots.py
-    python plot.py tradeoff results/cifar10-jpeg/*       clean accuracy over that under PGD-20, a point per run
+    python plot.py tradeoff results/cifar10-jpeg/*       clean accuracy over that under PGD-20, seeds in one point
     python plot.py tradeoff runs/* --along eps           lines join runs that differ in --eps alone
     python plot.py tradeoff runs/* --along eps step-size    or in --step-size besides, which follows from it
     python plot.py tradeoff runs/* --preset mae-tune --along preset.layer-decay --attack aa

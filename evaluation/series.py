@@ -235,7 +235,7 @@ def over_seeds(points):
     """Points of runs that differ in their seed alone as one, of their means and standard deviations."""
     rows = {}
     for point in points:
-        same = json.dumps([point.run.script, point.run.flags, point.recipe], sort_keys=True)
+        same = json.dumps([point.run.script, point.run.flags, point.preset], sort_keys=True)
         rows.setdefault(same, []).append(point)
     found = []
     for row in rows.values():
