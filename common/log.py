@@ -162,13 +162,20 @@ def header(args, env):
     cuda = env.device.type == "cuda"
     return {
         "flags": vars(args),
-        "command": " ".join(["python", pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
         "commit": commit,
         "torch": torch.__version__, "torchvision": torchvision.__version__,
         "python": platform.python_version(), "world": env.world,
         "device": (torch.cuda.get_device_name(env.device) if cuda
                    else f"{_cpu_name()}, {torch.get_num_threads()} threads"),
     }
+
+
+def command():
+    """How this program was started, as one would type it."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # None where a file was named
+    started = ["-m", module.name.removesuffix(".__main__")] if module else [pathlib.Path(sys.argv[0]).name]
+    return " ".join(["python", *started, *sys.argv[1:]])
 
 
 def _cpu_name():

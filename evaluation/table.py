@@ -143,8 +143,9 @@ def read_run(path, free):
     header = next((line for line in found if isinstance(line.get("flags"), dict)), None)
     if header is None:
         return Run(path, "?", {"folder": str(path)}, None, 0, "")
-    words = str(header.get("command")).split()
-    script = pathlib.Path(words[1]).stem if len(words) > 1 else "?"
+    # The script itself is the first that ends so; "-m evaluation.snapshots" may stand before it.
+    named = [word for word in str(header.get("command")).split() if word.endswith(".py")]
+    script = pathlib.Path(named[0]).stem if named else "?"
     flags = {name: value for name, value in header["flags"].items() if name not in free}
     seed = flags.pop("seed", None)
     if single:

@@ -1,11 +1,14 @@
 """Encoders that are kept over the epochs of a run, which is otherwise what it is by itself."""
 import importlib
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from common import encoders, run
-from evaluation import snapshots
+from evaluation import snapshots, table
 from tests.scripts import ROOT, SCRIPTS, TINY, tiny_npz
 
 
@@ -24,6 +27,16 @@ def test_a_run_with_snapshots_is_the_run_itself(tmp_path, monkeypatch):
     assert last.keys() == kept.keys() and kept["branch"] == "adv" and kept["image_size"] == 32
     assert all(torch.equal(last["state"][key], alone["state"][key]) for key in alone["state"])
     assert not torch.equal(last["state"]["conv1.weight"], kept["state"]["conv1.weight"])
+
+
+def test_its_log_has_the_command_that_one_types_and_the_table_its_script(tmp_path):
+    out = tmp_path / "run"
+    words = ["-m", "evaluation.snapshots", "--bn", "clean", "acl.py", "--data", tiny_npz(tmp_path / "x.npz"), *TINY,
+             *SCRIPTS["acl"], "--epochs", "0", "--out", str(out), "--variant", "s2s"]
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
+    header = json.loads((out / "log.jsonl").read_text().splitlines()[0])
+    assert header["command"].startswith("python -m evaluation.snapshots --bn clean acl.py --data")
+    assert table.read_run(out, run.FREE).script == "acl"
 
 
 def test_what_a_stopped_run_saves_within_an_epoch_is_no_snapshot():
