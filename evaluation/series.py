@@ -235,8 +235,7 @@ def over_seeds(points):
     """Points of runs that differ in their seed alone as one, of their means and standard deviations."""
     rows = {}
     for point in points:
-        same = json.dumps([point.run.script, point.run.flags, point.preset], sort_keys=True)
-        rows.setdefault(same, []).append(point)
+        rows.setdefault((table.method_of(point.run), point.preset), []).append(point)
     found = []
     for row in rows.values():
         if len({json.dumps(point.run.seed) for point in row}) < len(row):

@@ -3,6 +3,8 @@
 A line of eval.jsonl that is no such line (cut off by a crash, foreign, damaged) is left out everywhere;
 `foreign` names it.
 """
+import functools
+import importlib
 import json
 import math
 import os
@@ -12,6 +14,8 @@ from typing import NamedTuple
 
 from common import files
 from evaluation.presets import name_of as name_of_result
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def lines(path):
@@ -158,13 +162,29 @@ def read_run(path, free):
     return Run(path, script, flags, seed, times[-1], "CPU-s" if on_cpu else "s")
 
 
+@functools.cache
+def defaults(script):
+    """{flag: default} of a script of this project; of another nothing is known."""
+    if not (ROOT / f"{script}.py").exists():
+        return {}
+    return vars(importlib.import_module(script).parser().parse_args([]))
+
+
+def method_of(run):
+    """What tells the method of a `Run` from others, as one string. Flags at their defaults do not count: an
+    older log may not have them yet."""
+    known = defaults(run.script)
+    flags = {name: value for name, value in run.flags.items() if name not in known or value != known[name]}
+    return json.dumps([run.script, flags], sort_keys=True)
+
+
 def rows(paths, free):
     """The runs at `paths`, those that differ only in their seed or in flags of the set `free` together:
     lists of `Run`. Raises ValueError where two of one row have the same seed: one was copied."""
     found = {}
     for path in paths:
         run = read_run(path, free)
-        row = found.setdefault(json.dumps([run.script, run.flags]), {})
+        row = found.setdefault(method_of(run), {})
         seed = json.dumps(run.seed)
         if seed in row:
             raise ValueError(f"{row[seed].path} and {path} are one run: the same flags, the same seed")

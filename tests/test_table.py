@@ -171,3 +171,12 @@ def test_the_time_is_that_of_the_device(tmp_path, device, want):
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
     text = table.markdown([(tmp_path, {"a": found(1)})], {"a": "A"}, {}, [], set())
     assert text.splitlines()[-1].split(" | ")[2] == want
+
+
+def test_a_flag_that_an_older_log_does_not_have_counts_as_its_default(tmp_path):
+    old = folder(tmp_path / "rocl", "rocl", eps=8.0)
+    new = folder(tmp_path / "rocl-1", "rocl", eps=8.0, norm="linf", asymmetry=None, seed=1)
+    other = folder(tmp_path / "l2", "rocl", eps=8.0, norm="l2", seed=1)
+    assert [len(row) for row in table.rows([old, new, other], {"out"})] == [2, 1]
+    foreign = [folder(tmp_path / name, "elsewhere", **flags) for name, flags in (("a", {}), ("b", {"norm": "linf", "seed": 1}))]
+    assert [len(row) for row in table.rows(foreign, {"out"})] == [1, 1]  # its defaults are not known
