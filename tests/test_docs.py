@@ -105,7 +105,7 @@ def test_every_result_on_a_page_is_in_such_a_table():
 def test_the_figures_beside_the_methods_are_those_of_the_tables():
     """Rounded to a digit: linear probe, clean / PGD-20 / AutoAttack."""
     figures = re.findall(r"\[([\d./ ]+)\]\((results/[\w/-]+)\)", README)
-    assert len(figures) == 13
+    assert len(figures) == 14
     for text, folder in figures:
         (page,) = [printed for page, _, printed in TABLES
                    if page == "results/README.md" and f"({folder.removeprefix('results/')})" in printed]
