@@ -22,8 +22,8 @@ depart from it in these places:
     - No running statistic moves in the attack. Their code runs it in train mode, so that each of its
       two passes moves those of branch adv.
     - Both views are one batch to BatchNorm, as in acl.py. Theirs are two.
-    - Every image is used in every epoch; their last, short batch is dropped. Weights start as He et
-      al. have it, theirs as PyTorch does.
+    - Every image is used in every epoch; theirs drops the last, short batch. Convolutions start as
+      He et al. have it, theirs as PyTorch does.
     - At its start the copy is the view, so one pass gives both embeddings of the attack; their code
       makes two. The result is the same.
 
@@ -56,16 +56,17 @@ images of its own process, or with --sync-bn (on GPUs) those of all.
 In the log, chance is ln(2B - 1) for loss_clean and for loss_adv, with B images per step, and loss is
 loss_clean + alpha loss_adv. Both fall below chance as it learns; where all embeddings are alike, they
 stay there. gain is what the attack adds to NT of the view and its copy, both through branch adv, on up
-to 64 training images, the same ones at the end of every epoch. It is above 0, and near 0 with --random
-or --eps 0.
+to 64 training images, the same ones at the end of every epoch. It is above 0; with --random it is near
+0, and with --eps 0 it is 0.
 
 Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
 CIFAR-10 (JPEG), in 5.1 minutes (14 epochs, --batch-size 64 --lr 1e-3 --lr-final 0; one seed): a linear
 probe reaches 41.8 %, with --random 42.9 and with --eps 0 42.9. Under PGD-20 at 4/255 it keeps 19.0, and
 they 1.8 and 0.6; at 8/255 6.6, and they nothing. This has not been run on a GPU yet, and on a ViT not at
-all. The survey by Qi & Shah 2022 (arXiv 2210.13463, Table 3, under the heading "robust linear") has 76.70
-% on CIFAR-10 and 55.52 on CIFAR-100, of a linear probe on clean images. Those are the authors' figures,
-and their code keeps the epoch of the probe that is best on the test images. Ours is always the last.
+all. The survey by Qi & Shah 2022 (arXiv 2210.13463, Table 3, under the heading "robust linear") has
+76.70 % on CIFAR-10 and 55.52 on CIFAR-100, of a linear probe on clean images. Those are the authors'
+figures, and their code keeps the epoch of the probe that is best on the test images. Ours is always
+the last.
 """
 import math
 import pathlib

@@ -64,7 +64,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
         text = action.help or ""
         default = action.default
-        if default is None or default is argparse.SUPPRESS or isinstance(default, bool) or "default:" in text:
+        nothing = default in (None, argparse.SUPPRESS, "", [], ())
+        if nothing or isinstance(default, bool) or "default:" in text:
             return action.help
         values = default if isinstance(default, (list, tuple)) else [default]
         value = " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)

@@ -120,7 +120,7 @@ def report(found, attack):
     if len(lines) < 3:
         return f"{PRESET} {attack}: {len(lines)} methods have both figures; ranks need three"
     _, published, ours, errors = zip(*lines)
-    out = [["method", f"published {PRESET} {attack}", "ours", "rank there", "rank here"], ["---"] * 5]
+    out = [["method", f"published SLF, {attack}", "ours", "rank there", "rank here"], ["---"] * 5]
     places = zip(ranks(published), ranks(ours))
     for (name, theirs, value, error), (there, here) in zip(lines, places):
         out.append([name, f"{theirs:.2f}", f"{value:.2f} ({error:.2f})", f"{there:g}", f"{here:g}"])

@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 from common import files
 from evaluation.presets import name_of as name_of_result
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from evaluation.published import GROUPS
 
 
 def lines(path):
@@ -165,9 +164,9 @@ def read_run(path, free):
 @functools.cache
 def defaults(script):
     """{flag: default} of a script of this project; of another nothing is known."""
-    if not (ROOT / f"{script}.py").exists():
+    if script not in {name for kinds in GROUPS.values() for name, _ in kinds}:
         return {}
-    return vars(importlib.import_module(script).parser().parse_args([]))
+    return {action.dest: action.default for action in importlib.import_module(script).parser()._actions}
 
 
 def method_of(run):

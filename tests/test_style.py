@@ -58,12 +58,19 @@ def test_help_has_every_default_that_is_a_number_or_a_word(script):
     shown = "".join(parser.format_help().split())
     for action in parser._actions:
         value = action.default
-        if isinstance(value, bool) or value in (None, argparse.SUPPRESS):
+        if isinstance(value, bool) or value in (None, argparse.SUPPRESS, []):
             continue
         value = " ".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else value
         (line,) = parser._get_formatter()._expand_help(action).splitlines()
         assert line.count("default") == 1 and f"default {value}" in line.replace("default: ", "default "), line
         assert "".join(line.split()) in shown
+
+
+@pytest.mark.parametrize("program", ["eval", "plot"])
+def test_help_names_no_default_that_is_empty(program):
+    parser = importlib.import_module(program).parser()
+    shown = [parser._get_formatter()._expand_help(action) for action in parser._actions if action.help]
+    assert not [text for text in shown if text.rstrip().endswith("default")]
 
 
 def method_of(script):
