@@ -88,13 +88,18 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"{value}: choose one of {', '.join(action.choices)}")
 
     def parse_args(self, args=None, namespace=None):
-        """As argparse has it. A default --warmup that a short run has no room for becomes a tenth of
-        --epochs, which is said; one given by hand stays, and is refused by `setup`."""
+        """As argparse has it, but for two defaults. A default --warmup that a short run has no room for
+        becomes a tenth of --epochs, which is said; one given by hand stays, and is refused by `setup`. A
+        default --eps is a radius in linf: --norm l2 needs one of its own."""
         words = sys.argv[1:] if args is None else list(args)
         flags = super().parse_args(words, namespace)
-        by_hand = any(word.split("=")[0] == "--warmup" for word in words)
+        by_hand = {word.split("=")[0] for word in words}
+        radius_of_linf = self.get_default("eps") is not None and "--eps" not in by_hand
+        if getattr(flags, "norm", None) == "l2" and radius_of_linf:
+            raise ValueError("--norm l2: give its radius by --eps, for example 128, which is 128/255; the "
+                             "default is linf's")
         default = getattr(flags, "warmup", None)
-        if isinstance(default, int) and 0 < (flags.epochs or 0) <= default and not by_hand:
+        if isinstance(default, int) and 0 < (flags.epochs or 0) <= default and "--warmup" not in by_hand:
             flags.warmup = flags.epochs // 10
             if os.environ.get("RANK", "0") == "0":
                 print(f"--warmup is {flags.warmup}, not {default}: the run has {flags.epochs} epochs only")

@@ -213,7 +213,7 @@ def test_each_pass_moves_its_own_branch_once_and_the_attacks_leave_no_trace():
 @pytest.mark.parametrize("flags", [[], ["--views", "x1+d", "x2+d", "xh"]])
 def test_a_norm_is_of_one_view_of_one_image(flags):
     """In l2 every view of every image moves by the radius, not all images of a view by it."""
-    net, (x1, x2, x), y, _, args = real("--norm", "l2", *flags)
+    net, (x1, x2, x), y, _, args = real("--norm", "l2", "--eps", "8", *flags)
     x1, x2, x = (0.3 + 0.4 * v for v in (x1, x2, x))  # far from the box
     args.steps, args.step_size, args.eps = 1, 8.0, 8.0
     clean, attacked = advcl.choose(args.views, x1, x2, x, 8)

@@ -312,6 +312,18 @@ def test_a_default_warmup_is_shortened_to_fit_a_short_run_and_says_so(script, ca
         assert parser().parse_args(["--epochs", "0"]).warmup == default
 
 
+def test_in_l2_the_radius_of_linf_is_not_taken(script):
+    """8/255, a usual radius in linf, hardly moves an image in l2: an attack would be there in name only."""
+    parser = importlib.import_module(script).parser
+    if {"norm", "eps"} <= vars(parser().parse_args([])).keys():
+        for flags in (["--norm", "l2"], ["--norm=l2", "--steps", "3"]):
+            with pytest.raises(ValueError, match="--norm l2: give its radius by --eps.*128"):
+                parser().parse_args(flags)
+        for radius in (["--eps", "128"], ["--eps=128"], ["--eps", "0"]):
+            assert parser().parse_args(["--norm", "l2", *radius]).eps == float(radius[-1].split("=")[-1])
+        assert parser().parse_args(["--norm", "linf"]).eps == parser().get_default("eps")
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 truncated", None])
 def test_a_checkpoint_that_cannot_be_read_is_named(script, npz, tmp_path, content):
     if content is None:
