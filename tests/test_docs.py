@@ -78,7 +78,7 @@ def test_whatever_a_page_links_to_is_there(name):
 
 
 def test_the_readme_is_one_screen_or_a_few():
-    assert len(README.splitlines()) <= 150
+    assert len(README.splitlines()) <= 170
 
 
 TABLES = [(name, *table) for name, text in PAGES.items() for table in re.findall(
@@ -103,16 +103,18 @@ def test_every_result_on_a_page_is_in_such_a_table():
 
 
 def test_the_figures_beside_the_methods_are_those_of_the_tables():
-    """Rounded to a digit: linear probe, clean / PGD-20 / AutoAttack."""
-    figures = re.findall(r"\[([\d./ ]+)\]\((results/[\w/-]+)\)", README)
-    assert len(figures) == 14
-    for text, folder in figures:
+    """Rounded to a digit: linear probe, clean / PGD-20 / AutoAttack where it was run; minutes of pretraining."""
+    figures = re.findall(r"\[([\d./ ]+)\]\((results/[\w/-]+)\) \| (\d+) \|", README)
+    assert len(figures) == 31
+    for text, folder, minutes in figures:
         (page,) = [printed for page, _, printed in TABLES
                    if page == "results/README.md" and f"({folder.removeprefix('results/')})" in printed]
         head, *rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in page.splitlines()]
         (row,) = [row for row in rows if f"({folder.removeprefix('results/')})" in row[0]]
         of = dict(zip(head, row))
-        columns = ["mae-slf-cifar clean"] if "mae-slf-cifar clean" in of else ["amoc-slf clean", "amoc-slf pgd20", "amoc-slf aa"]
+        columns = ["mae-slf-cifar clean"] if "mae-slf-cifar clean" in of else [
+            column for column in ("amoc-slf clean", "amoc-slf pgd20", "amoc-slf aa") if column in of]
+        assert abs(int(minutes) - float(of["pretraining"].split()[0]) / 60) <= 0.51, folder
         for figure, column in zip(text.split(" / "), columns, strict=True):
             assert abs(float(figure) - float(re.match(r"[\d.]+", of[column])[0])) <= 0.051, (folder, column)
 

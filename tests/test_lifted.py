@@ -1,7 +1,13 @@
-"""Modules that are lifted out whole: each works alone in an empty folder, with torch and torchvision."""
+"""What is lifted out of the project: modules, each alone in an empty folder with torch and torchvision, and
+methods, by README's recipe."""
+import ast
+import builtins
 import pathlib
 import subprocess
+import symtable
 import sys
+
+from tests.scripts import SCRIPTS
 
 ROOT = pathlib.Path(__file__).parents[1]
 USE = {  # module -> what somebody who copied it does with it
@@ -24,6 +30,12 @@ assert m.bank_argmax(torch.eye(4), bank.rows[:4]).tolist() == [0, 1, 2, 3]
 q = torch.eye(4).requires_grad_()
 m.bank_logsumexp(q, bank.rows, 0.2).sum().backward()
 assert q.grad.isfinite().all()
+""",
+    "dist": """
+z = torch.eye(3, requires_grad=True)
+assert m.gather(z) is z
+m.average_grads([z])
+m.average_buffers(torch.nn.BatchNorm1d(3))
 """,
     "kmeans": """
 labels = m.kmeans(torch.eye(3).repeat(4, 1), 3, torch.Generator().manual_seed(0))
@@ -79,3 +91,91 @@ def test_each_module_works_alone_in_an_empty_folder(tmp_path):
         capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == list(USE)
+
+
+REPLACED = """
+import contextlib
+
+class run:
+    @staticmethod
+    def autocast(device):
+        return contextlib.nullcontext()
+"""
+STEP = """
+import copy, torch
+from torch import nn
+from common.resnet import ARCHS, ResNet
+from amoc import VARIANTS, Bank, optim, train_step
+
+depths, widths, bottleneck, stem = ARCHS["slim"]
+net = ResNet("slim", depths, widths, bottleneck, stem, ("clean", "adv"), (0.5,) * 3, (0.25,) * 3)
+net = nn.Sequential(net, nn.Linear(net.dim, 8))
+target = copy.deepcopy(net).requires_grad_(False)
+opt = torch.optim.SGD(net.parameters(), 0.1)
+x1, x2 = torch.rand(2, 4, 3, 16, 16)
+noise = 2 * torch.rand(4, 2, 3, 16, 16) - 1
+before = net[1].weight.clone()
+losses = train_step(net, target, opt, Bank(16, 8), Bank(16, 8), x1, x2, noise, variant=VARIANTS["ACC"], lam=0.5,
+                    temperature=0.2, ema=0.9, norm="linf", eps=8 / 255, step_size=2 / 255, steps=2)
+assert losses["loss"].isfinite() and not torch.equal(net[1].weight, before)
+"""
+
+
+def pasted(script):
+    """The method of `script` as README has it pasted: what stands between its imports and "# The run", with the
+    imports that still exist; and what it takes from `encoders`."""
+    text = (ROOT / f"{script}.py").read_text()
+    lines = text.splitlines()
+    end = lines.index("# The run") - 1
+    imports = []
+    body = []
+    for node in ast.parse(text).body:
+        source = "\n".join(lines[node.lineno - 1 - len(getattr(node, "decorator_list", [])) : node.end_lineno])
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("common"):
+            if node.module == "common":
+                names = [alias.name for alias in node.names if alias.name in USE]
+                imports += [f"from common import {', '.join(names)}"] if names else []
+            elif node.module.removeprefix("common.") in USE:
+                imports.append(source)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            imports.append(source)
+        elif node.end_lineno <= end and not isinstance(node, ast.Expr):  # the docstring stays behind
+            body.append(source)
+    text = "\n".join([*imports, REPLACED, *body]) + "\n"
+    return text.replace("@graphed\n", "")
+
+
+def test_a_method_is_pasted_as_readme_says(tmp_path):
+    """With the modules that stand alone and README's replacements every name is there; AMOC makes a step on a
+    network of one's own."""
+    (tmp_path / "common").mkdir()
+    for name in USE:
+        (tmp_path / "common" / f"{name}.py").write_text((ROOT / "common" / f"{name}.py").read_text())
+    readme = (ROOT / "README.md").read_text().split("## In your own code")[1].split("\n## ")[0]
+    assert all(f"`{name}`" in readme for name in [*USE, "run.autocast(device)", "@graphed"])
+    of_encoders = {"encoders", "last_stage"}  # and what is imported from there
+    for script in SCRIPTS:
+        text = pasted(script)
+        (tmp_path / f"{script}.py").write_text(text)
+        missing = names_without_a_home(text)
+        assert missing <= of_encoders, (script, missing)
+    (tmp_path / "step.py").write_text(STEP)
+    lines = [f"import {script}" for script in SCRIPTS] + ["import step", "print(\"done\")"]
+    (tmp_path / "all.py").write_text("\n".join(lines))
+    done = subprocess.run([sys.executable, "all.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "done\n", done.stderr
+
+
+def names_without_a_home(text):
+    """The global names that the functions of `text` read and that neither it nor Python defines."""
+    table = symtable.symtable(text, "pasted", "exec")
+    known = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()
+             or symbol.is_namespace()}
+    found = set()
+    todo = [table]
+    while todo:
+        scope = todo.pop()
+        todo += scope.get_children()
+        found |= {symbol.get_name() for symbol in scope.get_symbols()
+                  if symbol.is_global() and symbol.is_referenced()}
+    return {name for name in found - known if not hasattr(builtins, name)}
