@@ -78,7 +78,7 @@ def test_whatever_a_page_links_to_is_there(name):
 
 
 def test_the_readme_is_one_screen_or_a_few():
-    assert len(README.splitlines()) <= 170
+    assert len(README.splitlines()) <= 180
 
 
 TABLES = [(name, *table) for name, text in PAGES.items() for table in re.findall(
