@@ -352,7 +352,8 @@ def measured_table(args, named):
             measured |= evaluate(path, name, args, env, of_size[size], source, others[size])
         runs.append((results.row_path(path), measured))
     runs = [(path, table.with_epochs(found)) for path, found in runs]
-    return "\n" + table.markdown(runs, flags.titles(args), GROUPS, PUBLISHED, run.FREE)
+    published = PUBLISHED if args.published else ()
+    return "\n" + table.markdown(runs, flags.titles(args), GROUPS, published, run.FREE)
 
 
 def main(argv=None):

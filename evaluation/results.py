@@ -133,7 +133,8 @@ def kept_table(args, named):
     """The table of what was measured and is what the flags `named` (see `named_flags`) say. ValueError
     where that is nothing."""
     runs = kept_runs(args, named)
-    return table.markdown(runs, kept_columns(args, runs), GROUPS, PUBLISHED, run.FREE)
+    published = PUBLISHED if args.published else ()
+    return table.markdown(runs, kept_columns(args, runs), GROUPS, published, run.FREE)
 
 
 def kinds_tables(args, named):
