@@ -157,7 +157,7 @@ def draw_tradeoff(axes, folders, args):
     ax.legend(fontsize=6)
     under = "PGD-20 at 8/255" if attack == "pgd20" else attack
     ax.set(xlabel=f"accuracy under {under}, %", ylabel="accuracy on clean images, %", title=preset)
-    ax.margins(x=0.12)  # room for the names
+    ax.margins(x=0.15)  # room for the names
 
 
 def draw_corruptions(axes, folders, args):
