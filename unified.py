@@ -74,7 +74,7 @@ after 4 epochs of the joint attack a linear probe reaches 41.0 %, and fine-tunin
 mae (6) 43.7, 46.5 and 8.2; without an attack (11 epochs, 15 minutes) 46.5, 47.6 and 4.8; SimCLR (9 epochs)
 has 43.8, 47.3 and 6.8, MAE (36) 48.0, 53.5 and 0.9, and the network from scratch, fine-tuned, 40.4 and 7.6.
 agreement is 0.01 to 0.03.
---attack con, l2 and --share have not been run, and nothing on a GPU.
+l2 and --share have not been run, and nothing on a GPU.
 """
 import argparse
 import math

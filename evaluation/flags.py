@@ -78,7 +78,7 @@ def parser(doc):
     p.add_argument("--pictures", action="store_true", help="of PGD and DeepFool: attacked-*.png")
     p.add_argument("--kept", action="store_true", help="measure nothing: the table of what was measured")
     p.add_argument("--published", action=argparse.BooleanOptionalAction, default=True,
-                   help="with a column of published figures, where there are any; default")
+                   help="with a column of published figures, where there are any")
     p.add_argument("--kinds", action="store_true",
                    help="measure nothing: of the corruptions among --attacks that were measured, tables kind "
                    "by kind")
