@@ -19,18 +19,20 @@ and the classification attack pass through a BatchNorm branch each.
     rows of Table 4             --views
 
 The supplement was not at hand. Where the help of a flag says so, its default is the authors'
-code's; so are the strong crop, the three branches and the projector's single BatchNorm, which sees
-all views. So is the scale of the contrastive loss: a mean over anchors and positives times T /
-0.07, where the paper has a sum; lambda and the learning rate were chosen for the code's scale. We
-depart from that code in three places:
+code's. From their code we have the crops, strong and weak, the three branches, the sizes of the
+projector, its single BatchNorm, through which every view passes as a batch of its own, and that
+images are not normalised. So is the scale of the contrastive loss: a mean over anchors and positives
+times T / 0.07, where the paper has a sum; lambda and the learning rate were chosen for the code's
+scale. We depart from that code in three places:
     - With --teacher, pseudo-labels come from our k-means on the features of a teacher trained on
-      the same images; theirs are of an encoder trained on ImageNet, and --labels reads them. Without
-      either the classification term is left out, and the log says so.
+      the same images; theirs are of an encoder trained on ImageNet, which --labels can read once they
+      are converted, as below. Without either the classification term is left out, and the log says
+      so.
     - The attack leaves no trace: it normalises by batch statistics, as theirs does, but does not
       update the running ones. In their code most of what branch adv averages comes from unfinished
       attacks.
-    - The attack starts inside [0, 1]; theirs takes its first gradient outside. What it does not
-      change is embedded once, which gives the same result up to rounding. Counting a backward pass
+    - The attack starts inside [0, 1]; theirs takes its first gradient outside. Views that it does not
+      change are embedded once, which gives the same result up to rounding. Counting a backward pass
       to the pixels as one forward pass and a whole one as two, a step costs 35 forward passes
       instead of 50, without pseudo-labels 22; SimCLR's costs 6.
 
@@ -45,7 +47,7 @@ depart from that code in three places:
 --labels takes an .npz with integers "labels", a row of N for each of --clusters; -1 is an image
 without a label, which has no part in loss_ce. They belong to all N training images, in
 torchvision's order for cifar10 (cifar100, stl10); with --limit each image keeps its own. For other
-data the file also holds "checksum": that of the data, or of the part that --limit leaves, as the
+data the file must also hold "checksum": that of the data, or of the part that --limit leaves, as the
 first line of a run's log.jsonl has it. The labels of the paper's best row (ImageNet's encoder, for
 CIFAR-10 in torchvision's order) are a pickle in the folder data/ of the authors' code. Unpickling
 can run any program, so it is left to you:
@@ -54,7 +56,7 @@ can run any program, so it is left to you:
     labels = np.array([np.array(saved[f"pseudo_train_{k}"]) for k in (2, 10, 50, 100, 500)])
     np.savez("labels.npz", labels=labels.astype(int))
 
-What --teacher has made is kept as pseudo_labels.pt, and becomes such a file for other runs by
+What --teacher has made is kept as pseudo_labels.pt, and can be turned into such a file by
 
     saved = torch.load("runs/advcl/pseudo_labels.pt")
     np.savez("labels.npz", labels=saved["labels"].T.numpy(), checksum=saved["made_with"]["data"])
@@ -67,19 +69,22 @@ The encoder is exported without its heads, with BatchNorm branch adv: at test ti
 images too.
 
 On several processes order, augmentation and noise are those of one process. The contrastive loss
-has the negatives of all of them, the attack those of its own process. Each BatchNorm sees the
-images of its own process, or with --sync-bn (on GPUs) those of all.
+has the negatives of all of them, the attack those of its own process. loss_ce is a mean over the
+labelled images of each process, and then over processes. Each BatchNorm sees the images of its own
+process, or with --sync-bn (on GPUs) those of all.
 
 In the log, chance for loss_con is ln(V B - 1) T / 0.07, with V views and B images per step. A
-healthy loss_con falls below that, and loss_ce below the mean of ln K over --clusters. With --eps 0
-the "attacked" views are the clean ones, seen through branch adv; with --steps 0 they are moved by
-the random start alone.
+healthy loss_con falls below that, and loss_ce below the mean of ln K over --clusters; where all
+embeddings are alike, loss_con stays at chance. With --eps 0 the "attacked" views are the clean ones,
+seen through branch adv, and the classifier's image through branch adv_ce; with --steps 0 they are
+moved by the random start alone.
 
-Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
-CIFAR-10 (JPEG), in 4.6 minutes (11 epochs, 2 attack steps, no pseudo-labels): a linear probe
-reaches 44.8 %, and 13.3 % under PGD-20 at 8/255; with another seed 40.8 and 13.5. SimCLR reaches
-47.0 and 0.1. This has not been run on a GPU yet. The paper reports 77.73 and 48.89 under PGD-20
-without pseudo-labels, and 50.45 under PGD-20 with them (1000 epochs).
+Measured on one CPU thread (Intel Xeon) and 10,000 images of CIFAR-10 (JPEG), with --arch slim
+--batch-size 64 --warmup 0 --lr 0.1 --steps 2 --step-size 4, without pseudo-labels, in 4.6 minutes (11
+epochs): a linear probe (amoc-slf, 2,000 test images) reaches 44.8 %, and 13.3 % under PGD-20 at 8/255;
+with another seed 40.8 and 13.5. SimCLR (acl.py --variant s2s) reaches 47.0 and 0.1 in 4.6 minutes; a
+random encoder, 27.4 and 0. This has not been run on a GPU yet. The paper reports 77.73, and 48.89
+under PGD-20, without pseudo-labels, and 80.85 and 50.45 with them (1000 epochs, as its code has).
 """
 import argparse
 import hashlib
@@ -216,14 +221,16 @@ def train_step(net, opt, x1, x2, x, labels, noise, *,
     """One iteration on two strong views and the weak one (B, 3, S, S); the losses to be logged.
 
     labels (B, len(clusters)); without `clusters` there is no classification term. `noise` (A + 1,
-    B, 3, S, S) in the unit ball starts the attack on the classifier and those on the A views; None:
-    they start at the images.
+    B, 3, S, S) is in the unit ball: noise[0] starts the attack on the classifier, noise[1:] those on
+    the A views. With None they start at the images. The attacks read no running statistic, so the
+    order of the two terms does not matter.
     """
     clean, to_attack = choose(views, x1, x2, x, cutoff)
 
-    # Every view is a batch of its own, in the attack too. In train mode, batch statistics depend on
-    # the clean views alone, so that their embeddings are constants of the attack; here they move
-    # the running statistics of branch clean.
+    # Every view is a batch of its own, in the attack too. So the batch statistics of a clean view
+    # depend on that view alone, and its embedding is a constant of the attack, as long as that is in
+    # train mode, as here. These passes also move the running statistics of branch clean (x_h, which
+    # is not in [0, 1], goes through it too) and of the projector.
     z_clean = [embed(net, view, "clean") for view in clean]
     constants = [z.detach() for z in z_clean]
 
@@ -259,9 +266,9 @@ def train_step(net, opt, x1, x2, x, labels, noise, *,
 
 
 def lr_at(step, steps_per_epoch, epochs, lr, warmup):
-    """The learning rate of `step`: over all epochs a cosine from `lr` to a thousandth of it, taken
-    at the end of each epoch; but over the first `warmup` epochs linear, from a fiftieth of `lr` up
-    to that cosine."""
+    """The learning rate of `step`. Over the first `warmup` epochs it rises linearly, step by step, from a
+    fiftieth of `lr` to the cosine. After that it is constant within an epoch: the cosine from `lr` to a
+    thousandth of it, read at the epoch's end."""
 
     def cosine_at(epoch):
         return optim.cosine(epoch / epochs, lr, lr / 1000)
@@ -277,8 +284,8 @@ def lr_at(step, steps_per_epoch, epochs, lr, warmup):
 def parser():
     p = run.parser(__doc__, name="advcl", arch="resnet18")
     p.add_argument("--views", choices=VIEWS, nargs="+", default=["x+d", "x1", "x2", "xh"],
-                   help="strong crops x1 x2, the weak crop x, its low and high frequencies xl xh; +d is "
-                        "attacked (paper)")
+                   help="strong crops x1 x2; xl xh, the low and high frequencies of the weak crop x; and, "
+                        "attacked, x1+d x2+d x+d (paper)")
     p.add_argument("--teacher", help="exported encoder, for the pseudo-labels; default: none (ours)")
     p.add_argument("--labels", type=run.path,
                    help=".npz of pseudo-labels instead of a teacher's; default: none (ours)")
@@ -417,10 +424,12 @@ def labels_of_file(args, images):
 
 
 def start_noise(x, views, norm, rng):
-    """Where the attack on the classifier and those on the A attacked views start: (A + 1, B, 3, S,
-    S), each view of each image uniform in a unit ball of the `norm`."""
+    """The noise from which the attack on the classifier and those on the A attacked views start, as
+    `train_step` takes it: (A + 1, B, 3, S, S), each view of each image uniform in a unit ball of the
+    `norm`."""
     attacks = 1 + sum(is_attacked(view) for view in views)
-    # One number more than pixels: under l2 it is how far from the centre.
+    # One number more than there are pixels: under l2 it sets the distance from the centre, under linf it
+    # is not used.
     u = rng.uniform(attacks, 1 + x[0].numel(), device=x.device)
     return ball_point(u, norm).view(len(x), attacks, *x.shape[1:]).transpose(0, 1)
 
@@ -472,6 +481,8 @@ def main(argv=None):
     size = run.image_size(args, images)
     steps_per_epoch = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
     clusters = args.clusters if args.teacher or args.labels else []
+    if args.teacher and max(clusters) > len(images):
+        raise ValueError(f"--clusters {max(clusters)}: there are {len(images)} images; give smaller numbers")
     if args.labels:
         images.y = labels_of_file(args, images).to(device)
 
@@ -484,8 +495,11 @@ def main(argv=None):
     compile_networks(args, env, net["encoder"])
 
     log = Log(args, env, steps_per_epoch * args.epochs, images)
-    if args.labels:  # a run is continued with the same ones only
+    # A run is continued with the same labels, or the same teacher, only.
+    if args.labels:
         log.data["labels"] = hashlib.sha256(images.y.cpu().contiguous().numpy()).hexdigest()
+    if args.teacher:
+        log.data["labels"] = hashlib.sha256(pathlib.Path(args.teacher).read_bytes()).hexdigest()
     state = dict(net=net, opt=opt, log=log)
     step = run.resume(args, env, state)
     if args.teacher:  # only now: another run's labels in this folder must not be overwritten

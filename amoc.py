@@ -32,7 +32,8 @@ We depart from the authors' code in three places:
     - What does not depend on the perturbation is computed once per attack, and the attack makes no
       gradient of the weights. In eval mode the result is the same up to rounding. Counting a
       backward pass to the pixels as one forward pass and a whole one as two, an ACC step costs 18
-      forward passes instead of 29, CAC 16 instead of 22, AAC 28 instead of 35; MoCo's costs 4.
+      forward passes instead of 29, CAC 16 instead of 22, AAC 28 instead of 35; MoCo's costs 4. The
+      third letter, whose bank is read, costs nothing.
 
     python amoc.py                                       the paper's ACC: CIFAR-10, ResNet-18, 200 epochs
     torchrun --standalone --nproc-per-node 8 amoc.py     the same on 8 GPUs, 32 of the 256 images on each
@@ -44,25 +45,31 @@ A ViT has no BatchNorm, so clean and attacked images share the whole network:
 
     python amoc.py --arch vit_tiny --optimizer adamw --lr 1e-3 --weight-decay 0.05 --out runs/amoc-vit
 
-The encoder is exported without the projector, with the BatchNorm branch through which L_* sees its
-query (adv in ACC): at test time this branch, with its running statistics, sees clean images too.
+The encoder of f_q is exported without the projector, with the BatchNorm branch through which L_*
+sees its query (adv in ACC): at test time this branch, with its running statistics, sees clean images
+too. Where no query is attacked (CCC, CAC, CAA, CCA), branch adv of f_q is never trained, and that of
+f_k, which follows it, has its first weights; the exported branch is then clean.
 
-On several processes order, augmentation, noise and banks are those of one process. Each BatchNorm
-sees the images of its own process, or with --sync-bn (on GPUs) those of all. On 8 GPUs without
---sync-bn, a query and its key are normalised among the same 32 images. A network can use that to
-tell the key from the bank's rows; it is the leak for which MoCo shuffles keys between its GPUs.
-With --sync-bn they are 256 images, as in the authors' code, which runs on one GPU.
+On several processes order, augmentation and noise are those of one process, and the banks are equal
+on all of them. The attack is the same, too: it runs in eval mode and needs no other images of the
+batch. In training each BatchNorm sees the images of its own process, or with --sync-bn (on GPUs)
+those of all. On 8 GPUs without --sync-bn, a query and its key are normalised among the same 32
+images. A network can use that to tell the key from the bank's rows; it is the leak for which MoCo
+shuffles keys between its GPUs. With --sync-bn, or on one GPU as in the authors' code, it is weaker:
+they are normalised among all 256.
 
-In the log, chance is ln(K + 1). Both losses lie below it and fall over the epochs; loss_adv stays
-above loss_clean. If they come to rest at chance, the bank's keys are too old for the network: try a
-smaller --bank-size or a smaller --ema. With --eps 0 the "attacked" images are the clean ones, seen
-through branch adv; with --steps 0 they are moved by the random start alone.
+In the log, chance is ln(K + 1), and both losses lie below it. loss_clean falls; loss_adv stays above
+it (where L_* reads the clean bank), and may stand still for many epochs, or rise at first. If they
+come to rest at chance, the bank's keys are too old for the network: try a smaller --bank-size or a
+smaller --ema. With --eps 0 the "attacked" images are the clean ones, seen through branch adv; with
+--steps 0 they are moved by the random start alone.
 
-Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
-CIFAR-10 (JPEG), in 3.9 minutes (11 epochs, 2 attack steps; mean of 2 seeds): a linear probe reaches
-35.8 %, and 14.5 % under PGD-20 at 8/255. CCC reaches 43.0 and 2.6 in 4.6 minutes (32 epochs); a
-random encoder, 27.4 and 0. This has not been run on a GPU yet. The paper reports 78.74 and 36.87
-(ACC, 200 epochs).
+Measured on one CPU thread (Intel Xeon) and 10,000 images of CIFAR-10 (JPEG), with --arch slim
+--batch-size 64 --warmup 0 --bank-size 512 --ema 0.99 --lr 0.2 --weight-decay 1e-4 --steps 2
+--step-size 4, in 3.9 minutes (11 epochs; mean of 2 seeds): a linear probe (amoc-slf, 2,000 test
+images) reaches 35.8 %, and 14.5 % under PGD-20 at 8/255. CCC reaches 43.0 and 2.6 in 4.6 minutes (32
+epochs); a random encoder, 27.4 and 0. This has not been run on a GPU yet. The paper reports 78.74 and
+36.87 (ACC, 200 epochs).
 """
 import argparse
 import math
@@ -116,10 +123,10 @@ VARIANTS = {
     letters: Variant(*(letter == "A" for letter in letters))
     for letters in ("CCC", "CAC", "CAA", "CCA", "ACC", "ACA", "AAC", "AAA")
 }
-# In ACA no key is attacked, so nothing enters M_adv: it keeps its first random rows (the paper's
-# Remark 1). So it does in CCA, where no query is attacked either: it is in the paper's text and
-# Table 1, but Fig. 1, Table 6 and the authors' code have CAA instead. ACA_PLUS, which only the
-# authors' code has, fills M_adv with the keys of attacked queries.
+# In ACA no key is attacked, so nothing enters M_adv, which keeps its first random rows (the paper's
+# Remark 1). CCA is the same, and attacks nothing at all: it is in the paper's text and Table 1, while
+# Fig. 1, Table 6 and the authors' code have CAA in its place. ACA_PLUS, which only the authors' code
+# has, fills M_adv with the keys of attacked queries.
 VARIANTS["ACA_PLUS"] = VARIANTS["ACA"]._replace(extra_key=True)
 
 
@@ -144,7 +151,8 @@ def embed(net, x, bn):
 def info_nce(q, k, bank, temperature):
     """Eq. 3.1: -mean_i log( e^(q_i.k_i/T) / (e^(q_i.k_i/T) + sum_j e^(q_i.M_j/T)) ).
 
-    q, k (N, D) and bank (K, D) have unit rows; the bank holds negatives only. Chance is ln(K + 1).
+    q, k (N, D) and bank (K, D) have unit rows. The bank holds keys of earlier steps, an older key of
+    the same image perhaps among them, as in MoCo. Chance is ln(K + 1).
     """
     pos = (q * k).sum(1) / temperature  # (N,)
     neg = bank_logsumexp(q, bank, temperature)  # (N,)
@@ -189,12 +197,14 @@ def attack(net, target, x1, x2, noise, bank, *, variant, temperature, norm, eps,
 
             return pgd(loss_of_query, x1, eps, step_size, steps, norm, start=start1), x2
 
-        q = embed(net, x1, "clean").detach()
+        if variant.adv_key:
+            q = embed(net, x1, "clean").detach()
 
-        def loss_of_key(x2_adv):
-            return info_nce(q, embed(target, x2_adv, "adv"), bank, temperature)
+            def loss_of_key(x2_adv):
+                return info_nce(q, embed(target, x2_adv, "adv"), bank, temperature)
 
-        return x1, pgd(loss_of_key, x2, eps, step_size, steps, norm, start=start2)
+            return x1, pgd(loss_of_key, x2, eps, step_size, steps, norm, start=start2)
+    return x1, x2
 
 
 def train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, *,
@@ -235,7 +245,8 @@ def train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, *,
     optim.ema(target, net, ema)  # Eq. 3.2
     dist.average_buffers(net, target)  # else the running statistics of the processes drift apart
 
-    # Last, so that no query meets its own key among the negatives. The keys of all processes join.
+    # Last, so that no query meets the key of this step among the negatives. The keys of all processes
+    # join.
     bank_clean.push(k)
     if variant.adv_key:
         bank_adv.push(k_adv)  # CAC and AAC fill M_adv although they never read it
@@ -245,8 +256,8 @@ def train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, *,
 
 
 def lr_at(epoch, epochs, lr, warmup):
-    """The learning rate of `epoch`: linear over the first `warmup` epochs, from a thousandth of
-    `lr`; then a cosine towards zero."""
+    """The learning rate of `epoch` 0, 1, ...: over the first `warmup` epochs `lr` epoch / warmup, but in
+    epoch 0 a thousandth of `lr`; then a cosine towards zero."""
     if epoch < warmup:
         return lr * max(epoch / warmup, 0.001)
     return optim.cosine((epoch - warmup) / (epochs - warmup), lr)
@@ -258,7 +269,7 @@ def lr_at(epoch, epochs, lr, warmup):
 def parser():
     p = run.parser(__doc__, name="amoc", arch="resnet18", graph=True)
     p.add_argument("--variant", choices=VARIANTS, default="ACC",
-                   help="who is attacked: query, key, and whose bank is read; CCC is MoCo (paper)")
+                   help="letters for query, key and bank: A is adversarial, C clean; CCC is MoCo (paper)")
     p.add_argument("--epochs", type=run.integer(0), default=200,
                    help="0 exports the random encoder; default (paper)")
     p.add_argument("--batch-size", type=run.integer(1), default=256,
@@ -304,9 +315,10 @@ def network(arch):
 
 
 def start_noise(x1, norm, rng):
-    """Where the attacks on the views x1 and x2 start: (B, 2, 3, S, S), each view of each image uniform
-    in a unit ball of the `norm`."""
-    # One number more than pixels: under l2 it is how far from the centre.
+    """The noise from which the attacks on the views x1 and x2 start, as `attack` takes it: (B, 2, 3, S, S),
+    each view of each image uniform in a unit ball of the `norm`."""
+    # One number more than there are pixels: under l2 it sets the distance from the centre, under linf it
+    # is not used.
     u = rng.uniform(2, 1 + x1[0].numel(), device=x1.device)
     return ball_point(u, norm).view(len(x1), 2, *x1.shape[1:])
 

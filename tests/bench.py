@@ -72,13 +72,13 @@ SCRIPTS = {  # variants, the base first; made by <script>_step. Those of the mas
     "caco": ("cooperative", "hybrid"),
     "hardneg": ("--negatives plain", "--negatives ifm", "--negatives hcl", "--negatives mochi",
                 "--negatives plain --base simclr", "--negatives hcl --base simclr"),
-    "adv_mae": ("--eps 0", "--steps 1", "--steps 2", "--steps 2 --norm l2"),
+    "adv_mae": ("--eps 0", "--steps 1", "--steps 2", "--steps 2 --norm l2 --eps 128"),
     "unified": ("--attack none", "--attack joint", "--con-weight 0", "--lam 0"),
     "adpe": ("--radius 0", "--adversary persistent", "--adversary pgd", "--position absolute --radius 0",
              "--position absolute"),
     "byorl": ("BYOL", "K = 2", "K = 5", "K = 10"),
     "adios": ("SimCLR", "ADIOS", "ADIOS-s"),
-    "rotnet": ("--eps 0", "--steps 2", "--steps 2 --norm l2", "--target labels --loss trades"),
+    "rotnet": ("--eps 0", "--steps 2", "--steps 2 --norm l2 --eps 128", "--target labels --loss trades"),
     "pretext": ("--tasks rotation --eps 0", "--tasks rotation", "--tasks jigsaw", "--tasks selfie", "--lam 0", "--lam 0.1"),
 }
 COMPILED = {  # on CUDA, once more with --compile

@@ -230,6 +230,7 @@ def test_views_of_a_kind_share_their_batch_statistics():
     (98_000, 1e-6)])
 def test_learning_rate_equals_printed_values(s, lr):
     assert acl.lr_at(s, 98_000, 5.0, 980) == pytest.approx(lr, rel=1e-9)
+    assert acl.lr_at(s, 98_000, 0.0, 980) == 0
 
 
 def test_network_sizes_are_the_authors():

@@ -306,6 +306,13 @@ def test_a_run_with_a_teacher_uses_the_labels_of_its_images_and_says_so(tmp_path
     heads = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("with", "without")]
     assert "pseudo-labels, K = [2, 5]" in heads[0][0] and '"loss_ce"' in heads[0][1]
     assert "no --teacher or --labels, so no pseudo-labels" in heads[1][0] and '"loss_ce"' not in heads[1][1]
+    more = [*flags, "--teacher", args.teacher, "--epochs", "1", "--out", str(tmp_path / "more")]
+    with pytest.raises(ValueError, match="--clusters 70: there are 60 images"):
+        advcl.main([*more, "--clusters", "2", "70"])
+    torch.manual_seed(5)
+    encoders.export(encoders.make("slim"), args.teacher)  # another one, at the same place
+    with pytest.raises(ValueError, match="the images are the same, but not their pseudo-labels"):
+        advcl.main([*flags, *teacher, "--epochs", "1", "--out", str(tmp_path / "with")])
 
 
 def test_a_spoilt_label_file_is_named(tmp_path):

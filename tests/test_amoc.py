@@ -124,6 +124,11 @@ def test_attack_equals_printed_values(variant, dv, length):
         assert d.abs().sum().item() == pytest.approx(total, rel=1e-9)
 
 
+def test_a_variant_that_attacks_nothing_gets_its_views_back():
+    for variant in ("CCC", "CCA"):
+        assert all(ours is view for ours, view in zip(attack(variant), (x1, x2), strict=True))
+
+
 @pytest.mark.parametrize("variant", [v for v in amoc.VARIANTS if v not in ("CCC", "CCA")])
 def test_constants_computed_once_change_nothing(variant):
     """Bit for bit the attack that embeds both views again at every step."""

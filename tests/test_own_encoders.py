@@ -41,6 +41,16 @@ def test_an_own_network_is_an_encoder_of_normalised_images(own):
     torch.testing.assert_close(encoder(x), encoder.net(normalised))
 
 
+def test_rocl_starts_resnets_anew_and_leaves_weights_of_ones_own_and_of_a_vit(own):
+    for arch, kept in ((f"{own}:make", True), ("vit_slim", True), ("slim", False)):
+        torch.manual_seed(0)
+        as_made = encoders.make(arch, mean=(0, 0, 0), std=(1, 1, 1)).state_dict()
+        torch.manual_seed(0)
+        found = rocl.network(arch)[0].state_dict()
+        same = [torch.equal(value, found[name]) for name, value in as_made.items() if value.ndim == 4]
+        assert same and all(s is kept for s in same), arch
+
+
 def test_its_batchnorms_get_branches_and_the_chosen_one_is_exported(own, tmp_path):
     encoder = encoders.make(f"{own}:make", ("clean", "adv"))
     assert [type(m) for m in encoder.modules()].count(BranchNorm) == 1
