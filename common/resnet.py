@@ -71,7 +71,8 @@ def conv_norm(conv, norm, x):
     convolution with weights s w and that bias does the same, and saves a pass over the channels both forward
     and backward. So it is done within `eval_mode` (of common/pgd.py) where no weight can get a gradient: in
     an attack, and elsewhere from the second pass through the same weights on. Values and gradients are equal
-    up to rounding.
+    up to rounding. The same weights are the same tensors that no operation in place has changed; a change
+    through `w.data` does not count as one, and within the same `eval_mode` it has no effect here.
     """
     inner = norm.branches[norm.branch] if isinstance(norm, BranchNorm) else norm
     folded = None
