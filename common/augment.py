@@ -57,7 +57,7 @@ def resized_crop(x, top, left, height, width, size, flip=None, filter="bilinear"
     if filter not in FILTERS:
         raise ValueError(f"filter {filter!r}: choose one of {', '.join(FILTERS)}")
     if size < 1:
-        raise ValueError(f"size {size}: a crop has at least one pixel; give a larger --image-size")
+        raise ValueError(f"size {size}: a crop has at least one pixel; give a larger size (--image-size)")
     B, C, H, W = x.shape
     if flip is None:
         flip = torch.zeros(B)
@@ -145,9 +145,9 @@ def _crop_boxes(u, H, W, scale, ratio):
 def color_jitter(x, brightness, contrast, saturation, hue, order, rows=None):
     """torchvision's `ColorJitter` of x (B, 3, H, W), floats in [0, 1], with given factors (B,), not negative,
     1 for none, and hue (B,) in turns, 0 for none. They are applied in `order` (B, 4): each row a permutation
-    of 0 brightness, 1 contrast, 2 saturation, 3 hue. With `rows` (n,), distinct indices on the CPU, only these
-    images are changed, and the other arguments are theirs, (n,) and (n, 4). Raises ValueError for other
-    dtypes."""
+    of 0 brightness, 1 contrast, 2 saturation, 3 hue. With `rows` (n,), distinct indices on the CPU, only
+    these images are changed, and the other arguments are theirs, (n,) and (n, 4). Raises ValueError for
+    other dtypes."""
     _check_floats(x, "color_jitter")
     every = rows is None
     if every:
@@ -261,8 +261,8 @@ def gaussian_blur(x, sigma, kernel_size):
     (B,) in pixels for each image; 0 leaves an image as it is. kernel_size is in pixels too.
 
     Like resizing, two batched matrix products: row i of the matrix holds the kernel around i, folded at the
-    edges. Raises ValueError for other dtypes, for a kernel size that is not odd, and where half of it, rounded
-    down, is not below both sides.
+    edges. Raises ValueError for other dtypes, for a kernel size that is not odd, and where half of it,
+    rounded down, is not below both sides.
     """
     _check_floats(x, "gaussian_blur")
     B, C, H, W = x.shape
@@ -271,7 +271,7 @@ def gaussian_blur(x, sigma, kernel_size):
         raise ValueError(f"kernel size {kernel_size}: must be odd and positive")
     if radius >= min(H, W):
         raise ValueError(f"kernel size {kernel_size}: images to blur are {H} x {W}, and their sides must be "
-                         f"at least {radius + 1}; give a larger --image-size")
+                         f"at least {radius + 1}; give larger images (--image-size)")
     rows = sigma.nonzero()[:, 0]
     if not len(rows):
         return x
@@ -345,7 +345,7 @@ def pad_crop(x, top, left, padding, mode="constant"):
     B, C, H, W = x.shape
     if mode == "reflect" and padding >= min(H, W):
         raise ValueError(f"padding {padding} by reflection: images are {H} x {W}, and their sides must be at "
-                         f"least {padding + 1}; give a larger --image-size")
+                         f"least {padding + 1}; give larger images (--image-size)")
     padded = F.pad(to_float(x), [padding] * 4, mode=mode)
     top, left = on_device(x.device, top, left)
     rows = top.long()[:, None] + torch.arange(H, device=x.device)

@@ -56,8 +56,8 @@ def _start(h, k, generator):
     while len(centres) < k:
         weight = distance.cpu().double()
         if not weight.any():
-            raise ValueError(f"{k} clusters of {len(h)} rows, of which only {len(centres)} differ: there must "
-                             "be as many different rows as clusters")
+            raise ValueError(f"{k} clusters of {len(h)} rows, of which only {len(centres)} differ: there "
+                             "must be as many different rows as clusters")
         at = torch.multinomial(torch.where(weight > 0, weight + 1e-12, 0.0), 1, generator=generator)
         centres = torch.cat([centres, h[at]])
         distance = distance.minimum((h - centres[-1]).square().sum(1))
