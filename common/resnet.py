@@ -186,7 +186,8 @@ class ResNet(nn.Module):
     mean, std   of the three channels of pixels: the network sees (x - mean) / std.
 
     Its attributes `dim` and `trunk_dim` are the channels after the last stage and before it. Raises
-    ValueError for an unknown stem, or depths and widths that are not four positive numbers each. For example
+    ValueError for an unknown stem, or depths and widths that are not four positive numbers each (a depth but the last may be
+    0: no blocks, and no halving). For example
     `ResNet("resnet18", *ARCHS["resnet18"], branches=(), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))`.
     """
 
@@ -239,9 +240,9 @@ class ResNet(nn.Module):
 
 
 def _check_stages(depths, widths):
-    if not len(depths) == len(widths) > 0 or min(*depths, *widths) < 1:
+    if not len(depths) == len(widths) > 0 or min(depths) < 0 or min(depths[-1], *widths) < 1:
         raise ValueError(f"depths {tuple(depths)}, widths {tuple(widths)}: must be as many of each, and "
-                         "positive")
+                         "positive (but for the last, a depth may be 0)")
 
 
 def initialize(net):

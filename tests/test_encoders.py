@@ -143,7 +143,8 @@ def test_a_decoder_refuses_another_grid(tokens):
 
 @pytest.mark.parametrize("depths, widths, words", [
     ((1, 1, 1), (8, 8, 8), "a ResNet has four stages"), ((1,) * 5, (8,) * 5, "a ResNet has four stages"),
-    ((1, 1, 1, 1), (8, 8, 8), "as many of each"), ((1, 0, 1, 1), (8,) * 4, "as many of each, and positive"),
+    ((1, 1, 1, 1), (8, 8, 8), "as many of each"), ((1, 1, 1, 0), (8,) * 4, "as many of each, and positive"),
+    ((1, -1, 1, 1), (8,) * 4, "and positive"),
     ((), (), "as many of each"), ((1,) * 4, (8, 8, 0, 8), "and positive")])
 def test_stages_that_cannot_be_are_named(depths, widths, words):
     with pytest.raises(ValueError, match=words):
