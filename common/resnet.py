@@ -186,8 +186,8 @@ class ResNet(nn.Module):
     mean, std   of the three channels of pixels: the network sees (x - mean) / std.
 
     Its attributes `dim` and `trunk_dim` are the channels after the last stage and before it. Raises
-    ValueError for an unknown stem, or depths and widths that are not four positive numbers each (a depth but the last may be
-    0: no blocks, and no halving). For example
+    ValueError for an unknown stem, or depths and widths that are not four positive numbers each (a depth but
+    the last may be 0: no blocks, and no halving). For example
     `ResNet("resnet18", *ARCHS["resnet18"], branches=(), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))`.
     """
 
