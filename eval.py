@@ -84,7 +84,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from common import data, files, run
+from common import data, files, optim, run
 from common.log import header
 from common.pgd import eval_mode, pgd
 from common.resnet import branch
@@ -192,8 +192,7 @@ def train(net, images, preset, seed):
         for i, (pixels, y, rng) in enumerate(data.batches(images, preset.batch_size, seed, epoch)):
             step = epoch * steps_per_epoch + i
             lr = finetune.lr_at(preset, epoch, epoch + i / steps_per_epoch, step)
-            for group in opt.param_groups:
-                group["lr"] = lr * group["scale"]
+            optim.set_lr(opt, lr)
             x2 = None
             if preset.loss == "at+ss":
                 x2, _ = finetune.augment(pixels, y, rng, preset, mix)

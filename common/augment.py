@@ -4,10 +4,14 @@ Images are x (B, 3, H, W). Each augmentation comes as a pair: the function of it
 torchvision counterpart, and `random_...`, which draws them as torchvision does from `rng`: an object whose
 `uniform(*shape)` gives (B, *shape) numbers in [0, 1), as `common.data.Rng`.
 
-Parameters live on the CPU until they are used: a thousand numbers per step cost nothing there, and which
-image gets what is known without waiting for the device. Images are floats in [0, 1]; only crops, `resize`
-and `to_float` take uint8 as well, being where a view begins. The file stands alone.
+Parameters of the images, tensors (B,), are to lie on the CPU: a thousand numbers per step cost nothing
+there, and which image gets what is known without waiting for the device. Images are floats in [0, 1], of
+float32 (or float64, whose parameters are float32 all the same), under autocast too; only crops, `resize` and
+`to_float` take uint8 as well, being where a view begins. Others are refused. No function changes its
+argument, but where nothing is to be done it may be the argument itself that comes back: clone it before you
+write into it. The file stands alone.
 """
+import contextlib
 import math
 
 import torch
@@ -26,9 +30,17 @@ def to_float(x):
     return x
 
 
-def _refuse_integers(x, function):
-    if not x.is_floating_point():
-        raise ValueError(f"{function}: images are {x.dtype}; it takes floats in [0, 1], as to_float gives")
+def _check_floats(x, function):
+    if x.dtype not in (torch.float32, torch.float64):
+        advice = ", as to_float gives" if not x.is_floating_point() else ": x.float()"
+        raise ValueError(f"{function}: images are {x.dtype}; it takes float32 in [0, 1]{advice}")
+
+
+def _unrounded(x):
+    """Autocast off on the device of x: it would round matrix products of pixels."""
+    if not torch.amp.is_autocast_available(x.device.type):  # as for "meta"
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def resized_crop(x, top, left, height, width, size, flip=None, filter="bilinear"):
@@ -37,19 +49,25 @@ def resized_crop(x, top, left, height, width, size, flip=None, filter="bilinear"
     x (B, 3, H, W) floats in [0, 1] or uint8 -> float in [0, 1]; top, left, height, width (B,) and size in
     pixels; flip (B,) bool mirrors the result; filter "bilinear" or "bicubic" (which overshoots, and is
     clipped). Resizing is linear and separable, so it is two batched matrix products; a crop and a mirror
-    are only other rows in those matrices. Raises ValueError for other dtypes, and where size is below 1.
+    are only other rows in those matrices. Raises ValueError for other dtypes or filters, and where size is
+    below 1.
     """
+    if x.is_floating_point():
+        _check_floats(x, "resized_crop")
+    if filter not in FILTERS:
+        raise ValueError(f"filter {filter!r}: choose one of {', '.join(FILTERS)}")
     if size < 1:
-        raise ValueError(f"size {size}: a crop has at least one pixel; give a larger --image-size")
+        raise ValueError(f"size {size}: a crop has at least one pixel; give a larger size (--image-size)")
     B, C, H, W = x.shape
     if flip is None:
         flip = torch.zeros(B)
     top, left, height, width, flip = on_device(x.device, top, left, height, width, flip)
-    rows = _resize_matrix(FILTERS[filter], top, height, H, size)
-    columns = _resize_matrix(FILTERS[filter], left, width, W, size, flip)
     x = to_float(x.permute(0, 2, 1, 3).contiguous())  # (B, H, C, W): both products find their axis in place
-    x = (x.view(B, H * C, W) @ columns.transpose(1, 2)).view(B, H, C * size)
-    x = (rows @ x).view(B, size, C, size).permute(0, 2, 1, 3).contiguous()
+    rows = _resize_matrix(FILTERS[filter], top, height, H, size).to(x.dtype)
+    columns = _resize_matrix(FILTERS[filter], left, width, W, size, flip).to(x.dtype)
+    with _unrounded(x):
+        x = (x.view(B, H * C, W) @ columns.transpose(1, 2)).view(B, H, C * size)
+        x = (rows @ x).view(B, size, C, size).permute(0, 2, 1, 3).contiguous()
     return x.clamp_(0, 1) if filter == "bicubic" else x
 
 
@@ -81,6 +99,8 @@ def _resize_matrix(filter, start, length, n_in, n_out, flip=None):
 def resize(x, size):
     """Images x (B, 3, H, W), floats in [0, 1] or uint8, as floats in [0, 1] of side `size` pixels; of that
     side already, their pixels do not change. Raises ValueError for other dtypes."""
+    if x.is_floating_point():
+        _check_floats(x, "resize")
     if x.shape[2:] == (size, size):
         return to_float(x)
     zero = torch.zeros(len(x))
@@ -123,12 +143,14 @@ def _crop_boxes(u, H, W, scale, ratio):
 
 
 def color_jitter(x, brightness, contrast, saturation, hue, order, rows=None):
-    """torchvision's `ColorJitter` of x (B, 3, H, W), floats in [0, 1], with given factors (B,), 1 for none,
-    and hue (B,) in turns, 0 for none. They are applied in `order` (B, 4): each row a permutation of 0
-    brightness, 1 contrast, 2 saturation, 3 hue. With `rows` (n,), indices on the CPU, only these images are
-    changed, and the other arguments are theirs. Raises ValueError for integers."""
-    _refuse_integers(x, "color_jitter")
-    if rows is None:
+    """torchvision's `ColorJitter` of x (B, 3, H, W), floats in [0, 1], with given factors (B,), not negative,
+    1 for none, and hue (B,) in turns, 0 for none. They are applied in `order` (B, 4): each row a permutation
+    of 0 brightness, 1 contrast, 2 saturation, 3 hue. With `rows` (n,), distinct indices on the CPU, only
+    these images are changed, and the other arguments are theirs, (n,) and (n, 4). Raises ValueError for
+    other dtypes."""
+    _check_floats(x, "color_jitter")
+    every = rows is None
+    if every:
         rows = torch.arange(len(x))
     if not len(rows):
         return x
@@ -153,21 +175,21 @@ def color_jitter(x, brightness, contrast, saturation, hue, order, rows=None):
             grey = _grey(some)
             base = torch.addcmul(to_mean * grey.mean((2, 3), keepdim=True), grey, to_grey)
             some = torch.addcmul(base, some, f).clamp_(0, 1)
-    x = torch.empty_like(x) if len(rows) == len(x) else x.clone()
+    x = torch.empty_like(x) if every else x.clone()
     x[index] = some
     return x
 
 
 def adjust_hue(x, turn):
     """Rotate the hue of x (B, 3, H, W), floats in [0, 1], by `turn` (B,) in turns (1 is the whole circle):
-    torchvision's `adjust_hue`. Raises ValueError for integers.
+    torchvision's `adjust_hue`, for any number of turns. Raises ValueError for other dtypes.
 
     HSV's own definition, read backwards: with V the maximum, C the range and d the distance, in turns
     around the colour circle, to the hue that lacks this channel (3/6 for red, 5/6 for green, 7/6 for blue),
     it is V
     - C clamp(2 - 6d, 0, 1). V and C do not change.
     """
-    _refuse_integers(x, "adjust_hue")
+    _check_floats(x, "adjust_hue")
     (turn,) = on_device(x.device, turn)
     return _turned(x, turn)
 
@@ -187,24 +209,37 @@ def _turned(x, turn):
 def random_color_jitter(x, rng, brightness, contrast, saturation, hue, p=1.0):
     """torchvision's `RandomApply([ColorJitter(...)], p)`; the order of the four is random too, as there.
 
-    x (B, 3, H, W) floats in [0, 1]. The factors go from 1 - brightness to 1 + brightness, and so on; the
-    hue from -hue to hue, in turns. Raises ValueError for integers.
+    x (B, 3, H, W) floats in [0, 1]. The factors go from 1 - brightness, or from 0 if that is negative, to
+    1 + brightness, and so on; the hue from -hue to hue, in turns. Raises ValueError for other dtypes, a
+    strength that is negative, and a hue that is not from 0 to 0.5.
     """
-    _refuse_integers(x, "random_color_jitter")
+    _check_floats(x, "random_color_jitter")
+    for name, strength in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):
+        if not 0 <= strength < math.inf:
+            raise ValueError(f"{name} {strength}: must be finite, and not negative")
+    if not 0 <= hue <= 0.5:
+        raise ValueError(f"hue {hue}: must be from 0 to 0.5, half a turn either way")
     u = rng.uniform(5)
     order = rng.uniform(4).argsort(1)
     rows = (u[:, 4] < p).nonzero()[:, 0]
     u, order = 2 * u[rows] - 1, order[rows]
-    factors = [1 + strength * u[:, i] for i, strength in enumerate((brightness, contrast, saturation))]
+    factors = [_factor(strength, u[:, i]) for i, strength in enumerate((brightness, contrast, saturation))]
     return color_jitter(x, *factors, hue * u[:, 3], order, rows)
+
+
+def _factor(strength, u):
+    """Uniform in [max(0, 1 - strength), 1 + strength], from u (n,) uniform in [-1, 1)."""
+    if strength > 1:
+        return (1 + strength) * (1 + u) / 2
+    return 1 + strength * u
 
 
 def grayscale(x, where):
     """torchvision's `rgb_to_grayscale`, three channels out, for the images `where` (B,) bool says.
 
-    x (B, 3, H, W) floats in [0, 1]; raises ValueError for integers.
+    x (B, 3, H, W) floats in [0, 1]; raises ValueError for other dtypes.
     """
-    _refuse_integers(x, "grayscale")
+    _check_floats(x, "grayscale")
     rows = where.nonzero()[:, 0]
     if not len(rows):
         return x
@@ -217,7 +252,7 @@ def grayscale(x, where):
 
 def random_grayscale(x, rng, p):
     """torchvision's `RandomGrayscale(p)` of x (B, 3, H, W), floats in [0, 1]. Raises ValueError for
-    integers."""
+    other dtypes."""
     return grayscale(x, rng.uniform(1)[:, 0] < p)
 
 
@@ -226,17 +261,17 @@ def gaussian_blur(x, sigma, kernel_size):
     (B,) in pixels for each image; 0 leaves an image as it is. kernel_size is in pixels too.
 
     Like resizing, two batched matrix products: row i of the matrix holds the kernel around i, folded at the
-    edges. Raises ValueError for integers, for a kernel size that is not odd, and where half of it, rounded
-    down, is not below both sides.
+    edges. Raises ValueError for other dtypes, for a kernel size that is not odd, and where half of it,
+    rounded down, is not below both sides.
     """
-    _refuse_integers(x, "gaussian_blur")
+    _check_floats(x, "gaussian_blur")
     B, C, H, W = x.shape
     radius = kernel_size // 2
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel size {kernel_size}: must be odd and positive")
     if radius >= min(H, W):
         raise ValueError(f"kernel size {kernel_size}: images to blur are {H} x {W}, and their sides must be "
-                         f"at least {radius + 1}; give a larger --image-size")
+                         f"at least {radius + 1}; give larger images (--image-size)")
     rows = sigma.nonzero()[:, 0]
     if not len(rows):
         return x
@@ -249,14 +284,15 @@ def gaussian_blur(x, sigma, kernel_size):
     def matrix(n):
         source = (torch.arange(n, device=x.device) + tap).abs()  # (kernel, n)
         source = torch.where(source >= n, 2 * (n - 1) - source, source)
-        return (kernel @ F.one_hot(source, n).flatten(1).float()).view(-1, n, n)
+        return (kernel @ F.one_hot(source, n).flatten(1).float()).view(-1, n, n).to(x.dtype)
 
     def blur(x):
         x = x.permute(0, 2, 1, 3).reshape(-1, H * C, W) @ matrix(W).transpose(1, 2)
         return (matrix(H) @ x.view(-1, H, C * W)).view(-1, H, C, W).permute(0, 2, 1, 3)
 
     x = x.clone()
-    x[rows] = blur(x[rows])
+    with _unrounded(x):
+        x[rows] = blur(x[rows])
     return x
 
 
@@ -273,16 +309,16 @@ def random_gaussian_blur(x, rng, sigma, p, kernel_size):
 def solarize(x, where, threshold=0.5):
     """torchvision's `solarize` (invert from the threshold up) for the images `where` (B,) bool says.
 
-    x (B, 3, H, W) floats in [0, 1], and so is the threshold; raises ValueError for integers.
+    x (B, 3, H, W) floats in [0, 1], and so is the threshold; raises ValueError for other dtypes.
     """
-    _refuse_integers(x, "solarize")
+    _check_floats(x, "solarize")
     (where,) = on_device(x.device, where)
     return torch.where((where.view(-1, 1, 1, 1) > 0) & (x >= threshold), 1 - x, x)
 
 
 def random_solarize(x, rng, p, threshold=0.5):
     """torchvision's `RandomSolarize(threshold, p)` of x (B, 3, H, W), floats in [0, 1], as is the
-    threshold; raises ValueError for integers."""
+    threshold; raises ValueError for other dtypes."""
     return solarize(x, rng.uniform(1)[:, 0] < p, threshold)
 
 
@@ -304,10 +340,12 @@ def pad_crop(x, top, left, padding, mode="constant"):
     ValueError for other dtypes, and where there is not enough to reflect: both sides must be above
     `padding`.
     """
+    if x.is_floating_point():
+        _check_floats(x, "pad_crop")
     B, C, H, W = x.shape
     if mode == "reflect" and padding >= min(H, W):
         raise ValueError(f"padding {padding} by reflection: images are {H} x {W}, and their sides must be at "
-                         f"least {padding + 1}; give a larger --image-size")
+                         f"least {padding + 1}; give larger images (--image-size)")
     padded = F.pad(to_float(x), [padding] * 4, mode=mode)
     top, left = on_device(x.device, top, left)
     rows = top.long()[:, None] + torch.arange(H, device=x.device)

@@ -18,7 +18,7 @@ except ImportError:  # a PyTorch for CPUs comes without
 
 
 class Bank(nn.Module):
-    """`rows` (K, D), unit vectors: at first noise, equal on all ranks given one seed; then the last K keys.
+    """`rows` (K, D): at first unit vectors of noise, equal on all ranks given one seed; then the last K keys.
 
     `pointer`, a Python int (one on the device would cost a host sync a step), is the row the next key goes
     to. Both are in the state dict. Raises ValueError for a size or dim below 1, or where there is no memory
@@ -46,7 +46,12 @@ class Bank(nn.Module):
     def push(self, keys):
         """Write keys (n, D) of every rank, in rank order, over the oldest rows. Nothing is dropped: the ring
         wraps, and of more than K keys the last K stay, where writing one by one would put them. Call it after
-        `backward`."""
+        `backward`, on all ranks at once and with the same n on each.
+
+        Keys are written as they are: normalise them first. Raises ValueError for another shape."""
+        if keys.dim() != 2 or keys.shape[1] != self.rows.shape[1]:
+            raise ValueError(f"keys {tuple(keys.shape)} for a bank of {tuple(self.rows.shape)}: must be (n, "
+                             f"{self.rows.shape[1]})")
         if dist.is_initialized() and dist.get_world_size() > 1:
             keys = keys.contiguous()
             parts = [torch.empty_like(keys) for _ in range(dist.get_world_size())]
@@ -72,7 +77,7 @@ class Bank(nn.Module):
 
 def _too_large(size, dim):
     gib = size * dim * 4 / 2**30
-    return f"bank size {size} x {dim}: needs {gib:.0f} GiB, which cannot be had; lower --bank-size"
+    return f"bank size {size} x {dim}: needs {gib:.0f} GiB, which cannot be had; lower the size (--bank-size)"
 
 
 def bank_logsumexp(q, bank, temperature):
@@ -129,7 +134,8 @@ def bank_summary(q, bank, temperature):
 
 @torch.no_grad()
 def unit_rows(w):
-    """n = w / |w| and the lengths |w| of the rows w (K, D): (K, D) and (K, 1)."""
+    """n = w / |w| and the lengths |w| of the rows w (K, D): (K, D) and (K, 1), without gradient, for which
+    there is `through_unit_rows`. A row of zeros stays one, and counts as of length 1e-12."""
     length = torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min(1e-12)
     return w / length, length
 
@@ -138,7 +144,7 @@ def unit_rows(w):
 def through_unit_rows(grad, n, length):
     """The gradient in the rows w of a function of n = w / |w|, from its gradient g in n, `grad`; all (K, D),
     and `length` (K, 1) of `unit_rows`: (g - (g . n) n) / |w|. It is at right angles to w, so that to first
-    order no step changes a length."""
+    order no step changes a length. In a row of zeros it is g / 1e-12."""
     along = (grad * n).sum(1, keepdim=True)
     return torch.addcmul(grad, along, n, value=-1).div_(length)
 

@@ -30,7 +30,8 @@ def groups(named, weight_decay, exempt=(), stages=(), gamma=1.0):
 
     No weight decay for vectors (biases, norms) and for names in `exempt`. `stages` lists names by depth,
     input first; a parameter of, or under, one of stages[i] gets scale gamma^(len(stages) - i), any other 1.
-    The scale is only noted: the rate of a group is to be set to lr * group["scale"].
+    The scale is only noted, and has its effect through `set_lr`, or where the rate of a group is set to
+    lr * group["scale"].
     """
     found = {}
     for name, w in named:
@@ -44,9 +45,10 @@ def groups(named, weight_decay, exempt=(), stages=(), gamma=1.0):
 
 
 def set_lr(opt, lr):
-    """Let all parameter groups of the optimizer `opt` have the learning rate `lr`."""
+    """Let all parameter groups of the optimizer `opt` have the learning rate `lr`, times their "scale" where
+    they have one (`groups`)."""
     for group in opt.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("scale", 1)
 
 
 class LARS(torch.optim.Optimizer):

@@ -15,6 +15,9 @@ def pgd(loss_fn, x, eps, step_size, steps, norm="linf", random_start=True, start
     """Maximise `loss_fn` over the `eps`-ball around `x`, inside the box [lo, hi].
 
     loss_fn    x_adv (B, ...) -> scalar. Whatever does not depend on x_adv is best computed once, outside.
+               A network in it runs in the mode that it is in: in train mode each step is of the batch's
+               statistics, and changes the running ones. Put `with eval_mode(net):` or, for the batch's
+               statistics without a trace, `with frozen_stats(net):` around the call.
     x          images (B, ...), floats in [lo, hi] and not normalised: that is the network's first layer. They
                are neither changed nor given a gradient. There is one perturbation, and one ball, for each
                x[i]: under l2 and l1, V views of B images are to come as (V B, ...), not as (V, B, ...).
@@ -28,13 +31,17 @@ def pgd(loss_fn, x, eps, step_size, steps, norm="linf", random_start=True, start
                ball and box jointly. "l1_dense": step g / |g|_1, rescale onto the ball; weak, but what older
                papers report as l1.
     start      where to begin, taken as it is; else uniform noise in the ball (`random_start`), clipped, or x.
+               From outside the ball the first step leads into it; without any step it comes back as it is.
     generator  for that noise.
     lo, hi     the box, in the units of x; -inf and inf: none.
 
     Returns x_adv, detached, with |x_adv - x| <= eps and lo <= x_adv <= hi; float32 rounding aside, both hold
-    exactly. Raises ValueError for an eps or step_size that is negative or not finite, for linf an eps above
-    hi - lo, steps < 0, an unknown norm, a start shaped unlike x, or images that are no floats or lie outside
-    the box (`check_box`).
+    exactly. Where the gradient of the last step is NaN, so is x_adv, and what is computed from it: an attack
+    that sees nothing does not pass for one that found nothing.
+
+    Raises ValueError for an eps or step_size that is negative or not finite, for linf an eps above hi - lo,
+    steps < 0, an unknown norm, a start shaped unlike x, images that are no floats or lie outside the box
+    (`check_box`), or within `torch.inference_mode`, which forbids gradients (`torch.no_grad` does not).
     """
     check_norm(norm)
     for name, value in (("eps", eps), ("step_size", step_size), ("steps", steps)):
@@ -47,6 +54,8 @@ def pgd(loss_fn, x, eps, step_size, steps, norm="linf", random_start=True, start
                          "of pixels in [0, 1], 8 / 255")
     if start is not None and start.shape != x.shape:
         raise ValueError(f"start {tuple(start.shape)}: must be shaped as x is, {tuple(x.shape)}")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("pgd needs gradients, and torch.inference_mode forbids them: use torch.no_grad")
     check_box(x, lo, hi)
     x = x.detach()
     if eps == 0:
@@ -70,6 +79,8 @@ def pgd(loss_fn, x, eps, step_size, steps, norm="linf", random_start=True, start
                 x_adv = (x + project_l1_box(moved - x, eps, lo - x, hi - x)).clamp(lo, hi)
             else:
                 x_adv = (x + project(moved - x, eps, norm)).clamp(lo, hi)
+        if steps:  # sign(NaN) is 0: such a pixel has stayed where it was, and so will its gradient have
+            x_adv.masked_fill_(g.isnan(), math.nan)
     return x_adv
 
 
@@ -113,7 +124,7 @@ def check_box(x, lo, hi):
 
 def direction(g, x, norm, lo=0.0, hi=1.0):
     """The step of unit length in `norm` (see `pgd`) for the gradient `g` at `x`, both (B, ...); for l1 inside
-    the box [lo, hi], in the units of x."""
+    the box [lo, hi], in the units of x. For linf and l1 a NaN in `g` counts as 0."""
     check_norm(norm)
     if norm == "linf":
         return g.sign()
@@ -204,7 +215,8 @@ def eval_mode(*nets):
     """Eval mode for all modules of `nets` inside the block; each gets its own back, exception or not.
 
     Until the block ends, BatchNorms may keep what follows from their weights (`Kept`; see conv_norm of
-    common/resnet.py).
+    common/resnet.py). Weights that an optimizer, `load_state_dict` or another operation in place changes
+    meanwhile are noticed. What is written through `w.data` is not: end the block first, and open another.
     """
     modules = list(dict.fromkeys(m for net in nets for m in net.modules()))  # each once
     modes = [m.training for m in modules]

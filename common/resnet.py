@@ -38,8 +38,8 @@ def branch(net, name):
     if not norms and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
         other = "adv" if name == "clean" else name
         branches = f'("clean", "{other}")'
-        raise ValueError(f"BN branch {name!r}: this network has plain BatchNorms only; build it by "
-                         f"make(arch, {branches}), or by torchvision with "
+        raise ValueError(f"BN branch {name!r}: this network has plain BatchNorms only; build it with "
+                         f"branches={branches}, or by torchvision with "
                          f"norm_layer=lambda c: BranchNorm(c, {branches})")
     for m in norms:
         if name not in m._modules["branches"]._modules:  # m.branches would take ten times as long
@@ -71,7 +71,8 @@ def conv_norm(conv, norm, x):
     convolution with weights s w and that bias does the same, and saves a pass over the channels both forward
     and backward. So it is done within `eval_mode` (of common/pgd.py) where no weight can get a gradient: in
     an attack, and elsewhere from the second pass through the same weights on. Values and gradients are equal
-    up to rounding.
+    up to rounding. The same weights are the same tensors that no operation in place has changed; a change
+    through `w.data` does not count as one, and within the same `eval_mode` it has no effect here.
     """
     inner = norm.branches[norm.branch] if isinstance(norm, BranchNorm) else norm
     folded = None
@@ -148,7 +149,7 @@ class Block(nn.Module):
             self.conv2 = _conv(c, c_out, 3)
             self.bn2 = norm(c_out)
             self.conv3 = None
-        self.drop = 0.0  # see drop_path
+        self.drop = 0.0  # how probably, in train mode, an image passes by the convolutions
         same = stride == 1 and c_in == c_out
         self.downsample = None if same else nn.Sequential(_conv(c_in, c_out, 1, stride), norm(c_out))
 
@@ -173,16 +174,31 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet without its classifier.
+    """ResNet without its classifier: images (B, 3, H, W), pixels in [0, 1], which it normalises itself, ->
+    features (B, dim).
 
-    stem "cifar": 3x3 stride 1; "imagenet": 7x7 stride 2 and max-pool; "small": 3x3 stride 2, for CPUs.
-    dim  length of the features.
+    arch        its name, kept in `recipe` with what else is needed to build it again.
+    depths      blocks of each of the four stages; from the second on a stage halves height and width.
+    widths      channels of each stage; with bottlenecks four times as many come out of it.
+    bottleneck  whether blocks are 1x1, 3x3, 1x1 instead of 3x3, 3x3 (`Block`).
+    stem        "cifar": 3x3 stride 1; "imagenet": 7x7 stride 2 and max-pool; "small": 3x3 stride 2, for CPUs.
+    branches    names of the branches of its BatchNorms (`branch`), the first used by default; (): plain ones.
+    mean, std   of the three channels of pixels: the network sees (x - mean) / std.
+
+    Its attributes `dim` and `trunk_dim` are the channels after the last stage and before it. Raises
+    ValueError for an unknown stem, or depths and widths that are not four positive numbers each (a depth but
+    the last may be 0: no blocks, and no halving). For example
+    `ResNet("resnet18", *ARCHS["resnet18"], branches=(), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))`.
     """
 
     def __init__(self, arch, depths, widths, bottleneck, stem, branches, mean, std):
         super().__init__()
         if stem not in STEMS:
             raise ValueError(f"stem {stem!r}: choose one of {', '.join(STEMS)}")
+        _check_stages(depths, widths)
+        if len(depths) != 4:
+            raise ValueError(f"depths {tuple(depths)}: a ResNet has four stages; PreActResNet takes any "
+                             "number")
         self.recipe = {"arch": arch, "stem": stem, "mean": list(mean), "std": list(std)}
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -223,6 +239,12 @@ class ResNet(nn.Module):
         return [self.layer4]
 
 
+def _check_stages(depths, widths):
+    if not len(depths) == len(widths) > 0 or min(depths) < 0 or min(depths[-1], *widths) < 1:
+        raise ValueError(f"depths {tuple(depths)}, widths {tuple(widths)}: must be as many of each, and "
+                         "positive (but for the last, a depth may be 0)")
+
+
 def initialize(net):
     """Draw all convolutions of `net` anew (He et al. 2015, arXiv 1502.01852), and put its BatchNorms where
     they start."""
@@ -243,7 +265,7 @@ class PreActBlock(nn.Module):
         self.conv1 = _conv(c_in, c, 3, stride)
         self.bn2 = norm(c)
         self.conv2 = _conv(c, c, 3)
-        self.drop = 0.0  # see drop_path
+        self.drop = 0.0  # how probably, in train mode, an image passes by the convolutions
         same = stride == 1 and c_in == c
         self.downsample = None if same else _conv(c_in, c, 1, stride)
 
@@ -267,7 +289,7 @@ class PreActBottleneck(nn.Module):
         self.conv2 = _conv(c, c, 3, stride)
         self.bn3 = norm(c)
         self.conv3 = _conv(c, 4 * c, 1)
-        self.drop = 0.0  # see drop_path
+        self.drop = 0.0  # how probably, in train mode, an image passes by the convolutions
         same = stride == 1 and c_in == 4 * c
         self.downsample = None if same else nn.Sequential(_conv(c_in, 4 * c, 1, stride), norm(4 * c))
 
@@ -282,14 +304,20 @@ class PreActBottleneck(nn.Module):
 class PreActResNet(nn.Module):
     """Pre-activation ResNet without its classifier, for images of about 32 pixels: a 3x3 convolution to
     `stem_width` channels, a stage of `depths[i]` blocks for each of `widths`, BatchNorm, ReLU and the mean.
+    Images (B, 3, H, W), pixels in [0, 1], which it normalises itself, -> features (B, dim).
 
     Wide ResNets (Zagoruyko & Komodakis 2016, arXiv 1605.07146) are of this kind. With `bottleneck` it is the
     ResNet-50 of Chen et al. 2020 (arXiv 2003.12862): BatchNorm and ReLU follow the first convolution, and
-    not the last block. dim: length of the features.
+    not the last block.
+
+    The other arguments and the attributes are those of `ResNet`; there may be any number of stages. Raises
+    ValueError for depths and widths that are not as many, or not positive. For example `PreActResNet(
+    "wrn34_10", *PREACT_ARCHS["wrn34_10"], branches=(), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))`.
     """
 
     def __init__(self, arch, stem_width, depths, widths, bottleneck, branches, mean, std):
         super().__init__()
+        _check_stages(depths, widths)
         self.recipe = {"arch": arch, "mean": list(mean), "std": list(std)}
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)

@@ -7,12 +7,14 @@ from torch import nn
 
 
 class UNet(nn.Module):
-    """Images (B, 3, S, S) in [0, 1] -> (B, channels, S, S); normalisation is its first layer.
+    """Images (B, 3, S, S), pixels in [0, 1], which it normalises itself, -> (B, channels, S, S): any real
+    numbers, as logits are; a sigmoid or softmax is for the caller.
 
     k = int(log2 S - 1) blocks (3x3 convolution, GroupNorm of 8, ReLU) down and as many up, with `width`
-    channels at first and twice that below; between them an MLP. `size` is S, in pixels. Raises ValueError
-    where it is below 16 or no multiple of 2^(k - 1), where 8 does not divide `width`, and in `forward` for
-    images of another size.
+    channels at first and twice that below; between them an MLP. `size` is S, in pixels; `mean` and `std`
+    are of the three channels of pixels: the network sees (x - mean) / std. Raises ValueError where the size
+    is below 16 or no multiple of 2^(k - 1), where 8 does not divide `width`, and in `forward` for images of
+    another size. For example `UNet(channels=4, width=32, size=32)`.
     """
 
     def __init__(self, channels, width, size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)):
@@ -22,9 +24,10 @@ class UNet(nn.Module):
         c = width
         if size < 16 or size % 2 ** (k - 1):
             raise ValueError(f"image size {size} of a U-Net: 16 or more, and a multiple of {2 ** (k - 1)}; "
-                             "choose another --image-size")
+                             "choose another size (--image-size)")
         if c < 1 or c % 8:
-            raise ValueError(f"width {c} of a U-Net: must be a multiple of 8; choose another --mask-width")
+            raise ValueError(f"width {c} of a U-Net: must be a multiple of 8; choose another width "
+                             "(--mask-width)")
         side = size // 2 ** (k - 1)  # at the bottom
         down = (k - 3) * [c] + 3 * [2 * c]
         up = 2 * [2 * c] + (k - 2) * [c]

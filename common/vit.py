@@ -15,17 +15,22 @@ def patchify(x, patch):
     B, C, H, W = x.shape
     if H % patch or W % patch:
         raise ValueError(f"images of {H} x {W}: no multiple of the patch size {patch}; choose another "
-                         "--image-size")
+                         "size (--image-size)")
     x = x.reshape(B, C, H // patch, patch, W // patch, patch)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, C * patch * patch)
 
 
-def unpatchify(patches, patch):
-    """The inverse of `patchify`, for a square grid of patches."""
+def unpatchify(patches, patch, grid=None):
+    """The inverse of `patchify`: patches (B, L, C patch^2) -> images (B, C, H, W) of a `grid` of (H / patch,
+    W / patch) patches; None: as many rows as columns, which of an oblong image's patches makes another
+    image. Raises ValueError where L patches are no such grid."""
     B, L, D = patches.shape
-    g = round(L**0.5)
-    x = patches.reshape(B, g, g, patch, patch, D // patch**2)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, g * patch, g * patch)
+    rows, columns = grid or (round(L**0.5), round(L**0.5))
+    if rows * columns != L:
+        wanted = "a square" if grid is None else f"{rows} x {columns}"
+        raise ValueError(f"{L} patches: they are not {wanted}; give `grid`, their rows and columns")
+    x = patches.reshape(B, rows, columns, patch, patch, D // patch**2)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, rows * patch, columns * patch)
 
 
 def coordinates(height, width, device="cpu", dtype=torch.float64):
@@ -102,6 +107,9 @@ def relative_bias(r):
 class Attention(nn.Module):
     def __init__(self, dim, heads, relative):
         super().__init__()
+        if min(dim, heads) < 1 or dim % heads:
+            raise ValueError(f"width {dim} of a transformer: must be a positive multiple of its {heads} "
+                             "heads")
         self.heads = heads
         self.d = dim // heads
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -128,7 +136,7 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(
             OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
-        self.drop = 0.0  # see drop_path
+        self.drop = 0.0  # how probably, in train mode, an image passes by the attention, and by the mlp
 
     def forward(self, x, bias=None):
         x = x + stochastic_depth(self.attn(self.norm1(x), bias), self.drop, "row", self.training)
@@ -145,22 +153,33 @@ def xavier(net):
 
 
 class ViT(nn.Module):
-    """Vision transformer without its classifier. Its features are the mean of the patch tokens.
+    """Vision transformer without its classifier: images (B, 3, H, W), pixels in [0, 1], which it normalises
+    itself, -> features (B, dim), the mean of the patch tokens.
 
+    arch       its name, kept in `recipe` with what else is needed to build it again.
+    patch      side of a patch, in pixels; H and W are multiples of it.
+    dim        length of a token, and of the features: a multiple of heads, and of 4 for "sincos".
+    depth      number of blocks.
+    heads      of the attention of each block.
     size       side of the images that `pos_embed` is for.
+    mean, std  of the three channels of pixels: the network sees (x - mean) / std.
     positions  "sincos": fixed at first (`requires_grad_` of the network makes them trainable); images of
                another size get those of their own grid, whatever was trained. "learned": for `size` only.
     relative   every block has relative positions besides (`Relative`); timm's ViT has no place for them. The
                buffer `offset_weights` (15, 7) says how an offset of -7, ..., 7 patches along one
                coordinate reads the 7 entries of the table along that coordinate; the method fills it in.
-    fc_norm    the last LayerNorm comes after the mean instead of before it (`renew_norm`).
+    fc_norm    the last LayerNorm comes after the mean instead of before it, as in MAE's fine-tuning.
+
+    Raises ValueError for what does not fit, and in `forward` for images whose side is no multiple of `patch`
+    or, with learned positions, not `size`. For example `ViT("vit_tiny", *VITS["vit_tiny"], mean=(0.5, 0.5,
+    0.5), std=(0.25, 0.25, 0.25), positions="sincos", relative=False, fc_norm=False)`.
     """
 
     def __init__(self, arch, patch, dim, depth, heads, size, mean, std, positions, relative, fc_norm):
         super().__init__()
         if size % patch:
             raise ValueError(f"image size {size}: no multiple of the patch size {patch} of {arch}; choose "
-                             "another --image-size")
+                             "another size (--image-size)")
         if positions not in ("sincos", "learned"):
             raise ValueError(f"positions {positions!r}: choose sincos or learned")
         self.recipe = {"arch": arch, "size": size, "mean": list(mean), "std": list(std),
@@ -242,7 +261,9 @@ class ViT(nn.Module):
 class PatchDecoder(nn.Module):
     """The light decoder of a masked autoencoder: `embed` takes the encoder's tokens to its `width`,
     `forward` a whole grid of them, cls first, (B, 1 + L, width), to patches (B, L, 3 patch^2).
-    Sine-cosine positions, relative ones besides if the encoder has them."""
+    Sine-cosine positions, relative ones besides if the encoder (a `ViT`) has them. `depth` blocks of `heads`
+    heads. Raises ValueError for a width that is no multiple of 4 and of `heads`, and in `forward` for
+    another grid than that of the encoder's `size`."""
 
     def __init__(self, encoder, width, depth, heads):
         super().__init__()
@@ -255,6 +276,9 @@ class PatchDecoder(nn.Module):
         self.register_buffer("positions", positions.to(self.pred.weight.device), persistent=False)
 
     def forward(self, h, biases=None):
+        if h.shape[1] != len(self.positions):
+            raise ValueError(f"{h.shape[1]} tokens: this decoder is for {len(self.positions)}, the cls token "
+                             "and the patches of images of the encoder's size")
         h = h + self.positions
         for i, block in enumerate(self.blocks):
             h = block(h, biases[i] if biases else None)

@@ -122,10 +122,11 @@ def judge(net, images, attack=None, seed=0, limit=None, restarts=1, source=None,
     """How many of `images` (of the first `limit`) `net`, in eval mode inside, classifies rightly, clean
     or under `attack`, made on `source` (None: on itself). Under several restarts the worst counts,
     image by image. Returns a dict: "accuracy" and its "stderr" in per cent, "images", of AutoAttack its
-    "stages" and "warnings", and "warnings" where an attacked image had logits that are not finite: it
-    counts as fooled. Raises ValueError where those of a clean image are not."""
+    "stages" and "warnings", and "warnings" where an attacked image, or its logits, are not finite: it
+    counts as fooled. Raises ValueError where the logits of a clean image are not."""
     right = 0
     broken = 0
+    blind = 0
     total = 0
     more = {}
     batches = in_order(images, batch_size, limit)
@@ -137,12 +138,14 @@ def judge(net, images, attack=None, seed=0, limit=None, restarts=1, source=None,
         for i, (x, y) in enumerate(batches):
             standing = torch.ones_like(y, dtype=torch.bool)
             finite = torch.ones_like(standing)
+            seen = torch.ones_like(standing)  # by the attack: else its gradient, and so the image, was NaN
             for r in range(restarts):
                 start = start_seed(seed, i, r)
                 x_adv, report = attacked(source or net, x, y, attack, start, batch_size)
                 with torch.no_grad():
                     logits = torch.cat([net(part) for part in x_adv.split(batch_size)])
                 finite &= logits.isfinite().all(1)
+                seen &= x_adv.isfinite().flatten(1).all(1)
                 if "standing" in report:  # a random network: what fell within AutoAttack has fallen
                     standing &= torch.tensor(report["standing"], device=y.device)
                 else:
@@ -152,13 +155,17 @@ def judge(net, images, attack=None, seed=0, limit=None, restarts=1, source=None,
                     more["warnings"] = list(dict.fromkeys(texts))
                     if restarts == 1:
                         more["stages"] = report["stages"]
-            right = right + (standing & finite).sum()
-            broken = broken + (~finite).sum()
+            right = right + (standing & finite & seen).sum()
+            broken = broken + (~finite & seen).sum()
+            blind = blind + (~seen).sum()
             total += len(y)
-    if int(broken):
+    if int(broken) or int(blind):
         check_clean(net, images, limit)
-        text = f"{int(broken)} attacked images have logits that are not finite, and count as fooled"
-        more["warnings"] = more.get("warnings", []) + [text]
+    for count, what in ((broken, "have logits that are not finite"),
+                        (blind, "are NaN, as the gradient of the attack was")):
+        if int(count):
+            text = f"{int(count)} attacked images {what}, and count as fooled"
+            more["warnings"] = more.get("warnings", []) + [text]
     return score(100 * int(right) / total, total) | more
 
 

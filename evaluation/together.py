@@ -235,6 +235,7 @@ def judged_by_all(nets, images, attack, source, seed, restarts, batch_size):
             for r in range(restarts):
                 start = attacks.start_seed(seed, i, r)
                 x_adv, _ = attacks.attacked(source, x, y, attack, start, batch_size)
+                finite &= x_adv.isfinite().flatten(1).all(1)  # NaN where the attack's gradient was
                 with torch.no_grad():
                     for j, net in enumerate(nets):
                         logits = net(x_adv)

@@ -339,8 +339,8 @@ def test_argmax_of_equal_products_is_one_of_them():
 @pytest.mark.parametrize("size, dim, words", [
     (0, 4, "bank size 0 x 4: must be at least 1 x 1"), (-3, 4, "bank size -3 x 4"), (4, 0, "bank size 4 x 0"),
     (4, -1, "bank size 4 x -1"),
-    (10**15, 128, f"bank size {10**15} x 128: needs 476837158 GiB, which cannot be had; lower --bank-size"),
-    (10**18, 128, "which cannot be had; lower --bank-size")])  # more bytes than an int64 counts
+    (10**15, 128, f"bank size {10**15} x 128: needs 476837158 GiB, which cannot be had; lower the size \\(--bank-size\\)"),
+    (10**18, 128, "which cannot be had; lower the size \\(--bank-size\\)")])  # more bytes than an int64 counts
 def test_a_bank_that_cannot_be_made_is_refused_in_one_line(size, dim, words):
     with pytest.raises(ValueError, match=f"^.*{words}.*$"):
         Bank(size, dim)
@@ -357,7 +357,7 @@ def test_a_bank_that_a_device_has_no_memory_for_is_refused_in_one_line(monkeypat
     bank = Bank(8, 4)
     monkeypatch.setattr(torch.Tensor, "to", full)
     for module in (bank, torch.nn.ModuleList([bank])):
-        with pytest.raises(ValueError, match="^bank size 8 x 4: needs 0 GiB, .*; lower --bank-size$"):
+        with pytest.raises(ValueError, match="^bank size 8 x 4: needs 0 GiB, .*; lower the size \\(--bank-size\\)$"):
             module.to(torch.float64)
     monkeypatch.setattr(torch.Tensor, "to", broken)
     with pytest.raises(RuntimeError, match="no such device"):
@@ -402,6 +402,29 @@ def test_bank_starts_on_the_sphere_and_survives_a_checkpoint(tmp_path):
     other.load_state_dict(torch.load(tmp_path / "b", weights_only=True))
     assert torch.equal(other.rows, bank.rows) and other.pointer == 7
     assert copy.deepcopy(bank).pointer == 7
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (4, 2), (4, 4), (3,), (), (4, 3, 1), (0,)])
+def test_keys_of_another_shape_are_refused_and_change_nothing(shape):
+    """(n, 1) would be spread over the row."""
+    bank = Bank(6, 3)
+    before = bank.rows.clone()
+    with pytest.raises(ValueError, match=r"keys .* for a bank of \(6, 3\): must be \(n, 3\)$"):
+        bank.push(torch.ones(shape))
+    assert torch.equal(bank.rows, before) and bank.pointer == 0
+
+
+def test_keys_are_written_as_they_are():
+    bank = Bank(6, 3)
+    bank.push(2 * torch.eye(3))
+    assert torch.equal(bank.rows[:3], 2 * torch.eye(3))
+
+
+def test_unit_rows_carry_no_gradient_and_keep_a_row_of_zeros():
+    w = torch.cat([torch.zeros(1, 3), torch.ones(1, 3)]).requires_grad_()
+    n, length = unit_rows(w)
+    assert not n.requires_grad and not length.requires_grad
+    assert torch.equal(n[0], torch.zeros(3)) and length[0].item() == pytest.approx(1e-12)
 
 
 def test_push_keeps_no_gradient():

@@ -190,6 +190,19 @@ def test_jitter_factors_are_independent_and_fill_their_range_and_orders_are_as_f
     assert len(kinds) == 24 and (counts - n / 24).abs().max() < 5 * (n / 24) ** 0.5
 
 
+@pytest.mark.parametrize("strength", [0.4, 1.0, 1.5, 3.0])
+def test_a_strength_above_one_draws_factors_from_nought_as_torchvision_does(monkeypatch, strength):
+    n, drawn = 24_000, {}
+    monkeypatch.setattr(augment, "color_jitter", lambda x, *parameters: drawn.update(all=parameters) or x)
+    augment.random_color_jitter(torch.zeros(n, 3, 1, 1), rng(n), strength, 0.0, strength, 0.0)
+    low, high = transforms.ColorJitter(strength).brightness
+    for factor in (drawn["all"][0], drawn["all"][2]):
+        u = ((factor - low) / (high - low)).sort().values
+        assert -1e-6 <= u.min() < 0.01 and 0.99 < u.max() <= 1 + 1e-6
+        assert (u - (torch.arange(n) + 0.5) / n).abs().max() < 2 / n**0.5
+    assert (drawn["all"][1] == 1).all()
+
+
 # Order and random numbers are a function of (seed, epoch, global position) ----------------------------------
 def numbered(n):
     return data.Images(torch.arange(n).byte().view(n, 1, 1, 1).expand(n, 3, 2, 2), torch.arange(n), n)

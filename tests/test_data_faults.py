@@ -3,6 +3,7 @@ cannot be used."""
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 import pickle
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision import datasets
+from torchvision import datasets, transforms
 
 from common import augment, data
 from tests.processes import Forked, in_two_processes
@@ -625,6 +626,61 @@ def test_where_a_view_begins_bytes_are_their_255ths_and_other_integers_are_refus
     for dtype in (torch.int64, torch.int16, torch.bool):
         with pytest.raises(ValueError, match=f"{dtype}.*uint8"):
             BYTES_TOO[name](x.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", [*FLOATS_ONLY, *(name for name in BYTES_TOO if name != "to_float")])
+def test_half_precision_is_refused_in_one_line(name, dtype):
+    function = name.split()[0].removeprefix("random_")
+    with pytest.raises(ValueError, match=f"{function}: images are {dtype}; it takes float32.*: x.float") as error:
+        {**FLOATS_ONLY, **BYTES_TOO}[name]((some_bytes() / 255).to(dtype))
+    assert one_line(error)
+
+
+@pytest.mark.parametrize("name", [*FLOATS_ONLY, *BYTES_TOO])
+def test_float64_stays_float64_and_autocast_rounds_nothing(name):
+    function = {**FLOATS_ONLY, **BYTES_TOO}[name]
+    x = some_bytes() / 255
+    wide = function(x.double())
+    assert wide.dtype == torch.float64
+    torch.testing.assert_close(wide.float(), function(x), rtol=0, atol=2e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = function(x)
+        assert cast.dtype == torch.float32 and torch.equal(cast, function(x))
+    assert torch.equal(cast, function(x))
+
+
+def test_an_unknown_filter_is_named():
+    with pytest.raises(ValueError, match="filter 'area': choose one of bilinear, bicubic"):
+        augment.resized_crop(some_bytes(), 0 * ONE, 0 * ONE, 6 * ONE, 6 * ONE, 5, filter="area")
+
+
+@pytest.mark.parametrize("numbers, words", [
+    ((-0.1, 0, 0, 0), "brightness -0.1: must be finite, and not negative"),
+    ((0, float("nan"), 0, 0), "contrast nan: must be finite"), ((0, 0, float("inf"), 0), "saturation inf: must be"),
+    ((0, 0, 0, 0.6), "hue 0.6: must be from 0 to 0.5"), ((0, 0, 0, -0.1), "hue -0.1: must be from 0 to 0.5")])
+def test_a_strength_of_jitter_that_torchvision_refuses_is_refused(numbers, words):
+    x = some_bytes() / 255
+    with pytest.raises(ValueError, match=words):
+        augment.random_color_jitter(x, rng(4), *numbers)
+    if not any(map(math.isinf, numbers)):
+        with pytest.raises(ValueError):
+            transforms.ColorJitter(*numbers)
+
+
+@pytest.mark.parametrize("name", FLOATS_ONLY)
+def test_the_argument_is_not_changed(name):
+    x = some_bytes() / 255
+    FLOATS_ONLY[name](x)
+    assert torch.equal(x, some_bytes() / 255)
+
+
+def test_jitter_of_some_rows_leaves_the_others_even_where_a_row_is_named_twice():
+    x = some_bytes() / 255
+    rows = torch.tensor([0, 0, 2, 2])
+    found = augment.color_jitter(x, 0.5 * ONE, ONE, ONE, 0 * ONE, ORDER, rows)
+    assert torch.equal(found[1::2], x[1::2])
+    torch.testing.assert_close(found[::2], 0.5 * x[::2])
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.float16, torch.float64])

@@ -1,8 +1,10 @@
 import contextlib
 import copy
+import inspect
 import io
 import math
 import pickle
+import re
 import warnings
 
 import pytest
@@ -12,7 +14,7 @@ from torch import nn
 from torchvision import models
 
 import adpe
-from common import encoders, resnet, vit
+from common import encoders, resnet, unet, vit
 from common.encoders import export, load_encoder, make
 from common.resnet import BranchNorm, branch
 
@@ -107,8 +109,66 @@ def test_patchify_takes_oblong_images_and_refuses_what_does_not_divide():
         i, j = divmod(token, 3)
         want = [x[1, c, 2 * i + a, 2 * j + b].item() for a in range(2) for b in range(2) for c in range(3)]
         assert patches[1, token].tolist() == want
-    with pytest.raises(ValueError, match="4 x 6.*patch size 4; choose another --image-size"):
+    with pytest.raises(ValueError, match="4 x 6.*patch size 4; choose another size .--image-size.$"):
         vit.patchify(x, 4)
+
+
+def test_unpatchify_puts_an_oblong_image_together_where_its_grid_is_given():
+    x = fill(2, 3, 8, 32)
+    patches = vit.patchify(x, 4)
+    assert torch.equal(vit.unpatchify(patches, 4, (2, 8)), x)
+    assert vit.unpatchify(patches, 4).shape == (2, 3, 16, 16)  # sixteen of them are a square, too
+    with pytest.raises(ValueError, match="^15 patches: they are not a square; give `grid`"):
+        vit.unpatchify(patches[:, :15], 4)
+    with pytest.raises(ValueError, match="^16 patches: they are not 2 x 4; give `grid`"):
+        vit.unpatchify(patches, 4, (2, 4))
+
+
+@pytest.mark.parametrize("heads", [5, 0, 32])
+def test_a_width_that_the_heads_do_not_divide_is_named(heads):
+    for make in (lambda: vit.ViT("tiny", 8, 16, 2, heads, 32, *NORMALISE, "learned", False, False),
+                 lambda: vit.PatchDecoder(encoders.make("vit_slim"), 16, 1, heads)):
+        with pytest.raises(ValueError, match=f"^width 16 of a transformer: .*multiple of its {heads} heads$"):
+            make()
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 17])
+def test_a_decoder_refuses_another_grid(tokens):
+    """One token would be spread over all places."""
+    decoder = vit.PatchDecoder(encoders.make("vit_slim"), 16, 1, 2)
+    assert decoder(torch.rand(2, 65, 16)).shape == (2, 64, 48)
+    with pytest.raises(ValueError, match=f"^{tokens} tokens: this decoder is for 65, "):
+        decoder(torch.rand(2, tokens, 16))
+
+
+@pytest.mark.parametrize("depths, widths, words", [
+    ((1, 1, 1), (8, 8, 8), "a ResNet has four stages"), ((1,) * 5, (8,) * 5, "a ResNet has four stages"),
+    ((1, 1, 1, 1), (8, 8, 8), "as many of each"), ((1, 1, 1, 0), (8,) * 4, "as many of each, and positive"),
+    ((1, -1, 1, 1), (8,) * 4, "and positive"),
+    ((), (), "as many of each"), ((1,) * 4, (8, 8, 0, 8), "and positive")])
+def test_stages_that_cannot_be_are_named(depths, widths, words):
+    with pytest.raises(ValueError, match=words):
+        resnet.ResNet("tiny", depths, widths, False, "small", (), *NORMALISE)
+    if "four" in words:
+        net = resnet.PreActResNet("tiny", 8, depths, widths, False, (), *NORMALISE)
+        assert net(torch.rand(2, 3, 16, 16)).shape == (2, 8)
+    else:
+        with pytest.raises(ValueError, match=words):
+            resnet.PreActResNet("tiny", 8, depths, widths, False, (), *NORMALISE)
+
+
+@pytest.mark.parametrize("module, name", [
+    (resnet, "ResNet"), (resnet, "PreActResNet"), (vit, "ViT"), (unet, "UNet")])
+def test_the_example_of_a_docstring_makes_a_network_of_every_argument(module, name):
+    made = getattr(module, name)
+    (example,) = re.findall(r"For example\s+`([^`]*)`", made.__doc__)
+    with torch.device("meta"):
+        net = eval(" ".join(example.split()), vars(module))
+        shape = net(torch.zeros(2, 3, 32, 32)).shape
+    assert shape == ((2, 4, 32, 32) if name == "UNet" else (2, net.dim))
+    for argument in inspect.signature(made).parameters:
+        if name != "PreActResNet" or argument in ("stem_width", "depths", "widths", "bottleneck"):
+            assert re.search(rf"\b{argument}\b", made.__doc__), argument
 
 
 def test_sine_cosine_positions_equal_the_printed_values_and_a_slow_loop():
@@ -296,7 +356,7 @@ def test_a_vit_starts_as_mae_does():
 @pytest.mark.parametrize("flags, words", [
     (dict(arch="vit"), "'vit': choose one of slim, resnet18, .*vit_slim, vit_tiny"),
     (dict(arch="slim", stem="big"), "'big': choose one of cifar, imagenet, small"),
-    (dict(arch="vit_tiny", size=30), "image size 30.*patch size 4 of vit_tiny; choose another --image-size"),
+    (dict(arch="vit_tiny", size=30), "image size 30.*patch size 4 of vit_tiny; choose another size .--image-size.$"),
     (dict(arch="vit_tiny", positions="none"), "'none': choose sincos or learned"),
     *((dict(arch=arch, **how), words) for arch in ("slim", "vit_slim") for how, words in (
         (dict(std=(0.2, 0.0, 0.2)), r"std \[0.2, 0.0, 0.2\]"), (dict(std=(0.2, 0.2, -0.2)), "std .*positive"),

@@ -240,6 +240,20 @@ def test_an_attack_without_finite_gradients_is_told_too(monkeypatch):
     assert found["accuracy"] == 0 and "2 attacked images" in found["warnings"][0]
 
 
+@pytest.mark.parametrize("attack", ["pgd20", "pgd20-l2", "pgd20-l1"])
+def test_a_network_that_the_attack_cannot_see_through_is_not_called_robust(attack):
+    """Its logits are right and finite, for NaN too; the gradient is not. PGD would leave each image where it is."""
+    class Hidden(nn.Module):
+        def forward(self, x):
+            z = (0 * x.nan_to_num().abs().sum((1, 2, 3))).sqrt()
+            return torch.stack([1 + z, z], 1)
+
+    assert attacks.judge(Hidden(), zeros(3, level=9))["accuracy"] == 100
+    found = attacks.judge(Hidden(), zeros(3, level=9), attacks.ATTACKS[attack])
+    assert found["accuracy"] == 0
+    assert found["warnings"] == ["3 attacked images are NaN, as the gradient of the attack was, and count as fooled"]
+
+
 def test_features_that_are_not_finite_are_refused_in_knn():
     good = data.Images(torch.zeros(600, 3, 8, 8, dtype=torch.uint8), torch.arange(600) % 2, 2)
     bad = data.Images(good.x.clone(), good.y, 2)

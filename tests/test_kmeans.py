@@ -1,7 +1,10 @@
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from common import kmeans as kmeans_module
 from common.kmeans import kmeans
 
 
@@ -70,3 +73,44 @@ def test_no_run_gives_no_labels_and_is_refused(how):
 def test_a_number_of_clusters_that_cannot_be_is_refused(k):
     with pytest.raises(ValueError, match=f"{k} clusters of 20 rows: must be from 1 to 20"):
         kmeans(torch.rand(20, 2), k, generator())
+
+
+@pytest.mark.parametrize("k, differ", [(4, 3), (5, 3), (2, 1)])
+def test_more_clusters_than_different_rows_are_refused(k, differ):
+    """There would be clusters without a row, whose mean is NaN."""
+    h = torch.arange(differ).repeat(4)[:, None].float()
+    words = f"{k} clusters of {4 * differ} rows, of which only {differ} differ: .*as many different rows"
+    for seed in range(5):
+        with pytest.raises(ValueError, match=words):
+            kmeans(h, k, generator(seed))
+        assert len(kmeans(h, differ, generator(seed)).unique()) == differ
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_a_row_becomes_a_centre_once_at_whatever_scale(scale):
+    h = scale * torch.eye(4).repeat(20, 1)
+    for seed in range(5):
+        found = kmeans(h, 4, generator(seed), restarts=1, iterations=1)
+        assert found.bincount(minlength=4).tolist() == [20] * 4
+
+
+def test_empty_clusters_are_filled_with_the_farthest_rows_that_leave_no_other_one_empty():
+    labels, distance = torch.tensor([0, 0, 1, 1, 1, 1, 4]), torch.tensor([5.0, 4, 3, 2, 1, 1, 9])
+    kmeans_module._fill_empty(labels, distance, 5)
+    assert labels.tolist() == [2, 0, 3, 1, 1, 1, 4]
+    labels = torch.zeros(6).long()
+    kmeans_module._fill_empty(labels, torch.zeros(6), 6)
+    assert sorted(labels.tolist()) == list(range(6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_with_in_float32(dtype):
+    h = torch.randn(60, 4, generator=generator()).to(dtype)
+    assert torch.equal(kmeans(h, 5, generator()), kmeans(h.float(), 5, generator()))
+
+
+@pytest.mark.parametrize("h", [torch.ones(20, 2, dtype=torch.int64), torch.ones(20), torch.ones(20, 2, 2)])
+def test_what_are_no_rows_of_floats_is_refused(h):
+    words = rf"rows to cluster are {re.escape(str(tuple(h.shape)))} {h.dtype}: must be \(N, D\), floats"
+    with pytest.raises(ValueError, match=words):
+        kmeans(h, 3, generator())

@@ -220,3 +220,17 @@ def test_groups_of_lars_leave_vectors_alone():
     assert net[1].weight.tolist() == [0.5] * 4  # a step of lr g: neither scaled nor decayed
     assert [w.dim() for w in opt.param_groups[0]["params"]] == [4, 2]
     assert sum(len(g["params"]) for g in opt.param_groups) == 6
+
+
+def test_the_rate_of_a_group_is_the_common_one_times_its_scale():
+    """Of groups that have one; layer decay works through `set_lr` alone, without another line."""
+    stages, named = names_of(2)
+    for opt in (torch.optim.AdamW(optim.groups(named.items(), 0.05, (), stages, 0.5), 1.0),
+                torch.optim.SGD(list(named.values()), 1.0)):
+        optim.set_lr(opt, 0.3)
+        rates = {name: group["lr"] for group in opt.param_groups for name, w in named.items()
+                 if any(w is p for p in group["params"])}
+        scales = {"cls_token": 0.125, "blocks.0.mlp.fc1.weight": 0.25, "blocks.1.mlp.fc1.weight": 0.5,
+                  "head.weight": 1}
+        for name, scale in scales.items():
+            assert rates[name] == 0.3 * (scale if isinstance(opt, torch.optim.AdamW) else 1)

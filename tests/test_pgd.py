@@ -303,6 +303,69 @@ def test_points_of_the_unit_ball_are_of_linf_and_l2_only():
         ball_point(x0, "l1")
 
 
+# What an attack cannot see --------------------------------------------------------------------------------
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("random_start", [False, True])
+def test_a_gradient_that_is_nan_does_not_pass_for_an_image_that_cannot_be_moved(norm, steps, random_start):
+    """sign(NaN) is 0: under linf and l1 the image would stay where it is."""
+    net = nn.Linear(192, 5).double()
+    with torch.no_grad():
+        net.weight[2, 3] = math.nan
+    x_adv = pgd(lambda x: F.cross_entropy(net(x.flatten(1)), y0), x0, 0.3, 0.1, steps, norm, random_start)
+    assert x_adv.isnan().flatten(1).any(1).all()
+    assert x0.isfinite().all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_only_the_images_whose_gradient_is_nan_are_nan(norm):
+    """|x|^(1/2) is finite at 0, and its gradient is not; the other images go where they go alone."""
+    x = x0.masked_fill(torch.arange(4).view(4, 1, 1, 1) == 1, 0.0)
+
+    def loss(x):
+        return (x - 0.0).abs().sqrt().sum()
+
+    x_adv = pgd(loss, x, 0.3, 0.1, 2, norm, random_start=False)
+    assert x_adv[1].isnan().any() and loss(x).isfinite() and loss(x_adv).isnan()
+    others = [0, 2, 3]
+    assert torch.equal(x_adv[others], pgd(loss, x[others], 0.3, 0.1, 2, norm, random_start=False))
+
+
+def test_an_infinite_gradient_has_a_sign_and_is_followed():
+    x_adv = pgd(lambda x: (x * torch.tensor(math.inf)).sum(), x0, 0.1, 0.1, 1, start=x0)
+    torch.testing.assert_close(x_adv, (x0 + 0.1).clamp_max(1), rtol=0, atol=0)
+
+
+def test_the_memory_format_of_the_images_is_kept():
+    x = x0.contiguous(memory_format=torch.channels_last)
+    assert pgd(ce, x, 0.1, 0.1, 2).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_within_inference_mode_one_line_says_what_would_work_and_without_gradients_it_works():
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode forbids.*use torch.no_grad$"):
+        pgd(ce, x0, 0.1, 0.05, 2, start=x0)
+    with torch.no_grad():
+        x_adv = pgd(ce, x0, 0.1, 0.05, 2, start=x0)
+    assert torch.equal(x_adv, pgd(ce, x0, 0.1, 0.05, 2, start=x0)) and not torch.equal(x_adv, x0)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_start_outside_the_ball_is_taken_as_it_is_and_the_first_step_leads_into_the_ball(norm):
+    start = (x0 + 0.5).clamp(0, 1)
+    for steps in (0, 1):
+        x_adv = pgd(ce, x0, 0.1, 0.01, steps, norm, start=start)
+        inside = ((x_adv - x0).flatten(1).norm(ORDER[norm], dim=1) <= 0.1 * (1 + 1e-9)).all()
+        assert inside == (steps == 1) and (steps == 1 or torch.equal(x_adv, start))
+
+
+@pytest.mark.parametrize("mode, changes", [(eval_mode, False), (frozen_stats, False), (None, True)])
+def test_the_network_runs_in_the_mode_that_it_is_in(mode, changes):
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 5)).double().train()
+    with mode(net) if mode else torch.enable_grad():
+        pgd(lambda x: F.cross_entropy(net(x), y0), x0, 0.1, 0.05, 2)
+    assert (net[0].num_batches_tracked == 2) == changes
+
+
 @pytest.mark.outside
 @pytest.mark.parametrize("norm, eps, step", [("linf", 8 / 255, 2 / 255), ("l2", 0.5, 0.1), ("l1_dense", 12.0, 1.2)])
 def test_it_takes_foolbox_steps(norm, eps, step):

@@ -50,11 +50,11 @@ def test_other_sizes_and_every_weight_is_used(size):
 
 
 @pytest.mark.parametrize("width, size, words", [
-    (8, 8, "image size 8 of a U-Net: 16 or more.*choose another --image-size"),
+    (8, 8, "image size 8 of a U-Net: 16 or more.*choose another size .--image-size.$"),
     (8, 0, "image size 0 of a U-Net: 16 or more"), (8, -32, "image size -32 of a U-Net: 16 or more"),
-    (8, 18, "image size 18 of a U-Net: .*a multiple of 4; choose another --image-size"),
-    (8, 33, "image size 33 .*a multiple of 8; choose another --image-size"),
-    (12, 32, "width 12 of a U-Net: must be a multiple of 8; choose another --mask-width"),
+    (8, 18, "image size 18 of a U-Net: .*a multiple of 4; choose another size .--image-size.$"),
+    (8, 33, "image size 33 .*a multiple of 8; choose another size .--image-size.$"),
+    (12, 32, "width 12 of a U-Net: must be a multiple of 8; choose another width .--mask-width.$"),
     (0, 32, "width 0 of a U-Net: .*--mask-width"), (-8, 32, "width -8 of a U-Net: .*--mask-width")])
 def test_what_it_cannot_do_is_named(width, size, words):
     with pytest.raises(ValueError, match=words):
