@@ -274,7 +274,7 @@ def parser():
     p.add_argument("--objective", choices=MASKED, default="simclr",
                    help="the self-supervised loss that is attacked (paper; mae is the survey's)")
     p.add_argument("--masker", choices=("learned", "random", "none"), default="learned",
-                   help="learned (paper); random and none are controls (ours)")
+                   help="random or none, which are controls (ours), or learned (paper)")
     p.add_argument("--masks", type=run.integer(1), default=4,
                    help="N; several are a softmax, one (the survey's) is a sigmoid; default (authors' code)")
     p.add_argument("--single", action=argparse.BooleanOptionalAction, default=False,

@@ -333,8 +333,8 @@ def parser():
     p.add_argument("--mode", choices=("coordinate", "embedding"), default="coordinate",
                    help="whether their coordinates or their embeddings are moved (paper)")
     p.add_argument("--adversary", choices=("persistent", "pgd"), default="persistent",
-                   help="a delta that is kept (authors' code), or a new one for each batch (ours)")
-    p.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of delta (paper has both)")
+                   help="pgd, a new delta for each batch (ours), or persistent, one that is kept (authors' code)")
+    p.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of delta; both take the same --radius, as l2's ball lies within linf's (paper has both)")
     p.add_argument("--radius", type=run.number(), default=1.0,
                    help="eps, in patches, or in embedding units; 0 gives MAE+ (authors' code)")
     p.add_argument("--adv-lr", type=run.number(), default=1e-3,
