@@ -615,12 +615,16 @@ def adios_step(s, variant, compiled):
     args = adios.parser().parse_args(flags)
     settings = named_by(adios.train_step, adios, args, tau=1.0)
     net = adios.network(s.arch, args.objective, 32).to(s.device)
-    masker = UNet(args.masks, args.mask_width, 32).to(s.device)
+    masker = adios.MeanColour() if variant == "SimCLR" else UNet(args.masks, args.mask_width, 32)
+    masker = masker.to(s.device)
     x1, x2 = inputs(s)[2:]
-    opts = [optim.LARS(optim.lars_groups(part), 0.0, trust=0.02, clip=True) for part in (net, masker)]
+    learning = [net] if variant == "SimCLR" else [net, masker]
+    opts = [optim.LARS(optim.lars_groups(part), 0.0, trust=0.02, clip=True) for part in learning]
+    if variant == "SimCLR":
+        opts.append(None)
     pick = torch.rand(s.batch, 2, device=s.device)
     given = x2.new_zeros(s.batch, 1, 32, 32) if variant == "SimCLR" else None
-    compile_(s, compiled, net[0], masker)
+    compile_(s, compiled, net[0], *([] if variant == "SimCLR" else [masker]))
 
     def one():
         adios.train_step(net, None, masker, *opts, x1, x2, given, pick, **settings)
