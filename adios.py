@@ -66,10 +66,10 @@ statistics are of whole and masked images mixed: with N masks, mostly of masked 
 In the log, loss falls below chance (printed at the start), but not far, as the masker holds it up: in
 our runs on CIFAR-10 its means by epoch went from 18.9 to 18.1 with four masks (chance is 19.4 there),
 and from 4.71 to 4.38 with --single (chance 4.84). loss_mask is the same loss after the encoder's step
-(with --single, for other masks); for byol it is about half of that. penalty is at least N / sin(pi / N), and 1 for a
-single mask; twice that for simsiam, which masks both views. Masks of equal area reach it whether
-they follow objects or not, so look at masks.png. std and rank say how far the projections are spread
-(for mae, the features), and a run in which they are all alike ends.
+(with --single, for other masks); for byol it is about half of that. penalty is at least
+N / sin(pi / N), and 1 for a single mask; twice that for simsiam, which masks both views. Masks of
+equal area reach it whether they follow objects or not, so look at masks.png. std and rank say how far
+the projections are spread (for mae, the features), and a run in which they are all alike ends.
 
 Measured on one CPU thread (Intel Xeon) with --arch slim (0.3 M parameters). With --data shapes
 --single, in 3.6 minutes, the best mask covers the drawn figure with an intersection over union of

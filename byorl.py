@@ -202,7 +202,8 @@ def parser():
     p.add_argument("--batch-size", type=run.integer(1), default=512,
                    help="images per step, over all processes (paper)")
     p.add_argument("--optimizer", choices=("lars", "adamw"), default="lars",
-                   help="adamw, for a ViT, does not decay biases and norms (ours); lars has momentum 0.9 (paper)")
+                   help="adamw, for a ViT, does not decay biases and norms (ours); lars has momentum 0.9 "
+                        "(paper)")
     p.add_argument("--lr", type=run.number(), default=2.0,
                    help="at its peak; with adamw try 1e-3 (ours); with lars (paper)")
     p.add_argument("--warmup", type=run.integer(0), default=10, help="in epochs (BYOL's)")

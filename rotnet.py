@@ -202,7 +202,8 @@ def parser():
     p.add_argument("--drop-path", type=run.number(0, 1), default=0.0,
                    help="probability to skip the last block, 0.1 in the paper; default (ours)")
     p.add_argument("--crop", choices=("padded", "resized"), default="padded",
-                   help="resized, a part of the image (paper), or padded, all of it, with 4 pixels around it (ours)")
+                   help="resized, a part of the image (paper), or padded, all of it, with 4 pixels around "
+                        "it (ours)")
     p.add_argument("--jitter", type=run.number(0, 1), default=0.2,
                    help="strength of the colour jitter, none in the paper; default (ours)")
     p.add_argument("--epochs", type=run.integer(0), default=400,
