@@ -38,8 +38,9 @@ CLAIMS = {  # of a script's variant: what its docstring says of it, with the for
     ("pretext", "--tasks rotation"): (r"A step on one task then costs 2 K \+ (\d+),", 2 * 2),
     ("pretext", "--tasks rotation --eps 0"): (r"and (\d+) with --eps 0", 0),
     ("adpe", "--adversary pgd"): (r"pgd with K steps costs 2 K \+ (\d+)\.", 2 * 2),
-    ("adv_mae", "--steps 2"): (r"A step costs \(2 K \+ (\d+)\) / 3 times", 2 * 2),
-    ("adv_mae", "--steps 2 --clean-weight 0.5"): (r"With --clean-weight it costs \(2 K \+ (\d+)\) / 3 times", 2 * 2),
+    ("adv_mae", "--eps 0"): (r"where MAE's costs (\d+):", 0),
+    ("adv_mae", "--steps 2"): (r"a step costs 2 K \+ (\d+) forward passes", 2 * 2),
+    ("adv_mae", "--steps 2 --clean-weight 0.5"): (r"and 2 K \+ (\d+) with --clean-weight", 2 * 2),
 }
 
 
