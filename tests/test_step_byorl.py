@@ -116,7 +116,7 @@ def test_two_steps_are_those_of_the_paper(flags, how):
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_a_run_hands_the_step_what_the_paper_starts_with(norm, monkeypatch, tmp_path):
     seen = steps.first_step(byorl, monkeypatch, tmp_path, "--hidden", "16", "--weight-decay", "0.02",
-                            "--lr", "0.7", "--warmup", "0", "--ema", "0.9", "--norm", norm)
+                            "--lr", "0.7", "--warmup", "0", "--ema", "0.9", "--norm", norm, "--eps", "8")
     steps.assert_optimizer(seen["opt"], seen["net"], optim.LARS, lr=0.7, momentum=0.9, clip=False)
     for group in seen["opt"].param_groups:
         for parameter in group["params"]:

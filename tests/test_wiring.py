@@ -823,6 +823,7 @@ NOISE = {  # argument: its shape, the kind of its numbers, and how many of its a
     "hardneg": {},
     "byorl": {"noise": ((16, 2, 768), box, 2)},
     "byorl l2": {"noise": ((16, 2, 768), ball, 2)},
+    "byorl clean": {},
     "adv_mae": {"u": ((16, 16), unit, 1), "noise": ((16, 4 * 48), box, 1)},
     "adv_mae l2": {"u": ((16, 16), unit, 1), "noise": ((16, 4 * 48), ball, 1)},
     "adv_mae fgsm": {"u": ((16, 16), unit, 1)},
