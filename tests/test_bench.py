@@ -28,6 +28,7 @@ CLAIMS = {  # of a script's variant: what its docstring says of it, with the for
     ("advcl", "without pseudo-labels"): (r"without pseudo-labels (\d+)", 0),
     ("adco", "bank"): (r"A step costs (\d+) forward passes, as MoCo's does", 0),
     ("adco", "hybrid"): (r"the hybrid's costs (\d+) with 5 attack steps", 0),
+    ("adco", "symmetric"): (r"With --symmetric a step costs (\d+),", 0),
     ("caco", "cooperative"): (r"A step costs (\d+) forward passes \(a whole", 0),
     ("byorl", "BYOL"): (r"BYOL's costs (\d+)\.", 0), ("byorl", "K = 5"): (r"a step costs (\d+) forward passes", 0),
     ("adios", "SimCLR"): (r"SimCLR's costs (\d+)\.", 0),
