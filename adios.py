@@ -102,6 +102,7 @@ STD = (0.2470, 0.2435, 0.2616)
 
 # Which views are masked: 0 is x1, 1 is x2.
 MASKED = {"simclr": (1,), "byol": (1,), "simsiam": (0, 1), "mae": (0,)}
+# Of the authors' code, lambda rounded; mae's are ours.
 DECAY = {"simclr": 1e-4, "byol": 1e-5, "simsiam": 1e-5, "mae": 1e-4}  # the default --weight-decay
 LAMBDA = {"simclr": 0.9, "byol": 0.4, "simsiam": 0.2, "mae": 0.9}  # the default --mask-weight
 HEADS = {  # sizes of the layers of projector and predictor, as in the authors' code

@@ -38,9 +38,9 @@ pgd), is ours. We depart from the code:
       starts at 0 and is added to the mask token; theirs starts at random and replaces it.
     - A whole index reads exactly one entry of the table, as iRPE's rounded index does. Offsets -1, 0
       and 1 have whole indices. Farther offsets have indices that grow as a logarithm (iRPE's), and
-      from 7 patches on read the last entry, where a shift has no gradient.
-      In their code whole indices fall between two entries, far offsets read zeros beside the table,
-      and the table is transposed.
+      from 7 patches on read the last entry, where a shift has no gradient. In their code whole
+      indices fall between two entries, far offsets read zeros beside the table, and the table is
+      transposed.
     - In relative embedding there is a delta for each entry of a table. Their code has one for all
       entries, which shifts all logits of a query alike, so that the softmax cancels it.
 
@@ -62,11 +62,11 @@ What does not depend on delta is computed once.
 
 On several processes the loss is a mean over the patches of each, and then over processes. All have
 one delta: the persistent one climbs the mean of their gradients; pgd's is that of the first process,
-moved by their sum. There is no BatchNorm.
+moved by the sum of them. There is no BatchNorm.
 
 The encoder is exported without delta and decoder: at test time no token is masked, and every token
-gets its true position. An encoder with relative positions cannot become a
-timm ViT, which has no tables.
+gets its true position. An encoder with relative positions cannot become a timm ViT, which has
+no tables.
 
 In the log, a loss of 1 - 1/D is what predicting each patch's mean gives (D values per patch); it
 falls below that within the first epochs, and a loss that is not finite ends the run. positions.png

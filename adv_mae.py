@@ -20,9 +20,9 @@ in Fig. 5, and there for its adversarial BYOL (byorl.py), fine-tuned with severa
                                 direction)
     survey, Sec. 2.4.2          (1 - w) loss_adv + w loss_clean, w of --clean-weight
 
-The paper has no loss of clean patches. With --clean-weight w, from 0 to 1, the network also rebuilds
-the image from the visible patches as they were, under the same mask. Without BatchNorm, clean and
-attacked patches need no branches of their own.
+The paper has no loss of clean patches. With --clean-weight w, above 0 and below 1, the network also
+rebuilds the image from the visible patches as they were, under the same mask. Without BatchNorm, clean
+and attacked patches need no branches of their own.
 
 Where the paper is silent we take MAE's code: the unbiased variance + 1e-6 of channel-normalised
 patches, a mean over pixels and then over the batch's removed patches, weight decay on cls and mask
@@ -57,8 +57,8 @@ no BatchNorm, so nothing else changes.
 
 In the log, a loss of 1 - 1/D is what predicting each patch's mean gives (D values per patch, with
 --norm-pix). It falls below that within the first epochs: in the run below, where it is 0.979, the loss
-was 0.96 in epoch 0, 0.69 in epoch 1 and 0.47 at the end. A loss that stays there asks for a lower --lr
-or a smaller --eps. In recon.png the rebuilt patches should show the image's shapes, and not only its
+was 0.96 in epoch 0, 0.69 in epoch 1 and 0.47 at the end. A loss that stays at 1 - 1/D asks for a lower
+--lr or a smaller --eps. In recon.png the rebuilt patches should show the image's shapes, and not only its
 colours. With --clean-weight the log has both losses besides their mixture. With --steps 0 the visible
 patches are moved by the random start alone (with --no-random-start, not at all).
 

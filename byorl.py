@@ -68,9 +68,10 @@ In the log, the loss is the sum of two directions: 4 where predictions are ortho
 targets, 0 at best. constant_loss is that of the best prediction which knows nothing of the image. At a
 random start the loss is near 4 and constant_loss near 1.7. Within the first epoch the loss drops to
 about constant_loss, and only what it gains below that is learning, as long as std does not vanish. In
-the first run below the loss is 1.60 in epoch 0 and 1.64 at the end. std and rank say how
-far the projections of clean images, in eval mode, are spread, and a run whose projections are all
-alike ends. With --steps 0 the online views are moved by the random start alone.
+the first run below the loss is 1.60 in epoch 0 and 1.64 at the end.
+
+std and rank say how far the projections of clean images, in eval mode, are spread, and a run whose
+projections are all alike ends. With --steps 0 the online views are moved by the random start alone.
 
 Measured on one CPU thread (Intel Xeon), with --arch slim (0.3 M parameters) and 10,000 images of
 CIFAR-10 (JPEG), in 7.6 minutes (16 epochs, 2 attack steps): a linear probe reaches 29.2 %, and 18.5
