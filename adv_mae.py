@@ -5,28 +5,31 @@ autoencoder (MAE, He et al. 2021, arXiv 2111.06377).
 MAE hides three quarters of an image's patches and rebuilds them from the rest. Adversarial MAE
 first moves the patches that are seen, within eps, so as to make that as hard as possible; the clean
 image remains the target. So the network learns inpainting and denoising at once. The aim is better
-accuracy after fine-tuning and robustness to natural shifts. Of robustness to attacks the paper has
-one picture, and not of this method: Fig. 5, the accuracy under l2 attacks of its adversarial BYOL
-(byorl.py), fine-tuned with several --layer-decay (its gamma).
+accuracy after fine-tuning and robustness to natural shifts. The paper shows robustness to attacks only
+in Fig. 5, and there for its adversarial BYOL (byorl.py), fine-tuned with several values of gamma
+(--layer-decay of eval.py).
 
     paper                       this file
     m                           mask, of random_masking; 1 is *removed* (the paper's m is 1 where visible)
     m * x                       v: the visible patches, in pixels; nothing else is attacked
     Eq. 3  per-patch target     mae_loss, --norm-pix
-    Eq. 4  the loss             mae_loss of MAE.forward
+    Eq. 4  the loss             mae_loss of what MAE.forward returns
     max over delta in S         attack: --norm, --eps, K = --steps
     Eq. 2  its step             common.pgd: for linf the gradient's sign; for l2 its direction (the paper
                                 prints the sign for both; BYORL's, by the same group, has the
                                 direction)
     survey, Sec. 2.4.2          (1 - w) loss_adv + w loss_clean, w of --clean-weight
 
-The paper has no loss of clean patches. With --clean-weight w, from 0 to 1, the network also rebuilds
-the image from the visible patches as they were, under the same mask. Without BatchNorm, clean and
-attacked patches need no branches of their own.
+The paper has no loss of clean patches. With --clean-weight w, above 0 and below 1, the network also
+rebuilds the image from the visible patches as they were, under the same mask. Without BatchNorm, clean
+and attacked patches need no branches of their own.
 
 Where the paper is silent we take MAE's code: the unbiased variance + 1e-6 of channel-normalised
 patches, a mean over pixels and then over the batch's removed patches, weight decay on cls and mask
-tokens but not on biases and norms.
+tokens but not on biases and norms. We depart from the paper:
+    - In l2 the ball is over the visible patches of an image. Over the whole image, most of a random
+      start would lie on removed patches, where it has no effect.
+    - After each step the pixels are clipped to [0, 1], of which the paper says nothing.
 
 No run of the paper is at 32 x 32. The defaults that differ from its ImageNet recipe are ours, for
 CIFAR-10: vit_tiny, --decoder, --batch-size, --lr, --warmup, --epochs. The first command is its
@@ -42,16 +45,22 @@ are ours:
     python adv_mae.py --steps 1 --no-random-start --out runs/fgsm    FGSM: one step of eps, from v itself
     python eval.py runs/adv_mae/encoder.pt --preset mae-tune-cifar mae-slf-cifar knn
 
-A step costs (2 K + 3) / 3 times as much as MAE's: 2.3 times with K = 2. With --clean-weight it costs
-(2 K + 6) / 3 times as much, 3.3 times. The encoder is exported without the decoder: at test time it
-sees all patches, where in training it saw a quarter.
+Counting a backward pass to the pixels as one forward pass and a whole one as two, a step costs 2 K + 3
+forward passes through encoder and decoder, and 2 K + 6 with --clean-weight, where MAE's costs 3: with
+K = 2, 2.3 and 3.3 times as much. Target, mask and the patches of the clean image are computed once.
+
+The encoder is exported without the decoder. At test time it sees all patches of clean images; in
+training it saw a quarter of them, and (without --clean-weight) attacked ones only.
 
 On several processes the loss is a mean over the images of each, and then over processes; there is
 no BatchNorm, so nothing else changes.
 
 In the log, a loss of 1 - 1/D is what predicting each patch's mean gives (D values per patch, with
---norm-pix); it falls below that within the first epochs. With --clean-weight the log has both losses
-besides their mixture. With --steps 0 the visible patches are moved by the random start alone.
+--norm-pix). It falls below that within the first epochs: in the run below, where it is 0.979, the loss
+was 0.96 in epoch 0, 0.69 in epoch 1 and 0.47 at the end. A loss that stays at 1 - 1/D asks for a lower
+--lr or a smaller --eps. In recon.png the rebuilt patches should show the image's shapes, and not only its
+colours. With --clean-weight the log has both losses besides their mixture. With --steps 0 the visible
+patches are moved by the random start alone (with --no-random-start, not at all).
 
 Measured on one CPU thread, with a 0.46 M-parameter ViT (vit_slim, --decoder 64 1 4) and 10,000
 images of CIFAR-10 (JPEG), in 9 minutes: a linear probe reaches 46.5 %, fine-tuning 52.3 (16
@@ -70,7 +79,7 @@ from common import data, dist, encoders, optim, run
 from common.augment import random_resized_crop
 from common.log import Log
 from common.pgd import ball_point, pgd
-from common.pictures import difference, save_rows
+from common.pictures import attack_key, difference, save_rows
 from common.speed import compile_networks, graphed
 from common.vit import PatchDecoder, check_masked, patchify, unpatchify
 
@@ -118,8 +127,8 @@ class MAE(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, v, ids_keep, ids_restore):
-        """Visible patches v (B, Lk, D) in pixels -> all patches (B, L, D), as they are for the
-        loss."""
+        """Visible patches v (B, Lk, D) in pixels -> predictions of all patches (B, L, D), in the space
+        of the target (with --norm-pix, standardised)."""
         B, L = ids_restore.shape
         kept = ids_keep.shape[1]
         # Pixels are embedded in float32: bf16 would blur a perturbation of 1/255.
@@ -146,10 +155,11 @@ def mae_loss(pred, target, mask, norm_pix=True):
 def attack(net, v, noise, ids_keep, ids_restore, target, mask, *, norm_pix, norm, eps, step_size, steps):
     """v (B, Lk, D) in pixels moved within eps so as to maximise the loss.
 
-    eps and step_size are in pixels, in the `norm` over the visible patches of an image: a removed
-    pixel has no gradient. The search starts at v + eps `noise`, noise (B, Lk D) in the unit ball,
-    or, where noise is None, at v. Target and mask are constants: a mask drawn again at each step
-    would aim the attack at another loss than the update's.
+    eps and step_size are pixel values in [0, 1], in the `norm` over the visible patches of an image: a
+    removed pixel has no gradient. The search starts at v + eps `noise`, noise (B, Lk D) in the unit
+    ball, or, where noise is None, at v. Every step is projected onto the ball and clipped to [0, 1].
+    The weights are constants, and get no gradient. Target and mask are constants too: a mask drawn
+    again at each step would aim the attack at another loss than the update's.
     """
     start = v if noise is None else (v + eps * noise.view_as(v)).clamp(0, 1)
 
@@ -197,13 +207,14 @@ def lr_at(epoch, epochs, lr, warmup):
 def parser():
     p = run.parser(__doc__, name="adv_mae", arch="vit_tiny", graph=True)
     p.add_argument("--decoder", type=run.integer(1), nargs=3, default=[128, 4, 4],
-                   metavar=("WIDTH", "BLOCKS", "HEADS"), help="its size (ours)")
+                   metavar=("WIDTH", "BLOCKS", "HEADS"), help="width, blocks and heads of the decoder (ours)")
     p.add_argument("--mask-ratio", type=run.number(0, 1), default=0.75,
                    help="the share of the patches that is removed (paper)")
     p.add_argument("--norm-pix", action=argparse.BooleanOptionalAction, default=True,
                    help="standardise the patches of the target (paper)")
     p.add_argument("--clean-weight", type=run.number(0, 1), default=0.0,
-                   help="w, the share of clean patches beside attacked ones in the loss; 0: none (paper)")
+                   help="w, the weight of the loss of unattacked patches, beside 1 - w for attacked ones; 0: "
+                        "attacked alone (paper)")
     p.add_argument("--epochs", type=run.integer(0), default=400,
                    help="0 exports the random encoder; default (ours)")
     p.add_argument("--batch-size", type=run.integer(1), default=512,
@@ -215,7 +226,8 @@ def parser():
     p.add_argument("--eps", type=run.number(0, 1e6), default=1.0,
                    help="radius of the attack, in 1/255; 0 gives MAE (paper)")
     p.add_argument("--step-size", type=run.number(0, 1e6),
-                   help="of the attack, in 1/255; default: 5/8 eps, and with one step eps (paper)")
+                   help="of the attack, in 1/255; default: eps with --steps 1, as in the survey's FGSM, and "
+                        "else 5/8 eps (paper)")
     p.add_argument("--steps", type=run.integer(0), default=2,
                    help="K, of the attack (paper)")
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
@@ -227,6 +239,11 @@ def parser():
 
 
 def check(args):
+    if args.norm == "linf" and args.eps > 255:
+        raise ValueError(f"--eps {args.eps:g}: with --norm linf at most 255, the range of a pixel")
+    if args.clean_weight == 1:
+        raise ValueError("--clean-weight 1: gives attacked patches no weight, which is MAE at a higher "
+                         "cost; use --eps 0 instead")
     if args.clean_weight and not args.eps:
         raise ValueError(f"--clean-weight {args.clean_weight:g}: needs --eps above 0, as without an attack "
                          "all patches are clean")
@@ -263,8 +280,8 @@ def attack_settings(args):
 @torch.no_grad()
 def pictures(net, images, size, args):
     """Rows for `save_rows` of up to eight images: the image, what is seen of it, the same attacked,
-    what the attack added (white and black are the largest change), and the reconstruction. With
-    --norm-pix the mean and the deviation of a rebuilt patch are taken from the target."""
+    what the attack added, and the reconstruction. With --norm-pix the mean and the deviation of a
+    rebuilt patch are taken from the target."""
     encoder = net.encoder
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
     x = augment(x, rng, size)
@@ -287,9 +304,12 @@ def pictures(net, images, size, args):
         placed = take(F.pad(seen, (0, 0, 0, removed)), ids_restore)
         return unpatchify(torch.where(mask[:, :, None].bool(), elsewhere, placed), encoder.patch)
 
-    added = difference(v_adv, v, (v_adv - v).abs().max())
-    return [("image", x), ("seen", whole(v, grey)), ("attacked", whole(v_adv, grey)),
-            ("added", whole(added, grey)), ("rebuilt", whole(v_adv, pred))]
+    rows = [("image", x), ("seen", whole(v, grey))]
+    if args.eps:
+        full_scale = args.eps / 255 if args.norm == "linf" else None
+        added = difference(v_adv, v, full_scale)
+        rows += [("attacked", whole(v_adv, grey)), ("added", whole(added, grey))]
+    return [*rows, ("rebuilt", whole(v_adv, pred))]
 
 
 def main(argv=None):
@@ -333,7 +353,8 @@ def main(argv=None):
             # again.
             rows = pictures(net, images, size, args)
             if env.rank == 0:
-                save_rows(out / "recon.png", rows, key=("largest decrease", "largest increase"))
+                key = attack_key(args.norm, args.eps) if args.eps else None
+                save_rows(out / "recon.png", rows, key)
             run.save(args, env, state, step)
     if env.rank == 0:
         encoders.export(net.encoder, out / "encoder.pt", image_size=size)

@@ -275,10 +275,10 @@ def parser():
     p.add_argument("--batch-size", type=run.integer(1), default=256,
                    help="images per step, over all processes (authors' code)")
     p.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd",
-                   help="sgd has momentum 0.9 (authors' code); adamw, for short runs and ViTs, decays no "
-                        "biases and norms (ours)")
+                   help="adamw, for short runs and ViTs, does not decay biases and norms (ours); sgd has "
+                        "momentum 0.9 (authors' code)")
     p.add_argument("--lr", type=run.number(), default=0.1,
-                   help="at its peak, for sgd (authors' code); for adamw 1e-3, say (ours)")
+                   help="at its peak; with adamw try 1e-3 (ours); with sgd (authors' code)")
     p.add_argument("--warmup", type=run.integer(0), default=10, help="in epochs (authors' code)")
     p.add_argument("--weight-decay", type=run.number(0, 1e6), default=5e-4, help="(authors' code)")
     p.add_argument("--temperature", type=run.number(above=0), default=0.2, help="T of Eq. 3.1 (paper)")

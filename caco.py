@@ -323,8 +323,8 @@ def parser():
     p.add_argument("--batch-size", type=run.integer(1), default=256,
                    help="images per step, over all processes (ours)")
     p.add_argument("--optimizer", choices=("sgd", "lars", "adamw"), default="sgd",
-                   help="sgd has momentum 0.9 (ours); lars, for ImageNet (authors' code); adamw, for a "
-                        "ViT, decays no biases and norms (ours)")
+                   help="lars, for ImageNet (authors' code); adamw, for a ViT, does not decay biases and "
+                        "norms (ours); sgd has momentum 0.9 (ours)")
     p.add_argument("--lr", type=run.number(), default=0.06, help="at its peak (ours)")
     p.add_argument("--lr-final", type=run.number(), default=0.0, help="at the end (ours)")
     p.add_argument("--warmup", type=run.integer(0), default=0, help="in epochs (ours)")

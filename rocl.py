@@ -267,7 +267,7 @@ def parser():
     p.add_argument("--batch-size", type=run.integer(1), default=512,
                    help="images per step, over all processes (authors' code)")
     p.add_argument("--optimizer", choices=("lars", "adamw"), default="lars",
-                   help="lars (authors' code); adamw, for a ViT, decays no biases and norms (ours)")
+                   help="adamw, for a ViT, does not decay biases and norms (ours); lars (authors' code)")
     p.add_argument("--lr", type=run.number(), default=1.5, help="at its peak (authors' code)")
     p.add_argument("--warmup", type=run.integer(0), default=10, help="in epochs (authors' code)")
     p.add_argument("--weight-decay", type=run.number(0, 1e6), default=1e-6, help="(authors' code)")
@@ -286,7 +286,7 @@ def parser():
                    help="with --asymmetry, hard negatives too, as A-InfoNCE's paper has them; default: without "
                         "(authors' code)")
     p.add_argument("--norm", choices=("linf", "l2"), default="linf",
-                   help="of the attack: linf (authors' code), or l2 with, say, --eps 128 (ours)")
+                   help="of the attack: l2, with --eps 128 for example (ours), or linf (authors' code)")
     p.add_argument("--eps", type=run.number(0, 1e6), default=8.0,
                    help="radius of the attack, in 1/255 (authors' code)")
     p.add_argument("--step-size", type=run.number(0, 1e6),

@@ -194,7 +194,7 @@ def parser():
     p.add_argument("--target", choices=("rotation", "labels"), default="rotation",
                    help="what is learnt: rotations, or the classes of labelled images (paper has both)")
     p.add_argument("--loss", choices=("ce", "trades"), default="ce",
-                   help="cross-entropy of the attacked image (paper), or TRADES, for labels (ours)")
+                   help="trades, for labels (ours), or ce, the cross-entropy of the attacked image (paper)")
     p.add_argument("--beta", type=run.number(), default=6.0,
                    help="weight of the divergence in TRADES (paper; TRADES' own)")
     p.add_argument("--smoothing", type=run.number(0, 1), default=0.0,
@@ -202,7 +202,8 @@ def parser():
     p.add_argument("--drop-path", type=run.number(0, 1), default=0.0,
                    help="probability to skip the last block, 0.1 in the paper; default (ours)")
     p.add_argument("--crop", choices=("padded", "resized"), default="padded",
-                   help="the whole image, padded by 4 pixels (ours), or a part of it, resized (paper)")
+                   help="resized, a part of the image (paper), or padded, all of it, with 4 pixels around "
+                        "it (ours)")
     p.add_argument("--jitter", type=run.number(0, 1), default=0.2,
                    help="strength of the colour jitter, none in the paper; default (ours)")
     p.add_argument("--epochs", type=run.integer(0), default=400,
@@ -210,7 +211,7 @@ def parser():
     p.add_argument("--batch-size", type=run.integer(1), default=512,
                    help="images per step, over all processes (ours)")
     p.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw",
-                   help="adamw (paper); sgd has momentum 0.9 (ours)")
+                   help="sgd, with momentum 0.9 (ours), or adamw (paper)")
     p.add_argument("--lr", type=run.number(), default=1e-3, help="at its peak (ours)")
     p.add_argument("--warmup", type=run.integer(0), default=20, help="in epochs (MAE's)")
     p.add_argument("--milestones", type=run.integer(1), nargs="+", default=[],

@@ -88,9 +88,10 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"{value}: choose one of {', '.join(action.choices)}")
 
     def parse_args(self, args=None, namespace=None):
-        """As argparse has it, but for two defaults. A default --warmup that a short run has no room for
+        """As argparse has it, but for three defaults. A default --warmup that a short run has no room for
         becomes a tenth of --epochs, which is said; one given by hand stays, and is refused by `setup`. A
-        default --eps is a radius in linf: --norm l2 needs one of its own."""
+        default --eps is a radius in linf: --norm l2 needs one of its own. A default --lr is for the default
+        --optimizer: another one needs a rate of its own."""
         words = sys.argv[1:] if args is None else list(args)
         flags = super().parse_args(words, namespace)
         by_hand = {word.split("=")[0] for word in words}
@@ -98,6 +99,12 @@ class Parser(argparse.ArgumentParser):
         if getattr(flags, "norm", None) == "l2" and radius_of_linf:
             raise ValueError("--norm l2: give its radius by --eps, for example 128, which is 128/255; the "
                              "default is linf's")
+        chosen = getattr(flags, "optimizer", None)
+        usual = self.get_default("optimizer")
+        if chosen != usual and "--lr" not in by_hand:
+            example = ", for example 1e-3" if chosen == "adamw" else ""
+            raise ValueError(f"--optimizer {chosen}: give its rate by --lr{example}; the default, "
+                             f"{flags.lr:g}, is for {usual}")
         default = getattr(flags, "warmup", None)
         if isinstance(default, int) and 0 < (flags.epochs or 0) <= default and "--warmup" not in by_hand:
             flags.warmup = flags.epochs // 10

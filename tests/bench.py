@@ -551,8 +551,13 @@ def hardneg_step(s, variant, compiled):
     return one
 
 
+def flags_of(variant):
+    """The flags that `variant` names; in l2 with a radius, which costs nothing."""
+    return [*variant.split(), *(["--eps", "128"] if "--norm l2" in variant else [])]
+
+
 def adv_mae_step(s, variant, compiled):
-    args = adv_mae.parser().parse_args(["--arch", VITS[s.arch], *variant.split()])
+    args = adv_mae.parser().parse_args(["--arch", VITS[s.arch], *flags_of(variant)])
     net = adv_mae.network(args, 32).to(s.device)
     opt = torch.optim.AdamW(optim.groups(net.named_parameters(), args.weight_decay), 0.0, betas=(0.9, 0.95))
     x, rng = torch.rand(s.batch, 3, 32, 32, device=s.device), data.Rng((0, 0, 0), s.batch, slice(None))
@@ -615,12 +620,16 @@ def adios_step(s, variant, compiled):
     args = adios.parser().parse_args(flags)
     settings = named_by(adios.train_step, adios, args, tau=1.0)
     net = adios.network(s.arch, args.objective, 32).to(s.device)
-    masker = UNet(args.masks, args.mask_width, 32).to(s.device)
+    masker = adios.MeanColour() if variant == "SimCLR" else UNet(args.masks, args.mask_width, 32)
+    masker = masker.to(s.device)
     x1, x2 = inputs(s)[2:]
-    opts = [optim.LARS(optim.lars_groups(part), 0.0, trust=0.02, clip=True) for part in (net, masker)]
+    learning = [net] if variant == "SimCLR" else [net, masker]
+    opts = [optim.LARS(optim.lars_groups(part), 0.0, trust=0.02, clip=True) for part in learning]
+    if variant == "SimCLR":
+        opts.append(None)
     pick = torch.rand(s.batch, 2, device=s.device)
     given = x2.new_zeros(s.batch, 1, 32, 32) if variant == "SimCLR" else None
-    compile_(s, compiled, net[0], masker)
+    compile_(s, compiled, net[0], *([] if variant == "SimCLR" else [masker]))
 
     def one():
         adios.train_step(net, None, masker, *opts, x1, x2, given, pick, **settings)
@@ -630,7 +639,7 @@ def adios_step(s, variant, compiled):
 
 def rotnet_step(s, variant, compiled):
     """The same for RotNet; on a ResNet here, as the others."""
-    args = rotnet.parser().parse_args(variant.split())
+    args = rotnet.parser().parse_args(flags_of(variant))
     net = rotnet.network(s.arch, 32, 10 if args.target == "labels" else 4).to(s.device)
     opt = torch.optim.AdamW(optim.groups(net.named_parameters(), args.weight_decay), 0.0, betas=(0.9, 0.95))
     x, _ = views(s)

@@ -37,20 +37,24 @@ def squares(size):
 
 @torch.no_grad()
 def measure(out, n=1000):
-    """{"masker": IoU, "random": IoU, "square": IoU} of the run in `out`. Raises OSError where there is none."""
+    """{"masker": IoU, "random": IoU, "square": IoU} of the run in `out`, a control's without a masker. Raises
+    OSError where there is no run."""
     path = pathlib.Path(out) / "last.pt"
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; adios.py writes it")
     saved = torch.load(path, map_location="cpu", weights_only=True)
     args = SimpleNamespace(**{**saved["flags"], "masker": "random"})
     size = args.image_size or 32
-    masker = UNet(args.masks, args.mask_width, size, adios.MEAN, adios.STD)
-    masker.load_state_dict(saved["state"]["masker"])
     x, _, covered = shapes.shapes(n, seed=2)
     x, figure = augment.resize(x, size), F.interpolate(covered[:, None], 2 * [size])[:, 0] > 0.5
     random = adios.control(data.Rng((args.seed,), n, slice(n)), size, args, "cpu")[:n]
     square = max(best_iou(m.expand(n, -1, -1, -1), figure) for m in squares(size))
-    return {"masker": best_iou(adios.propose(masker, x), figure), "random": best_iou(random, figure), "square": square}
+    found = {"random": best_iou(random, figure), "square": square}
+    if "masker" not in saved["state"]:
+        return found
+    masker = UNet(args.masks, args.mask_width, size, adios.MEAN, adios.STD)
+    masker.load_state_dict(saved["state"]["masker"])
+    return {"masker": best_iou(adios.propose(masker, x), figure), **found}
 
 
 def main(paths):

@@ -352,6 +352,19 @@ def test_a_step_of_the_hybrid_moves_running_statistics_once():
     assert net[0].bn1.running_mean.sign().eq(first.mean((0, 2, 3)).sign()).float().mean() > 0.8
 
 
+@pytest.mark.parametrize("flags, terms, others", [
+    ([], 1, 1), (["--symmetric"], 1, 1), (["--multi-crop"], 5, 1), (["--batch-negatives"], 1, 4),
+    (["--multi-crop", "--batch-negatives"], 5, 4), (["--symmetric", "--batch-negatives"], 1, 4)])
+def test_the_chance_loss_that_is_printed_is_that_of_embeddings_that_are_all_alike(flags, terms, others):
+    args = adco.parser().parse_args(["--bank-size", "9", "--batch-size", "4", *flags])
+    rows = torch.eye(6, dtype=torch.float64)[:1].expand(4, 6)
+    queries = 5 if args.multi_crop else 2 if args.symmetric else 1
+    triples = [(rows, rows, adco.batch_keys(rows, args.batch_negatives))] * queries
+    loss = adco.objective(triples, rows[:1].expand(9, 6), 0.12, args.symmetric)
+    assert loss.item() == pytest.approx(terms * math.log(9 + others), rel=1e-9)
+    assert adco.chance(args).endswith(f" = {loss.item():.3f}")
+
+
 def test_without_clean_queries_a_network_has_no_branches():
     plain, both = (adco.network("slim", None, w).state_dict().keys() for w in (0.0, 0.5))
     assert plain == adco.network("slim").state_dict().keys() and not any("branches" in key for key in plain)
@@ -496,6 +509,7 @@ def test_defaults():
     (["--symmetric", "--multi-crop"], "--symmetric and --multi-crop: choose one"),
     (["--eps", "300"], "--eps 300: with --norm linf at most 255, the range of a pixel"),
     (["--clean-weight", "0.5"], "--clean-weight 0.5: needs --eps above 0"),
+    (["--clean-weight", "1", "--eps", "8"], "--clean-weight 1: gives attacked queries no weight.*use --eps 0"),
     (["--clean-weight", "1.5", "--eps", "8"], "--clean-weight 1.5: must be a number from 0 to 1"),
     (["--optimizer", "lars"], "--optimizer lars: choose one of sgd, adamw"),
     (["--eps", "-8"], "--eps -8: must be"), (["--norm", "l1"], "--norm l1: choose one of linf, l2"), (["--steps", "-1"], "--steps -1: must be"),

@@ -13,6 +13,7 @@ import adios
 from common import data, optim, run
 from common.unet import UNet
 from tests import masks as figure_ground
+from tests import steps2
 from tests.processes import in_two_processes
 from tests.recipes import A, X, Z
 from tests.scripts import named_by, read_flags
@@ -490,11 +491,42 @@ def test_network_sizes_and_heads(objective, sizes):
 
 
 def test_defaults():
-    want = dict(objective="simclr", masker="learned", masks=4, single=False, mask_weight=0.9, mask_width=16,
-                mask_lr=0.03, epochs=200, batch_size=256, lr=0.2, warmup=10, weight_decay=1e-4, temperature=0.2,
+    want = dict(objective="simclr", masker="learned", masks=4, single=False, mask_weight=None, mask_width=16,
+                mask_lr=0.03, epochs=200, batch_size=256, lr=0.2, warmup=10, weight_decay=None, temperature=0.2,
                 ema=0.99, arch="resnet18", data="cifar10")
     args = vars(adios.parser().parse_args([]))
     assert {k: args[k] for k in want} == want
+
+
+@pytest.mark.parametrize("objective, weight, decay", [
+    ("simclr", 0.9, 1e-4), ("byol", 0.4, 1e-5), ("simsiam", 0.2, 1e-5), ("mae", 0.9, 1e-4)])
+@pytest.mark.parametrize("given", [[], ["--mask-weight", "0.7", "--weight-decay", "0.003"], ["--mask-weight", "0", "--weight-decay", "0"]])
+def test_weight_of_the_penalty_and_decay_are_those_of_the_objective(objective, weight, decay, given, tmp_path, monkeypatch):
+    flags = ["--objective", objective, "--arch", "vit_slim", "--mask-width", "8", "--warmup", "0", *given]
+    seen = {}
+
+    def settings(args):
+        seen.update(attack_settings(args))
+        return attack_settings(args)
+
+    attack_settings = adios.attack_settings
+    monkeypatch.setattr(adios, "attack_settings", settings)
+    _, opts = steps2.optimizers_of_main(adios, flags, tmp_path, monkeypatch)
+    if given:
+        weight, decay = float(given[1]), float(given[3])
+    assert seen["mask_weight"] == weight and seen["objective"] == objective
+    assert [opt.param_groups[0]["weight_decay"] for opt in opts] == [decay, decay]
+
+
+def test_a_control_has_no_masker_and_so_runs_at_sizes_that_a_u_net_refuses(tmp_path):
+    flags = ["--data", "shapes", "--limit", "8", "--arch", "slim", "--batch-size", "4", "--epochs", "1", "--warmup", "0",
+             "--image-size", "36", "--device", "cpu", "--out", str(tmp_path)]
+    with pytest.raises(ValueError, match="image size 36 of a U-Net"):
+        adios.main(flags)
+    for kind in ("random", "none"):
+        adios.main([*flags, "--out", str(tmp_path / kind), "--masker", kind])
+        saved = torch.load(tmp_path / kind / "last.pt", weights_only=True)["state"]
+        assert set(saved) == {"net", "opt", "log"}
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -518,7 +550,7 @@ def test_every_kind_of_run_ends_and_its_masks_can_be_measured(more, tmp_path):
     adios.main([*flags, "--mask-width", "8", "--device", "cpu", "--out", str(tmp_path), *more])
     assert (tmp_path / "masks.png").stat().st_size > 1000 and (tmp_path / "encoder.pt").exists()
     found = figure_ground.measure(tmp_path, n=50)
-    assert all(0 < v < 1 for v in found.values())
+    assert all(0 < v < 1 for v in found.values()) and ("masker" in found) == ("--masker" not in more)
 
 
 def test_iou_is_one_for_the_truth_and_known_for_halves():

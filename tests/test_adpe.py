@@ -154,7 +154,7 @@ def arguments(*flags):
         ["--arch", "vit_slim", "--decoder", "32", "2", "2", "--image-size", "16", "--batch-size", "4", *flags])))
 
 
-def real(*flags, trained=True):
+def real(*flags, trained=True, step=0):
     """A small network, random tables included, and the inputs of a step."""
     args = arguments(*flags)
     torch.manual_seed(0)
@@ -165,7 +165,7 @@ def real(*flags, trained=True):
                 if "relative" in name:
                     p.normal_(std=0.3)
     x, y, _ = shapes.shapes(4, seed=0)
-    x, _, rng = next(data.batches(data.Images(x, y, 10), 4, 0, 0))
+    x, _, rng = next(data.batches(data.Images(x, y, 10), 4, 0, step))
     x = adpe.augment(x, rng, 16, 0.2, args.crops)
     return net, x, *adpe.random_numbers(rng, net, args, "cpu"), args
 
@@ -173,6 +173,28 @@ def real(*flags, trained=True):
 def train_step(net, opt, opt_delta, x, u, noise, args):
     settings = named_by(adpe.train_step, adpe, args)
     return adpe.train_step(net, opt, opt_delta, x, u, noise, **settings)
+
+
+def test_noise_of_delta_is_uniform_in_the_ball_of_what_each_block_has_in_use():
+    """A decoder's narrower heads have narrower rows: all radii are as in a ball of so many dimensions, |noise|^n
+    uniform in [0, 1]."""
+    lengths = []
+    for step in range(60):
+        net, _, _, noise, _ = real(*form("relative", "embedding"), "--adversary", "pgd", "--norm", "l2", trained=False,
+                                   step=step)
+        assert (noise[net.in_use == 0] == 0).all() and (noise != 0).sum() == net.in_use.sum()
+        in_use = net.in_use.flatten(1).sum(1)
+        assert in_use.min() < in_use.max()
+        lengths.append(noise.flatten(1).norm(dim=1) ** in_use)
+    lengths = torch.stack(lengths)  # (steps, blocks)
+    assert lengths.max() <= 1 + 1e-3 and lengths.mean(0).tolist() == pytest.approx([0.5] * lengths.shape[1], abs=0.15)
+
+
+def test_noise_of_delta_is_the_same_on_all_processes():
+    args = arguments("--adversary", "pgd")
+    net = adpe.network(args, args.image_size)
+    first, second = (adpe.random_numbers(data.Rng((7,), 4, rows), net, args, "cpu") for rows in (slice(0, 2), slice(2, 4)))
+    assert torch.equal(first[1], second[1]) and not torch.equal(first[0], second[0])
 
 
 def parts(net, x, order, args):

@@ -330,6 +330,26 @@ def test_the_default_step_is_five_eighths_of_eps():
     assert torch.equal(adv_mae.attack(net, v, noise, *rest, **adv_mae.attack_settings(args)), want)
 
 
+@pytest.mark.parametrize("flags, names, largest", [
+    (["--eps", "8"], ["image", "seen", "attacked", "added", "rebuilt"], 8),
+    (["--eps", "64", "--norm", "l2"], ["image", "seen", "attacked", "added", "rebuilt"], None),
+    (["--eps", "0"], ["image", "seen", "rebuilt"], None)])
+def test_pictures_show_an_attack_where_there_is_one_at_full_scale(flags, names, largest):
+    """In linf white is an addition of eps, in l2 that of the largest change."""
+    net, *_, args = real(*flags)
+    x, y, _ = shapes.shapes(4, seed=0)
+    rows = dict(adv_mae.pictures(net, data.Images(x, y, 10), 32, args))
+    assert list(rows) == names
+    if "added" in rows:
+        change = rows["attacked"] - rows["seen"]
+        full_scale = change.abs().max() if largest is None else largest / 255
+        torch.testing.assert_close(rows["added"], 0.5 + change / (2 * full_scale))
+
+
+def test_a_radius_beyond_the_range_of_pixels_is_for_l2_alone():
+    assert read_flags(adv_mae, "--norm", "l2", "--eps", "510").eps == 510
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--arch", "resnet18"], "--arch resnet18: choose one of vit_slim, vit_tiny"),
     (["--norm", "l1"], "--norm l1: choose one of linf, l2"),
@@ -338,6 +358,8 @@ def test_the_default_step_is_five_eighths_of_eps():
     (["--step-size", "-1"], "--step-size -1"), (["--steps", "-1"], "--steps -1"),
     (["--image-size", "30"], "--image-size 30: no multiple of vit_tiny's patch size, 4"),
     (["--clean-weight", "1.5"], "--clean-weight 1.5: must be a number from 0 to 1"),
+    (["--clean-weight", "1"], "--clean-weight 1: gives attacked patches no weight.*use --eps 0"),
+    (["--eps", "300"], "--eps 300: with --norm linf at most 255"),
     (["--clean-weight", "0.5", "--eps", "0"], "--clean-weight 0.5: needs --eps above 0"),
     (["--mask-ratio", "1"], "--mask-ratio 1: of 64 patches"), (["--mask-ratio", "0"], "--mask-ratio 0: of 64")])
 def test_bad_flags_of_the_method_are_named(flags, words):

@@ -7,6 +7,7 @@ import functools
 import importlib
 import json
 import pathlib
+import re
 import shutil
 import signal
 
@@ -322,6 +323,25 @@ def test_in_l2_the_radius_of_linf_is_not_taken(script):
         for radius in (["--eps", "128"], ["--eps=128"], ["--eps", "0"]):
             assert parser().parse_args(["--norm", "l2", *radius]).eps == float(radius[-1].split("=")[-1])
         assert parser().parse_args(["--norm", "linf"]).eps == parser().get_default("eps")
+
+
+def test_another_optimizer_does_not_take_the_rate_of_the_default_one(script):
+    """A rate for LARS, such as BYORL's 2, is a thousand times AdamW's."""
+    parser = importlib.import_module(script).parser
+    usual = parser().get_default("optimizer")
+    rate = parser().get_default("lr")
+    for action in parser()._actions:
+        for name in action.choices if action.dest == "optimizer" else ():
+            if name == usual:
+                assert parser().parse_args(["--optimizer", name]).lr == rate
+                continue
+            example = ", for example 1e-3" if name == "adamw" else ""
+            says = f"--optimizer {name}: give its rate by --lr{example}; the default, {rate:g}, is for {usual}"
+            for words in (["--optimizer", name], [f"--optimizer={name}", "--weight-decay", "0.05"]):
+                with pytest.raises(ValueError, match=re.escape(says)):
+                    parser().parse_args(words)
+            for given in (["--lr", "0.01"], ["--lr=0.01"]):
+                assert parser().parse_args(["--optimizer", name, *given]).lr == 0.01
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 truncated", None])

@@ -28,17 +28,20 @@ CLAIMS = {  # of a script's variant: what its docstring says of it, with the for
     ("advcl", "without pseudo-labels"): (r"without pseudo-labels (\d+)", 0),
     ("adco", "bank"): (r"A step costs (\d+) forward passes, as MoCo's does", 0),
     ("adco", "hybrid"): (r"the hybrid's costs (\d+) with 5 attack steps", 0),
+    ("adco", "symmetric"): (r"With --symmetric a step costs (\d+),", 0),
     ("caco", "cooperative"): (r"A step costs (\d+) forward passes \(a whole", 0),
     ("byorl", "BYOL"): (r"BYOL's costs (\d+)\.", 0), ("byorl", "K = 5"): (r"a step costs (\d+) forward passes", 0),
     ("adios", "SimCLR"): (r"SimCLR's costs (\d+)\.", 0),
     ("adios", "ADIOS"): (r"a step of simclr with N = 4 costs (\d+) forward passes", 0),
+    ("adios", "ADIOS-s"): (r"in their code 38; with --single (\d+)\.", 0),
     ("rotnet", "--eps 0"): (r"RotNet's costs (\d+),", 0), ("rotnet", "--steps 2"): (r"(\d+) with K = 2", 0),
     ("rotnet", "--target labels --loss trades"): (r"TRADES' 2 K \+ (\d+)\.", 2 * 2),
     ("pretext", "--tasks rotation"): (r"A step on one task then costs 2 K \+ (\d+),", 2 * 2),
     ("pretext", "--tasks rotation --eps 0"): (r"and (\d+) with --eps 0", 0),
     ("adpe", "--adversary pgd"): (r"pgd with K steps costs 2 K \+ (\d+)\.", 2 * 2),
-    ("adv_mae", "--steps 2"): (r"A step costs \(2 K \+ (\d+)\) / 3 times", 2 * 2),
-    ("adv_mae", "--steps 2 --clean-weight 0.5"): (r"With --clean-weight it costs \(2 K \+ (\d+)\) / 3 times", 2 * 2),
+    ("adv_mae", "--eps 0"): (r"where MAE's costs (\d+):", 0),
+    ("adv_mae", "--steps 2"): (r"a step costs 2 K \+ (\d+) forward passes", 2 * 2),
+    ("adv_mae", "--steps 2 --clean-weight 0.5"): (r"and 2 K \+ (\d+) with --clean-weight", 2 * 2),
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import byorl
+from common import data, shapes
 from common.pgd import frozen_stats, pgd
 from tests.recipes import A, X, Z
 from tests.scripts import read_flags
@@ -186,6 +187,21 @@ def real():
     g = torch.Generator().manual_seed(1)
     x1, x2 = torch.rand(2, 8, 3, 32, 32, generator=g)
     return net, target, x1, x2, torch.rand(8, 2, 1 + 3072, generator=g)
+
+
+@pytest.mark.parametrize("flags, largest", [({}, 8 / 255), (L2, None), (dict(eps=0.0), None)])
+def test_pictures_show_an_attack_where_there_is_one_at_full_scale(flags, largest):
+    """In linf white is an addition of eps, in l2 that of the largest change."""
+    net, target, *_ = real()
+    x, y, _ = shapes.shapes(4, seed=0)
+    args = arguments(**{"steps": 1, "seed": 0, **flags})
+    rows = dict(byorl.pictures(net, target, data.Images(x, y, 10), 32, args))
+    views = ["x1", "x2"]
+    assert list(rows) == (views + [name for view in views for name in (f"{view}_adv", f"{view}_adv - {view}")] if args.eps else views)
+    for view in views if args.eps else []:
+        change = rows[f"{view}_adv"] - rows[view]
+        full_scale = change.abs().max() if largest is None else largest
+        torch.testing.assert_close(rows[f"{view}_adv - {view}"], 0.5 + change / (2 * full_scale))
 
 
 @pytest.mark.parametrize("flags", [{}, L2])

@@ -19,7 +19,7 @@ RUNS = [*((script, []) for script in SCRIPTS), *(("amoc", ["--variant", v]) for 
         *(("adco", ["--bank-size", "16384", *more]) for more in (
             [], ["--eps", "8", "--batch-negatives"], ["--eps", "8", "--clean-weight", "0.5"], ["--symmetric"], ["--multi-crop"])),  # large: by the kernels
         *(("caco", ["--bank-size", "16384", *more]) for more in (
-            [], ["--cooperation", "-1"], ["--multi-crop", "--optimizer", "lars"], ["--eps", "8"])),
+            [], ["--cooperation", "-1"], ["--multi-crop", "--optimizer", "lars", "--lr", "0.06"], ["--eps", "8"])),
         *(("hardneg", ["--bank-size", "16384", *more]) for more in (
             [], ["--negatives", "ifm"], ["--negatives", "hcl"], ["--negatives", "hcl", "--base", "simclr"]))]
 

@@ -202,7 +202,8 @@ def test_synchronised_batch_norm_reaches_every_batch_norm(script):
 def test_crops_that_a_vit_cannot_take_are_refused_before_the_bank_is_filled(script, side, npz, tmp_path, monkeypatch):
     module = importlib.import_module(script)
     monkeypatch.setattr(module, "fill", lambda *_: pytest.fail("the bank was filled first"))
-    flags = ["--arch", "vit_slim", "--multi-crop", "--bank-size", "32", "--image-size", "32", "--optimizer", "adamw"]
+    flags = ["--arch", "vit_slim", "--multi-crop", "--bank-size", "32", "--image-size", "32", "--optimizer", "adamw",
+             "--lr", "0.001"]
     words = f"--multi-crop: crops of {side} x {side} pixels are no multiple of the patch size 4"
     with pytest.raises(ValueError, match=words):
         module.main(["--data", npz, "--batch-size", "4", "--epochs", "1", "--out", str(tmp_path / "run"), *flags])
@@ -452,7 +453,7 @@ TALKS = {
     "amoc": [["--variant", "AAA"], ["--variant", "ACA_PLUS"], ["--variant", "CAC"]],
     "byorl": [["--eps", "0"]],
     "clae": [["--random"]],
-    "caco": [["--cooperation", "-1", "--multi-crop"], ["--optimizer", "lars"],
+    "caco": [["--cooperation", "-1", "--multi-crop"], ["--optimizer", "lars", "--lr", "0.06"],
              ["--multi-crop", "--eps", "90", "--norm", "l2", "--steps", "1"]],
     "hardneg": [["--base", "simclr", "--negatives", "hcl"], ["--negatives", "ifm"]],
     "pretext": [["--tasks", "jigsaw"], ["--tasks", "selfie", "--noise", "8"]],

@@ -66,6 +66,27 @@ def test_help_has_every_default_that_is_a_number_or_a_word(script):
         assert "".join(line.split()) in shown
 
 
+OWNERS = r"\((?:paper|authors' code|ours|BYOL's|MAE's)[^()]*\)"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_where_a_help_names_several_owners_the_last_is_that_of_the_default(script):
+    """It is printed before the last bracket: what has another owner is named before that, and the default's name
+    after it. A rate without a name is that of the default optimizer."""
+    parser = importlib.import_module(script).parser()
+    optimizers = [action for action in parser._actions if action.dest == "optimizer"]
+    for action in parser._actions:
+        *others, own = re.split(OWNERS, action.help or "")[:-1] or [""]
+        if not others or action.default is None or isinstance(action.default, bool):
+            continue
+        (named,) = optimizers if action.dest == "lr" else [action]
+        assert named.choices, f"--{action.dest}: {action.help}"
+        for name in named.choices:
+            there = re.search(rf"\b{name}\b", own) is not None
+            before = re.search(rf"\b{name}\b", " ".join(others)) is not None
+            assert (there, before) == (name == named.default, name != named.default), f"--{action.dest} {name}: {action.help}"
+
+
 @pytest.mark.parametrize("program", ["eval", "plot"])
 def test_help_names_no_default_that_is_empty(program):
     parser = importlib.import_module(program).parser()
