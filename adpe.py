@@ -361,7 +361,7 @@ def parser():
                    help="of the pgd adversary, in the units of --radius; default: 5/8 of it (ours)")
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
                    help="start the pgd adversary at a random point of the ball (ours); without it, at 0: "
-                        "with --steps 1 and --step-size equal to --radius that is FGSM")
+                        "with --steps 1 and --step-size equal to --radius, in linf, that is FGSM")
     p.add_argument("--decoder", type=run.integer(1), nargs=3, default=[128, 4, 4],
                    metavar=("WIDTH", "BLOCKS", "HEADS"), help="width, blocks and heads of the decoder (ours)")
     p.add_argument("--mask-ratio", type=run.number(0, 1), default=0.75,

@@ -232,7 +232,7 @@ def parser():
                    help="K, of the attack (paper)")
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
                    help="start the attack at a random point of the ball (paper); without it, at "
-                        "the image: with --steps 1 that is FGSM")
+                        "the image: with --steps 1, in linf, that is FGSM")
     p.add_argument("--image-size", type=run.integer(1, 10000),
                    help="side of a crop in pixels; default: that of the images, and 32 for a folder")
     return p

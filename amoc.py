@@ -295,7 +295,7 @@ def parser():
     p.add_argument("--steps", type=run.integer(0), default=5, help="of the attack (authors' code)")
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
                    help="start the attack at a random point of the ball (authors' code); without it, at "
-                        "the image: with --steps 1 and --step-size equal to --eps that is FGSM")
+                        "the image: with --steps 1 and --step-size equal to --eps, in linf, that is FGSM")
     p.add_argument("--image-size", type=run.integer(1, 10000),
                    help="side of a view in pixels; default: that of the images, and 32 for a folder")
     return p

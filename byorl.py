@@ -226,7 +226,7 @@ def parser():
     p.add_argument("--steps", type=run.integer(0), default=5, help="of the attack (ours)")
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
                    help="start the attack at a random point of the ball (paper); without it, at "
-                        "the image: with --steps 1 and --step-size equal to --eps that is FGSM")
+                        "the image: with --steps 1 and --step-size equal to --eps, in linf, that is FGSM")
     p.add_argument("--noise-sigma", type=run.number(0, 1e6), default=0.0,
                    help="deviation of Gaussian noise on the second view, where pixels are in [0, 1]; for "
                         "--eps 0 alone (ours)")

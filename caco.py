@@ -349,7 +349,7 @@ def parser():
     p.add_argument("--steps", type=run.integer(0), default=5, help="of the attack (ours)")
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
                    help="start the attack at a random point of the ball (ours); without it, at "
-                        "the image: with --steps 1 and --step-size equal to --eps that is FGSM")
+                        "the image: with --steps 1 and --step-size equal to --eps, in linf, that is FGSM")
     p.add_argument("--blur", help="blur views, as on ImageNet (authors' code)", **switch)
     p.add_argument("--image-size", type=run.integer(1, 10000),
                    help="side of a view in pixels; default: that of the images, and 32 for a folder")
@@ -421,7 +421,8 @@ def view_settings(args):
 def start_noise(x, norm, rng):
     """Where the attack on a view x (B, 3, S, S) starts: x's shape, each image uniform in a unit ball of
     the `norm`."""
-    # One number more than pixels: under l2 it is how far from the centre.
+    # One number more than there are pixels: under l2 it sets the distance from the centre, under linf it
+    # is not used.
     return ball_point(rng.uniform(1 + x[0].numel(), device=x.device), norm).view(x.shape)
 
 

@@ -283,8 +283,8 @@ def parser():
                    help="alpha of A-InfoNCE, which has 0.2: the share of the clean view in a pair with the "
                         "attacked one; default: none, RoCL's loss (authors' code)")
     p.add_argument("--hard", action=argparse.BooleanOptionalAction, default=False,
-                   help="with --asymmetry, hard negatives too, as A-InfoNCE's paper has them; default: without "
-                        "(authors' code)")
+                   help="with --asymmetry, hard negatives too, as A-InfoNCE's paper has them; default: "
+                        "without (authors' code)")
     p.add_argument("--norm", choices=("linf", "l2"), default="linf",
                    help="of the attack: l2, with --eps 128 for example (ours), or linf (authors' code)")
     p.add_argument("--eps", type=run.number(0, 1e6), default=8.0,
@@ -295,7 +295,7 @@ def parser():
     p.add_argument("--steps", type=run.integer(0), default=7, help="of the attack (authors' code)")
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
                    help="start the attack at a random point of the ball (authors' code); without it, at "
-                        "the image: with --steps 1 and --step-size equal to --eps that is FGSM")
+                        "the image: with --steps 1 and --step-size equal to --eps, in linf, that is FGSM")
     p.add_argument("--image-size", type=run.integer(1, 10000),
                    help="side of a view in pixels; default: that of the images, and 32 for a folder")
     return p

@@ -225,7 +225,7 @@ def parser():
     p.add_argument("--steps", type=run.integer(0), default=2, help="K, of the attack (paper)")
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
                    help="start the attack at a random point of the ball (paper); without it, at "
-                        "the image: with --steps 1 and --step-size equal to --eps that is FGSM")
+                        "the image: with --steps 1 and --step-size equal to --eps, in linf, that is FGSM")
     p.add_argument("--image-size", type=run.integer(1, 10000),
                    help="side of a view in pixels; default: that of the images, and 32 for a folder")
     return p
@@ -264,7 +264,8 @@ def start_noise(x, rng, args):
     image."""
     if not args.random_start:
         return None
-    # One number more than pixels: under l2 it is how far from the centre.
+    # One number more than there are pixels: under l2 it sets the distance from the centre, under linf it
+    # is not used.
     return ball_point(rng.uniform(1 + x[0].numel(), device=x.device), args.norm)
 
 

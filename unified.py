@@ -326,7 +326,7 @@ def parser():
                    help="K, of the attack, as in adv_mae.py (ours)")
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
                    help="start the attack at a random point of the ball (ours); without it, at "
-                        "the image: with --steps 1 and --step-size equal to --eps that is FGSM")
+                        "the image: with --steps 1 and --step-size equal to --eps, in linf, that is FGSM")
     p.add_argument("--image-size", type=run.integer(1, 10000),
                    help="side of a view in pixels; default: that of the images, and 32 for a folder")
     return p
@@ -360,7 +360,8 @@ def start_noise(u, encoder, args, rng):
     D = 3 * encoder.patch**2
     climbs_con, _ = ATTACKS[args.attack]
     ids_keep, ids_restore, _ = random_masking(u, args.mask_ratio)
-    # One number more than pixels: under l2 it is how far from the centre.
+    # One number more than there are pixels: under l2 it sets the distance from the centre, under linf it
+    # is not used.
     if climbs_con and args.con_weight and not args.share:
         return ball_point(rng.uniform(1 + L * D, device=u.device), args.norm).view(B, L, D)
     kept = ids_keep.shape[1]
