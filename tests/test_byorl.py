@@ -194,7 +194,7 @@ def test_pictures_show_an_attack_where_there_is_one_at_full_scale(flags, largest
     """In linf white is an addition of eps, in l2 that of the largest change."""
     net, target, *_ = real()
     x, y, _ = shapes.shapes(4, seed=0)
-    args = arguments(**{"steps": 1, "seed": 0, **flags})
+    args = arguments(**{"steps": 1, "random_start": False, "seed": 0, **flags, "step_size": 2.0})  # within eps
     rows = dict(byorl.pictures(net, target, data.Images(x, y, 10), 32, args))
     views = ["x1", "x2"]
     assert list(rows) == (views + [name for view in views for name in (f"{view}_adv", f"{view}_adv - {view}")] if args.eps else views)
