@@ -84,7 +84,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from common import data, files, optim, run
+from common import data, encoders, files, optim, run
 from common.log import header
 from common.pgd import eval_mode, pgd
 from common.resnet import branch
@@ -290,6 +290,10 @@ def evaluate(path, name, args, env, shown, source=None, others=()):
             warnings = result.get("warnings", [])
             if encoder.fresh and (not preset or preset.trains == "linear"):
                 warnings = warnings + [f"{encoder.fresh} of this encoder was never trained"]
+            if preset and preset.trains == "all" and not encoders.has_blocks(encoder):
+                if preset.layer_decay != 1 or preset.drop_path:
+                    warnings = warnings + ["which the blocks of this network are is not known: layer decay and "
+                                           "drop path have no effect"]
             if conditions["source"]:
                 warnings = warnings + sets.doubts_of(source, args, shown)
             if warnings:

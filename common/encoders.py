@@ -8,6 +8,7 @@ import copy
 import importlib.util
 import math
 import pathlib
+import sys
 
 import torch
 from torch import nn
@@ -63,6 +64,10 @@ class OwnEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.net = from_file(source)
+        for name, module in self.net.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+                raise ValueError(f"arch {source}: its BatchNorm {name} keeps no running statistics, so features "
+                                 "would depend on the batch; leave track_running_stats=False out")
         self.dim = feature_length(self.net, source)
         if branches:
             branch_norms(self.net, branches)
@@ -77,8 +82,12 @@ def from_file(source):
     file, _, name = source.rpartition(":")
     if not pathlib.Path(file).is_file():
         raise ValueError(f"arch {source}: there is no file {file}")
-    spec = importlib.util.spec_from_file_location(pathlib.Path(file).stem, file)
+    folder = str(pathlib.Path(file).resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # last: what lies beside the file may be imported by it
+    spec = importlib.util.spec_from_file_location(f"arch_{pathlib.Path(file).stem}", file)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
     spec.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
         raise ValueError(f"arch {source}: {file} has no function {name!r}")
@@ -108,14 +117,17 @@ def branch_norms(net, branches):
 
     Raises ValueError where there is none.
     """
-    norms = [(name, m) for name, m in net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [(name, m) for name, m in net.named_modules(remove_duplicate=False)
+             if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         raise ValueError("this network has no BatchNorm, so that it cannot have the branches "
                          f"{', '.join(branches)}")
+    of_norm = {}  # one that has several names stays one
     for name, norm in norms:
         parent, _, leaf = name.rpartition(".")
-        branched = BranchNorm(norm.num_features, branches, lambda _: copy.deepcopy(norm))
-        setattr(net.get_submodule(parent), leaf, branched)
+        if norm not in of_norm:
+            of_norm[norm] = BranchNorm(norm.num_features, branches, lambda _: copy.deepcopy(norm))
+        setattr(net.get_submodule(parent), leaf, of_norm[norm])
 
 
 def resnet18(**options):
@@ -138,6 +150,11 @@ def stages(encoder):
     names."""
     blocks = [name for name, m in encoder.named_modules() if isinstance(m, BLOCKS)]
     return [["conv1", "bn1", "cls_token", "pos_embed", "patch_embed"], *([name] for name in blocks)]
+
+
+def has_blocks(encoder):
+    """Whether `stages` and `drop_path` know the encoder's blocks: those of this project's networks."""
+    return any(isinstance(m, BLOCKS) for m in encoder.modules())
 
 
 def drop_path(encoder, rate):

@@ -167,7 +167,11 @@ FREE = {"data_dir", "out", "device", "workers", "compile", "graph", "save_every"
 
 def cli(main):
     """Run `main()`. An error raised on purpose (by a `raise` statement of this project), and too little
-    memory, are one line and exit status 1; anything else keeps its traceback."""
+    memory, are one line and exit status 1; anything else keeps its traceback. What a console cannot show
+    (the ± of tables) is a ? there."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         main()
     except (ValueError, OSError) as e:
@@ -320,13 +324,18 @@ def resume(args, env, state):
     path = pathlib.Path(args.out) / "last.pt"
     data = state["log"].data if "log" in state else None
     if not path.exists():
+        finished = path.with_name("encoder.pt").exists() and getattr(args, "epochs", 0)
         lines = files.json_lines(path.with_name("log.jsonl"))
         if lines:
             header = lines[0][1] or {}
             if not {"flags", "command"} <= header.keys():
                 raise ValueError(f"{path.with_name('log.jsonl')}: not a log of this program; move it away, or "
                                  "use another --out")
-            _refuse_other(args, header["flags"], header.get("data"), data)
+            if finished or len(lines) > 1:  # a first line alone is of a run that came to nothing
+                _refuse_other(args, header["flags"], header.get("data"), data)
+        if finished:
+            raise ValueError(f"{args.out} holds the encoder.pt of a run that has ended, but no last.pt, and "
+                             "would be written over; use another --out, or move encoder.pt away")
         return 0
     try:
         saved = files.load(path)
@@ -339,6 +348,10 @@ def resume(args, env, state):
     _refuse_other(args, flags, data_there, data)
     if world != env.world:
         raise ValueError(f"{args.out} holds a run of {world} processes, this is one of {env.world}")
+    steps = state["log"].steps if "log" in state else "unknown"
+    if not isinstance(step, int) or steps != "unknown" and step > steps:
+        raise ValueError(f"{path}: says that it is after {step} steps, and the run has {steps}; move it away, "
+                         "or choose another --out")
     bad = files.not_finite(tensors)
     if bad:
         raise ValueError(f"{path}: {bad} is not finite; move it away, or choose another --out")
@@ -354,8 +367,11 @@ def resume(args, env, state):
 
 def _refuse_other(args, flags, data_there, data_here):
     now = vars(args)
+    free = FREE
+    if data_there and data_here and data_there.get("checksum") == data_here.get("checksum"):
+        free = FREE | {"data"}  # the same images, at another place
     differ = [f"--{k.replace('_', '-')} {flags.get(k)} there, {now.get(k)} here"
-              for k in sorted(flags.keys() | now.keys()) if k not in FREE and flags.get(k) != now.get(k)]
+              for k in sorted(flags.keys() | now.keys()) if k not in free and flags.get(k) != now.get(k)]
     if differ:
         raise ValueError(f"{args.out} holds a run with other flags ({'; '.join(differ)}); use another --out")
     if data_there and data_here and data_there != data_here:
@@ -363,6 +379,9 @@ def _refuse_other(args, flags, data_there, data_here):
         what = f"{there} images there, {here} here" if there != here else f"{here} images, which have changed"
         if data_there.get("checksum") == data_here.get("checksum"):
             what = "the images are the same, but not their pseudo-labels"
+        if data_there.get("network") != data_here.get("network"):
+            raise ValueError(f"{args.out} holds a run of another network: {args.arch.rpartition(':')[0]} has "
+                             "changed since; use another --out")
         raise ValueError(f"{args.out} holds a run on other data ({what}); use another --out")
 
 

@@ -146,6 +146,9 @@ def load_into(net, state, path):
         first = f"{', '.join(heads[:5])}{', ...' if len(heads) > 5 else ''}"
         print(f"{path}: {first} left out: features are judged, not logits")
         state = {key: value for key, value in state.items() if key not in heads}
+    for key in wanted.keys() - state.keys():
+        if key.endswith("num_batches_tracked"):  # older programs have none, and nothing here reads it
+            state = {**state, key: wanted[key]}
     faults = []
     for what, keys in (("missing", wanted.keys() - state.keys()), ("extra", state.keys() - wanted.keys())):
         if keys:

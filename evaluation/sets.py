@@ -163,6 +163,10 @@ def try_encoder(path, args, env, sets):
     for name in asked(args)[0]:
         if name != "knn" and preset_of(args, name).fresh_last:
             encoders.last_stage(encoder, f"{path}: --preset {name}")
+        for flag in ("layer_decay", "drop_path"):
+            if getattr(args, flag) and not encoders.has_blocks(encoder):
+                raise ValueError(f"{path}: --{flag.replace('_', '-')} needs a network of this project; of this "
+                                 "one, which the blocks are is not known")
     side = side_of(sets.test)
     if encoder.image_size:
         past = f"was pretrained at {encoder.image_size}"
