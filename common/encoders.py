@@ -97,13 +97,26 @@ def from_file(source):
     return net
 
 
+SIDES = (32, 64, 96, 224, 384)  # of usual images; some networks take one of them only
+
+
 @torch.no_grad()
-def feature_length(net, source, side=32):
-    """The D of net's features (B, D), found on two black images of that `side`; no running statistic
-    changes. Raises ValueError where they are no such features."""
-    with eval_mode(net):
-        device = next((w.device for w in net.parameters()), torch.device("cpu"))
-        features = net(torch.zeros(2, 3, side, side, device=device))
+def feature_length(net, source, side=None):
+    """The D of net's features (B, D), found on two black images of that `side`, or of the first of SIDES
+    that it takes; no running statistic changes. Raises ValueError where it takes none, or where they are no
+    such features."""
+    device = next((w.device for w in net.parameters()), torch.device("cpu"))
+    features = None
+    faults = []
+    for side in (side,) if side else SIDES:
+        try:
+            with eval_mode(net):
+                features = net(torch.zeros(2, 3, side, side, device=device))
+            break
+        except (RuntimeError, AssertionError, ValueError) as e:
+            faults.append(f"of side {side}: {' '.join(str(e).split())[:200]}")
+    if features is None:
+        raise ValueError(f"arch {source}: takes no images of the sides tried; {faults[0]}")
     if not isinstance(features, torch.Tensor) or features.dim() != 2 or len(features) != 2:
         what = tuple(features.shape) if isinstance(features, torch.Tensor) else f"a {type(features).__name__}"
         raise ValueError(f"arch {source}: must map images (B, 3, H, W) to features (B, D); of two images it "

@@ -72,11 +72,11 @@ def _of_timm(name):
 
 
 def _side(net):
-    """The side of the images that the network is for, as far as it says."""
+    """The side of the images that the network is for, as far as it says; else None."""
     if isinstance(getattr(net, "image_size", None), int):  # torchvision's ViTs
         return net.image_size
     config = getattr(net, "default_cfg", None)  # timm's
-    return config["input_size"][-1] if config else 32
+    return config["input_size"][-1] if config else None
 
 
 def rebuild(saved):

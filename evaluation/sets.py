@@ -182,7 +182,14 @@ def try_encoder(path, args, env, sets):
     encoder.path = path
     with torch.no_grad():
         grey = torch.full((1, 3, side, side), 0.5, device=env.device)
-        check_finite(encoder(grey), encoder, "a grey image")
+        try:
+            features = encoder(grey)
+        except (RuntimeError, AssertionError) as e:
+            if "memory" in str(e):
+                raise
+            raise ValueError(f"{path}: takes no images of side {side} ({' '.join(str(e).split())[:200]}); give "
+                             "the side that it is for by --image-size") from None
+        check_finite(features, encoder, "a grey image")
 
 
 @functools.lru_cache(maxsize=None)

@@ -21,6 +21,12 @@ def rows():
 def number():
     return 7
 
+def large():
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 96 * 96, 7))
+
+def odd():
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 50 * 50, 7))
+
 def bare():
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5))
 """
@@ -39,6 +45,13 @@ def test_an_own_network_is_an_encoder_of_normalised_images(own):
     encoder.eval()
     assert encoder.dim == 8
     torch.testing.assert_close(encoder(x), encoder.net(normalised))
+
+
+def test_a_network_for_images_of_another_side_is_tried_at_it(own):
+    encoder = encoders.make(f"{own}:large")
+    assert encoder.dim == 7 and encoder(torch.rand(2, 3, 96, 96)).shape == (2, 7)
+    with pytest.raises(ValueError, match="odd: takes no images of the sides tried; of side 32: "):
+        encoders.make(f"{own}:odd")
 
 
 def test_rocl_starts_resnets_anew_and_leaves_weights_of_ones_own_and_of_a_vit(own):

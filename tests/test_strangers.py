@@ -178,6 +178,19 @@ def test_a_rate_by_depth_is_not_claimed_for_a_network_whose_depth_is_not_known(t
     assert "layer decay and drop path have no effect" in warning
 
 
+def test_an_encoder_of_another_side_says_which_flag_would_help(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    npz = tiny_npz("images.npz")
+    (tmp_path / "large.py").write_text(
+        "from torch import nn\n\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 5))\n")
+    torch.save({"1.weight": torch.rand(5, 3 * 64 * 64), "1.bias": torch.zeros(5)}, "weights.pth")
+    words = ["weights.pth", "--encoder", "large.py:make", "--data", npz, "--device", "cpu", "--preset", "knn"]
+    with pytest.raises(ValueError, match="weights.pth: takes no images of side 32 .*by --image-size"):
+        command.main(words)
+    command.main([*words, "--image-size", "64"])
+    assert "weights.pth knn clean" in capsys.readouterr().out
+
+
 def test_a_console_without_a_letter_shows_something_else():
     code = "from common import run; run.cli(lambda: print('42 \\u00b1 1\\u2020'))"
     done = subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], cwd=ROOT, capture_output=True, text=True,
