@@ -31,6 +31,7 @@ writes them to its --out while it trains, and eval.py --pictures has the attacke
 """
 import pathlib
 import re
+import sys
 
 import torch
 
@@ -61,12 +62,22 @@ USES = {  # the flags that have no meaning for other pictures
 # ----------------------------------------------------------------------------------------------------------
 # Of what was measured
 # ----------------------------------------------------------------------------------------------------------
+def with_any(of_folder, measured):
+    """What is there of {folder: what was measured}; a folder without, as of a run that was interrupted, is a
+    line on stderr. Raises ValueError where all are without."""
+    found = {folder: lines for folder, lines in of_folder.items() if lines}
+    for folder in of_folder:
+        if not found:
+            raise ValueError(f"{folder}: no {measured}")
+        if folder not in found:
+            print(f"{folder}: no {measured}; left out", file=sys.stderr)
+    return found
+
+
 def draw_lines(axes, folders, args, lines_of, measured):
-    """A line for each of lines_of(folder), {name: (xs, ys)}. Raises ValueError where a folder has none."""
-    for folder in folders:
-        lines = lines_of(folder, args)
-        if not lines:
-            raise ValueError(f"{folder}: no {measured} was measured there")
+    """A line for each of lines_of(folder), {name: (xs, ys)}. Raises ValueError where no folder has any."""
+    of_folder = {folder: lines_of(folder, args) for folder in folders}
+    for folder, lines in with_any(of_folder, f"{measured} was measured there").items():
         for name, (x, y) in lines.items():
             axes.plot(x, y, marker=".", label=f"{folder.name} {name}")
     axes.legend(fontsize=7)
@@ -74,10 +85,10 @@ def draw_lines(axes, folders, args, lines_of, measured):
 
 def draw_loss(axes, folders, args):
     for ax, column in zip(axes, args.column):
-        for folder in folders:
-            points = series.of_log(folder, column) or series.of_snapshots(folder, column, args.of_data)
-            if not points:
-                raise ValueError(f"{folder}: no {column} was measured there over the epochs")
+        of_folder = {
+            folder: series.of_log(folder, column) or series.of_snapshots(folder, column, args.of_data)
+            for folder in folders}
+        for folder, points in with_any(of_folder, f"{column} was measured there over the epochs").items():
             ax.plot(*points, marker=".", label=folder.name)
         ax.set(xlabel="epoch", ylabel=column)
     axes[0].legend(fontsize=7)

@@ -150,6 +150,22 @@ def kinds_tables(args, named):
     return "\n\n".join(table.kinds(runs, column, title) for column, title in columns.items())
 
 
+def with_results(paths):
+    """Those of `paths` beside which something was measured; each run that is left out, as one that has not
+    been evaluated yet, is a line on stderr. All of them where that is none, or where one is not there."""
+    found = []
+    missing = []
+    for path in paths:
+        folder = path if table.is_folder(path) else path.parent
+        unmeasured = folder.is_dir() and not (folder / "eval.jsonl").exists()
+        (missing if unmeasured else found).append(path)
+    if not found:
+        return paths
+    for path in missing:
+        print(f"{path}: nothing was measured there yet; left out", file=sys.stderr)
+    return found
+
+
 def kept_runs(args, named):
     """What was measured and is what the flags `named` say: pairs of a path and its results {column:
     result}. ValueError where that is nothing."""
@@ -165,7 +181,7 @@ def kept_runs(args, named):
         return is_named(line, attack, result, named, source)
 
     runs = []
-    paths = encoder_paths(args)
+    paths = with_results(encoder_paths(args))
     folders = [path if table.is_folder(path) else path.parent for path in paths]
     name_foreign_lines(folders)
     for path, folder in zip(paths, folders):

@@ -393,6 +393,14 @@ def test_what_was_measured_makes_the_same_table_without_measuring(exported, caps
     assert last_row(capsys) == row
     with pytest.raises(FileNotFoundError, match="nothing was measured there"):
         command.main([str(exported / "elsewhere" / "encoder.pt"), "--kept"])
+    unfinished = exported / "unfinished"  # a run that was not evaluated leaves the others their table
+    unfinished.mkdir()
+    command.main([str(exported), str(unfinished), *flags, "--kept"])
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[-1] == row
+    assert shown.err == f"{unfinished}: nothing was measured there yet; left out\n"
+    with pytest.raises(FileNotFoundError, match="nothing was measured there"):
+        command.main([str(unfinished), "--kept"])
     with pytest.raises(ValueError, match="a folder; give the encoder.pt in it"):
         command.main([str(exported), "--data", "shapes"])
 

@@ -302,6 +302,21 @@ def test_what_was_not_measured_is_named(tmp_path, monkeypatch):
     assert not (tmp_path / "x.png").exists()
 
 
+def test_a_run_without_figures_leaves_the_others_their_picture(tmp_path, monkeypatch, capsys):
+    axes = drawn(monkeypatch)
+    run = a_run(tmp_path / "a")
+    short = tmp_path / "short"
+    short.mkdir()
+    write(short / "log.jsonl", {"flags": {"eps": 6.0, "seed": 0}, "command": "python amoc.py"})
+    write(short / "eval.jsonl", {"preset": "slf", "results": {}})
+    for what, measured in (("loss", "loss was measured there over the epochs"), ("curve", "curve was measured there")):
+        plot.main([what, str(short), str(run), "--out", str(tmp_path / "x.png")])
+        assert {call.kwargs["label"].split()[0] for call in axes[0].plot.call_args_list} == {"a"}
+        assert capsys.readouterr().err == f"{short}: no {measured}; left out\n"
+        with pytest.raises(ValueError, match=f"short: no {measured}"):
+            plot.main([what, str(short), "--out", str(tmp_path / "x.png")])
+
+
 def test_a_landscape_of_other_data_is_refused_before_it_is_computed(tmp_path, monkeypatch):
     drawn(monkeypatch)
     run = a_run(tmp_path / "a", classes=4)
