@@ -26,7 +26,8 @@ def stoppable(file="eval.jsonl"):
     try:
         yield
     except KeyboardInterrupt as e:
-        print(f"\nstopped; what was measured is in {file}, the same command goes on", file=sys.stderr)
+        print(f"\nstopped; what was measured is in {file}, the same command goes on (a classifier that was "
+              "being trained begins anew)", file=sys.stderr)
         sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

@@ -885,7 +885,8 @@ def test_a_signal_ends_it_in_one_line_and_the_same_command_goes_on(
             evaluate(exported, "--attacks", "clean", "pgd20-1")
     assert raised.value.code == status
     said = capsys.readouterr().err
-    assert said.strip() == "stopped; what was measured is in eval.jsonl, the same command goes on"
+    assert said.strip() == ("stopped; what was measured is in eval.jsonl, the same command goes on (a classifier that "
+                            "was being trained begins anew)")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     no_training(monkeypatch)
     lines = evaluate(exported, "--attacks", "clean", "pgd20-1")
