@@ -9,6 +9,7 @@ Loading is strict: every weight of the network must be there, and nothing else, 
 projector at the end (fc, head, ...), which is left out.
 """
 import pathlib
+import pickle
 import re
 
 import torch
@@ -91,9 +92,13 @@ def weights_in(path, prefix):
         raise FileNotFoundError(f"{path}: no such file")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        kind = re.search(r"GLOBAL (\S+)", str(e))
+        what = f", as {kind.group(1)}" if kind else ""
+        raise ValueError(f"{path}: holds more than tensors and plain types{what}. Reading that could run any "
+                         "program, so it is left to you: save the state_dict in it to a file of its own") from None
     except Exception as e:
-        raise ValueError(f"{path}: cannot be read as weights ({' '.join(str(e).split())[:150]}); save a plain "
-                         "state_dict to a file of its own") from None
+        raise ValueError(f"{path}: cannot be read as weights ({type(e).__name__}), perhaps truncated") from None
     for container in CONTAINERS:
         if isinstance(saved, dict) and isinstance(saved.get(container), dict):
             saved = saved[container]

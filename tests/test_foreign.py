@@ -1,4 +1,5 @@
 """Encoders from elsewhere, by files made here: strict, named faults, the features of the network itself."""
+import argparse
 import json
 
 import pytest
@@ -115,6 +116,15 @@ def test_a_file_without_weights_is_named(content, tmp_path):
     else:
         torch.save(content, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="weights.pth: (cannot be read|holds)"):
+        foreign.load(tmp_path / "weights.pth", flags("--encoder", "torchvision:resnet18"))
+
+
+def test_a_checkpoint_with_more_than_weights_names_what_is_in_the_way(tmp_path):
+    torch.save({"model": resnet().state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="plain types, as argparse.Namespace. .*save the state_dict in it"):
+        foreign.load(tmp_path / "weights.pth", flags("--encoder", "torchvision:resnet18"))
+    (tmp_path / "weights.pth").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"cannot be read as weights \(EOFError\), perhaps truncated"):
         foreign.load(tmp_path / "weights.pth", flags("--encoder", "torchvision:resnet18"))
 
 
