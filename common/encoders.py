@@ -53,8 +53,8 @@ class OwnEncoder(nn.Module):
     """A network of your own: what the function named by `source`, "my_file.py:function", returns.
 
     The function takes no arguments and returns a module, images (B, 3, H, W) -> features (B, dim), which
-    gets normalised images. With `branches`, every BatchNorm in it is replaced by a BranchNorm. An
-    exported encoder holds its weights and `source`, not the code: the file must be there when it is
+    gets normalised images. With `branches`, every BatchNorm in it is replaced by a BranchNorm; where there
+    is none, clean and attacked images share the whole network, as in a ViT. An exported encoder holds its weights and `source`, not the code: the file must be there when it is
     loaded.
     """
 
@@ -69,7 +69,7 @@ class OwnEncoder(nn.Module):
                 raise ValueError(f"arch {source}: its BatchNorm {name} keeps no running statistics, so features "
                                  "would depend on the batch; leave track_running_stats=False out")
         self.dim = feature_length(self.net, source)
-        if branches:
+        if branches and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.net.modules()):
             branch_norms(self.net, branches)
 
     def forward(self, x):

@@ -89,19 +89,30 @@ def test_what_is_no_encoder_is_named(own, name, words):
         encoders.make(f"{own}:{name}")
 
 
-def test_a_file_that_is_not_there_and_a_network_without_batchnorm_are_named(own):
+def test_a_file_that_is_not_there_is_named(own):
     with pytest.raises(ValueError, match="there is no file nowhere.py"):
         encoders.make("nowhere.py:make")
-    with pytest.raises(ValueError, match="no BatchNorm"):
-        encoders.make(f"{own}:bare", ("clean", "adv"))
     assert encoders.make(f"{own}:bare").dim == 5
 
 
+def test_without_batchnorm_clean_and_attacked_images_share_the_network_as_in_a_vit(own):
+    encoder = encoders.make(f"{own}:bare", ("clean", "adv"))
+    x = torch.rand(2, 3, 32, 32)
+    with branch(encoder, "clean"):
+        clean = encoder(x)
+    with branch(encoder, "adv"):
+        assert torch.equal(encoder(x), clean)
+    assert encoders.branch_of(encoder, "adv") is None
+    with pytest.raises(ValueError, match="no BatchNorm"):
+        encoders.branch_norms(encoder.net, ("clean", "adv"))
+
+
 @pytest.mark.parametrize("script, flags", [(amoc, ["--bank-size", "48"]), (rocl, [])], ids=["amoc", "rocl"])
-def test_scripts_train_it(script, flags, own, tmp_path):
-    flags = [*TINY, *flags, "--steps", "1", "--warmup", "0", "--epochs", "1", "--arch", f"{own}:make"]
+@pytest.mark.parametrize("function, dim", [("make", 8), ("bare", 5)])
+def test_scripts_train_it(script, flags, function, dim, own, tmp_path):
+    flags = [*TINY, *flags, "--steps", "1", "--warmup", "0", "--epochs", "1", "--arch", f"{own}:{function}"]
     script.main([*flags, "--data", tiny_npz(tmp_path / "a.npz", n=32), "--out", str(tmp_path / "run")])
-    assert encoders.load_encoder(tmp_path / "run" / "encoder.pt").dim == 8
+    assert encoders.load_encoder(tmp_path / "run" / "encoder.pt").dim == dim
 
 
 def plain_preact_block(block, x):
