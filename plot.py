@@ -406,6 +406,9 @@ def main(argv=None):
     out = pathlib.Path(args.out or f"{args.what}.png")
     check_out(out)
     folders = [pathlib.Path(folder) for folder in args.folders]
+    for folder in folders:
+        if not folder.exists():
+            raise FileNotFoundError(f"{folder}: is not there, so nothing was measured there")
     across = len(folders) if args.what in PANELS else 1
     if args.what == "loss":
         across = len(args.column)
