@@ -29,6 +29,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -100,6 +101,9 @@ ROWS = {
     "vit-random": Row(f"adv_mae.py {VIT} --epochs 0"),
 }
 
+# Held while a row's run is made: a row that needs another's encoder may come while that is under way.
+PRETRAINING = {(name, seed): threading.Lock() for name, row in ROWS.items() for seed in range(row.seeds)}
+
 
 def command_of(row, data, seed, out, epochs=None):
     """The command that pretrains `row`, as words. A row that has --epochs of its own keeps them."""
@@ -143,9 +147,15 @@ def timed(name, row, args):
 def pretrain(name, row, seed, args):
     """The folder of a row's run, with its encoder in it, which is made if it is not there."""
     out = args.runs / name_of(name, seed)
-    take_up(name, seed, out, args)
-    if (ROOT / out / "encoder.pt").exists():
-        return out
+    with PRETRAINING[name, seed]:
+        take_up(name, seed, out, args)
+        if not (ROOT / out / "encoder.pt").exists():
+            pretrain_anew(name, row, seed, out, args)
+    return out
+
+
+def pretrain_anew(name, row, seed, out, args):
+    """Choose the epochs of a row, if that was not done, and begin its run, or go on with it."""
     chosen = ROOT / args.runs / f"{name}.epochs"  # of all seeds, and of a run that goes on
     if "--epochs" not in row.command and not chosen.exists():
         images = args.images or 50000
@@ -155,7 +165,6 @@ def pretrain(name, row, seed, args):
     epochs = int(chosen.read_text()) if chosen.exists() else None
     limit = ["--limit", str(args.images)] if args.images else []
     run([*command_of(row, args.data, seed, out, epochs), *limit])
-    return out
 
 
 def copy(files, source, target):
@@ -198,6 +207,8 @@ def is_complete(name, seed, args):
 
 def make(name, row, seed, args):
     """Pretrain and evaluate a row, and keep the results after each evaluation."""
+    if row.needs:
+        pretrain(row.needs, ROWS[row.needs], 0, args)
     out = pretrain(name, row, seed, args)
     for flags in EVALUATIONS:
         test = ["--test-limit", str(args.test_images)] if args.test_images else []
@@ -262,11 +273,6 @@ def main(argv=None):
     if args.data.endswith(".npz") and not (ROOT / args.data).exists():
         raise SystemExit(f"{args.data} is not there; --data cifar10 downloads the original")
     jobs = [job for job in in_order(names) if not is_complete(*job, args)]
-    for name in {ROWS[name].needs for name, _ in jobs if ROWS[name].needs}:
-        try:
-            pretrain(name, ROWS[name], 0, args)
-        except subprocess.CalledProcessError as error:
-            raise SystemExit(f"{name}, which another row needs, FAILED: {said(error)}") from None
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         futures = [pool.submit(make_or_say, name, ROWS[name], seed, args) for name, seed in jobs]
         went_well = [future.result() for future in futures]

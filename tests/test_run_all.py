@@ -2,7 +2,9 @@
 import importlib
 import json
 import pathlib
+import re
 import sys
+import time
 
 import pytest
 
@@ -120,6 +122,22 @@ def test_what_a_row_needs_is_made_before_it(made):
     assert scripts == ["acl.py", "acl.py", "advcl.py", "advcl.py"]  # each is timed first
 
 
+def test_what_a_row_needs_is_made_once_and_waited_for_while_it_is_made(made, monkeypatch):
+    _, commands, flags = made
+    run = run_all.run
+
+    def slow(words):
+        if words[0] == "acl.py":
+            time.sleep(0.1)
+        run(words)
+
+    monkeypatch.setattr(run_all, "run", slow)
+    run_all.main(["simclr", "advcl-labels", *flags, "--jobs", "2"])
+    scripts = [words[0] for words in commands if "--epochs" in words and words[0] != "eval.py"]
+    assert scripts.count("acl.py") == 3  # timed once, and two seeds
+    assert scripts.index("advcl.py") > scripts.index("acl.py", 1)
+
+
 def test_a_row_that_fails_is_named_and_stops_no_other(made, monkeypatch, capsys):
     folder, _, flags = made
     run = run_all.run
@@ -134,8 +152,9 @@ def test_a_row_that_fails_is_named_and_stops_no_other(made, monkeypatch, capsys)
         run_all.main(["acl", "random", *flags])
     assert "acl FAILED: python acl.py" in capsys.readouterr().out
     assert (folder / "encoders" / "random.pt").exists()
-    with pytest.raises(SystemExit, match="simclr, which another row needs, FAILED: python acl.py .* --variant s2s"):
+    with pytest.raises(SystemExit, match="not all rows"):
         run_all.main(["advcl-labels", *flags])
+    assert re.search("advcl-labels FAILED: python acl.py .* --variant s2s", capsys.readouterr().out)
 
 
 def test_an_unknown_row_is_refused():
