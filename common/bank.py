@@ -228,7 +228,7 @@ def _scores(q, b, temperature):
 # Triton
 # ----------------------------------------------------------------------------------------------------------
 KERNEL_ROWS = 16384  # from this many rows of bank; below, launches cost more than the work
-KERNEL_WIDTH = 256  # and up to this D in fp32: of longer rows a tile does not fit into registers
+KERNEL_WIDTH = 128  # and up to this D in fp32: of longer rows registers hold too few for a tile that pays
 
 
 def _use_kernels(q, bank):

@@ -344,8 +344,7 @@ def test_float32_rows_too_long_for_registers_are_left_to_pytorch(monkeypatch):
         def __len__(self):
             return self.shape[0]
 
-    for D, dtype, wanted in ((128, torch.float32, True), (256, torch.float32, True), (300, torch.float32, False),
-                             (512, torch.bfloat16, True)):
+    for D, dtype, wanted in ((128, torch.float32, True), (129, torch.float32, False), (512, torch.bfloat16, True)):
         q = Rows(shape=(4, D), dtype=dtype, is_cuda=True, device="cuda")
         assert bank_module._use_kernels(q, Rows(shape=(32768, D), dtype=torch.float32)) == wanted
 
