@@ -228,6 +228,7 @@ def _scores(q, b, temperature):
 # Triton
 # ----------------------------------------------------------------------------------------------------------
 KERNEL_ROWS = 16384  # from this many rows of bank; below, launches cost more than the work
+KERNEL_WIDTH = 128  # and up to this D in fp32: of longer rows registers hold too few for a tile that pays
 
 
 def _use_kernels(q, bank):
@@ -243,16 +244,23 @@ def _use_kernels(q, bank):
     if choice == "triton" and not possible:
         raise ValueError("BANK_OP=triton needs Triton, CUDA (or TRITON_INTERPRET=1), fp32 or bf16, D from "
                          f"16 to 512; got {q.device.type}, {q.dtype}, {bank.dtype}, {tuple(q.shape)}")
-    return possible and (choice == "triton" or q.is_cuda and len(bank) >= KERNEL_ROWS)
+    pays = len(bank) >= KERNEL_ROWS and (q.dtype == torch.bfloat16 or q.shape[1] <= KERNEL_WIDTH)
+    return possible and (choice == "triton" or q.is_cuda and pays)
 
 
 def _interpreted():
     return os.environ.get("TRITON_INTERPRET") == "1"  # as it was when Triton was imported
 
 
-def _tiles(width):
-    """Queries and bank rows of a tile, warps, stages: a tile of fp32 rows is 32 KiB."""
-    return (64 if width <= 128 else 32), min(64, 8192 // width), 4, 2
+def _tiles(width, dtype):
+    """Queries and bank rows of a tile, warps, stages, for queries of `dtype`. A program's shared memory stays
+    within 99 KiB, which is all that capabilities 8.6, 8.9 and 12.0 have; larger tiles of fp32, each of whose
+    products is three (`_dot`), would also spill thousands of bytes of registers."""
+    if dtype == torch.bfloat16:
+        return (64 if width <= 128 else 32), min(64, 8192 // width), 4, 2
+    if width <= 128:
+        return 32, 32, 4, 1
+    return 16, 16, 8, 1
 
 
 class _Kernels:
@@ -299,7 +307,7 @@ def _launch(q, bank, T):
     """Grid (query tiles, parts of the bank), arguments, and options, of the kernels."""
     (N, D), K = q.shape, len(bank)
     width = max(16, triton.next_power_of_2(D))
-    queries, rows, warps, stages = _tiles(width)
+    queries, rows, warps, stages = _tiles(width, q.dtype)
     programs = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 6
     tiles = triton.cdiv(N, queries)
     per_part = rows * triton.cdiv(triton.cdiv(K, rows), max(1, programs // tiles))

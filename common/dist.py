@@ -27,7 +27,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        g = g.contiguous()
+        g = g.clone(memory_format=torch.contiguous_format)  # it may be another's gradient, too
         dist.all_reduce(g)
         return g.chunk(dist.get_world_size())[dist.get_rank()]
 

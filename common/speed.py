@@ -108,7 +108,9 @@ class Recording:
                 work()
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # By default a call to CUDA from any thread spoils the recording, as of the one that pins the next
+        # pictures of a folder, or of NCCL's watchdog.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.outputs = work()
 
     def replay(self, tensors):

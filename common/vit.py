@@ -210,9 +210,11 @@ class ViT(nn.Module):
                 self.pos_embed.copy_(self.sincos(*self.grid))
 
     def sincos(self, height, width):
-        """(1, 1 + L, dim); zero for the cls token."""
-        positions = F.pad(sincos_2d(self.dim, height, width), (0, 0, 1, 0))[None].to(self.pos_embed.dtype)
-        return positions.to(self.pos_embed.device, non_blocking=self.pos_embed.is_cuda)
+        """(1, 1 + L, dim); zero for the cls token. On CUDA they are made there: a copy from the host is
+        nothing that a CUDA graph could record."""
+        device = self.pos_embed.device if self.pos_embed.is_cuda else "cpu"
+        positions = sincos_at(coordinates(height, width, device), self.dim)
+        return F.pad(positions, (0, 0, 1, 0))[None].to(self.pos_embed)
 
     def pair_weights(self, height, width):
         """The weights with which each pair of patches of a grid reads a table of relative positions: (L,

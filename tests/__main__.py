@@ -18,7 +18,7 @@ FOLDER = pathlib.Path(__file__).parent
 SECONDS = {
     "test_all_scripts": 140, "test_faults": 80, "test_processes": 50, "test_speed": 48, "test_eval": 43,
     "test_autoattack": 40, "test_wiring": 35, "test_eval_faults": 33, "test_bench": 30, "test_devices": 45,
-    "test_foreign": 28, "test_rotnet": 28, "test_bank": 27, "test_adco": 23, "test_export": 23, "test_pretext": 22,
+    "test_foreign": 28, "test_rotnet": 28, "test_bank": 36, "test_adco": 23, "test_export": 23, "test_pretext": 22,
     "test_encoders": 18,
     "test_adios": 18, "test_caco": 15, "test_clae": 15, "test_gpu": 15, "test_plot": 14, "test_data_faults": 12,
     "test_presets": 12, "test_run": 12, "test_versus": 12, "test_autoattack_papers": 8, "test_starts": 8,

@@ -61,7 +61,7 @@ def commands(args):
     python = [sys.executable, "-m"]
     quick = ["--quick"] if args.quick else []
     bench = [*python, "tests.bench", "--device", args.device, *quick]
-    tests = ["tests/test_cuda.py", "tests/test_bank.py", "tests/test_speed.py"]
+    tests = ["tests/test_bank.py", "tests/test_cuda.py", "tests/test_speed.py"]
     chosen = ["-k", "argmax"] if args.quick else ["-k", "cuda or kernel"]
     return {
         "tests": [*python, "pytest", "-q", *tests, *chosen],

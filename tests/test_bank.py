@@ -2,8 +2,11 @@ import collections
 import copy
 import math
 import os
+import pathlib
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -285,6 +288,65 @@ def test_the_kernels_tests_pass_in_tritons_interpreter(interpreter):
         text=True,
     )
     assert done.returncode == 0 and "13 passed" in done.stdout, done.stdout
+
+
+KERNELS = ("_logsumexp_kernel", "_weighted_rows_kernel", "_weighted_queries_kernel")
+if bank_module.triton is None or os.environ.get("TRITON_INTERPRET") == "1":
+    KERNELS = ()  # there is no compiler
+
+
+def made_for_a_gpu(name, D, dtype, folder, monkeypatch):
+    """The shared memory of a program of the kernel `name`, and what it spills of its registers, in bytes, as compiled
+    for an RTX 30 (capability 8.6). Neither needs a GPU."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    q, b = torch.empty(256, D, dtype=dtype), torch.empty(32768, D)
+    _, numbers, options = bank_module._launch(q, b, 0.2)
+    how = {key: options.pop(key) for key in ("num_warps", "num_stages")}
+    kernel = getattr(bank_module, name)
+    types = {"q": "*bf16" if dtype == torch.bfloat16 else "*fp32", "scale": "fp32",
+             **dict.fromkeys(("bank", "top", "total", "y", "weight", "out"), "*fp32"),
+             **dict.fromkeys(("N", "K", "D", "per_part"), "i32"), **dict.fromkeys(options, "constexpr")}
+    signature = {argument: types[argument] for argument in kernel.arg_names}
+    sixteens = {(i,): [["tt.divisibility", 16]] for i, argument in enumerate(kernel.arg_names)
+                if types[argument] in ("i32", "*fp32", "*bf16")}  # as tensors' addresses and these sizes are
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+    compiled = bank_module.triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=options, attrs=sixteens),
+                                          target=GPUTarget("cuda", 86, 32), options=how)
+    (folder / "kernel.ptx").write_text(compiled.asm["ptx"])
+    ptxas = pathlib.Path(bank_module.triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    found = subprocess.run([ptxas, "-v", "-arch=sm_86", folder / "kernel.ptx", "-o", folder / "kernel.cubin"],
+                           capture_output=True, text=True, check=True)
+    return compiled.metadata.shared, int(re.search(r"(\d+) bytes spill stores", found.stderr).group(1))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_fits_into_the_smallest_gpu_and_its_registers(name, tmp_path, monkeypatch):
+    """At D = 128, in float32, as all scripts have it."""
+    shared, spilt = made_for_a_gpu(name, 128, torch.float32, tmp_path, monkeypatch)
+    assert 0 < shared <= 99 * 1024 and spilt < 512
+
+
+@pytest.mark.parametrize("name", KERNELS[1:2])
+@pytest.mark.parametrize("D, dtype", [(512, torch.float32), (128, torch.bfloat16)])
+def test_a_kernel_of_the_largest_tiles_fits_into_the_smallest_gpu(name, D, dtype, tmp_path, monkeypatch):
+    shared, _ = made_for_a_gpu(name, D, dtype, tmp_path, monkeypatch)
+    assert 0 < shared <= 99 * 1024
+
+
+def test_float32_rows_too_long_for_registers_are_left_to_pytorch(monkeypatch):
+    monkeypatch.delenv("BANK_OP", raising=False)
+    monkeypatch.setattr(bank_module, "triton", object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    class Rows(SimpleNamespace):
+        def __len__(self):
+            return self.shape[0]
+
+    for D, dtype, wanted in ((128, torch.float32, True), (129, torch.float32, False), (512, torch.bfloat16, True)):
+        q = Rows(shape=(4, D), dtype=dtype, is_cuda=True, device="cuda")
+        assert bank_module._use_kernels(q, Rows(shape=(32768, D), dtype=torch.float32)) == wanted
 
 
 def test_bank_op_is_named_when_unknown_or_impossible(monkeypatch):

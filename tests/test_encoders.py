@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import models
 
 import adpe
@@ -334,6 +336,26 @@ def test_another_size_gets_the_positions_of_its_own_grid_unless_they_were_learne
     assert torch.equal(small(x), large(x))
     with pytest.raises(ValueError, match=r"64 x 64.*learned for 32 x 32 \(--image-size 32\)"):
         make("vit_slim", positions="learned")(x)
+
+
+def test_on_cuda_the_positions_of_another_grid_are_made_there():
+    """A copy from the host would wait, and no CUDA graph can record it. By tensors that hold no numbers."""
+    copies = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+                copies.append((args[0].device.type, out.device.type))
+            return out
+
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            net = make("vit_slim")
+            x = torch.empty(2, 3, 64, 64)
+        with Copies():
+            assert net(x).shape == (2, 96)
+    assert ("cpu", "cuda") not in copies and ("cuda", "cuda") in copies
 
 
 def test_sine_positions_are_fixed_until_all_is_trained_and_learned_ones_are_not():

@@ -53,6 +53,19 @@ def test_two_processes_equal_one_in_loss_and_gradient(tmp_path):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def shared(rank, world):
+    w = torch.ones(4, 2, dtype=torch.float64, requires_grad=True)
+    beside = w * 1  # its gradient is the very tensor that the gathered rows get
+    z = dist.gather(A(2, 2, rank).requires_grad_())
+    ((z + beside) * A(4, 2, 5)).sum().backward()
+    return w.grad
+
+
+def test_gather_leaves_a_gradient_that_others_get_too(tmp_path):
+    for got in in_two_processes(shared, tmp_path):
+        torch.testing.assert_close(got, A(4, 2, 5), rtol=0, atol=0)
+
+
 def pushed(rank, world):
     torch.manual_seed(0)
     bank = Bank(10, 3)

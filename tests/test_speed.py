@@ -1,5 +1,6 @@
 """--compile and --graph: what they may change is rounding. CUDA graphs themselves need CUDA; on a CPU a stand-in
 that computes again, into the same memory, shows what surrounds them."""
+import contextlib
 import copy
 import functools
 import importlib
@@ -241,6 +242,21 @@ def test_each_kind_of_inputs_has_a_recording_and_short_batches_have_none(graphs)
     speed.use_graphs(SimpleNamespace(), None)
     attack(net, 4)
     assert len(graphs) == 6
+
+
+def test_a_recording_bears_the_calls_to_cuda_of_other_threads(monkeypatch):
+    """As of the one that pins the pictures of a folder for the next steps."""
+    modes, calls = [], []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: calls.append("replay")))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode="global": (
+        modes.append(capture_error_mode) or contextlib.nullcontext()))
+    recording = Recording(lambda x: calls.append("call") or x + 1, [torch.ones(2)], {})
+    assert modes == ["thread_local"] and calls == 4 * ["call"]
+    assert recording.replay([torch.ones(2)]).tolist() == [2, 2] and calls[4:] == ["replay"]
 
 
 def test_a_decorated_attack_keeps_its_name_its_words_and_its_arguments():
