@@ -44,7 +44,7 @@ class Foreign(nn.Module):
         if cifar_stem:
             self.net.conv1 = nn.Conv2d(3, self.net.conv1.out_channels, 3, padding=1, bias=False)
             self.net.maxpool = nn.Identity()
-        self.dim = encoders.feature_length(self.net, arch, _side(self.net))
+        self.dim, _ = encoders.feature_length(self.net, arch, _side(self.net))
 
     def forward(self, x):
         return self.net((x - self.mean) / self.std)

@@ -52,7 +52,7 @@ MORE = {
     "common/bank.py": ("test_step_amoc.py", "test_step_adco.py"),
     "common/data.py": ("test_pretext.py", "test_augment.py", "test_faults.py", "test_presets.py", "test_testsets.py"),
     "common/dist.py": ("test_run.py", "test_faults.py", "test_all_scripts.py"),
-    "common/encoders.py": ("test_export.py", "test_presets.py"),
+    "common/encoders.py": ("test_own_encoders.py", "test_export.py", "test_presets.py"),
     "common/files.py": ("test_faults.py",),
     "common/log.py": ("test_run.py", "test_faults.py", "test_wiring.py"),
     "common/optim.py": ("test_wiring.py", "test_step_rocl.py"),
