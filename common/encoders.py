@@ -4,6 +4,7 @@ An encoder is `encoder(x) -> (B, dim)` for images x (B, 3, H, W) in [0, 1]; norm
 layer. `export` writes torchvision's (ResNet) or timm's (ViT) key names, so that no later program needs
 this one.
 """
+import collections
 import contextlib
 import copy
 import importlib.util
@@ -507,4 +508,12 @@ def load_strict(net, state, path):
     bad = files.not_finite(state)
     if bad:
         raise ValueError(f"{path}: {bad} is not finite")
+    load_state(net, state)
+
+
+def load_state(net, state):
+    """`net.load_state_dict(state)` of a plain dict, whose layout is the one that `net` itself would write:
+    torchvision's MNASNet asks which one it is."""
+    state = collections.OrderedDict(state)
+    state._metadata = getattr(net.state_dict(), "_metadata", {})
     net.load_state_dict(state)

@@ -20,7 +20,7 @@ from common import encoders, files
 
 HEADS = ("fc", "linear", "classifier", "head", "heads")  # modules that make logits of features
 # Keys that begin so are not of the features.
-LEFT_OUT = r"(fc(_?\d+)?|linear|classifier|heads?(_\w+)?|normalize)\."
+LEFT_OUT = r"(fc(_?\d+)?|linear|classifier|heads?(_\w+)?|normalize|AuxLogits|aux\d)\."
 # Under these names programs put weights.
 CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "encoder", "teacher")
 
@@ -31,16 +31,27 @@ def is_foreign(arch):
 
 class Foreign(nn.Module):
     """Images in [0, 1] (B, 3, H, W) -> features (B, dim) of a network of torchvision or timm, its
-    classifier taken away. `arch` is torchvision:name or timm:name; `cifar_stem`: its first convolution is
-    3x3 of stride 1, without max-pool."""
+    classifier taken away. `arch` is torchvision:name or timm:name.
 
-    def __init__(self, arch, mean, std, cifar_stem=False):
+    cifar_stem  its first convolution is 3x3 of stride 1, without max-pool
+    head        of a classifier of torchvision with several layers, the last one alone is taken away
+
+    `layers` are the names of the weights of those layers that stay; none where its classifier has one only.
+    """
+
+    def __init__(self, arch, mean, std, cifar_stem=False, head=False):
         super().__init__()
-        self.recipe = {"arch": arch, "mean": list(mean), "std": list(std), "cifar_stem": cifar_stem}
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         library, name = arch.split(":", 1)
-        self.net = _of_timm(name) if library == "timm" else _of_torchvision(name)
+        self.layers = set()
+        if library == "timm":
+            self.net = _of_timm(name)
+        else:
+            self.net = _of_torchvision(name, head)
+            self.layers = {key for key in self.net.state_dict() if key.split(".")[0] in HEADS}
+        self.recipe = {"arch": arch, "mean": list(mean), "std": list(std), "cifar_stem": cifar_stem,
+                       "head": bool(self.layers)}
         if cifar_stem:
             self.net.conv1 = nn.Conv2d(3, self.net.conv1.out_channels, 3, padding=1, bias=False)
             self.net.maxpool = nn.Identity()
@@ -50,15 +61,23 @@ class Foreign(nn.Module):
         return self.net((x - self.mean) / self.std)
 
 
-def _of_torchvision(name):
-    try:
-        net = torchvision.models.get_model(name, weights=None)
-    except ValueError:
-        raise ValueError(f"--encoder torchvision:{name}: torchvision has no such model; "
-                         "torchvision.models.list_models() names them") from None
-    for head in HEADS:
-        if hasattr(net, head):
-            setattr(net, head, nn.Identity())
+def _of_torchvision(name, head):
+    if name not in torchvision.models.list_models(torchvision.models):
+        raise ValueError(f"--encoder torchvision:{name}: torchvision has no such model of whole images; "
+                         "torchvision.models.list_models(torchvision.models) names them")
+    options = {}
+    if name in ("googlenet", "inception_v3"):  # which otherwise return three or two outputs in train mode
+        options = {"aux_logits": False, "init_weights": False}
+    net = torchvision.models.get_model(name, weights=None, **options)
+    for place in HEADS:
+        classifier = getattr(net, place, None)
+        with_weights = []
+        if isinstance(classifier, nn.Sequential):
+            with_weights = [i for i, layer in enumerate(classifier) if list(layer.parameters())]
+        if head and len(with_weights) > 1:  # ConvNeXt, VGG, MobileNet v3, ...
+            classifier[with_weights[-1]] = nn.Identity()
+        elif classifier is not None:
+            setattr(net, place, nn.Flatten())  # ConvNeXt's features come as (B, dim, 1, 1)
     return net
 
 
@@ -82,7 +101,7 @@ def _side(net):
 
 def rebuild(saved):
     """The encoder that the dict `saved` describes, with random weights."""
-    return Foreign(saved["arch"], saved["mean"], saved["std"], saved["cifar_stem"])
+    return Foreign(saved["arch"], saved["mean"], saved["std"], saved["cifar_stem"], saved.get("head", False))
 
 
 def weights_in(path, prefix):
@@ -168,7 +187,7 @@ def load_into(net, state, path):
     bad = files.not_finite(state)
     if bad:
         raise ValueError(f"{path}: {bad} is not finite")
-    net.load_state_dict(state)
+    encoders.load_state(net, state)
 
 
 def load(path, args, all_branches=False):
@@ -187,7 +206,10 @@ def load(path, args, all_branches=False):
         cifar_stem = is_resnet and conv1 is not None and conv1.shape[-1] == 3
         if cifar_stem:
             print(f"{path}: its first convolution is 3x3: the stem for CIFAR, of stride 1 and without max-pool")
-        encoder = Foreign(args.encoder, mean, std, cifar_stem)
+        encoder = Foreign(args.encoder, mean, std, cifar_stem, head=True)
+        if encoder.layers and not encoder.layers <= state.keys():  # it was pretrained without a classifier
+            encoder = Foreign(args.encoder, mean, std, cifar_stem)
+            print(f"{path}: has no classifier with the layers of {args.encoder}: features are what precedes them")
     elif ".py:" in args.encoder:
         encoder = encoders.make(args.encoder, mean=mean, std=std)
     else:

@@ -53,6 +53,51 @@ def test_features_are_those_of_the_network_itself(cifar, wrapped, prefix, tmp_pa
     assert encoder.dim == 512 and not encoder.training and encoder.branch is None
 
 
+NETWORKS = {"convnext_tiny": 768, "mobilenet_v3_small": 1024, "mnasnet0_5": 1280, "googlenet": 1024}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_of_a_classifier_with_several_layers_only_the_last_one_goes(name, tmp_path, capsys):
+    torch.manual_seed(0)
+    options = {"init_weights": False} if name == "googlenet" else {}
+    net = torchvision.models.get_model(name, weights=None, **options).eval()
+    torch.save(net.state_dict(), tmp_path / "weights.pth")
+    encoder = foreign.load(tmp_path / "weights.pth", flags("--encoder", f"torchvision:{name}"))
+    assert "left out: features are judged, not logits" in capsys.readouterr().out
+    seen = []
+    last = [m for m in net.modules() if isinstance(m, nn.Linear)][-1]
+    last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        net(x)
+        torch.testing.assert_close(encoder(x), seen[0])
+    assert encoder.dim == NETWORKS[name] and encoder.train()(x).shape == (2, encoder.dim)
+    several = name in ("convnext_tiny", "mobilenet_v3_small")
+    assert encoder.recipe["head"] is several
+    if name != "convnext_tiny":  # which is large
+        classifier = finetune.Classifier(encoder, 3).eval()
+        results.save_classifier(classifier, tmp_path / "classifier.pt")
+        with torch.no_grad():
+            assert torch.equal(results.load_classifier(tmp_path / "classifier.pt")(x), classifier(x))
+
+    args = argparse.Namespace(encoder="torchvision:x", prefix="", bn=None, mean=None, std=None, seed=0, data="x")
+    shown = argparse.Namespace(size=64, train_digest="t")
+    key = results.key_of(tmp_path / "weights.pth", encoder, "knn", None, args, shown)
+    assert key.get("head") == (True if several else None)  # older results were of other features
+
+
+def test_weights_without_a_classifier_give_what_precedes_it(tmp_path, capsys):
+    net = torchvision.models.mobilenet_v3_small().eval()
+    state = {key: value for key, value in net.state_dict().items() if not key.startswith("classifier.")}
+    torch.save(state, tmp_path / "weights.pth")
+    encoder = foreign.load(tmp_path / "weights.pth", flags("--encoder", "torchvision:mobilenet_v3_small"))
+    assert "features are what precedes them" in capsys.readouterr().out
+    net.classifier = nn.Identity()
+    x = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(encoder(x), net(x))
+    assert encoder.recipe["head"] is False
+
+
 def of_lists(state, branches):
     """A ResNet's weights as ACL's and AdvCL's programs write them: every BatchNorm a list, here of copies that grow."""
     written = {"normalize.mean": torch.zeros(3), "head_proj.0.weight": torch.zeros(2, 2)}
@@ -102,6 +147,7 @@ def test_every_key_that_does_not_fit_is_named(change, words, tmp_path):
 @pytest.mark.parametrize("words, text", [
     (["--encoder", "torchvision:resnet18", "--prefix", "backbone."], "no key begins so; the first are conv1.weight"),
     (["--encoder", "torchvision:resnet19"], "torchvision has no such model"),
+    (["--encoder", "torchvision:fcn_resnet50"], "torchvision has no such model of whole images"),
     (["--encoder", "resnet18"], "torchvision:name, timm:name or my_file.py:function")])
 def test_a_wrong_prefix_or_network_is_named(words, text, tmp_path):
     torch.save(resnet().state_dict(), tmp_path / "weights.pth")
