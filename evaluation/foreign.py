@@ -105,7 +105,8 @@ def rebuild(saved):
 
 
 def weights_in(path, prefix):
-    """The weights in the file `path`, {key: tensor}: those whose key begins with `prefix`, without it.
+    """The weights in the file `path`, {key: tensor}: those whose key begins with `prefix`, without it. Dicts
+    within dicts are joined by dots, and what is in one of CONTAINERS is looked through first, without its name.
     Raises ValueError, or FileNotFoundError, that names the file and what is in it."""
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -118,16 +119,17 @@ def weights_in(path, prefix):
                          "program, so it is left to you: save the state_dict in it to a file of its own") from None
     except Exception as e:
         raise ValueError(f"{path}: cannot be read as weights ({type(e).__name__}), perhaps truncated") from None
-    for container in CONTAINERS:
-        if isinstance(saved, dict) and isinstance(saved.get(container), dict):
-            saved = saved[container]
-            break
     if not isinstance(saved, dict):
         raise ValueError(f"{path}: holds a {type(saved).__name__}, not a state_dict")
-    state = {key: value for key, value in saved.items() if isinstance(value, torch.Tensor)}
-    if not state:
+    whole = flat(saved)
+    if not whole:
         keys = ", ".join(map(str, list(saved)[:5]))
         raise ValueError(f"{path}: holds no tensors, but {keys or 'nothing'}")
+    usual = contained(saved)
+    beside = {str(key): value for key, value in usual.items() if isinstance(value, torch.Tensor)}
+    state = beside or flat(usual) or whole  # what else lies beside weights, as an optimizer's, is none
+    if not any(key.startswith(prefix) for key in state):
+        state = whole
     if not prefix and all(key.startswith("module.") for key in state):
         prefix = "module."  # of DataParallel
     chosen = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -135,6 +137,32 @@ def weights_in(path, prefix):
         raise ValueError(f"{path}: --prefix {prefix}: no key begins so; the first are "
                          f"{', '.join(list(state)[:3])}")
     return chosen
+
+
+def contained(saved):
+    """Of a dict what is in the first of CONTAINERS that it has, and in that one's, and so on."""
+    for container in CONTAINERS:
+        if isinstance(saved.get(container), dict):
+            return contained(saved[container])
+    return saved
+
+
+def flat(saved, before=""):
+    """The tensors in a dict, and in dicts within it: {keys joined by dots: tensor}."""
+    found = {}
+    for key, value in saved.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{before}{key}.")
+        elif isinstance(value, torch.Tensor):
+            found[f"{before}{key}"] = value
+    return found
+
+
+def fitting_prefixes(wanted, state):
+    """What may stand before all of the names `wanted` among the keys of `state`."""
+    names = [name for name in wanted if not name.endswith("num_batches_tracked")]
+    prefixes = [key.removesuffix(names[0]) for key in state if key.endswith(names[0])]
+    return [prefix for prefix in prefixes if prefix and all(prefix + name in state for name in names)]
 
 
 def torchvisions_names(state, bn, path):
@@ -182,8 +210,9 @@ def load_into(net, state, path):
         if state[key].shape != wanted[key].shape:
             faults.append(f"{key} is {tuple(state[key].shape)}, expected {tuple(wanted[key].shape)}")
     if faults:
-        raise ValueError(f"{path}: its weights do not fit the network: {'; '.join(faults)}; is --prefix "
-                         "right?")
+        prefixes = fitting_prefixes(wanted, state)
+        advice = f"what would fit: --prefix {' or '.join(prefixes)}" if prefixes else "is --prefix right?"
+        raise ValueError(f"{path}: its weights do not fit the network: {'; '.join(faults)}; {advice}")
     bad = files.not_finite(state)
     if bad:
         raise ValueError(f"{path}: {bad} is not finite")

@@ -98,6 +98,35 @@ def test_weights_without_a_classifier_give_what_precedes_it(tmp_path, capsys):
     assert encoder.recipe["head"] is False
 
 
+def with_prefix(state, prefix):
+    return {prefix + key: value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("wrapped, prefix", [
+    (lambda state: {"model": {"state_dict": state}, "epoch": 3}, ""),
+    (lambda state: {"model": {"backbone": state, "projector": {"0.weight": torch.zeros(2)}}}, "backbone."),
+    (lambda state: {"backbone": state, "step": 3}, "backbone."),
+    (lambda state: {**state, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}}, ""),
+    (lambda state: {"model": with_prefix(state, "model.")}, "model."),
+    (lambda state: {"teacher": with_prefix(state, "backbone."), "student": with_prefix(state, "module.backbone."),
+                    "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}}, "backbone."),
+    (lambda state: {"teacher": {"w": torch.zeros(2)}, "student": with_prefix(state, "module.backbone.")},
+     "student.module.backbone."),
+    (lambda state: {**with_prefix(state, "module."), "queue": torch.zeros(2), 7: torch.zeros(2)}, "module.")])
+def test_weights_are_found_in_dicts_within_dicts(wrapped, prefix, tmp_path):
+    """And where they are not, the message says by which prefix they would be."""
+    net = resnet()
+    torch.save(wrapped(net.state_dict()), tmp_path / "weights.pth")
+    words = ["--encoder", "torchvision:resnet18"]
+    encoder = foreign.load(tmp_path / "weights.pth", flags(*words, "--prefix", prefix))
+    net.fc = nn.Identity()
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(encoder(x), net(x))
+    if prefix and not prefix.startswith("student."):
+        with pytest.raises(ValueError, match=f"100 missing .*; what would fit: --prefix {prefix}$"):
+            foreign.load(tmp_path / "weights.pth", flags(*words))
+
+
 def of_lists(state, branches):
     """A ResNet's weights as ACL's and AdvCL's programs write them: every BatchNorm a list, here of copies that grow."""
     written = {"normalize.mean": torch.zeros(3), "head_proj.0.weight": torch.zeros(2, 2)}
