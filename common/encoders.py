@@ -423,7 +423,8 @@ def load_encoder(path, branch=None, all_branches=False):
     parts = {saved["branch"]: saved["state"], **saved["others"]}
     branch = branch or saved["branch"]
     if branch not in parts:
-        raise ValueError(f"{path}: no BN branch {branch!r}; it has {', '.join(map(str, parts))}")
+        names = ", ".join(name for name in parts if name) or "no branches"
+        raise ValueError(f"{path}: no BN branch {branch!r}; it has {names}")
     state = {**saved["state"], **parts[branch]}
     branched = all_branches and len(parts) > 1
     for key in next(iter(saved["others"].values())) if branched else ():  # each tensor of a BatchNorm

@@ -114,8 +114,10 @@ def weights_in(path, prefix):
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         kind = re.search(r"GLOBAL (\S+)", str(e))
-        what = f", as {kind.group(1)}" if kind else ""
-        raise ValueError(f"{path}: holds more than tensors and plain types{what}. Reading that could run any "
+        if not kind:
+            raise ValueError(f"{path}: cannot be read as weights; it is not what torch.save writes (a page of the "
+                             "web, a pointer of Git LFS, safetensors?)") from None
+        raise ValueError(f"{path}: holds more than tensors and plain types, as {kind.group(1)}. Reading that could run any "
                          "program, so it is left to you: save the state_dict in it to a file of its own") from None
     except Exception as e:
         raise ValueError(f"{path}: cannot be read as weights ({type(e).__name__}), perhaps truncated") from None

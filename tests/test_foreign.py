@@ -194,6 +194,14 @@ def test_a_file_without_weights_is_named(content, tmp_path):
         foreign.load(tmp_path / "weights.pth", flags("--encoder", "torchvision:resnet18"))
 
 
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html>", b"version https://git-lfs.github.com/spec/v1\n",
+                                     b'\x10\x00\x00\x00\x00\x00\x00\x00{"a": {}}'])
+def test_what_torch_did_not_write_is_not_said_to_hold_more_than_tensors(content, tmp_path):
+    (tmp_path / "weights.pth").write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read as weights; it is not what torch.save writes"):
+        foreign.load(tmp_path / "weights.pth", flags("--encoder", "torchvision:resnet18"))
+
+
 def test_a_checkpoint_with_more_than_weights_names_what_is_in_the_way(tmp_path):
     torch.save({"model": resnet().state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="plain types, as argparse.Namespace. .*save the state_dict in it"):
