@@ -20,7 +20,7 @@ from common import encoders, files
 
 HEADS = ("fc", "linear", "classifier", "head", "heads")  # modules that make logits of features
 # Keys that begin so are not of the features.
-LEFT_OUT = r"(fc(_?\d+)?|linear|classifier|heads?(_\w+)?|normalize)\."
+LEFT_OUT = r"(fc(_?\d+)?|linear|classifier|heads?(_\w+)?|normalize|AuxLogits|aux\d)\."
 # Under these names programs put weights.
 CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "encoder", "teacher")
 
@@ -31,34 +31,53 @@ def is_foreign(arch):
 
 class Foreign(nn.Module):
     """Images in [0, 1] (B, 3, H, W) -> features (B, dim) of a network of torchvision or timm, its
-    classifier taken away. `arch` is torchvision:name or timm:name; `cifar_stem`: its first convolution is
-    3x3 of stride 1, without max-pool."""
+    classifier taken away. `arch` is torchvision:name or timm:name.
 
-    def __init__(self, arch, mean, std, cifar_stem=False):
+    cifar_stem  its first convolution is 3x3 of stride 1, without max-pool
+    head        of a classifier of torchvision with several layers, the last one alone is taken away
+
+    `layers` are the names of the weights of those layers that stay; none where its classifier has one only.
+    """
+
+    def __init__(self, arch, mean, std, cifar_stem=False, head=False):
         super().__init__()
-        self.recipe = {"arch": arch, "mean": list(mean), "std": list(std), "cifar_stem": cifar_stem}
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         library, name = arch.split(":", 1)
-        self.net = _of_timm(name) if library == "timm" else _of_torchvision(name)
+        self.layers = set()
+        if library == "timm":
+            self.net = _of_timm(name)
+        else:
+            self.net = _of_torchvision(name, head)
+            self.layers = {key for key in self.net.state_dict() if key.split(".")[0] in HEADS}
+        self.recipe = {"arch": arch, "mean": list(mean), "std": list(std), "cifar_stem": cifar_stem,
+                       "head": bool(self.layers)}
         if cifar_stem:
             self.net.conv1 = nn.Conv2d(3, self.net.conv1.out_channels, 3, padding=1, bias=False)
             self.net.maxpool = nn.Identity()
-        self.dim = encoders.feature_length(self.net, arch, _side(self.net))
+        self.dim, _ = encoders.feature_length(self.net, arch, _side(self.net))
 
     def forward(self, x):
         return self.net((x - self.mean) / self.std)
 
 
-def _of_torchvision(name):
-    try:
-        net = torchvision.models.get_model(name, weights=None)
-    except ValueError:
-        raise ValueError(f"--encoder torchvision:{name}: torchvision has no such model; "
-                         "torchvision.models.list_models() names them") from None
-    for head in HEADS:
-        if hasattr(net, head):
-            setattr(net, head, nn.Identity())
+def _of_torchvision(name, head):
+    if name not in torchvision.models.list_models(torchvision.models):
+        raise ValueError(f"--encoder torchvision:{name}: torchvision has no such model of whole images; "
+                         "torchvision.models.list_models(torchvision.models) names them")
+    options = {}
+    if name in ("googlenet", "inception_v3"):  # which otherwise return three or two outputs in train mode
+        options = {"aux_logits": False, "init_weights": False}
+    net = torchvision.models.get_model(name, weights=None, **options)
+    for place in HEADS:
+        classifier = getattr(net, place, None)
+        with_weights = []
+        if isinstance(classifier, nn.Sequential):
+            with_weights = [i for i, layer in enumerate(classifier) if list(layer.parameters())]
+        if head and len(with_weights) > 1:  # ConvNeXt, VGG, MobileNet v3, ...
+            classifier[with_weights[-1]] = nn.Identity()
+        elif classifier is not None:
+            setattr(net, place, nn.Flatten())  # ConvNeXt's features come as (B, dim, 1, 1)
     return net
 
 
@@ -82,11 +101,12 @@ def _side(net):
 
 def rebuild(saved):
     """The encoder that the dict `saved` describes, with random weights."""
-    return Foreign(saved["arch"], saved["mean"], saved["std"], saved["cifar_stem"])
+    return Foreign(saved["arch"], saved["mean"], saved["std"], saved["cifar_stem"], saved.get("head", False))
 
 
 def weights_in(path, prefix):
-    """The weights in the file `path`, {key: tensor}: those whose key begins with `prefix`, without it.
+    """The weights in the file `path`, {key: tensor}: those whose key begins with `prefix`, without it. Dicts
+    within dicts are joined by dots, and what is in one of CONTAINERS is looked through first, without its name.
     Raises ValueError, or FileNotFoundError, that names the file and what is in it."""
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -94,21 +114,24 @@ def weights_in(path, prefix):
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         kind = re.search(r"GLOBAL (\S+)", str(e))
-        what = f", as {kind.group(1)}" if kind else ""
-        raise ValueError(f"{path}: holds more than tensors and plain types{what}. Reading that could run any "
+        if not kind:
+            raise ValueError(f"{path}: cannot be read as weights; it is not what torch.save writes (a page of the "
+                             "web, a pointer of Git LFS, safetensors?)") from None
+        raise ValueError(f"{path}: holds more than tensors and plain types, as {kind.group(1)}. Reading that could run any "
                          "program, so it is left to you: save the state_dict in it to a file of its own") from None
     except Exception as e:
         raise ValueError(f"{path}: cannot be read as weights ({type(e).__name__}), perhaps truncated") from None
-    for container in CONTAINERS:
-        if isinstance(saved, dict) and isinstance(saved.get(container), dict):
-            saved = saved[container]
-            break
     if not isinstance(saved, dict):
         raise ValueError(f"{path}: holds a {type(saved).__name__}, not a state_dict")
-    state = {key: value for key, value in saved.items() if isinstance(value, torch.Tensor)}
-    if not state:
+    whole = flat(saved)
+    if not whole:
         keys = ", ".join(map(str, list(saved)[:5]))
         raise ValueError(f"{path}: holds no tensors, but {keys or 'nothing'}")
+    usual = contained(saved)
+    beside = {str(key): value for key, value in usual.items() if isinstance(value, torch.Tensor)}
+    state = beside or flat(usual) or whole  # what else lies beside weights, as an optimizer's, is none
+    if not any(key.startswith(prefix) for key in state):
+        state = whole
     if not prefix and all(key.startswith("module.") for key in state):
         prefix = "module."  # of DataParallel
     chosen = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -116,6 +139,32 @@ def weights_in(path, prefix):
         raise ValueError(f"{path}: --prefix {prefix}: no key begins so; the first are "
                          f"{', '.join(list(state)[:3])}")
     return chosen
+
+
+def contained(saved):
+    """Of a dict what is in the first of CONTAINERS that it has, and in that one's, and so on."""
+    for container in CONTAINERS:
+        if isinstance(saved.get(container), dict):
+            return contained(saved[container])
+    return saved
+
+
+def flat(saved, before=""):
+    """The tensors in a dict, and in dicts within it: {keys joined by dots: tensor}."""
+    found = {}
+    for key, value in saved.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{before}{key}.")
+        elif isinstance(value, torch.Tensor):
+            found[f"{before}{key}"] = value
+    return found
+
+
+def fitting_prefixes(wanted, state):
+    """What may stand before all of the names `wanted` among the keys of `state`."""
+    names = [name for name in wanted if not name.endswith("num_batches_tracked")]
+    prefixes = [key.removesuffix(names[0]) for key in state if key.endswith(names[0])]
+    return [prefix for prefix in prefixes if prefix and all(prefix + name in state for name in names)]
 
 
 def torchvisions_names(state, bn, path):
@@ -163,12 +212,13 @@ def load_into(net, state, path):
         if state[key].shape != wanted[key].shape:
             faults.append(f"{key} is {tuple(state[key].shape)}, expected {tuple(wanted[key].shape)}")
     if faults:
-        raise ValueError(f"{path}: its weights do not fit the network: {'; '.join(faults)}; is --prefix "
-                         "right?")
+        prefixes = fitting_prefixes(wanted, state)
+        advice = f"what would fit: --prefix {' or '.join(prefixes)}" if prefixes else "is --prefix right?"
+        raise ValueError(f"{path}: its weights do not fit the network: {'; '.join(faults)}; {advice}")
     bad = files.not_finite(state)
     if bad:
         raise ValueError(f"{path}: {bad} is not finite")
-    net.load_state_dict(state)
+    encoders.load_state(net, state)
 
 
 def load(path, args, all_branches=False):
@@ -187,7 +237,10 @@ def load(path, args, all_branches=False):
         cifar_stem = is_resnet and conv1 is not None and conv1.shape[-1] == 3
         if cifar_stem:
             print(f"{path}: its first convolution is 3x3: the stem for CIFAR, of stride 1 and without max-pool")
-        encoder = Foreign(args.encoder, mean, std, cifar_stem)
+        encoder = Foreign(args.encoder, mean, std, cifar_stem, head=True)
+        if encoder.layers and not encoder.layers <= state.keys():  # it was pretrained without a classifier
+            encoder = Foreign(args.encoder, mean, std, cifar_stem)
+            print(f"{path}: has no classifier with the layers of {args.encoder}: features are what precedes them")
     elif ".py:" in args.encoder:
         encoder = encoders.make(args.encoder, mean=mean, std=std)
     else:

@@ -80,6 +80,8 @@ def key_of(path, encoder, name, preset, args, shown):
     if args.encoder:
         code = digest_of(args.encoder.rpartition(":")[0]) if ".py:" in args.encoder else None
         origin = {"network": [args.encoder, code, args.prefix, args.bn, args.mean, args.std]}
+        if encoder.recipe.get("head"):  # older results were of features before the whole of it
+            origin["head"] = True
     elif ".py:" in encoder.recipe["arch"]:
         origin = {"network": digest_of(encoder.recipe["arch"].rpartition(":")[0])}
     return {"encoder": digest_of(path), **origin, "preset": name, "bn": encoder.branch, "seed": args.seed,

@@ -912,3 +912,9 @@ def test_a_missing_unexpected_or_misshaped_tensor_is_named(tmp_path, spoil, says
     torch.save(saved, path)
     with pytest.raises(ValueError, match=f"encoder.pt: {says}"):
         load_encoder(path)
+
+
+def test_a_network_without_branches_says_so(tmp_path):
+    encoders.export(encoders.make("slim"), tmp_path / "encoder.pt")
+    with pytest.raises(ValueError, match="no BN branch 'adv'; it has no branches"):
+        encoders.load_encoder(tmp_path / "encoder.pt", "adv")

@@ -53,6 +53,80 @@ def test_features_are_those_of_the_network_itself(cifar, wrapped, prefix, tmp_pa
     assert encoder.dim == 512 and not encoder.training and encoder.branch is None
 
 
+NETWORKS = {"convnext_tiny": 768, "mobilenet_v3_small": 1024, "mnasnet0_5": 1280, "googlenet": 1024}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_of_a_classifier_with_several_layers_only_the_last_one_goes(name, tmp_path, capsys):
+    torch.manual_seed(0)
+    options = {"init_weights": False} if name == "googlenet" else {}
+    net = torchvision.models.get_model(name, weights=None, **options).eval()
+    torch.save(net.state_dict(), tmp_path / "weights.pth")
+    encoder = foreign.load(tmp_path / "weights.pth", flags("--encoder", f"torchvision:{name}"))
+    assert "left out: features are judged, not logits" in capsys.readouterr().out
+    seen = []
+    last = [m for m in net.modules() if isinstance(m, nn.Linear)][-1]
+    last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        net(x)
+        torch.testing.assert_close(encoder(x), seen[0])
+    assert encoder.dim == NETWORKS[name] and encoder.train()(x).shape == (2, encoder.dim)
+    several = name in ("convnext_tiny", "mobilenet_v3_small")
+    assert encoder.recipe["head"] is several
+    if name != "convnext_tiny":  # which is large
+        classifier = finetune.Classifier(encoder, 3).eval()
+        results.save_classifier(classifier, tmp_path / "classifier.pt")
+        with torch.no_grad():
+            assert torch.equal(results.load_classifier(tmp_path / "classifier.pt")(x), classifier(x))
+
+    args = argparse.Namespace(encoder="torchvision:x", prefix="", bn=None, mean=None, std=None, seed=0, data="x")
+    shown = argparse.Namespace(size=64, train_digest="t")
+    key = results.key_of(tmp_path / "weights.pth", encoder, "knn", None, args, shown)
+    assert key.get("head") == (True if several else None)  # older results were of other features
+
+
+def test_weights_without_a_classifier_give_what_precedes_it(tmp_path, capsys):
+    net = torchvision.models.mobilenet_v3_small().eval()
+    state = {key: value for key, value in net.state_dict().items() if not key.startswith("classifier.")}
+    torch.save(state, tmp_path / "weights.pth")
+    encoder = foreign.load(tmp_path / "weights.pth", flags("--encoder", "torchvision:mobilenet_v3_small"))
+    assert "features are what precedes them" in capsys.readouterr().out
+    net.classifier = nn.Identity()
+    x = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(encoder(x), net(x))
+    assert encoder.recipe["head"] is False
+
+
+def with_prefix(state, prefix):
+    return {prefix + key: value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("wrapped, prefix", [
+    (lambda state: {"model": {"state_dict": state}, "epoch": 3}, ""),
+    (lambda state: {"model": {"backbone": state, "projector": {"0.weight": torch.zeros(2)}}}, "backbone."),
+    (lambda state: {"backbone": state, "step": 3}, "backbone."),
+    (lambda state: {**state, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}}, ""),
+    (lambda state: {"model": with_prefix(state, "model.")}, "model."),
+    (lambda state: {"teacher": with_prefix(state, "backbone."), "student": with_prefix(state, "module.backbone."),
+                    "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}}, "backbone."),
+    (lambda state: {"teacher": {"w": torch.zeros(2)}, "student": with_prefix(state, "module.backbone.")},
+     "student.module.backbone."),
+    (lambda state: {**with_prefix(state, "module."), "queue": torch.zeros(2), 7: torch.zeros(2)}, "module.")])
+def test_weights_are_found_in_dicts_within_dicts(wrapped, prefix, tmp_path):
+    """And where they are not, the message says by which prefix they would be."""
+    net = resnet()
+    torch.save(wrapped(net.state_dict()), tmp_path / "weights.pth")
+    words = ["--encoder", "torchvision:resnet18"]
+    encoder = foreign.load(tmp_path / "weights.pth", flags(*words, "--prefix", prefix))
+    net.fc = nn.Identity()
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(encoder(x), net(x))
+    if prefix and not prefix.startswith("student."):
+        with pytest.raises(ValueError, match=f"100 missing .*; what would fit: --prefix {prefix}$"):
+            foreign.load(tmp_path / "weights.pth", flags(*words))
+
+
 def of_lists(state, branches):
     """A ResNet's weights as ACL's and AdvCL's programs write them: every BatchNorm a list, here of copies that grow."""
     written = {"normalize.mean": torch.zeros(3), "head_proj.0.weight": torch.zeros(2, 2)}
@@ -102,6 +176,7 @@ def test_every_key_that_does_not_fit_is_named(change, words, tmp_path):
 @pytest.mark.parametrize("words, text", [
     (["--encoder", "torchvision:resnet18", "--prefix", "backbone."], "no key begins so; the first are conv1.weight"),
     (["--encoder", "torchvision:resnet19"], "torchvision has no such model"),
+    (["--encoder", "torchvision:fcn_resnet50"], "torchvision has no such model of whole images"),
     (["--encoder", "resnet18"], "torchvision:name, timm:name or my_file.py:function")])
 def test_a_wrong_prefix_or_network_is_named(words, text, tmp_path):
     torch.save(resnet().state_dict(), tmp_path / "weights.pth")
@@ -116,6 +191,14 @@ def test_a_file_without_weights_is_named(content, tmp_path):
     else:
         torch.save(content, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="weights.pth: (cannot be read|holds)"):
+        foreign.load(tmp_path / "weights.pth", flags("--encoder", "torchvision:resnet18"))
+
+
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html>", b"version https://git-lfs.github.com/spec/v1\n",
+                                     b'\x10\x00\x00\x00\x00\x00\x00\x00{"a": {}}'])
+def test_what_torch_did_not_write_is_not_said_to_hold_more_than_tensors(content, tmp_path):
+    (tmp_path / "weights.pth").write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read as weights; it is not what torch.save writes"):
         foreign.load(tmp_path / "weights.pth", flags("--encoder", "torchvision:resnet18"))
 
 

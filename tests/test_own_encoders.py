@@ -1,4 +1,6 @@
 """Encoders of one's own (--arch my_file.py:make), and the pre-activation and wide ResNets."""
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -82,7 +84,7 @@ def test_its_batchnorms_get_branches_and_the_chosen_one_is_exported(own, tmp_pat
 
 
 @pytest.mark.parametrize("name, words", [
-    ("rows", r"must map images .* of two images it made \(2, 8, 30, 30\)"), ("number", "returned a int"),
+    ("rows", r"must map images .* of 2 images it made \(2, 8, 30, 30\)"), ("number", "returned a int"),
     ("none", "has no function 'none'")])
 def test_what_is_no_encoder_is_named(own, name, words):
     with pytest.raises(ValueError, match=words):
@@ -105,6 +107,203 @@ def test_without_batchnorm_clean_and_attacked_images_share_the_network_as_in_a_v
     assert encoders.branch_of(encoder, "adv") is None
     with pytest.raises(ValueError, match="no BatchNorm"):
         encoders.branch_norms(encoder.net, ("clean", "adv"))
+
+
+TROUBLE = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, 2)
+        self.bn = nn.BatchNorm2d(6)
+
+    def features(self, x):
+        return self.bn(self.conv(x)).relu()
+
+    def forward(self, x):
+        return self.features(x).mean((2, 3))
+
+class Listed(Net):
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Conv2d(6, 6, 1)]
+
+    def features(self, x):
+        return self.layers[0](super().features(x))
+
+class Unregistered(Net):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.rand(6, 1, 1)
+
+    def features(self, x):
+        return self.scale * super().features(x)
+
+class Moving(Net):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(6), persistent=False)
+
+    def forward(self, x):
+        h = super().forward(x)
+        if self.training:
+            self.seen = 0.5 * self.seen + 0.5 * h.detach().mean(0)
+        return h - self.seen
+
+class OfTheBatch(Net):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("last", torch.zeros(1, 6))
+
+    def forward(self, x):
+        h = super().forward(x)
+        self.last = h.detach()
+        return h
+
+class Masked(Net):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.full((6,), -torch.inf))
+
+class Forgets(Net):
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__()
+
+    def state_dict(self, *args, **kwargs):
+        kept = super().state_dict(*args, **kwargs)
+        return {key: value for key, value in kept.items() if "conv" not in key}
+
+    def load_state_dict(self, state, strict=True):
+        return super().load_state_dict(state, strict=False)
+
+class TwoInTraining(Net):
+    def forward(self, x):
+        h = super().forward(x)
+        return (h, h) if self.training else h
+
+class LargerInTraining(Net):
+    def forward(self, x):
+        h = super().forward(x)
+        if self.training:
+            F.max_pool2d(x, 80)
+        return h
+
+class FailsInTraining(Net):
+    def forward(self, x):
+        h = super().forward(x)
+        return h @ torch.ones(7, 2) if self.training else h
+
+class ReadsWeight(Net):
+    def features(self, x):
+        return super().features(x) * self.bn.weight.mean()
+
+class AlwaysDrops(Net):
+    def forward(self, x):
+        return F.dropout(super().forward(x), 0.5)
+
+class Centred(Net):
+    def forward(self, x):
+        h = super().forward(x)
+        return h - h.mean(0)
+
+class Detached(Net):
+    def forward(self, x):
+        return super().forward(x.detach())
+
+class Good(Net):
+    def __init__(self):
+        super().__init__()
+        self.spectral = nn.utils.parametrizations.spectral_norm(nn.Conv2d(6, 6, 1))
+        self.lazy = nn.LazyLinear(5)
+        self.register_buffer("mask", torch.full((5,), -torch.inf), persistent=False)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x):
+        h = self.lazy(F.dropout(self.spectral(self.features(x)).mean((2, 3)), 0.5, self.training))
+        return h.where(self.mask < 0, self.mask)
+
+class ListedAndSeeded(Listed):
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__()
+"""
+NOT_EXPORTED = "the exported encoder would not be the trained one"
+
+
+@pytest.fixture
+def trouble(tmp_path):
+    (tmp_path / "trouble.py").write_text(TROUBLE)
+    return str(tmp_path / "trouble.py")
+
+
+@pytest.mark.parametrize("name, words", [
+    ("Listed", r"weight of shape \(6(, 6, 1, 1)?,?\) is none of its parameters, .* not in a plain list"),
+    ("ListedAndSeeded", "is none of its parameters"),
+    ("Unregistered", f"{NOT_EXPORTED}: its state_dict does not hold all .* in register_buffer"),
+    ("Moving", f"{NOT_EXPORTED}: its state_dict does not hold all"),
+    ("Forgets", f"{NOT_EXPORTED}: its state_dict does not hold all"),
+    ("OfTheBatch", rf"{NOT_EXPORTED}: last is \(3, 6\), expected .* persistent=False"),
+    ("Masked", f"{NOT_EXPORTED}: mask is not finite; .* or is infinite"),
+    ("TwoInTraining", r"to features \(B, D\); in train mode of 3 images it made a tuple"),
+    ("FailsInTraining", r"fails in train mode in line 87 on images of side 32 \(RuntimeError: mat1 and mat2"),
+    ("AlwaysDrops", "the same images have other features at each pass; .* self.training"),
+    ("Centred", "the features of an image depend on the other images of its batch"),
+    ("Detached", "no gradient reaches the images")])
+@pytest.mark.parametrize("branches", [(), ("clean", "adv")], ids=["plain", "branches"])
+def test_what_could_not_be_trained_attacked_or_exported_is_refused_at_once(name, words, branches, trouble):
+    with pytest.raises(ValueError, match=f"trouble.py:{name}: .*{words}"):
+        encoders.make(f"{trouble}:{name}", branches)
+
+
+def test_a_network_may_need_larger_images_in_training(trouble):
+    assert encoders.make(f"{trouble}:LargerInTraining", ("clean", "adv")).dim == 6
+
+
+def test_what_was_tried_in_this_process_is_not_tried_again(trouble, monkeypatch):
+    calls = []
+    monkeypatch.setattr(encoders, "try_own", lambda net, *about: calls.append(about))
+    for branches in ((), (), ("clean", "adv"), ("clean", "adv")):
+        encoders.make(f"{trouble}:Good", branches)
+    assert [branches for _, branches, _ in calls] == [(), ("clean", "adv")]
+
+
+def test_a_batchnorm_that_is_read_cannot_have_branches(trouble):
+    assert encoders.make(f"{trouble}:ReadsWeight").dim == 6
+    with pytest.raises(ValueError, match="no attribute 'weight'.*BranchNorms here, which can only be called"):
+        encoders.make(f"{trouble}:ReadsWeight", ("clean", "adv"))
+
+
+def test_a_function_that_gives_one_network_again_and_again_is_refused(own, tmp_path):
+    (tmp_path / "shared_net.py").write_text("from mine import make\n\nNET = make()\n")
+    (tmp_path / "again.py").write_text("import shared_net\n\ndef make():\n    return shared_net.NET\n")
+    with pytest.raises(ValueError, match="returns one and the same network at each call"):
+        encoders.make(f"{tmp_path / 'again.py'}:make")
+
+
+@pytest.mark.parametrize("branches", [(), ("clean", "adv")], ids=["plain", "branches"])
+def test_trying_a_network_leaves_it_and_the_random_numbers_alone(branches, trouble, tmp_path):
+    """And what passes gives the same features once it was trained, exported and loaded."""
+    torch.manual_seed(3)
+    encoder = encoders.make(f"{trouble}:Good", branches)
+    after = torch.rand(2)
+    torch.manual_seed(3)
+    net = encoders.from_file(f"{trouble}:Good")
+    encoders.feature_length(net, "this test")
+    assert torch.equal(torch.rand(2), after)
+    fresh = encoders.one_branch(encoder.net.state_dict(), "adv")
+    assert fresh.keys() == net.state_dict().keys()
+    assert all(torch.equal(value, fresh[key]) for key, value in net.state_dict().items())
+    x = torch.rand(4, 3, 32, 32)
+    with branch(encoder, "adv") if branches else contextlib.nullcontext():
+        optimizer = torch.optim.SGD(encoder.parameters(), 0.1)
+        encoder.train()(x).square().sum().backward()
+        optimizer.step()
+        encoders.export(encoder, tmp_path / "encoder.pt", "adv" if branches else None)
+        torch.testing.assert_close(encoders.load_encoder(tmp_path / "encoder.pt")(x), encoder.eval()(x))
 
 
 @pytest.mark.parametrize("script, flags", [(amoc, ["--bank-size", "48"]), (rocl, [])], ids=["amoc", "rocl"])
