@@ -1,5 +1,6 @@
 """Files that survive: written whole or not at all, read back only if intact, and one process to a
 folder."""
+import collections
 import contextlib
 import json
 import os
@@ -157,3 +158,30 @@ def lock(folder):
         file.close()
         return
     _locks[folder] = file
+
+
+def load_strict(net, state, path):
+    """`net.load_state_dict(state)`; a missing, unexpected or misshaped tensor, or one that is not finite,
+    is a ValueError naming it and the file, `path`. Nothing is loaded then."""
+    want = net.state_dict()
+    for key in dict.fromkeys([*want, *state]):
+        if key not in state:
+            raise ValueError(f"{path}: {key} is missing")
+        if key not in want:
+            raise ValueError(f"{path}: {key} is unexpected")
+        if not isinstance(state[key], torch.Tensor):
+            raise ValueError(f"{path}: {key} is a {type(state[key]).__name__}, not a tensor")
+        if state[key].shape != want[key].shape:
+            raise ValueError(f"{path}: {key} is {tuple(state[key].shape)}, expected {tuple(want[key].shape)}")
+    bad = not_finite(state)
+    if bad:
+        raise ValueError(f"{path}: {bad} is not finite")
+    load_state(net, state)
+
+
+def load_state(net, state):
+    """`net.load_state_dict(state)` of a plain dict, whose layout is the one that `net` itself would write:
+    torchvision's MNASNet asks which one it is."""
+    state = collections.OrderedDict(state)
+    state._metadata = getattr(net.state_dict(), "_metadata", {})
+    net.load_state_dict(state)

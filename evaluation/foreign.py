@@ -16,7 +16,7 @@ import torch
 import torchvision
 from torch import nn
 
-from common import encoders, files
+from common import encoders, files, own
 
 HEADS = ("fc", "linear", "classifier", "head", "heads")  # modules that make logits of features
 # Keys that begin so are not of the features.
@@ -55,7 +55,7 @@ class Foreign(nn.Module):
         if cifar_stem:
             self.net.conv1 = nn.Conv2d(3, self.net.conv1.out_channels, 3, padding=1, bias=False)
             self.net.maxpool = nn.Identity()
-        self.dim, _ = encoders.feature_length(self.net, arch, _side(self.net))
+        self.dim, _ = own.feature_length(self.net, arch, _side(self.net))
 
     def forward(self, x):
         return self.net((x - self.mean) / self.std)
@@ -218,7 +218,7 @@ def load_into(net, state, path):
     bad = files.not_finite(state)
     if bad:
         raise ValueError(f"{path}: {bad} is not finite")
-    encoders.load_state(net, state)
+    files.load_state(net, state)
 
 
 def load(path, args, all_branches=False):

@@ -59,7 +59,7 @@ def load_classifier(path):
     saved = encoders.read(path, FORMAT, "eval.py writes classifier-<preset>-<BN>.pt")
     encoder = foreign.rebuild(saved) if foreign.is_foreign(saved["arch"]) else encoders.rebuild(saved)
     net = Classifier(encoder, saved["classes"], saved.get("batch_norm", False))
-    encoders.load_strict(net, saved["state"], path)
+    files.load_strict(net, saved["state"], path)
     bad = files.not_finite(saved["state"])
     if bad:
         raise ValueError(f"{path}: {bad} is not finite")

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import models
 
 import adpe
-from common import encoders, resnet, unet, vit
+from common import encoders, files, resnet, unet, vit
 from common.encoders import export, load_encoder, make
 from common.resnet import BranchNorm, branch
 
@@ -823,9 +823,9 @@ def test_weights_of_a_classifier_that_are_not_finite_are_not_loaded():
         state = {key: tensor.clone() for key, tensor in net.state_dict().items()}
         state[name][1] = math.nan
         with pytest.raises(ValueError, match=f"^file.pt: {name} is not finite"):
-            encoders.load_strict(net, state, "file.pt")
+            files.load_strict(net, state, "file.pt")
     with pytest.raises(ValueError, match="^file.pt: 0.bias is a list, not a tensor"):
-        encoders.load_strict(net, {**net.state_dict(), "0.bias": [0.0, 0.0]}, "file.pt")
+        files.load_strict(net, {**net.state_dict(), "0.bias": [0.0, 0.0]}, "file.pt")
     assert all(tensor.isfinite().all() for tensor in net.state_dict().values())
 
 

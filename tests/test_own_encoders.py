@@ -8,6 +8,7 @@ from torch import nn
 import amoc
 import rocl
 from common import encoders, resnet
+from common import own as own_networks
 from common.resnet import BranchNorm, branch
 from tests.scripts import TINY, tiny_npz
 
@@ -106,7 +107,7 @@ def test_without_batchnorm_clean_and_attacked_images_share_the_network_as_in_a_v
         assert torch.equal(encoder(x), clean)
     assert encoders.branch_of(encoder, "adv") is None
     with pytest.raises(ValueError, match="no BatchNorm"):
-        encoders.branch_norms(encoder.net, ("clean", "adv"))
+        own_networks.branch_norms(encoder.net, ("clean", "adv"))
 
 
 TROUBLE = """
@@ -265,7 +266,7 @@ def test_a_network_may_need_larger_images_in_training(trouble):
 
 def test_what_was_tried_in_this_process_is_not_tried_again(trouble, monkeypatch):
     calls = []
-    monkeypatch.setattr(encoders, "try_own", lambda net, *about: calls.append(about))
+    monkeypatch.setattr(own_networks, "try_own", lambda net, *about: calls.append(about))
     for branches in ((), (), ("clean", "adv"), ("clean", "adv")):
         encoders.make(f"{trouble}:Good", branches)
     assert [branches for _, branches, _ in calls] == [(), ("clean", "adv")]
@@ -291,8 +292,8 @@ def test_trying_a_network_leaves_it_and_the_random_numbers_alone(branches, troub
     encoder = encoders.make(f"{trouble}:Good", branches)
     after = torch.rand(2)
     torch.manual_seed(3)
-    net = encoders.from_file(f"{trouble}:Good")
-    encoders.feature_length(net, "this test")
+    net = own_networks.from_file(f"{trouble}:Good")
+    own_networks.feature_length(net, "this test")
     assert torch.equal(torch.rand(2), after)
     fresh = encoders.one_branch(encoder.net.state_dict(), "adv")
     assert fresh.keys() == net.state_dict().keys()
