@@ -79,8 +79,8 @@ the hybrid's went from 6.28 in epoch 1 to 7.29 in epoch 11. With --clean-weight 
 Without --eps nothing is attacked.
 
 Measured on one CPU thread (Intel Xeon), with --arch slim (0.3 M parameters) and 10,000 images of
-CIFAR-10 (JPEG), in 4.9 minutes (25 epochs): a linear probe reaches 44.4 %, with a mass of 0.97.
-MoCo reaches 42.5 in 3.0 minutes; the hybrid 37.6, and 14.8 under PGD-20 at 8/255 (MoCo 0.5). More is
+CIFAR-10 (JPEG), in 4.9 CPU minutes (25 epochs): a linear probe reaches 44.4 %, with a mass of 0.97.
+MoCo reaches 42.5 in 3.0 CPU minutes; the hybrid 37.6, and 14.8 under PGD-20 at 8/255 (MoCo 0.5). More is
 in results/README.md, also on --clean-weight: with 0.5 the hybrid is a little more accurate and a little
 less robust. This has not been run on a GPU yet, and l2 and AdamW not at all. The paper reports 68.6 on
 ImageNet (linear probe, 200 epochs).

@@ -72,7 +72,7 @@ equal area reach it whether they follow objects or not, so look at masks.png. st
 the projections are spread (for mae, the features), and a run in which they are all alike ends.
 
 Measured on one CPU thread (Intel Xeon) with --arch slim (0.3 M parameters). With --data shapes
---single, in 3.6 minutes, the best mask covers the drawn figure with an intersection over union of
+--single, in 3.6 CPU minutes, the best mask covers the drawn figure with an intersection over union of
 0.78, random masks with 0.26, and the best central square with 0.44. But the features are no better
 than those of random masks or of SimCLR: on 10,000 images of CIFAR-10 (JPEG), with --single, a linear
 probe reaches 40.1 % after 12 epochs, with random masks 39.5 and by SimCLR 40.8 (means of 2 seeds). With

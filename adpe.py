@@ -76,8 +76,8 @@ the network gets used to it. With --adversary pgd the picture is of the last bat
 --radius 0 nothing is moved; --steps concerns pgd alone, whose delta is random with --steps 0.
 
 Measured on one CPU thread with 10,000 images of CIFAR-10 (JPEG) and --arch vit_slim --decoder 64 1 4
---batch-size 64 --lr 2e-3 --adv-lr 2e-3 --warmup 1 --epochs 12, in 10 minutes (mean of 2 seeds): a
-linear probe reaches 42.4 %, fine-tuning 48.2. MAE+ reaches 42.2 and 48.8 in 9 minutes (14 epochs); a
+--batch-size 64 --lr 2e-3 --adv-lr 2e-3 --warmup 1 --epochs 12, in 10 CPU minutes (mean of 2 seeds): a
+linear probe reaches 42.4 %, fine-tuning 48.2. MAE+ reaches 42.2 and 48.8 in 9 CPU minutes (14 epochs); a
 random encoder, 34.8 and 40.4. This has not been run on a GPU yet. The paper has no figure for CIFAR-10.
 """
 import argparse

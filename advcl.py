@@ -80,9 +80,9 @@ seen through branch adv, and the classifier's image through branch adv_ce; with 
 moved by the random start alone.
 
 Measured on one CPU thread (Intel Xeon) and 10,000 images of CIFAR-10 (JPEG), with --arch slim
---batch-size 64 --warmup 0 --lr 0.1 --steps 2 --step-size 4, without pseudo-labels, in 4.6 minutes (11
+--batch-size 64 --warmup 0 --lr 0.1 --steps 2 --step-size 4, without pseudo-labels, in 4.6 CPU minutes (11
 epochs): a linear probe (amoc-slf, 2,000 test images) reaches 44.8 %, and 13.3 % under PGD-20 at 8/255;
-with another seed 40.8 and 13.5. SimCLR (acl.py --variant s2s) reaches 47.0 and 0.1 in 4.6 minutes; a
+with another seed 40.8 and 13.5. SimCLR (acl.py --variant s2s) reaches 47.0 and 0.1 in 4.6 CPU minutes; a
 random encoder, 27.4 and 0. This has not been run on a GPU yet. The paper reports 77.73, and 48.89
 under PGD-20, without pseudo-labels, and 80.85 and 50.45 with them (1000 epochs, as its code has).
 """

@@ -75,8 +75,8 @@ on the screen, but not where --cooperation is below 0, which drives both down. C
 2 ln K.
 
 Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
-CIFAR-10 (JPEG), in 4.1 minutes (14 epochs): a linear probe reaches 43.3 %, with 232 of 256
-positives unique; with Eq. 13 it reaches 43.7, with 86 unique. MoCo reaches 42.5 in 3.0 minutes. At
+CIFAR-10 (JPEG), in 4.1 CPU minutes (14 epochs): a linear probe reaches 43.3 %, with 232 of 256
+positives unique; with Eq. 13 it reaches 43.7, with 86 unique. MoCo reaches 42.5 in 3.0 CPU minutes. At
 constant rates (--lr-final 0.06 --bank-warmup 0), after 16 epochs, --cooperation 1, 0, -0.25 and -1 reach
 43.5, 44.9, 44.3 and 43.7 (means of two seeds): no difference that two seeds could show, and no collapse.
 Attacked pixels (--eps 8 --steps 2 --step-size 4) give 38.1, and 11.3 under PGD-20 at 8/255, where CaCo

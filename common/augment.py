@@ -7,7 +7,8 @@ torchvision counterpart, and `random_...`, which draws them as torchvision does 
 Parameters of the images, tensors (B,), are to lie on the CPU: a thousand numbers per step cost nothing
 there, and which image gets what is known without waiting for the device. Images are floats in [0, 1], of
 float32 (or float64, whose parameters are float32 all the same), under autocast too; only crops, `resize` and
-`to_float` take uint8 as well, being where a view begins. Others are refused. No function changes its
+`to_float` take uint8 as well, being where a view begins. Others are refused, but by `flip`, which takes any dtype, and `to_float`, which takes
+any floats. Whether floats lie in [0, 1] is not checked: jitter would clip them to it. No function changes its
 argument, but where nothing is to be done it may be the argument itself that comes back: clone it before you
 write into it. The file stands alone.
 """
@@ -49,8 +50,8 @@ def resized_crop(x, top, left, height, width, size, flip=None, filter="bilinear"
     x (B, 3, H, W) floats in [0, 1] or uint8 -> float in [0, 1]; top, left, height, width (B,) and size in
     pixels; flip (B,) bool mirrors the result; filter "bilinear" or "bicubic" (which overshoots, and is
     clipped). Resizing is linear and separable, so it is two batched matrix products; a crop and a mirror
-    are only other rows in those matrices. Raises ValueError for other dtypes or filters, and where size is
-    below 1.
+    are only other rows in those matrices. Raises ValueError for other dtypes or filters, where size is below
+    1, and where a box is empty or leaves its image.
     """
     if x.is_floating_point():
         _check_floats(x, "resized_crop")
@@ -59,6 +60,10 @@ def resized_crop(x, top, left, height, width, size, flip=None, filter="bilinear"
     if size < 1:
         raise ValueError(f"size {size}: a crop has at least one pixel; give a larger size (--image-size)")
     B, C, H, W = x.shape
+    bottom = top + height
+    right = left + width
+    if not ((top >= 0) & (left >= 0) & (bottom > top) & (right > left) & (bottom <= H) & (right <= W)).all():
+        raise ValueError(f"resized_crop: boxes must lie within the images, {H} x {W}, and not be empty")
     if flip is None:
         flip = torch.zeros(B)
     top, left, height, width, flip = on_device(x.device, top, left, height, width, flip)
@@ -186,8 +191,7 @@ def adjust_hue(x, turn):
 
     HSV's own definition, read backwards: with V the maximum, C the range and d the distance, in turns
     around the colour circle, to the hue that lacks this channel (3/6 for red, 5/6 for green, 7/6 for blue),
-    it is V
-    - C clamp(2 - 6d, 0, 1). V and C do not change.
+    each channel is V minus C clamp(2 - 6d, 0, 1). V and C do not change.
     """
     _check_floats(x, "adjust_hue")
     (turn,) = on_device(x.device, turn)
@@ -261,8 +265,8 @@ def gaussian_blur(x, sigma, kernel_size):
     (B,) in pixels for each image; 0 leaves an image as it is. kernel_size is in pixels too.
 
     Like resizing, two batched matrix products: row i of the matrix holds the kernel around i, folded at the
-    edges. Raises ValueError for other dtypes, for a kernel size that is not odd, and where half of it,
-    rounded down, is not below both sides.
+    edges. Raises ValueError for other dtypes, for a kernel size that is not odd, and where
+    kernel_size // 2 is not below H and W.
     """
     _check_floats(x, "gaussian_blur")
     B, C, H, W = x.shape
@@ -337,8 +341,8 @@ def pad_crop(x, top, left, padding, mode="constant"):
     """Pad all sides as torchvision's `pad` does (constant 0, or reflect), cut (H, W) at top, left (B,).
 
     x (B, 3, H, W) floats in [0, 1] or uint8 -> float in [0, 1]; padding, top and left in pixels. Raises
-    ValueError for other dtypes, and where there is not enough to reflect: both sides must be above
-    `padding`.
+    ValueError for other dtypes, where there is not enough to reflect (both sides must be above `padding`), and
+    for a top or left beyond 2 `padding`.
     """
     if x.is_floating_point():
         _check_floats(x, "pad_crop")
@@ -346,6 +350,8 @@ def pad_crop(x, top, left, padding, mode="constant"):
     if mode == "reflect" and padding >= min(H, W):
         raise ValueError(f"padding {padding} by reflection: images are {H} x {W}, and their sides must be at "
                          f"least {padding + 1}; give larger images (--image-size)")
+    if not ((top >= 0) & (left >= 0) & (top <= 2 * padding) & (left <= 2 * padding)).all():
+        raise ValueError(f"pad_crop: top and left must be from 0 to {2 * padding}, twice the padding")
     padded = F.pad(to_float(x), [padding] * 4, mode=mode)
     top, left = on_device(x.device, top, left)
     rows = top.long()[:, None] + torch.arange(H, device=x.device)

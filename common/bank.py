@@ -20,7 +20,7 @@ except ImportError:  # a PyTorch for CPUs comes without
 class Bank(nn.Module):
     """`rows` (K, D): at first unit vectors of noise, equal on all ranks given one seed; then the last K keys.
 
-    `pointer`, a Python int (one on the device would cost a host sync a step), is the row the next key goes
+    `pointer`, a Python int (one on the device would cost a host sync per step), is the row the next key goes
     to. Both are in the state dict. Raises ValueError for a size or dim below 1, or where there is no memory
     for the rows, here or on the device they are moved to.
     """
@@ -86,7 +86,7 @@ def bank_logsumexp(q, bank, temperature):
     q (N, D), bank (K, D), any rows (nothing is normalised here) -> (N,). Products are of rows in q's dtype,
     sums and y in fp32 (float64: all through), each gradient in its argument's dtype. Only q, bank and y are
     kept for backward. Raises ValueError for a temperature that is not positive and finite, an empty bank,
-    rows of different lengths, fp16 (where small probabilities vanish), or a BANK_OP that is unknown or
+    rows of different lengths, a temperature that is learnt, fp16 (where small probabilities vanish), or a BANK_OP that is unknown or
     impossible.
     """
     _check(q, bank, temperature)
@@ -94,6 +94,8 @@ def bank_logsumexp(q, bank, temperature):
 
 
 def _check(q, bank, temperature):
+    if isinstance(temperature, torch.Tensor) and temperature.requires_grad:
+        raise ValueError("temperature: must be a number; no gradient is made for one that is learnt")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature {temperature}: must be positive and finite")
     _check_rows(q, bank)
@@ -211,8 +213,9 @@ def _wide(q):
 
 
 def _chunks(q, bank):
-    """`(slice, those rows)` of the bank, rounded to q's dtype but held in the wide one, in which products are
-    exact. N x chunk stays below 2^24 numbers on a GPU, and on a CPU below 2^18, which its cache holds."""
+    """`(slice, those rows)` of the bank, rounded to q's dtype but held in the wide one, in which products of
+    bf16 rows lose next to nothing. N x chunk is at most 2^24 numbers on a GPU, and on a CPU 2^18, which its
+    cache holds."""
     size = max(1, (2**18 if q.device.type == "cpu" else 2**24) // max(1, len(q)))
     for start in range(0, len(bank), size):
         rows = slice(start, start + size)
@@ -331,7 +334,7 @@ if triton is not None:
     @triton.jit
     def _logsumexp_kernel(q, bank, top, total, N, K, D, scale, per_part, QUERIES: tl.constexpr,
                           ROWS: tl.constexpr, WIDTH: tl.constexpr, OPERAND: tl.constexpr):
-        """Of each query over a part of the bank: the largest score (in ln 2) and sum 2^(score - it)."""
+        """Of each query over a part of the bank: the largest score (in units of ln 2) and sum 2^(score - it)."""
         n, part = tl.program_id(0) * QUERIES, tl.program_id(1)
         queries = _load(q, n, N, D, QUERIES, WIDTH).to(OPERAND)
         best = tl.full([QUERIES], float("-inf"), tl.float32)

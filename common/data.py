@@ -4,12 +4,12 @@ position).
 `load` puts a data set on the device as uint8 (folders of pictures, too large for that, are streamed by
 workers). `batches` cuts it into steps. Every random number of a step is drawn for the *whole* batch from a
 generator seeded by (seed, epoch, step), and each process keeps the rows of its own images: so 1 or 8
-processes, and a resumed run, see the same (but for the fewer-than-8 images of a last step that do not divide
-among 8).
+processes, and a resumed run, see the same. (But for a short last step: its remainder by the number of
+processes is left out, and all of it below two images per process.)
 
 Augmentation works on batches (B, 3, H, W), one parameter per image. Each comes as a pair: the function of its
 parameters, equal to its torchvision counterpart, and `random_...`, which draws them as torchvision does.
-Parameters live on the CPU until they are used: a thousand numbers a step cost nothing there, and which image
+Parameters live on the CPU until they are used: a thousand numbers per step cost nothing there, and which image
 gets what is known without a host sync.
 
 Images are float32 in [0, 1], and integers are refused. What begins a view takes uint8 (0 to 255) as well, and

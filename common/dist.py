@@ -1,4 +1,4 @@
-"""What several processes say to each other, started by torchrun. In one process all of it does nothing."""
+"""What several processes say to each other, started by torchrun. In one process all but `meet` does nothing."""
 import datetime
 
 import torch
@@ -33,7 +33,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(z):
-    """Rows (B, D) of every rank -> (world B, D) in rank order, with gradient: a row receives the sum of what
+    """Rows (B, D) of every rank, B the same on all -> (world B, D) in rank order, with gradient: a row receives the sum of what
     all ranks' losses ask of it, so that, with `average_grads`, the gradient is that of the mean over ranks of
     their losses."""
     return _Gather.apply(z) if dist.is_initialized() and dist.get_world_size() > 1 else z
@@ -46,7 +46,8 @@ def barrier():
 
 
 def average_grads(params):
-    """Average gradients over ranks: the one line of data parallel between `backward` and `step`."""
+    """Average gradients over ranks: the one line of data parallel between `backward` and `step`. Which of
+    `params` have a gradient must be the same on all ranks."""
     average([p.grad for p in params if p.grad is not None])
 
 

@@ -22,7 +22,7 @@ def make(arch, branches=(), stem=None, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.
     """An encoder by name, or, as "my_file.py:function", one of your own (`own.OwnEncoder`).
 
     branches      names of the branches of its BatchNorms; none: plain BatchNorms. A ViT has no BatchNorm.
-    stem          of a ResNet; None: the default of `arch`.
+    stem          of a ResNet; None: the default of `arch`. Others have none to choose.
     size, positions, relative, fc_norm    of a ViT, see there.
     mean, std     of the three channels of images in [0, 1].
 
@@ -32,6 +32,8 @@ def make(arch, branches=(), stem=None, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.
     if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, numbers)) or min(std) <= 0:
         raise ValueError(f"mean {list(mean)}, std {list(std)}: must be three finite numbers each, those of "
                          "std positive")
+    if stem is not None and (arch in VITS or arch in PREACT_ARCHS or ".py:" in arch):
+        raise ValueError(f"stem {stem!r}: is for {', '.join(ARCHS)}, and not for {arch}")
     if ".py:" in arch:
         return OwnEncoder(arch, tuple(branches), mean, std)
     if arch in VITS:
@@ -120,7 +122,7 @@ def export(encoder, path, branch=None, image_size=None):
 
     arch, mean, std, ...    how to build it (`rebuild`)
     image_size              the side of the images it was pretrained on, in pixels; None: not known
-    fresh                   where the recipe has it: the part that was never trained, as "layer4"
+    fresh                   where the recipe has it: the part that was never trained, as "the last stage"
     branch                  the BN branch that `state` holds (None without branches)
     state                   torchvision's keys: of a `resnet18()` whose `fc` is `nn.Identity()`; its first
                             convolution differs where `stem` is not "imagenet". Or timm's:
@@ -167,7 +169,7 @@ def load_encoder(path, branch=None, all_branches=False):
     choice. `all_branches`: with all of them instead, that one in use.
 
     Its attribute `branch` names the one loaded, `image_size` the side of the images it was pretrained on,
-    in pixels (None where the file does not say), `fresh` the part of it that was never trained, as "layer4"
+    in pixels (None where the file does not say), `fresh` the part of it that was never trained, as "the last stage"
     (None: all was trained). Raises FileNotFoundError, or ValueError that names what is wrong: not such a
     file, an unknown branch, or the first missing, unexpected or misshaped tensor, or one that is not finite.
     """

@@ -29,6 +29,7 @@ def kmeans(h, k, generator, restarts=3, iterations=100):
     if len(bad):
         raise ValueError(f"row {bad[0].item()} of {len(h)} is not finite")
     h = h.to(torch.promote_types(h.dtype, torch.float32))
+    h = h - h.mean(0)  # distances are made of products, in which a large offset would drown them
     best = None
     best_cost = math.inf
     for _ in range(restarts):

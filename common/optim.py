@@ -19,10 +19,14 @@ def warmup_cosine(step, steps, warmup, peak, end=0.0):
 @torch.no_grad()
 def ema(target, net, m):
     """target <- m target + (1 - m) net, over the parameters; buffers (running statistics) are left alone.
-    Raises ValueError for an m that is not from 0 to 1."""
+    Raises ValueError for an m that is not from 0 to 1, and for networks with other parameters."""
     if not 0 <= m <= 1:
         raise ValueError(f"m {m}: must be from 0 to 1")
-    torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), 1 - m)
+    slow = list(target.parameters())
+    fast = list(net.parameters())
+    if [w.shape for w in slow] != [w.shape for w in fast]:
+        raise ValueError("the two networks have parameters of other shapes: must be two of a kind")
+    torch._foreach_lerp_(slow, fast, 1 - m)
 
 
 def groups(named, weight_decay, exempt=(), stages=(), gamma=1.0):
@@ -31,7 +35,7 @@ def groups(named, weight_decay, exempt=(), stages=(), gamma=1.0):
     No weight decay for vectors (biases, norms) and for names in `exempt`. `stages` lists names by depth,
     input first; a parameter of, or under, one of stages[i] gets scale gamma^(len(stages) - i), any other 1.
     The scale is only noted, and has its effect through `set_lr`, or where the rate of a group is set to
-    lr * group["scale"].
+    lr * group["scale"]. Raises ValueError where stages are given and no parameter is of one of them.
     """
     found = {}
     for name, w in named:
@@ -41,6 +45,9 @@ def groups(named, weight_decay, exempt=(), stages=(), gamma=1.0):
             decay = 0.0 if w.dim() < 2 or name in exempt else weight_decay
             group = dict(params=[], weight_decay=decay, scale=scale)
             found.setdefault((scale, decay), group)["params"].append(w)
+    if stages and gamma != 1 and all(scale == 1 for scale, _ in found):
+        raise ValueError("no parameter is of one of the stages: names must be those of the bare network, without "
+                         "module. (DistributedDataParallel) or _orig_mod. (torch.compile)")
     return list(found.values())
 
 

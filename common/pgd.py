@@ -15,32 +15,34 @@ def pgd(loss_fn, x, eps, step_size, steps, norm="linf", random_start=True, start
     """Maximise `loss_fn` over the `eps`-ball around `x`, inside the box [lo, hi].
 
     loss_fn    x_adv (B, ...) -> scalar. Whatever does not depend on x_adv is best computed once, outside.
-               A network in it runs in the mode that it is in: in train mode each step is of the batch's
-               statistics, and changes the running ones. Put `with eval_mode(net):` or, for the batch's
-               statistics without a trace, `with frozen_stats(net):` around the call.
-    x          images (B, ...), floats in [lo, hi] and not normalised: that is the network's first layer. They
+               A network in it runs in the mode that it is in: in train mode every step uses the batch's
+               statistics and updates the running ones. Put `with eval_mode(net):` or, for the batch's
+               statistics without a trace, `with frozen_stats(net):` around the call. Under
+               DistributedDataParallel attack `net.module`. Only the direction of the gradient counts: under
+               fp16 autocast return a sum rather than a mean, lest small gradients become 0.
+    x          images (B, ...), float32 (or float64) in [lo, hi] and not normalised: that is the network's first layer. They
                are neither changed nor given a gradient. There is one perturbation, and one ball, for each
                x[i]: under l2 and l1, V views of B images are to come as (V B, ...), not as (V, B, ...).
     eps        radius, in the units of x: where these are pixels in [0, 1], 8 / 255 for linf, 0.5 for l2, 12
                for l1. 0 gives x back.
     step_size  length of a step, in the same norm and units.
     steps      how many of them.
-    norm       "linf": step sign(g), clip to the ball. "l2": step g / |g|_2, rescale onto the ball.
+    norm       "linf": step sign(g), clip to the ball. "l2": step g / |g|_2, rescale into the ball.
                "l1": step along the sign of the top 1 % of coordinates, less those already at the edge of the
                box that they would be pushed over (SLIDE, Tramer & Boneh 2019, arXiv 1904.13000), project on
-               ball and box jointly. "l1_dense": step g / |g|_1, rescale onto the ball; weak, but what older
+               ball and box jointly. "l1_dense": step g / |g|_1, rescale into the ball; weak, but what older
                papers report as l1.
     start      where to begin, taken as it is; else uniform noise in the ball (`random_start`), clipped, or x.
                From outside the ball the first step leads into it; without any step it comes back as it is.
     generator  for that noise.
     lo, hi     the box, in the units of x; -inf and inf: none.
 
-    Returns x_adv, detached, with |x_adv - x| <= eps and lo <= x_adv <= hi; float32 rounding aside, both hold
-    exactly. Where the gradient of the last step is NaN, so is x_adv, and what is computed from it: an attack
+    Returns x_adv, detached, with |x_adv - x| <= eps and lo <= x_adv <= hi, up to rounding; `start` with steps
+    0, and x with eps 0, come back unchanged. Where the gradient of the last step is NaN, so is x_adv, and what is computed from it: an attack
     that sees nothing does not pass for one that found nothing.
 
     Raises ValueError for an eps or step_size that is negative or not finite, for linf an eps above hi - lo,
-    steps < 0, an unknown norm, a start shaped unlike x, images that are no floats or lie outside the box
+    steps < 0, an unknown norm, a start shaped unlike x, images of another dtype or outside the box
     (`check_box`), or within `torch.inference_mode`, which forbids gradients (`torch.no_grad` does not).
     """
     check_norm(norm)
@@ -103,13 +105,17 @@ def check_norm(norm, known=NORMS):
 
 
 def check_box(x, lo, hi):
-    """ValueError where images x (B, ...) are no floats, or not all in [lo, hi]: normalised ones would be
-    clipped to that box, and so moved by far more than eps.
+    """ValueError where images x (B, ...) are not float32 or float64, or not all in [lo, hi]: in half precision
+    a step of 1/255 is lost in rounding, and normalised images would be clipped to that box, and so moved by far
+    more than eps.
 
     On CUDA the host does not wait for the answer: the device checks it, and an error there ends the process.
     """
     if not x.is_floating_point():
         raise ValueError(f"images are {x.dtype}: must be floats in [{lo:g}, {hi:g}], as x.float() / 255 is")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"images are {x.dtype}: must be float32, as x.float() is; let autocast round inside the "
+                         "network")
     if x.numel() == 0 or (lo == -math.inf and hi == math.inf):
         return
     message = (f"images must lie in [{lo:g}, {hi:g}]; normalisation belongs inside the network, as its first "
@@ -129,6 +135,9 @@ def direction(g, x, norm, lo=0.0, hi=1.0):
     if norm == "linf":
         return g.sign()
     if norm != "l1":
+        # Scaled first: a network that is sure of its answer has gradients whose squares, in float32, are 0.
+        largest = torch.linalg.vector_norm(g.flatten(1), math.inf, dim=1)
+        g = g / _per_image(largest, g).clamp_min(torch.finfo(g.dtype).tiny)
         return g / _per_image(g.flatten(1).norm(2 if norm == "l2" else 1, dim=1), g).clamp_min(1e-12)
     stuck = ((x <= lo) & (g < 0)) | ((x >= hi) & (g > 0))
     g = g.masked_fill(stuck, 0.0).flatten(1)
@@ -147,7 +156,7 @@ def project(delta, eps, norm):
         far = torch.full_like(delta, torch.inf)
         return project_l1_box(delta, eps, -far, far)
     length = _per_image(delta.flatten(1).norm(2 if norm == "l2" else 1, dim=1), delta)
-    return delta * (eps / length.clamp_min(eps))
+    return delta * (eps / length.clamp_min(max(eps, 1e-12)))
 
 
 def project_l1_box(delta, eps, lo, hi):

@@ -18,6 +18,8 @@ class BranchNorm(nn.Module):
 
     def __init__(self, channels, branches, norm=nn.BatchNorm2d):
         super().__init__()
+        if isinstance(branches, str):
+            raise ValueError(f"branches {branches!r}: must be a list of names, as [{branches!r}]")
         self.branches = nn.ModuleDict({name: norm(channels) for name in branches})
         self.branch = next(iter(branches))
 
@@ -86,6 +88,8 @@ def _may_fold(conv, norm, inner):
         return False
     if type(inner) not in (nn.BatchNorm2d, nn.SyncBatchNorm) and not getattr(inner, "folds", False):
         return False
+    if type(conv).forward is not nn.Conv2d.forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
+        return False  # it does something of its own with its weights
     for m in (conv, norm, inner):  # hooks are to see what a module makes
         if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
             return False
@@ -149,7 +153,7 @@ class Block(nn.Module):
             self.conv2 = _conv(c, c_out, 3)
             self.bn2 = norm(c_out)
             self.conv3 = None
-        self.drop = 0.0  # how probably, in train mode, an image passes by the convolutions
+        self.drop = 0.0  # the probability that, in train mode, an image skips the convolutions
         same = stride == 1 and c_in == c_out
         self.downsample = None if same else nn.Sequential(_conv(c_in, c_out, 1, stride), norm(c_out))
 
@@ -226,6 +230,8 @@ class ResNet(nn.Module):
 
     def trunk(self, x):
         """What comes before the last stage: images (B, 3, H, W) -> (B, trunk_dim, h, w)."""
+        if not x.is_floating_point():
+            raise ValueError("images are integers: must be floats in [0, 1], as x.float() / 255 is")
         x = (x - self.mean) / self.std
         if torch.jit.is_scripting():
             x = self.bn1(self.conv1(x))
@@ -265,7 +271,7 @@ class PreActBlock(nn.Module):
         self.conv1 = _conv(c_in, c, 3, stride)
         self.bn2 = norm(c)
         self.conv2 = _conv(c, c, 3)
-        self.drop = 0.0  # how probably, in train mode, an image passes by the convolutions
+        self.drop = 0.0  # the probability that, in train mode, an image skips the convolutions
         same = stride == 1 and c_in == c
         self.downsample = None if same else _conv(c_in, c, 1, stride)
 
@@ -289,7 +295,7 @@ class PreActBottleneck(nn.Module):
         self.conv2 = _conv(c, c, 3, stride)
         self.bn3 = norm(c)
         self.conv3 = _conv(c, 4 * c, 1)
-        self.drop = 0.0  # how probably, in train mode, an image passes by the convolutions
+        self.drop = 0.0  # the probability that, in train mode, an image skips the convolutions
         same = stride == 1 and c_in == 4 * c
         self.downsample = None if same else nn.Sequential(_conv(c_in, 4 * c, 1, stride), norm(4 * c))
 
@@ -349,6 +355,8 @@ class PreActResNet(nn.Module):
 
     def trunk(self, x):
         """What comes before the last stage: images (B, 3, H, W) -> (B, trunk_dim, h, w)."""
+        if not x.is_floating_point():
+            raise ValueError("images are integers: must be floats in [0, 1], as x.float() / 255 is")
         x = (x - self.mean) / self.std
         x = self.conv1(x) if self.bn1 is None else conv_norm(self.conv1, self.bn1, x).relu()
         for i in range(1, self.stages):

@@ -136,7 +136,7 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(
             OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
-        self.drop = 0.0  # how probably, in train mode, an image passes by the attention, and by the mlp
+        self.drop = 0.0  # the probability that, in train mode, an image skips the attention; likewise the mlp
 
     def forward(self, x, bias=None):
         x = x + stochastic_depth(self.attn(self.norm1(x), bias), self.drop, "row", self.training)
@@ -231,6 +231,8 @@ class ViT(nn.Module):
 
     def embed(self, patches):
         """Patches (B, n, 3 patch^2) of pixels in [0, 1] -> tokens (B, n, dim), without positions."""
+        if not patches.is_floating_point():
+            raise ValueError("images are integers: must be floats in [0, 1], as x.float() / 255 is")
         proj = self.patch_embed["proj"]
         return F.linear(self.normalise(patches), proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias)
 

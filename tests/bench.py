@@ -644,7 +644,7 @@ def rotnet_step(s, variant, compiled):
     opt = torch.optim.AdamW(optim.groups(net.named_parameters(), args.weight_decay), 0.0, betas=(0.9, 0.95))
     x, _ = views(s)
     y = torch.arange(s.batch, device=s.device) % 4
-    noise = rotnet.start_noise(x, data.Rng((0, 0, 0), s.batch, slice(None)), args)
+    noise = rotnet.start_noise(x, args.norm, data.Rng((0, 0, 0), s.batch, slice(None)))
     settings = named_by(rotnet.train_step, rotnet, args)
     compile_(s, compiled, net)
 

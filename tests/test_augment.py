@@ -425,3 +425,22 @@ def test_whole_numbers_and_halves_are_the_same_on_the_device():
     for given, there in zip(columns, augment.on_device("cpu", *columns), strict=True):
         assert there.dtype == torch.float32 and torch.equal(there, given.float())
         assert torch.equal(there.to(given.dtype), given)
+
+
+@pytest.mark.parametrize("box", [
+    (-1, 0, 4, 4), (0, -1, 4, 4), (5, 0, 4, 4), (0, 5, 4, 4), (0, 0, 0, 4), (0, 0, 4, 0), (0, 0, float("nan"), 4)])
+def test_a_crop_that_leaves_its_image_or_is_empty_is_refused(box):
+    x = torch.rand(2, 3, 8, 8)
+    inside = torch.tensor([0.0, 0.0, 8.0, 8.0])
+    top, left, height, width = torch.stack([inside, torch.tensor(box)], 1)
+    with pytest.raises(ValueError, match="resized_crop: boxes must lie within the images, 8 x 8"):
+        augment.resized_crop(x, top, left, height, width, 4)
+    assert augment.resized_crop(x, *inside[:, None].expand(4, 2), 4).isfinite().all()
+
+
+@pytest.mark.parametrize("top, left", [(-1, 0), (0, -1), (5, 0), (0, 5)])
+def test_a_padded_crop_beyond_the_padding_is_refused(top, left):
+    x = torch.rand(2, 3, 8, 8)
+    with pytest.raises(ValueError, match="top and left must be from 0 to 4"):
+        augment.pad_crop(x, torch.tensor([0, top]), torch.tensor([0, left]), 2)
+    assert augment.pad_crop(x, torch.tensor([0, 4]), torch.tensor([4, 0]), 2).shape == x.shape

@@ -493,3 +493,10 @@ def test_push_keeps_no_gradient():
     bank = Bank(4, 3)
     bank.push(torch.randn(2, 3, requires_grad=True))
     assert not bank.rows.requires_grad
+
+
+def test_a_temperature_that_is_learnt_is_refused_for_it_would_get_no_gradient():
+    q, rows = torch.randn(2, 3), torch.randn(4, 3)
+    with pytest.raises(ValueError, match="temperature: must be a number; no gradient"):
+        bank_logsumexp(q, rows, torch.tensor(0.2, requires_grad=True))
+    assert torch.equal(bank_logsumexp(q, rows, torch.tensor(0.2)), bank_logsumexp(q, rows, torch.tensor(0.2).item()))

@@ -918,3 +918,20 @@ def test_a_network_without_branches_says_so(tmp_path):
     encoders.export(encoders.make("slim"), tmp_path / "encoder.pt")
     with pytest.raises(ValueError, match="no BN branch 'adv'; it has no branches"):
         encoders.load_encoder(tmp_path / "encoder.pt", "adv")
+
+
+@pytest.mark.parametrize("arch", ["slim", "preact_slim", "vit_slim"])
+def test_integer_images_are_refused_by_the_networks(arch):
+    with pytest.raises(ValueError, match="images are integers: must be floats in .0, 1., as x.float"):
+        make(arch)(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("arch", ["preact_slim", "vit_slim"])
+def test_a_stem_is_for_resnets(arch):
+    with pytest.raises(ValueError, match=f"stem 'imagenet': is for slim, .*, and not for {arch}"):
+        make(arch, stem="imagenet")
+
+
+def test_a_forgotten_comma_makes_no_branches_of_letters():
+    with pytest.raises(ValueError, match="branches 'adv': must be a list of names"):
+        BranchNorm(4, "adv")

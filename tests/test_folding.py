@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -177,6 +178,22 @@ def test_another_kind_of_norm_is_called_as_it_is():
             for _ in range(2):
                 assert torch.equal(conv_norm(conv, other, pictures()), other(conv(pictures())))
         assert folded == []
+
+
+@pytest.mark.parametrize("overridden", ["forward", "_conv_forward"])
+def test_a_convolution_that_does_more_with_its_weights_is_called_as_it_is(overridden):
+    class Standardised(nn.Conv2d):
+        pass
+
+    def standardised(self, x, *_):
+        return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True))
+
+    setattr(Standardised, overridden, standardised)
+    conv, norm = Standardised(3, 4, 1, bias=False).double(), nn.BatchNorm2d(4).double().eval()
+    with folds() as folded, eval_mode(norm), torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(conv_norm(conv, norm, pictures()), norm(conv(pictures())))
+    assert folded == []
 
 
 @pytest.mark.parametrize("where", ["conv", "branches", "branch"])

@@ -114,3 +114,12 @@ def test_what_are_no_rows_of_floats_is_refused(h):
     words = rf"rows to cluster are {re.escape(str(tuple(h.shape)))} {h.dtype}: must be \(N, D\), floats"
     with pytest.raises(ValueError, match=words):
         kmeans(h, 3, generator())
+
+
+@pytest.mark.parametrize("offset", [0, 1e4])
+def test_clusters_far_from_the_origin_are_found_as_well(offset):
+    """Distances are made of products, in which an offset would drown them."""
+    g, truth = generator(), torch.arange(90) % 3
+    h = torch.eye(3)[truth] * 3 + 0.1 * torch.randn(90, 3, generator=g) + offset
+    labels = kmeans(h, 3, generator())
+    assert len({(a, b) for a, b in zip(labels.tolist(), truth.tolist())}) == 3

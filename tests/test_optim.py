@@ -55,6 +55,12 @@ def test_an_ema_that_is_no_mean_is_refused_and_changes_nothing(m):
     assert torch.equal(target.weight, before)
 
 
+def test_an_ema_of_networks_of_two_kinds_is_refused():
+    """(2, 3) and (2, 1) would be broadcast."""
+    with pytest.raises(ValueError, match="parameters of other shapes"):
+        optim.ema(nn.Linear(3, 2), nn.Linear(1, 2), 0.9)
+
+
 def test_ema_printed_value():
     target, net = nn.Linear(4, 4, bias=False).double(), nn.Linear(4, 4, bias=False).double()
     with torch.no_grad():
@@ -168,6 +174,14 @@ def test_layer_wise_rates_equal_printed_values(gamma, want):
         i = int(name.split(".")[1]) + 1 if name.startswith("blocks") else depth[name.split(".")[0]]
         if i in want:
             assert found == pytest.approx(want[i], abs=5e-7), name
+
+
+def test_stages_of_which_nothing_is_are_refused():
+    """As where a wrapper has put its name before all others."""
+    named = [(f"module.{name}", w) for name, w in nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).named_parameters()]
+    with pytest.raises(ValueError, match="without module"):
+        optim.groups(named, 0.1, stages=[["0"], ["1"]], gamma=0.5)
+    assert len(optim.groups(named, 0.1, stages=[["0"], ["1"]], gamma=1.0)) == 2
 
 
 def test_groups_hold_each_trained_parameter_once_and_decay_no_vector():

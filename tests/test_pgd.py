@@ -249,6 +249,28 @@ def test_integer_images_are_refused(dtype):
         pgd(ce, torch.ones(2, 3, 8, 8, dtype=dtype), 0.1, 0.1, 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_images_in_half_precision_are_refused_for_their_steps_would_be_rounded_away(dtype):
+    with pytest.raises(ValueError, match=f"images are {dtype}: must be float32"):
+        pgd(ce, torch.ones(2, 3, 8, 8, dtype=dtype), 0.1, 0.1, 1)
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1_dense"])
+@pytest.mark.parametrize("scale", [1e-15, 1e-30])
+def test_a_gradient_however_small_gives_a_whole_step(norm, scale):
+    """As that of a network that is sure of its answer: its squares are 0 in float32."""
+    g = A(3, 12, 5).view(3, 3, 2, 2).float()
+    step = direction(scale * g, x0[:3, :, :2, :2].float(), norm)
+    torch.testing.assert_close(step, direction(g, x0[:3, :, :2, :2].float(), norm))
+    assert step.flatten(1).norm(ORDER[norm], dim=1).tolist() == pytest.approx([1, 1, 1], rel=1e-5)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_nothing_is_projected_into_a_ball_of_no_radius_as_nothing(norm):
+    assert torch.equal(project(torch.zeros(2, 3, 2, 2), 0.0, norm), torch.zeros(2, 3, 2, 2))
+    assert project(torch.ones(2, 3, 2, 2), 0.0, norm).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_an_empty_batch_stays_empty(norm):
     assert pgd(lambda x: x.sum(), x0[:0], 0.5, 0.1, 1, norm).shape == (0, 3, 8, 8)

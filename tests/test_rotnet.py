@@ -106,7 +106,7 @@ def test_the_attack_equals_printed_values(flags, noise, dv, size, after, lengths
 def test_without_eps_no_bit_changes():
     noise = S(3, 32, 0.9)
     for loss in ("ce", "trades"):
-        assert torch.equal(rotnet.attack(NET, x, y, noise, **{**settings("--eps", "0"), "loss": loss}), x)
+        assert torch.equal(rotnet.attack(NET, x, y, noise, **{**settings("--eps", "0"), "loss_name": loss}), x)
 
 
 @pytest.mark.parametrize("norm, eps", [("linf", "8"), ("l2", "128")])
@@ -118,7 +118,7 @@ def test_the_attack_climbs_and_stays_in_ball_and_box_and_leaves_no_trace(norm, e
     labels = torch.arange(6) % 4
     before = {key: value.clone() for key, value in net.state_dict().items()}
     noise = rotnet.ball_point(torch.rand(6, 1 + 768), norm)
-    x_adv = rotnet.attack(net, images, labels, noise, **{**settings("--norm", norm, "--eps", eps), "loss": loss})
+    x_adv = rotnet.attack(net, images, labels, noise, **{**settings("--norm", norm, "--eps", eps), "loss_name": loss})
     d = (x_adv - images).flatten(1)
     radius = d.abs().amax(1) if norm == "linf" else d.norm(dim=1)
     assert radius.max() <= int(eps) / 255 + 1e-5 and 0 <= x_adv.min() and x_adv.max() <= 1
@@ -143,6 +143,7 @@ def test_the_rate_is_a_cosine_or_falls_at_milestones():
     (["--target", "labels", "--loss", "trades", "--no-random-start"], "--loss trades: its attack cannot start"),
     (["--target", "labels", "--loss", "trades", "--smoothing", "0.1"], "--smoothing: is for --loss ce"),
     (["--target", "classes"], "--target classes: choose one of rotation, labels"),
+    (["--eps", "300"], "--eps 300: with --norm linf at most 255, the range of a pixel"),
     (["--drop-path", "2"], "--drop-path 2: must be a number from 0 to 1")])
 def test_flags_that_do_not_go_together_are_one_line(tmp_path, flags, says):
     with pytest.raises(ValueError, match=says) as error:
@@ -159,6 +160,15 @@ def test_labels_that_are_missing_are_named(tmp_path):
         with pytest.raises(ValueError, match="label") as error:
             rotnet.main([*TINY, "--warmup", "1", "--data", path, "--out", str(tmp_path / "r"), "--target", "labels"])
         assert path in str(error.value) and "\n" not in str(error.value)
+
+
+def test_drop_path_is_refused_where_it_would_have_no_effect(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text("from torch import nn\n\n\ndef make():\n"
+                    "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n")
+    with pytest.raises(ValueError, match="--drop-path: needs a network of this project, and .*own.py:make is none"):
+        rotnet.network(f"{file}:make", 32, 4, 0.1)
+    assert rotnet.network(f"{file}:make", 32, 4)[0].dim == 4
 
 
 def test_drop_path_reaches_the_encoder():
