@@ -291,8 +291,17 @@ def to_device(net, args, env):
 
 
 def autocast(device):
-    """bf16 autocast on CUDA; nothing on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+    """bf16 autocast on CUDA; nothing on a CPU, nor on a GPU before Ampere (T4, V100), which has no bf16 units
+    and would emulate it, slower than float32."""
+    if device.type == "cuda" and _has_bf16(device):
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+@functools.cache
+def _has_bf16(device):
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -219,3 +220,15 @@ def test_memory_that_was_freed_is_used_again():
                          env=environment).stdout
     theirs, ours = map(int, out.split())
     assert theirs > 200 and ours < 20
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_is_used_where_the_gpu_has_units_for_it(native, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    monkeypatch.setattr(torch, "autocast", lambda *what: what)
+    run._has_bf16.cache_clear()
+    found = run.autocast(torch.device("cuda", 0))
+    run._has_bf16.cache_clear()
+    assert found == ("cuda", torch.bfloat16) if native else isinstance(found, contextlib.nullcontext)
+    assert isinstance(run.autocast(torch.device("cpu")), contextlib.nullcontext)
