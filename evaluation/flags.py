@@ -32,16 +32,17 @@ def parser(doc):
     p.add_argument("--attacks", nargs="+", default=["clean", "pgd20"], type=attack, metavar="NAME",
                    help="curve (pgd20 at 0 to 16/255) curve-l2 (0.25 to 4) curve-steps (1 to 100 steps, 8/255) "
                    "clean " + " ".join(ATTACKS) + f", or {GRAMMAR}")
-    p.add_argument("--bn", help="BN branch, and no other; default: the one the encoder was exported with; of "
-                   "the checkpoints of ACL and AdvCL, its number")
+    p.add_argument("--bn", help="the BatchNorm branch; default: the one that the method exported. With --encoder, of "
+                   "checkpoints of ACL and AdvCL, its number")
     p.add_argument("--encoder", metavar="SPEC",
                    help="the network of weights from elsewhere: torchvision:resnet18, "
                    "timm:vit_tiny_patch16_224, my_file.py:function")
     p.add_argument("--prefix", default="",
-                   help="with --encoder: of the keys of its weights, as module.backbone.")
+                   help="with --encoder: what stands before the network's keys in the file, as module.backbone.")
     p.add_argument("--mean", type=run.number(-1e3, 1e3), nargs=3, metavar=("R", "G", "B"),
                    help="with --encoder: of its normalisation, for images in [0, 1]; default: none")
-    p.add_argument("--std", type=run.number(above=0), nargs=3, metavar=("R", "G", "B"))
+    p.add_argument("--std", type=run.number(above=0), nargs=3, metavar=("R", "G", "B"),
+                   help="with --encoder: see --mean")
     p.add_argument("--data", default="cifar10", type=run.path,
                    help="cifar10, cifar100, stl10, shapes, an .npz, a folder")
     p.add_argument("--test-data", nargs="+", default=[], type=run.path, metavar="PATH",
@@ -51,7 +52,7 @@ def parser(doc):
                    help="where torchvision's files are, or go, and CIFAR-10-C")
     p.add_argument("--limit", type=whole, help="train on the first so many images of a fixed shuffle")
     p.add_argument("--test-limit", type=whole, help="test on the first so many images of a fixed shuffle")
-    p.add_argument("--aa-limit", type=whole, help="AutoAttack on the first so many of these")
+    p.add_argument("--aa-limit", type=whole, help="AutoAttack on the first so many of the test images")
     p.add_argument("--test-batch-size", type=whole, default=500,
                    help="of attacks; AutoAttack's is 250 at most")
     p.add_argument("--restarts", type=whole, default=1,
@@ -80,9 +81,10 @@ def parser(doc):
     p.add_argument("--published", action=argparse.BooleanOptionalAction, default=True,
                    help="with a column of published figures, where there are any")
     p.add_argument("--kinds", action="store_true",
-                   help="measure nothing: of the corruptions among --attacks that were measured, tables kind "
-                   "by kind")
-    p.add_argument("--seed", type=run.integer(0, 2**32 - 1), default=0)
+                   help="measure nothing: print the kept accuracies of the corruptions among --attacks, kind by "
+                   "kind")
+    p.add_argument("--seed", type=run.integer(0, 2**32 - 1), default=0,
+                   help="of the classifier's training and of the attacks")
     p.add_argument("--device", help="default: cuda if there is one, else cpu")
     p.add_argument("--workers", type=run.integer(0, 1000), default=4,
                    help="decoding processes, for an ImageFolder")
@@ -95,11 +97,12 @@ def parser(doc):
     g.add_argument("--weight-decay", type=run.number(0))
     g.add_argument("--batch-size", type=whole)
     g.add_argument("--warmup", type=run.integer(0), help="epochs")
-    g.add_argument("--layer-decay", type=run.number(0, 1))
-    g.add_argument("--drop-path", type=run.number(0, 1))
-    g.add_argument("--smoothing", type=run.number(0, 0.99))
-    g.add_argument("--mixup", type=run.number(0))
-    g.add_argument("--cutmix", type=run.number(0))
+    g.add_argument("--layer-decay", type=run.number(0, 1),
+                   help="rate of a block over that of the next one")
+    g.add_argument("--drop-path", type=run.number(0, 1), help="probability to skip the last block")
+    g.add_argument("--smoothing", type=run.number(0, 0.99), help="of the labels")
+    g.add_argument("--mixup", type=run.number(0), help="parameter of its Beta distribution; 0: off")
+    g.add_argument("--cutmix", type=run.number(0), help="parameter of its Beta distribution; 0: off")
     return p
 
 

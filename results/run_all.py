@@ -9,8 +9,8 @@ It can be stopped at any time; the same command goes on where it was. Of each ro
 eval.jsonl and its pictures in results/cpu-20/, and the encoder of its first seed in results/encoders/.
 What is there is not made again.
 
-The protocol: CIFAR-10 (JPEG), all 50,000 training images, a slim encoder, one thread; of the original,
-with --data cifar10.
+The protocol: CIFAR-10 (JPEG), all 50,000 training images, a slim encoder, one thread. With other data, as
+--data cifar10, the original, everything is kept in a folder of its own, runs/cpu-20-<data>.
 The number of epochs is chosen so that pretraining takes about --seconds of CPU time on this machine:
 a short run of the same command is timed first. Everything else is in ROWS below. Then
 
@@ -40,6 +40,7 @@ EVALUATIONS = [
     "--limit 10000 --preset amoc-alf --epochs 5 --milestones 3 4 --attacks aa --aa-limit 500",
 ]
 KEPT = ("log.jsonl", "eval.jsonl", "views.png", "masks.png")
+DATA = "data/cifar10.npz"  # CIFAR-10 (JPEG)
 TIMED_STEPS = 50  # of each of the two epochs of a timing run
 
 
@@ -86,7 +87,7 @@ ROWS = {
     "adv_rotnet": Row(f"{ROTNET} --eps 8 --step-size 4"),
     "acl-a2a": Row(f"{ACL} {ATTACK} --variant a2a"),
     "aca": Row(f"{AMOC} {ATTACK} --variant ACA"),
-    "advcl-labels": Row(f"{ADVCL} --teacher runs/cpu-20/simclr/encoder.pt", needs="simclr"),
+    "advcl-labels": Row(f"{ADVCL} --teacher {{runs}}/simclr/encoder.pt", needs="simclr"),
     "hybrid": Row(f"adco.py {BANK} --eps 8 {ATTACK} --bank-temperature 0.12"),
     "clae": Row(f"clae.py {SLIM} --lr 1e-3 --lr-final 0"),
     "ifm": Row(f"hardneg.py {BANK} --negatives ifm"),
@@ -106,8 +107,9 @@ PRETRAINING = {(name, seed): threading.Lock() for name, row in ROWS.items() for 
 
 
 def command_of(row, data, seed, out, epochs=None):
-    """The command that pretrains `row`, as words. A row that has --epochs of its own keeps them."""
-    script, *flags = shlex.split(row.command)
+    """The command that pretrains `row` into the folder `out`, as words. A row that has --epochs of its own
+    keeps them."""
+    script, *flags = shlex.split(row.command.format(runs=pathlib.Path(out).parent))
     if "--epochs" not in flags:
         flags += ["--epochs", str(epochs)]
     return [script, "--data", data, *flags, "--seed", str(seed), "--out", str(out)]
@@ -248,19 +250,30 @@ def parser():
     p.add_argument("--list", action="store_true", help="print the commands")
     p.add_argument("--jobs", type=int, default=2, help="rows at a time, each on one thread")
     p.add_argument("--seconds", type=float, default=1200.0, help="of pretraining, CPU time")
-    p.add_argument("--data", default="data/cifar10.npz", help="as of the scripts")
+    p.add_argument("--data", default=DATA, help="as of the scripts")
     p.add_argument("--images", type=int, help="training images for pretraining; default: all 50,000")
     p.add_argument("--test-images", type=int, help="default: all 10,000")
-    p.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/cpu-20"), help="for the runs")
-    p.add_argument("--results", type=pathlib.Path, default=pathlib.Path("results/cpu-20"),
-                   help="for what is kept of them")
-    p.add_argument("--encoders", type=pathlib.Path, default=pathlib.Path("results/encoders"),
-                   help="for the encoders that are kept")
+    p.add_argument("--runs", type=pathlib.Path, help="for the runs; default: runs/cpu-20")
+    p.add_argument("--results", type=pathlib.Path,
+                   help="for what is kept of them; default: results/cpu-20, of other data <runs>/results")
+    p.add_argument("--encoders", type=pathlib.Path,
+                   help="for the encoders that are kept; default: results/encoders, of other data <runs>/encoders")
     return p
 
 
-def main(argv=None):
+def parse(argv):
+    """The flags, with the folders that fit the data: rows of two data sets never lie side by side."""
     args = parser().parse_args(argv)
+    ours = args.data == DATA
+    args.runs = args.runs or pathlib.Path("runs/cpu-20" if ours else f"runs/cpu-20-{pathlib.Path(args.data).stem}")
+    kept = pathlib.Path("results") if ours else args.runs
+    args.results = args.results or kept / ("cpu-20" if ours else "results")
+    args.encoders = args.encoders or kept / "encoders"
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
     unknown = [name for name in args.rows if name not in ROWS]
     if unknown:
         raise SystemExit(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")

@@ -5,7 +5,7 @@
     python -m tests.bench --quick                 tiny sizes: shows that it works, measures nothing
 
     augment  two views of each image: amoc.augment against torchvision's PIL pipeline in worker processes
-    attack   each script's attack against itself with the clean views embedded anew at each step, and against
+    attack   the attacks of amoc, rocl, acl and advcl against themselves with the clean views embedded anew at each step, and against
              the usual way, where moreover weight gradients are made
     bank     InfoNCE over a memory bank, forward and backward: bank_logsumexp as it is used, its plain form
              (BANK_OP=torch), logsumexp of the matrix, that compiled, MoCo's concatenation and cross-entropy

@@ -6,9 +6,11 @@
 
     tests       what the test suite checks on CUDA alone
     bank        the bank's Triton kernels against plain PyTorch and torch.compile; from how many rows they pay
-    step        images/s and TFLOP/s of every script at its default batch, also with --compile and --graph
+    step        images/s and TFLOP/s of every script's step on 256 images, ResNet-18 or ViT-Tiny, also with
+                --compile and, where there is one, --graph
     autoattack  1,000 images, against pyautoattack where that is installed
-    amoc        AMOC's 200 epochs, or as many as fit, and its SLF and ALF
+    amoc        AMOC's 200 epochs, or as many as the first call has time for, which later calls keep; then its
+                SLF and ALF
 
 Each part is a process of its own and begins only if time is left; what takes longer than its share is ended.
 What it prints is in <out>/<part>.txt, and <out>/summary.json says of each part whether it is done. AMOC's run is

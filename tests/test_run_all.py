@@ -31,7 +31,7 @@ def test_no_two_rows_are_the_same():
 def test_a_row_that_reads_an_encoder_names_its_row():
     for row in run_all.ROWS.values():
         reads = [word for word in row.command.split() if word.endswith("encoder.pt")]
-        assert reads == ([f"runs/cpu-20/{row.needs}/encoder.pt"] if row.needs else [])
+        assert reads == (["{runs}/" + row.needs + "/encoder.pt"] if row.needs else [])
 
 
 @pytest.mark.parametrize("flags", run_all.EVALUATIONS)
@@ -112,7 +112,7 @@ def test_a_row_whose_run_is_gone_goes_on_from_what_was_kept(made):
     commands.clear()
     run_all.main(["random", *flags])
     assert {words[0] for words in commands} == {"eval.py"}
-    assert run_all.is_complete("random", 0, run_all.parser().parse_args(flags))
+    assert run_all.is_complete("random", 0, run_all.parse(flags))
 
 
 def test_what_a_row_needs_is_made_before_it(made):
@@ -160,3 +160,13 @@ def test_a_row_that_fails_is_named_and_stops_no_other(made, monkeypatch, capsys)
 def test_an_unknown_row_is_refused():
     with pytest.raises(SystemExit, match="no row nonsense; there are random, "):
         run_all.main(["nonsense"])
+
+
+def test_rows_of_other_data_have_folders_of_their_own_and_read_what_is_there():
+    ours, others = run_all.parse([]), run_all.parse(["--data", "cifar10"])
+    assert [str(ours.runs), str(ours.results), str(ours.encoders)] == ["runs/cpu-20", "results/cpu-20", "results/encoders"]
+    assert all(str(folder).startswith("runs/cpu-20-cifar10") for folder in (others.runs, others.results, others.encoders))
+    assert len({others.runs, others.results, others.encoders}) == 3
+    row = run_all.ROWS["advcl-labels"]
+    words = run_all.command_of(row, "cifar10", 0, others.runs / "advcl-labels", 3)
+    assert words[words.index("--teacher") + 1] == "runs/cpu-20-cifar10/simclr/encoder.pt"
