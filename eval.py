@@ -65,9 +65,9 @@ unless --image-size names another.
 
 As soon as a result is there it becomes a line of eval.jsonl beside the encoder. It is not measured
 a second time while the encoder, the data, the recipe, the seed, and the attack with its settings
-(images, restarts, source) are the same. The last classifier of each preset is kept there too, as
-classifier-<preset>[-<BN>].pt; BN is the BatchNorm branch, "dual" where both were trained, and is left
-out for networks without branches. What flags change of a preset is part of its name, in the table
+(images, restarts, batch size, source, vote, test set) are the same. The last classifier of each preset
+is kept there too, as classifier-<preset>[-<BN>].pt; BN is the BatchNorm branch, "dual" where both were
+trained, and is left out for networks without branches. What flags change of a preset is part of its name, in the table
 and in files: "mae-tune layer-decay=0.75" and classifier-mae-tune-layer-decay=0.75.pt. The classifier of
 an encoder in weights.pt is classifier-weights-<preset>.pt. One process at a time works in a folder.
 

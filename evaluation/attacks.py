@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from common import data
 from common.augment import resize, to_float
-from common.pgd import eval_mode, pgd
+from common.pgd import eval_mode, pgd, pixels_only
 from common.pictures import difference, save_rows
 from evaluation import corruptions
 from evaluation.autoattack import autoattack
@@ -72,7 +72,8 @@ CURVE = ("clean", "pgd20-1", "pgd20-2", "pgd20-4", "pgd20-6", "pgd20", "pgd20-12
 
 def in_order(images, batch_size=500, limit=None):
     """Yield `(x, y)` over all images, or the first `limit`; x float in [0, 1]."""
-    for x, y in images.stream(torch.arange(min(len(images), limit or len(images))).split(batch_size)):
+    count = len(images) if limit is None else min(len(images), limit)
+    for x, y in images.stream(torch.arange(count).split(batch_size)):
         yield to_float(x).contiguous(memory_format=torch.channels_last), y
 
 
@@ -94,7 +95,8 @@ def check_clean(net, images, limit=None):
 
 
 def attacked(net, x, y, attack, seed, batch_size=500):
-    """x (B, 3, H, W) under `attack`, a row of ATTACKS (None: as it is), and what AutoAttack tells."""
+    """x (B, 3, H, W) under `attack`, a row of ATTACKS (None: as it is), and what AutoAttack tells. `net` is to be
+    in eval mode: AutoAttack alone sees to that."""
     if isinstance(attack, AutoAttack):
         return autoattack(net, x, y, attack.eps, attack.norm, attack.version, seed, min(250, batch_size),
                           log=lambda text: print("  " + text, flush=True))
@@ -104,13 +106,28 @@ def attacked(net, x, y, attack, seed, batch_size=500):
         generator = torch.Generator(x.device).manual_seed(seed)
 
         def loss_of_images(x_adv):
-            return F.cross_entropy(net(x_adv), y)
+            return cross_entropy(net(x_adv), y)
 
         if isinstance(net, Vote):
             loss_of_images = expected(loss_of_images, net.draws)
         x = pgd(loss_of_images, x, attack.eps, attack.step_size, attack.steps, attack.norm,
                 generator=generator)
     return x, {}
+
+
+def cross_entropy(logits, y):
+    """The sum over the batch, in float32 or finer: of a mean, in half precision, small gradients would be 0."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, y, reduction="sum")
+
+
+def without_gradient(net, x, y):
+    """(B,) whether at the images x (B, 3, H, W) the gradient of the cross-entropy with y (B,) is exactly 0, as where
+    a softmax is saturated: an attack that follows it cannot move them."""
+    z = x.detach().requires_grad_()
+    with pixels_only(), torch.enable_grad():
+        (g,) = torch.autograd.grad(cross_entropy(net(z), y), z)
+    return (g.flatten(1) == 0).all(1)
 
 
 def start_seed(seed, batch, restart):
@@ -123,10 +140,12 @@ def judge(net, images, attack=None, seed=0, limit=None, restarts=1, source=None,
     or under `attack`, made on `source` (None: on itself). Under several restarts the worst counts,
     image by image. Returns a dict: "accuracy" and its "stderr" in per cent, "images", of AutoAttack its
     "stages" and "warnings", and "warnings" where an attacked image, or its logits, are not finite: it
-    counts as fooled. Raises ValueError where the logits of a clean image are not."""
+    counts as fooled; and where images stand under PGD at which it has no gradient. Raises ValueError where
+    the logits of a clean image are not finite, and for a label that is no class."""
     right = 0
     broken = 0
     blind = 0
+    untouched = 0
     total = 0
     more = {}
     batches = in_order(images, batch_size, limit)
@@ -144,6 +163,8 @@ def judge(net, images, attack=None, seed=0, limit=None, restarts=1, source=None,
                 x_adv, report = attacked(source or net, x, y, attack, start, batch_size)
                 with torch.no_grad():
                     logits = torch.cat([net(part) for part in x_adv.split(batch_size)])
+                if y.min() < 0 or y.max() >= logits.shape[1]:
+                    raise ValueError(f"labels go from {int(y.min())} to {int(y.max())}, of {logits.shape[1]} classes")
                 finite &= logits.isfinite().all(1)
                 seen &= x_adv.isfinite().flatten(1).all(1)
                 if "standing" in report:  # a random network: what fell within AutoAttack has fallen
@@ -155,7 +176,10 @@ def judge(net, images, attack=None, seed=0, limit=None, restarts=1, source=None,
                     more["warnings"] = list(dict.fromkeys(texts))
                     if restarts == 1:
                         more["stages"] = report["stages"]
-            right = right + (standing & finite & seen).sum()
+            standing &= finite & seen
+            right = right + standing.sum()
+            if isinstance(attack, Attack) and not isinstance(net, Vote) and standing.any():
+                untouched += without_gradient(source or net, x_adv[standing], y[standing]).sum()
             broken = broken + (~finite & seen).sum()
             blind = blind + (~seen).sum()
             total += len(y)
@@ -166,33 +190,40 @@ def judge(net, images, attack=None, seed=0, limit=None, restarts=1, source=None,
         if int(count):
             text = f"{int(count)} attacked images {what}, and count as fooled"
             more["warnings"] = more.get("warnings", []) + [text]
+    if int(untouched):
+        text = f"{int(untouched)} images stand where the gradient is exactly 0: PGD tells nothing of them"
+        more["warnings"] = more.get("warnings", []) + [text]
     return score(100 * int(right) / total, total) | more
 
 
+FAR = {"linf": 64 / 255, "l2": 4.0}  # at eight times a small radius a robust network may still be right
+
+
 def score(accuracy, images):
+    """The standard error is that of the test images; 0 where all or none are right, which is too little."""
     stderr = (accuracy * (100 - accuracy) / images) ** 0.5
     return {"accuracy": accuracy, "stderr": round(stderr, 2), "images": images}
 
 
 def sanity(net, images, attack, seed, limit, batch_size):
     """Accuracies that show whether a robust one means something: PGD of 100 steps must not be weaker
-    than PGD of 20, and at eight times the radius nothing may stand. In per cent; "doubts" says what is
-    wrong by more than a point, and repeats the warnings of these attacks."""
+    than PGD of 20, and far away, at eight times the radius and at least FAR, nothing may stand. In per cent;
+    "doubts" says what is wrong by more than a point, and repeats the warnings of these attacks."""
     found = {}
     doubts = []
-    far = 8 * attack.eps
+    far = max(8 * attack.eps, FAR[attack.norm])
     if attack.norm == "linf":
         far = min(far, 1.0)  # the whole range of pixels
     for name, eps, steps in (("pgd20", attack.eps, 20), ("pgd100", attack.eps, 100),
-                             ("pgd20 at 8 eps", far, 20)):
+                             ("pgd20 far", far, 20)):
         pgd_of = Attack(attack.norm, eps, eps / 4, steps)
         under = judge(net, images, pgd_of, seed, limit, batch_size=batch_size)
         found[name] = under["accuracy"]
         doubts += [f"{name}: {text}" for text in under.get("warnings", [])]
     if found["pgd100"] > found["pgd20"] + 1:
         doubts.append("PGD-100 is weaker than PGD-20")
-    if found["pgd20 at 8 eps"] > 1:
-        doubts.append("images stand at 8 eps")
+    if found["pgd20 far"] > 1:
+        doubts.append("images stand far away")
     return {**found, "doubts": doubts}
 
 
@@ -227,7 +258,7 @@ def corrupted(net, images, kinds, folder=None, seed=0):
         rights[k, severity - 1] = 100 * torch.cat(right).float().cpu()
     each = rights.mean((0, 1))  # image by image
     n = len(images)
-    return {"accuracy": round(each.mean().item(), 2), "stderr": round((each.std() / n**0.5).item(), 2),
+    return {"accuracy": round(each.mean().item(), 2), "stderr": round((each.std() / n**0.5).item(), 2) if n > 1 else None,
             "images": n,
             "kinds": {kind: round(of_kind.mean().item(), 2) for kind, of_kind in zip(kinds, rights)}}
 

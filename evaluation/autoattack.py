@@ -24,7 +24,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 
-from common.pgd import eval_mode, pixels_only
+from common.pgd import direction, eval_mode, pixels_only
 
 VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
@@ -57,8 +57,8 @@ def autoattack(net, x, y, eps, norm="linf", version="standard", seed=0, batch_si
     forward and backward, seconds, and `warnings`, which are also raised as Python warnings; of version rand
     also which images are `standing`, a list of bool, since another draw may judge them otherwise.
 
-    Eval mode is forced inside; modes, gradients and the global random state are left as they were. The
-    memory format of x is kept. Raises ValueError for an input that it cannot judge.
+    Of a module, eval mode is forced inside, and its modes are left as they were; a function runs in the mode
+    that you set. Gradients and the global random state are left as they were. The memory format of x is kept. Raises ValueError for an input that it cannot judge.
     """
     if isinstance(version, str):
         stages = VERSIONS.get(version, ())
@@ -253,18 +253,22 @@ def misuse(net, x, y, logits, may_be_random=False):
     right = logits.argmax(1) == y
     if right.any():
         _, _, g = net.gradient(x[right], lambda z: margin(z, y[right]))
-        zero = int((g.flatten(1).abs().amax(1) == 0).sum())
-        if zero:
-            found.append(f"the gradient is exactly zero or not finite for {zero} of {len(g)} images: "
+        zero = (g.flatten(1) == 0).all(1)
+        if zero.any():
+            found.append(f"the gradient is exactly zero or not finite for {int(zero.sum())} of {len(g)} images: "
                          "it tells nothing")
+        _, _, g = net.gradient(x[right], lambda z: F.cross_entropy(z, y[right], reduction="none"))
+        saturated = (g.flatten(1) == 0).all(1) & ~zero
+        if saturated.any():
+            found.append(f"the cross-entropy has no gradient for {int(saturated.sum())} of {len(g)} images, where the "
+                         "softmax is saturated: apgd-ce tells nothing of them")
     return found
 
 
 class Queries:
     """`net` as an attack asks it: logits in float32 or finer, and passes of images counted.
 
-    sizes  batches are filled up with zeros to the next of them (ascending). On an accelerator each new
-    shape
+    sizes  batches are filled up with zeros to the next of them (ascending). On an accelerator each new shape
            starts cuDNN's and a compiler's tuning again, and every point that falls makes a new shape.
     fast   under bf16 autocast.
     fill   attacks that have fewer points fill a batch up to so many images: a small one costs more an image.
@@ -377,7 +381,10 @@ def targeted(run, net, x, y, fill=0):
     rows = torch.arange(len(x), device=x.device)
     rank = 2
     with torch.no_grad():
-        order = net(x).argsort(1)
+        logits = net(x)
+        own = logits.gather(1, y[:, None])
+        own = torch.where(own == logits.amax(1, keepdim=True), torch.inf, own)  # last, also where another ties
+        order = logits.scatter(1, y[:, None], own).argsort(1)
     last = min(TARGETS + 1, order.shape[1])
     while rank <= last and len(rows):
         n = len(rows)
@@ -439,6 +446,8 @@ def apgd(net, x, y, eps, norm, loss, generator, t=None, steps=100, stop=True):
                 wrong = wrong[~wrong]
         a = 0.75 if i else 1.0
         ascent = g.sign() if norm == "linf" else g / (length(g, norm) + 1e-12)
+        if norm == "l2":  # of a nearly saturated softmax; there the official code's steps have no length
+            ascent = torch.where(length(g, norm) < 1e-6, direction(g, z, norm), ascent)
         w = project(z + column(step, z) * ascent, x, eps, norm)
         moved = project(z + (w - z) * a + (z - z_prev) * (1 - a), x, eps, norm)
         z_prev = z

@@ -20,7 +20,7 @@ def knn(encoder, train_images, test_images, k=200, temperature=0.1, present=None
     for h, y in zip(queries.split(500), wanted.split(500)):
         similar, index = (h @ bank.T).topk(min(k, len(bank)), dim=1)
         votes = torch.zeros(len(h), train_images.classes, device=h.device)
-        votes.scatter_add_(1, labels[index], (similar / temperature).exp())
+        votes.scatter_add_(1, labels[index], ((similar - similar[:, :1]) / temperature).exp())  # of the nearest: 1
         if present:
             votes = votes[:, present]
         right += (votes.argmax(1) == y).sum()
@@ -32,7 +32,7 @@ def features(encoder, images, what):
     parts = []
     labels = []
     for x, y in in_order(images):
-        parts.append(F.normalize(encoder(x)))
+        parts.append(F.normalize(encoder(x).float()))
         labels.append(y)
     h = torch.cat(parts)
     check_finite(h, encoder, what)

@@ -50,8 +50,10 @@ def spearman(a, b):
 
 def chance_of(a, b, seed=0):
     """How often an order drawn at random correlates with `a` as much as `b` does, or more: over all orders of
-    up to EXACT values, else over DRAWS of them, `b` among these."""
+    up to EXACT values, else over DRAWS of them, `b` among these; nan where there is no correlation."""
     found = spearman(a, b) - 1e-9
+    if math.isnan(found):
+        return math.nan
     b = numpy.asarray(b)
     if len(b) <= EXACT:
         hits = [spearman(a, b[list(order)]) >= found for order in itertools.permutations(range(len(b)))]

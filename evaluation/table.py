@@ -205,10 +205,9 @@ def markdown(runs, columns, groups, published, free):
     columns    {column: title}; those that some run has
     groups     {title: (script, flags) pairs}: rows stand together under the first title of which a pair fits
                the row's script and flags
-    published  (script, flags, text): the text of the first that fits, unless there was no epoch. In
-    both, a
-               flag's value may be a function that says whether it fits
-    Raises ValueError where two runs of one row have the same seed.
+    published  (script, flags, text): the text of the first that fits, unless there was no epoch
+    In both, a flag's value may be a function that says whether it fits. Raises ValueError where two runs of one
+    row have the same seed, or were judged on other images or by other attacks.
     """
     columns = {c: title for c, title in columns.items() if any(c in results for _, results in runs)}
     runs = [(path, results) for path, results in runs if results.keys() & columns.keys()]
@@ -222,6 +221,8 @@ def markdown(runs, columns, groups, published, free):
             out.append([f"**{group}**"] + [""] * (len(columns) + 3))
         for row in grouped.get(group, []):
             found = [of_path[run.path] for run in row]
+            for c, title in columns.items():
+                check_alike([(run.path, results[c]) for run, results in zip(row, found) if c in results], title)
             cells = [cell([results[c] for results in found if c in results], len(found)) for c in columns]
             time = ""
             if {run.unit for run in row} in ({"s"}, {"CPU-s"}):
@@ -233,6 +234,18 @@ def markdown(runs, columns, groups, published, free):
     if not any(row[-1] for row in out[2:]):
         out = [row[:-1] for row in out]
     return "\n".join("| " + " | ".join(row) + " |" for row in out)
+
+
+def check_alike(results, what):
+    """ValueError where `results`, pairs of a path and a result, which are to be averaged, are of other test images
+    or of another attack. What older programs did not write is not compared."""
+    for name in ("images", "test", "settings", "restarts", "batch_size", "source"):
+        known = [(path, result[name]) for path, result in results if name in result]
+        for path, value in known[1:]:
+            first, wanted = known[0]
+            if value != wanted:
+                raise ValueError(f"{what}: {first} and {path} would be averaged, but {name} of the first is {wanted}, "
+                                 f"of the second {value}; choose by a flag, or evaluate both alike")
 
 
 def kinds(runs, column, title):

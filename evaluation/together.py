@@ -188,7 +188,11 @@ class Ensemble(nn.Module):
         self.path = "the ensemble"
 
     def forward(self, x):
-        each = torch.stack([F.log_softmax(member(x).float(), 1) for member in self.members])
+        each = []
+        for member in self.members:
+            logits = member(x)
+            each.append(F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), 1))
+        each = torch.stack(each)
         return each.logsumexp(0) - math.log(len(self.members))  # of (members, B, classes)
 
 

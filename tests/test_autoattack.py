@@ -758,3 +758,49 @@ def test_agrees_with_the_reference_image_by_image(norm):
             assert (apart <= 5e-5).float().mean() >= 0.75
         else:
             assert apart.max() <= 1e-6, stage
+
+
+def test_apgd_walks_whole_steps_in_l2_where_a_softmax_is_nearly_saturated():
+    """Its gradients are so small that their squares are 0 in float32; apgd-ce is all that two classes have."""
+    net, _ = linear(classes=2)
+    x = X(6, 3, 8, 8).float()
+    y = net(x).argmax(1)
+    margins = (net(x)[:, 0] - net(x)[:, 1]).abs()
+    robust = []
+    for scale in (1.0, 60.0):
+
+        def scaled(v, scale=scale):
+            return scale / margins.max() * net(v)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            robust.append(autoattack(scaled, x, y, 3.0, "l2", ("apgd-ce",))[1]["robust"])
+    assert robust[0] == robust[1]
+
+
+def test_the_own_class_is_never_a_target_also_where_another_one_ties():
+    asked = []
+
+    def run(x, y, t):
+        asked.extend(t.tolist())
+        return x, torch.zeros(len(x), dtype=torch.bool)
+
+    def net(x):
+        return torch.tensor([[1.0, 1.0, 0.0, -1.0]]).expand(len(x), 4)  # 0 and 1 tie
+
+    for y in (0, 1):
+        asked.clear()
+        aa.targeted(run, net, torch.zeros(2, 3, 4, 4), torch.full((2,), y))
+        assert sorted(set(asked)) == sorted({0, 1, 2, 3} - {y})
+
+
+def test_a_saturated_softmax_is_named():
+    def net(x):
+        margin = 1e4 * (x[:, 0] - x[:, 2]).mean((1, 2))
+        return torch.stack([margin, -margin], 1)
+
+    x = torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    x[:, 0] /= 2
+    x[:, 2] = 1 - x[:, 2] / 2
+    found = aa.misuse(aa.Queries(net), x, net(x).argmax(1), net(x))
+    assert len(found) == 1 and "the cross-entropy has no gradient for 4 of 4 images" in found[0]

@@ -412,7 +412,7 @@ def test_autoattack_is_recorded_with_its_images_stages_and_sanity(exported):
     v = found["accuracy"]
     assert found["images"] == 5 and found["stderr"] == pytest.approx((v * (100 - v) / 5) ** 0.5, abs=0.01)
     assert list(found["stages"]) == ["apgd-ce", "apgd-t"] and found["stages"]["apgd-t"]["robust"] == v
-    assert found["sanity"].keys() == {"pgd20", "pgd100", "pgd20 at 8 eps", "doubts"}
+    assert found["sanity"].keys() == {"pgd20", "pgd100", "pgd20 far", "doubts"}
 
 
 class Masked(nn.Module):
@@ -428,10 +428,12 @@ def test_sanity_doubts_a_network_that_hides_its_gradient_and_not_an_honest_one()
     images = data.Images(red.view(8, 1, 1, 1).repeat(1, 3, 8, 8), (red < 127.5).long(), 2)
     attack = attacks.ATTACKS["aa"]
     found = attacks.sanity(Masked(), images, attack, 0, 8, 500)
-    assert found["pgd20 at 8 eps"] > 0 and found["doubts"] == ["images stand at 8 eps"]
+    assert found["pgd20 far"] > 0 and "images stand far away" in found["doubts"]
+    blind = [text for text in found["doubts"] if "stand where the gradient is exactly 0: PGD tells nothing" in text]
+    assert len(blind) == 3 and len(found["doubts"]) == 4  # of each of the three attacks
     images = data.Images(images.x[2:6], images.y[2:6], 2)
     honest = attacks.sanity(Red(), images, attack, 0, 4, 2)
-    assert honest["doubts"] == [] and honest["pgd20 at 8 eps"] == 0 and honest["pgd100"] <= honest["pgd20"]
+    assert honest["doubts"] == [] and honest["pgd20 far"] == 0 and honest["pgd100"] <= honest["pgd20"]
 
 
 def test_autoattacks_warnings_are_kept_under_restarts_too():
@@ -1036,8 +1038,8 @@ def test_the_attack_climbs_the_cross_entropy_of_the_source_in_eval_mode():
 
 
 @pytest.mark.parametrize("pgd20, pgd100, at_8, doubts", [
-    (40, 42, 0, ["PGD-100 is weaker than PGD-20"]), (40, 41, 1, []), (40, 30, 2, ["images stand at 8 eps"]),
-    (10, 90, 90, ["PGD-100 is weaker than PGD-20", "images stand at 8 eps"])])
+    (40, 42, 0, ["PGD-100 is weaker than PGD-20"]), (40, 41, 1, []), (40, 30, 2, ["images stand far away"]),
+    (10, 90, 90, ["PGD-100 is weaker than PGD-20", "images stand far away"])])
 def test_each_doubt_of_the_sanity_check_can_be_reached(monkeypatch, pgd20, pgd100, at_8, doubts):
     asked = []
 
@@ -1048,7 +1050,7 @@ def test_each_doubt_of_the_sanity_check_can_be_reached(monkeypatch, pgd20, pgd10
 
     monkeypatch.setattr(attacks, "judge", judge)
     found = attacks.sanity(None, None, attacks.ATTACKS["aa"], 0, 5, 500)
-    assert found == {"pgd20": pgd20, "pgd100": pgd100, "pgd20 at 8 eps": at_8, "doubts": doubts}
+    assert found == {"pgd20": pgd20, "pgd100": pgd100, "pgd20 far": at_8, "doubts": doubts}
     eps = 8 / 255
     assert asked == [("linf", eps, eps / 4, 20), ("linf", eps, eps / 4, 100), ("linf", 8 * eps, 2 * eps, 20)]
 
@@ -1121,3 +1123,60 @@ def test_the_command_asks_for_200_neighbours_at_a_temperature_of_a_tenth(exporte
     (line,) = run_main(exported, "--preset", "knn")
     assert asked == [line["recipe"]] == [{"k": 200, "temperature": 0.1}]
     assert line["results"]["clean"]["accuracy"] == 50
+
+
+class Steep(nn.Module):
+    """Red against blue, whose logits are so far apart that float32's softmax has no gradient; in `dtype`."""
+
+    def __init__(self, scale, dtype=torch.float32):
+        super().__init__()
+        self.scale, self.dtype = scale, dtype
+
+    def forward(self, x):
+        margin = self.scale * (x[:, 0] - x[:, 2]).mean((1, 2))
+        return torch.stack([margin, -margin], 1).to(self.dtype)
+
+
+def reds_and_blues(n=6):
+    x = torch.zeros(n, 3, 8, 8, dtype=torch.uint8)
+    x[:, 1] = 128
+    for i in range(n):
+        x[i, 0 if i % 2 else 2] = 130
+        x[i, 2 if i % 2 else 0] = 126  # 4/255 away from the boundary
+    return data.Images(x, torch.tensor([1 - i % 2 for i in range(n)]), 2)
+
+
+def test_images_that_stand_where_an_attack_has_no_gradient_are_named():
+    images, attack = reds_and_blues(), attacks.ATTACKS["pgd20"]
+    fallen = attacks.judge(Steep(1.0), images, attack)
+    assert fallen["accuracy"] == 0 and "warnings" not in fallen
+    standing = attacks.judge(Steep(1e4), images, attack)
+    assert standing["accuracy"] == 100
+    assert standing["warnings"] == ["6 images stand where the gradient is exactly 0: PGD tells nothing of them"]
+    assert "warnings" not in attacks.judge(Steep(1e4), images)  # clean images are not attacked
+
+
+def test_logits_in_half_precision_lose_no_gradient_to_the_mean_over_the_batch():
+    images = reds_and_blues(500)
+    wide = attacks.judge(Steep(340.0), images, attacks.ATTACKS["pgd20"])["accuracy"]
+    assert attacks.judge(Steep(340.0, torch.float16), images, attacks.ATTACKS["pgd20"])["accuracy"] == wide == 0
+
+
+@pytest.mark.parametrize("label", [-1, 2])
+def test_a_label_that_is_no_class_is_no_mistake_of_the_network(label):
+    images = reds_and_blues()
+    images.y[3] = label
+    with pytest.raises(ValueError, match="labels go from .*, of 2 classes"):
+        attacks.judge(Steep(1.0), images)
+
+
+def test_votes_at_a_small_temperature_are_finite():
+    class Angle(nn.Module):
+        def forward(self, x):
+            turn = x[:, 0].mean((1, 2))
+            return torch.stack([turn.cos(), turn.sin()], 1)
+
+    x = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 3, 4, 4).contiguous()
+    images = data.Images(x, torch.arange(8), 8)
+    assert knn.knn(Angle(), images, images, k=8, temperature=1e-6) == 100
+    assert knn.knn(Angle(), images, data.Images(x, torch.arange(8), 8), k=1, temperature=1e-6) == 100

@@ -101,3 +101,8 @@ def test_too_few_methods_are_said_and_none_is_an_error(tmp_path, capsys):
 def test_every_compared_figure_is_a_published_linear_probe_on_cifar10():
     assert len({row for *_, row in COMPARED}) == len(COMPARED)
     assert all(row.data == "CIFAR-10" and None not in row.slf[:2] for *_, row in COMPARED)
+
+
+@pytest.mark.parametrize("n", [5, 10])
+def test_where_there_is_no_correlation_it_has_no_chance(n):
+    assert math.isnan(ranks.chance_of(list(range(n)), [1.0] * n))

@@ -180,3 +180,14 @@ def test_a_flag_that_an_older_log_does_not_have_counts_as_its_default(tmp_path):
     assert [len(row) for row in table.rows([old, new, other], {"out"})] == [2, 1]
     foreign = [folder(tmp_path / name, "elsewhere", **flags) for name, flags in (("a", {}), ("b", {"norm": "linf", "seed": 1}))]
     assert [len(row) for row in table.rows(foreign, {"out"})] == [1, 1]  # its defaults are not known
+
+
+@pytest.mark.parametrize("name, values", [
+    ("images", (100, 10000)), ("test", ("a", "b")), ("settings", ({"steps": 20}, {"steps": 50})), ("restarts", (1, 5))])
+def test_seeds_that_were_judged_otherwise_are_not_averaged(tmp_path, name, values):
+    runs = [(folder(tmp_path / f"a{seed}", "rocl", seed=seed), {"clean": {**found(1), name: value}})
+            for seed, value in enumerate(values)]
+    with pytest.raises(ValueError, match=f"SA: .*a0 and .*a1 would be averaged, but {name} of the first is"):
+        table.markdown(runs, {"clean": "SA"}, GROUPS, PUBLISHED, {"out"})
+    del runs[1][1]["clean"][name]  # of an older program
+    table.markdown(runs, {"clean": "SA"}, GROUPS, PUBLISHED, {"out"})
