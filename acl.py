@@ -160,6 +160,7 @@ def attack(net, x1, x2, noise, kinds, *, temperature, norm, eps, step_size, step
     if noise is not None:
         start1 = (x1 + eps * noise[:, 0]).clamp(0, 1)
         start2 = (x2 + eps * noise[:, 1]).clamp(0, 1)
+    kinds = tuple(kinds)  # as below
     # In eval mode an embedding depends on its own image only. So the embedding of a clean view is a
     # constant, computed once, and no running statistic changes.
     with eval_mode(net):
@@ -188,6 +189,8 @@ def attack(net, x1, x2, noise, kinds, *, temperature, norm, eps, step_size, step
                 return nt_xent(z1, embed(net, x2_adv, "adv"), temperature)
 
             return x1, pgd(loss_of_second, x2, eps, step_size, steps, norm, start=start2)
+    if kinds != ("clean", "clean"):
+        raise ValueError(f"kinds {kinds}: each must be clean or adv")
     return x1, x2
 
 

@@ -124,13 +124,15 @@ class GroupedNorm(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        count = min(max(2, math.ceil(len(x) / 32)), len(x) // 2)
+        mean = self.running_mean if self.track_running_stats else None  # within frozen_stats they stay
+        var = self.running_var if self.track_running_stats else None
+        count = max(1, min(max(2, math.ceil(len(x) / 32)), len(x) // 2))
         sizes = [(len(x) + i) // count for i in reversed(range(count))]  # equal, or the first have one more
         groups = x.split(sizes)  # unlike tensor_split, whose backward pass adds up whole batches
         outputs = []
         for group in groups:  # together they move the running statistics about as far as one batch does
-            outputs.append(F.batch_norm(group, self.running_mean, self.running_var, self.weight, self.bias,
-                                        True, self.momentum / len(groups), self.eps))
+            outputs.append(F.batch_norm(group, mean, var, self.weight, self.bias, True,
+                                        self.momentum / len(groups), self.eps))
         return torch.cat(outputs)
 
 
@@ -257,6 +259,8 @@ def train_step(net, target, opt, bank, x_q, x_k, order, noise, *, ema, temperatu
     `clean_weight` is not 0 the networks need BatchNorm branches "clean" and "adv".
     """
     bn_clean, bn_adv = branches(clean_weight)
+    if len(x_q) % len(x_k):
+        raise ValueError(f"{len(x_q)} queries and {len(x_k)} keys: must be as many, or a multiple")
     # The key network moves first (its parameters; its running statistics are its own). Both networks see
     # their images in train mode, each image once (clean and attacked ones are two); attacks are in eval mode.
     optim.ema(target, net, ema)
@@ -269,7 +273,7 @@ def train_step(net, target, opt, bank, x_q, x_k, order, noise, *, ema, temperatu
         starts = [None] * len(x_q) if noise is None else noise
         x_q = [attack(net, x, key, keys, n, start, temperature=temperature, norm=norm,
                       eps=eps, step_size=step_size, steps=steps, bn=bn_adv)
-               for x, (key, keys), start in zip(x_q, pairs, starts)]
+               for x, (key, keys), start in zip(x_q, pairs, starts, strict=True)]
     q = [embed(net, x, bn_adv) for x in x_q]
 
     # Two players, one point: the network descends `loss`, for which the bank is a constant; the

@@ -167,8 +167,12 @@ def augment(x, rng, size, min_scale, crops):
 
 
 def random_mask(u, ratio):
-    """(B, L) bool: all but the int(L (1 - ratio)) patches of smallest `u` (B, L) are masked."""
-    return u.argsort(1).argsort(1) >= int(u.shape[1] * (1 - ratio))
+    """(B, L) bool: all but the int(L (1 - ratio)) patches of smallest `u` (B, L) are masked. Raises ValueError
+    where all or none are."""
+    kept = int(u.shape[1] * (1 - ratio))
+    if not 0 < kept < u.shape[1]:
+        raise ValueError(f"mask ratio {ratio}: leaves {kept} of {u.shape[1]} patches; some must be left, not all")
+    return u.argsort(1).argsort(1) >= kept
 
 
 class MAEPlus(nn.Module):
@@ -306,6 +310,8 @@ def train_step(net, opt, opt_delta, x, u, noise, *, mask_ratio, adversary, norm,
     """One iteration on images x (B, 3, S, S); the loss, to be logged. u (B, L), uniform, draws the
     mask; `noise` is as in `attack`. `opt` has the weights, `opt_delta` net.delta. With radius 0 it
     is MAE+'s step."""
+    if adversary not in ("persistent", "pgd"):
+        raise ValueError(f"adversary {adversary!r}: choose persistent or pgd")
     patches = patchify(x, net.encoder.patch)  # (B, L, D)
     target = net.encoder.normalise(patches)
     masked = random_mask(u, mask_ratio)
@@ -322,7 +328,7 @@ def train_step(net, opt, opt_delta, x, u, noise, *, mask_ratio, adversary, norm,
     # Both gradients are taken at the same point, so that the order of the two updates does not
     # matter.
     opt.zero_grad()
-    opt_delta.zero_grad()
+    net.delta.grad = None
     loss.backward()
     dist.average_grads(net.parameters())
     opt.step()

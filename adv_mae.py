@@ -99,9 +99,11 @@ def random_masking(u, ratio):
     """Keep the int(L (1 - ratio)) patches of smallest `u` (B, L).
 
     Returns ids_keep (B, Lk); ids_restore (B, L), the place of each patch among [kept; removed]; and
-    mask (B, L), 1 where *removed*.
+    mask (B, L), 1 where *removed*. Raises ValueError where all or none are.
     """
     kept = int(u.shape[1] * (1 - ratio))
+    if not 0 < kept < u.shape[1]:
+        raise ValueError(f"mask ratio {ratio}: leaves {kept} of {u.shape[1]} patches; some must be left, not all")
     order = u.argsort(1)
     ids_restore = order.argsort(1)
     return order[:, :kept], ids_restore, (ids_restore >= kept).to(u)

@@ -149,6 +149,8 @@ def choose(views, x1, x2, x, cutoff):
     images = {"x1": x1, "x2": x2, "x": x, "xh": x_h, "xl": x - x_h}
     clean = [images[view] for view in views if not is_attacked(view)]
     attacked = [images[view.removesuffix("+d")] for view in views if is_attacked(view)]
+    if not attacked:
+        raise ValueError(f"views {views}: one at least must be attacked (+d)")
     return clean, torch.stack(attacked)
 
 
@@ -182,7 +184,7 @@ def cluster_loss(net, x, labels, clusters):
     with branch(net["encoder"], "adv_ce"), run.autocast(x.device):
         logits = net["classifier"](net["encoder"](x))  # (B, sum of all K)
     total = 0.0
-    for part, y in zip(logits.to(x.dtype).split(clusters, dim=1), labels.T):
+    for part, y in zip(logits.to(x.dtype).split(clusters, dim=1), labels.T, strict=True):
         labelled = (y >= 0).sum().clamp_min(1)  # a plain mean over no image would be NaN
         total = total + F.cross_entropy(part, y, ignore_index=-1, reduction="sum") / labelled
     return total / len(clusters)

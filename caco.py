@@ -233,8 +233,9 @@ def train_step(net, target, opt, bank, x, noise, *, cooperation, temperature, em
     # The key network moves first (its parameters; its running statistics are its own). Both networks see
     # their views once in train mode; attacks are in eval mode. Keys get no gradient.
     optim.ema(target, net, ema)
-    k1 = embed(target, x[0])
-    k2 = embed(target, x[1])
+    with torch.no_grad():
+        k1 = embed(target, x[0])
+        k2 = embed(target, x[1])
 
     # The positive of a view is found by the key of the other one.
     n, length = unit_rows(bank.rows)
@@ -246,7 +247,7 @@ def train_step(net, target, opt, bank, x, noise, *, cooperation, temperature, em
         starts = [None] * len(x) if noise is None else noise
         x = [attack(net, view, positive, n, start, temperature=temperature, norm=norm,
                     eps=eps, step_size=step_size, steps=steps)
-             for view, positive, start in zip(x, meets, starts)]
+             for view, positive, start in zip(x, meets, starts, strict=True)]
     q = [embed(net, view) for view in x]
 
     # The sum of both views' losses is twice the mean over both. In multi-crop it is once that mean, and the

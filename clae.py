@@ -78,7 +78,7 @@ from torch import nn
 from common import data, dist, encoders, optim, run
 from common.augment import random_color_jitter, random_grayscale, random_resized_crop
 from common.log import Log
-from common.pgd import frozen_stats, pgd
+from common.pgd import check_box, frozen_stats, pgd
 from common.pictures import attack_key, difference, save_rows
 from common.resnet import BranchNorm, branch
 from common.speed import compile_networks, graphed
@@ -136,10 +136,11 @@ def attack(net, x, noise, *, eps, temperature, random=False):
     """x (B, 3, S, S) in [0, 1] after one step of eps uphill on NT(z_x, z), where z is the embedding of the
     moving copy, and z_x, that of x, is held constant. eps is in the units of x.
 
-    With `random` the step is eps sign(`noise`) instead, noise shaped as x; else noise is not read.
+    With `random` the step is eps sign(`noise`) instead, noise shaped as x; without it, noise is not read.
     """
     if random:
-        return (x + eps * noise.sign()).clamp(0, 1)
+        check_box(x, 0.0, 1.0)  # as pgd does
+        return (x.detach() + eps * noise.sign()).clamp(0, 1)
 
     def loss_of_copy(x_adv):
         z = embed(net, x_adv, "adv")

@@ -127,13 +127,15 @@ class GroupedNorm(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        count = min(max(2, math.ceil(len(x) / 32)), len(x) // 2)
+        mean = self.running_mean if self.track_running_stats else None  # within frozen_stats they stay
+        var = self.running_var if self.track_running_stats else None
+        count = max(1, min(max(2, math.ceil(len(x) / 32)), len(x) // 2))
         sizes = [(len(x) + i) // count for i in reversed(range(count))]  # equal, or the first have one more
         groups = x.split(sizes)  # unlike tensor_split, whose backward pass adds up whole batches
         outputs = []
         for group in groups:  # together they move the running statistics about as far as one batch does
-            outputs.append(F.batch_norm(group, self.running_mean, self.running_var, self.weight, self.bias,
-                                        True, self.momentum / len(groups), self.eps))
+            outputs.append(F.batch_norm(group, mean, var, self.weight, self.bias, True,
+                                        self.momentum / len(groups), self.eps))
         return torch.cat(outputs)
 
 
@@ -214,6 +216,8 @@ def hcl_loss(q, k, bank, temperature, beta, tau):
     """
     positive = positive_cosines(q, k, bank) / temperature  # ln p
     count = 2 * len(q) - 2 if bank is None else len(bank)
+    if not count:
+        raise ValueError("one image: it has no negatives")
     log_g = log_negatives(q, k, bank, temperature / (1 + beta))  # ln R, where beta is 0
     if beta:
         # The weights n_j^beta / mean n^beta have a gradient too: the sum above is of weight times score.
@@ -230,7 +234,7 @@ def hcl_loss(q, k, bank, temperature, beta, tau):
 def hardest(q, bank, n):
     """The `n` rows of bank (K, D) with the largest products with each row of q (B, D), the largest first:
     (B, n) int64."""
-    return (q @ bank.T).topk(n, dim=1).indices
+    return (q @ bank.to(q.dtype).T).topk(n, dim=1).indices
 
 
 @torch.no_grad()
@@ -284,6 +288,8 @@ def objective(q, k, bank, mixed, *, negatives, temperature, shift, alpha, ifm_on
         return hcl_loss(q, k, bank, temperature, beta, tau)
     if negatives == "debiased":
         return hcl_loss(q, k, bank, temperature, 0.0, tau)
+    if negatives not in ("plain", "mochi"):
+        raise ValueError(f"negatives {negatives!r}: choose one of plain, ifm, hcl, debiased, mochi")
     if mixed is not None:
         return mochi_loss(q, k, bank, mixed, temperature)
     return info_nce(q, k, bank, temperature)
@@ -309,7 +315,7 @@ def train_step(net, target, opt, bank, x1, x2, order, numbers, *, ema, hardest_r
             k = embed_in_order(target, x2, order)
         q = embed(net, x1)
         rows = bank.rows
-        if numbers is not None:
+        if negatives == "mochi" and numbers is not None:
             mixed = mixtures(q, rows, numbers, hardest_rows)
     loss = objective(q, k, rows, mixed, negatives=negatives, temperature=temperature, shift=shift,
                      alpha=alpha, ifm_only=ifm_only, beta=beta, tau=tau)

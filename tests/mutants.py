@@ -26,7 +26,7 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[1]
 LIST = pathlib.Path(__file__).with_name("mutants.json")
-SHARED = ("test_starts.py", "test_wiring.py", "test_augment.py", "test_export.py", "test_faults.py", "test_all_scripts.py")
+SHARED = ("test_pasted.py", "test_starts.py", "test_wiring.py", "test_augment.py", "test_export.py", "test_faults.py", "test_all_scripts.py")
 
 
 def tests_of(path):
