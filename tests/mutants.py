@@ -26,7 +26,7 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[1]
 LIST = pathlib.Path(__file__).with_name("mutants.json")
-SHARED = ("test_pasted.py", "test_starts.py", "test_wiring.py", "test_augment.py", "test_export.py", "test_faults.py", "test_all_scripts.py")
+SHARED = ("test_starts.py", "test_wiring.py", "test_augment.py", "test_export.py", "test_faults.py", "test_all_scripts.py")
 
 
 def tests_of(path):
@@ -35,6 +35,7 @@ def tests_of(path):
     own = [f"test_step_{name}.py", f"test_{name}_papers.py", f"test_{name}.py", f"test_{name}_faults.py"]
     found = [(test, None) for test in own if (ROOT / "tests" / test).exists()]
     if (ROOT / path).parent == ROOT and name not in ("eval", "plot"):
+        found += [("test_pasted.py", None)]
         found += [(test, name) for test in SHARED if (ROOT / "tests" / test).exists()]
     if path.startswith("evaluation/") or name == "eval":
         shared = ("test_vote.py", "test_presets.py", "test_eval.py", "test_eval_faults.py", "test_testsets.py")
