@@ -22,8 +22,8 @@ SECONDS = {
     "test_encoders": 18,
     "test_adios": 18, "test_caco": 15, "test_clae": 15, "test_gpu": 15, "test_plot": 14, "test_data_faults": 12,
     "test_presets": 12, "test_run": 12, "test_versus": 12, "test_autoattack_papers": 8, "test_starts": 8,
-    "test_step_pretext": 8, "test_testsets": 8, "test_lifted": 7, "test_together": 7,
-    "test_vote": 12, "test_snapshots": 20, "test_strangers": 8, "test_unified": 10, "test_pasted": 6, "test_step_unified": 10, "test_hardneg": 8,
+    "test_step_pretext": 8, "test_testsets": 8, "test_lifted": 7, "test_together": 7, "test_pasted": 6,
+    "test_vote": 12, "test_snapshots": 20, "test_strangers": 8, "test_unified": 10, "test_step_unified": 10, "test_hardneg": 8,
 }
 
 
