@@ -268,7 +268,8 @@ def train_step(net, target, masker, opt, opt_mask, x1, x2, control_masks, pick, 
             loss_mask = loss_of(masks, pick[:, 1], for_masker=True)
         penalty = len(views) * mask_penalty(masks)  # of both views, where both are masked
         opt_mask.zero_grad()
-        (mask_weight * penalty - loss_mask).backward(inputs=[w for w in masker.parameters() if w.requires_grad])
+        learning = [w for w in masker.parameters() if w.requires_grad]
+        (mask_weight * penalty - loss_mask).backward(inputs=learning)
         dist.average_grads(masker.parameters())
         opt_mask.step()
         losses |= {"loss_mask": loss_mask.detach(), "penalty": penalty}

@@ -167,11 +167,11 @@ def augment(x, rng, size, min_scale, crops):
 
 
 def random_mask(u, ratio):
-    """(B, L) bool: all but the int(L (1 - ratio)) patches of smallest `u` (B, L) are masked. Raises ValueError
-    where all or none are."""
+    """(B, L) bool: all but the int(L (1 - ratio)) patches of smallest `u` (B, L) are masked. Raises
+    ValueError where all or none are."""
     kept = int(u.shape[1] * (1 - ratio))
     if not 0 < kept < u.shape[1]:
-        raise ValueError(f"mask ratio {ratio}: leaves {kept} of {u.shape[1]} patches; some must be left, not all")
+        raise ValueError(f"mask ratio {ratio}: leaves {kept} of {u.shape[1]} patches; must be some, not all")
     return u.argsort(1).argsort(1) >= kept
 
 

@@ -103,7 +103,7 @@ def random_masking(u, ratio):
     """
     kept = int(u.shape[1] * (1 - ratio))
     if not 0 < kept < u.shape[1]:
-        raise ValueError(f"mask ratio {ratio}: leaves {kept} of {u.shape[1]} patches; some must be left, not all")
+        raise ValueError(f"mask ratio {ratio}: leaves {kept} of {u.shape[1]} patches; must be some, not all")
     order = u.argsort(1)
     ids_restore = order.argsort(1)
     return order[:, :kept], ids_restore, (ids_restore >= kept).to(u)

@@ -119,8 +119,8 @@ def augment(x, rng, size, solarize):
 
 
 def add_noise(x, sigma, rng):
-    """x (B, 3, S, S) plus Gaussian noise of standard deviation `sigma`, in the units of x. It is not clipped to
-    [0, 1], as in randomised smoothing."""
+    """x (B, 3, S, S) plus Gaussian noise of standard deviation `sigma`, in the units of x. It is not
+    clipped to [0, 1], as in randomised smoothing."""
     u = 2 * rng.uniform(*x.shape[1:], device=x.device) - 1
     return x + sigma * 2**0.5 * torch.erfinv(u.clamp(-0.999999, 0.999999))
 
@@ -216,8 +216,8 @@ def parser():
     p.add_argument("--batch-size", type=run.integer(1), default=512,
                    help="images per step, over all processes (paper)")
     p.add_argument("--optimizer", choices=("lars", "adamw"), default="lars",
-                   help="adamw, for a ViT, does not decay biases and norms (ours); lars, with BYOL's momentum "
-                        "of 0.9 (paper)")
+                   help="adamw, for a ViT, does not decay biases and norms (ours); lars, with BYOL's "
+                        "momentum of 0.9 (paper)")
     p.add_argument("--lr", type=run.number(), default=2.0,
                    help="at its peak; with adamw try 1e-3 (ours); with lars (paper)")
     p.add_argument("--warmup", type=run.integer(0), default=10, help="in epochs (BYOL's)")

@@ -50,7 +50,7 @@ numbers of the four rotations.
     python pretext.py                                                AP-DPE: three tasks, lambda 0.1
     python pretext.py --lam 0 --out runs/ap-se                       AP-SE
     python pretext.py --tasks rotation --out runs/rotation           one task, P3
-    python pretext.py --tasks rotation --eps 0 --epochs 200 --out runs/rotation-clean    P2, 200 epochs as in the code
+    python pretext.py --tasks rotation --eps 0 --epochs 200 --out runs/rotation-clean    P2, as in the code
     python pretext.py --tasks selfie --clean-weight 0.5 --double-softmax --out runs/selfie    as in the code
     python eval.py runs/pretext/encoder.pt --preset chen-f1 chen-f4    the paper's fine-tuning
     python eval.py runs/pretext/encoder.pt --preset knn amoc-slf amoc-alf
@@ -66,12 +66,13 @@ each task. --clean-weight adds 3, and Selfie's pooling comes on top.
 The encoder is exported with Rotation's last stage or, without Rotation, with Jigsaw's. With Selfie alone no
 last stage is trained: the exported one is random, and the file says so. At test time it sees whole, upright
 images. It normalises them by running statistics, of which the trunk has one set: of attacked images (with
---eps 0 clean ones, with --clean-weight both) of all tasks, Selfie's single patches included. In a step the last of the --tasks weighs most. A tenth of the images
-(--held-out) is kept for the choice of the epoch in fine-tuning, and not seen here.
+--eps 0 clean ones, with --clean-weight both) of all tasks, Selfie's single patches included. In a step the
+last of the --tasks weighs most. A tenth of the images (--held-out) is kept for the choice of the epoch in
+fine-tuning, and not seen here.
 
 On several processes gradients and running statistics are averaged. Each BatchNorm sees the images of its own
-process; with --sync-bn, which is for one task, those of all. Order, augmentation, tasks and noise are those of
-one process; dropout is not.
+process; with --sync-bn, which is for one task, those of all. Order, augmentation, tasks and noise are those
+of one process; dropout is not.
 
 In the log, the loss for uniform answers is ln 4 = 1.386 in Rotation, ln 31 = 3.434 in Jigsaw, and
 4 ln 4 = 5.545 in Selfie, which adds up four choices. With --double-softmax Selfie's loss cannot fall below
@@ -357,7 +358,8 @@ def attack(net, task_losses, x, noise, *, lam, eps, step_size, steps):
 def train_step(net, opt, x, targets, noise, *, tasks, lam, clean_weight, double_softmax, eps, step_size,
                steps, sigma=None):
     """One iteration on the images x (m B, 3, S, S) of the `tasks`, one task after the other, and their
-    `targets`, a list (see `task_loss`). Returns the losses, and log_det, to be logged. `noise` is as in `attack`. With
+    `targets`, a list (see `task_loss`). Returns the losses, and log_det, to be logged. `noise` is as in
+    `attack`. With
     `sigma`, in the units of x, it is standard Gaussian, and takes the place of the attack."""
     task_losses = [functools.partial(task_loss, net, task, target, double_softmax)
                    for task, target in zip(tasks, targets)]

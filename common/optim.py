@@ -35,19 +35,23 @@ def groups(named, weight_decay, exempt=(), stages=(), gamma=1.0):
     No weight decay for vectors (biases, norms) and for names in `exempt`. `stages` lists names by depth,
     input first; a parameter of, or under, one of stages[i] gets scale gamma^(len(stages) - i), any other 1.
     The scale is only noted, and has its effect through `set_lr`, or where the rate of a group is set to
-    lr * group["scale"]. Raises ValueError where stages are given and no parameter is of one of them.
+    lr * group["scale"]. Raises ValueError where stages are given and names are those of a wrapped
+    network.
     """
     found = {}
+    wrapped = []
     for name, w in named:
+        if name.startswith(("module.", "_orig_mod.")):
+            wrapped.append(name)
         if w.requires_grad:
             at = [i for i, parts in enumerate(stages) if any(f"{name}.".startswith(f"{p}.") for p in parts)]
             scale = gamma ** (len(stages) - at[0]) if at else 1.0
             decay = 0.0 if w.dim() < 2 or name in exempt else weight_decay
             group = dict(params=[], weight_decay=decay, scale=scale)
             found.setdefault((scale, decay), group)["params"].append(w)
-    if stages and gamma != 1 and all(scale == 1 for scale, _ in found):
-        raise ValueError("no parameter is of one of the stages: names must be those of the bare network, without "
-                         "module. (DistributedDataParallel) or _orig_mod. (torch.compile)")
+    if wrapped and stages and gamma != 1:
+        raise ValueError(f"{wrapped[0]}: names must be those of the bare network, without module. "
+                         "(DistributedDataParallel) or _orig_mod. (torch.compile), to be found in the stages")
     return list(found.values())
 
 
