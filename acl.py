@@ -160,7 +160,7 @@ def attack(net, x1, x2, noise, kinds, *, temperature, norm, eps, step_size, step
     if noise is not None:
         start1 = (x1 + eps * noise[:, 0]).clamp(0, 1)
         start2 = (x2 + eps * noise[:, 1]).clamp(0, 1)
-    kinds = tuple(kinds)  # as below
+    kinds = tuple(kinds)  # a list would equal none of those below
     # In eval mode an embedding depends on its own image only. So the embedding of a clean view is a
     # constant, computed once, and no running statistic changes.
     with eval_mode(net):

@@ -101,7 +101,7 @@ class Variant(NamedTuple):
     adv_query: bool  # L_* has an attacked query
     adv_key: bool  # L_* has an attacked key
     adv_bank: bool  # L_* takes its negatives from M_adv
-    extra_key: bool = False  # f_k(x1_adv), the attacked query seen as a key, feeds M_adv in place of a key
+    extra_key: bool = False  # f_k(x1_adv), the attacked query seen as a key, feeds M_adv where no key is
 
     @property
     def attacked(self):

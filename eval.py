@@ -67,9 +67,10 @@ As soon as a result is there it becomes a line of eval.jsonl beside the encoder.
 a second time while the encoder, the data, the recipe, the seed, and the attack with its settings
 (images, restarts, batch size, source, vote, test set) are the same. The last classifier of each preset
 is kept there too, as classifier-<preset>[-<BN>].pt; BN is the BatchNorm branch, "dual" where both were
-trained, and is left out for networks without branches. What flags change of a preset is part of its name, in the table
-and in files: "mae-tune layer-decay=0.75" and classifier-mae-tune-layer-decay=0.75.pt. The classifier of
-an encoder in weights.pt is classifier-weights-<preset>.pt. One process at a time works in a folder.
+trained, and is left out for networks without branches. What flags change of a preset is part of its
+name, in the table and in files: "mae-tune layer-decay=0.75" and
+classifier-mae-tune-layer-decay=0.75.pt. The classifier of an encoder in weights.pt is
+classifier-weights-<preset>.pt. One process at a time works in a folder.
 
 --kept measures nothing: it prints the results that are kept and agree with the flags given, each
 variant of a preset in columns of its own. A flag that is left out excludes nothing, except --preset

@@ -7,10 +7,10 @@ torchvision counterpart, and `random_...`, which draws them as torchvision does 
 Parameters of the images, tensors (B,), are to lie on the CPU: a thousand numbers per step cost nothing
 there, and which image gets what is known without waiting for the device. Images are floats in [0, 1], of
 float32 (or float64, whose parameters are float32 all the same), under autocast too; only crops, `resize` and
-`to_float` take uint8 as well, being where a view begins. Others are refused, but by `flip`, which takes any dtype, and `to_float`, which takes
-any floats. Whether floats lie in [0, 1] is not checked: jitter would clip them to it. No function changes its
-argument, but where nothing is to be done it may be the argument itself that comes back: clone it before you
-write into it. The file stands alone.
+`to_float` take uint8 as well, being where a view begins. Others are refused, but by `flip`, which takes any
+dtype, and `to_float`, which takes any floats. Whether floats lie in [0, 1] is not checked: jitter would clip
+them to it. No function changes its argument, but where nothing is to be done it may be the argument
+itself that comes back: clone it before you write into it. The file stands alone.
 """
 import contextlib
 import math

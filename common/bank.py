@@ -86,8 +86,8 @@ def bank_logsumexp(q, bank, temperature):
     q (N, D), bank (K, D), any rows (nothing is normalised here) -> (N,). Products are of rows in q's dtype,
     sums and y in fp32 (float64: all through), each gradient in its argument's dtype. Only q, bank and y are
     kept for backward. Raises ValueError for a temperature that is not positive and finite, an empty bank,
-    rows of different lengths, a temperature that is learnt, fp16 (where small probabilities vanish), or a BANK_OP that is unknown or
-    impossible.
+    rows of different lengths, a temperature that is learnt, fp16 (where small probabilities vanish), or a
+    BANK_OP that is unknown or impossible.
     """
     _check(q, bank, temperature)
     return _BankLogSumExp.apply(q, bank, float(temperature))

@@ -33,9 +33,9 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(z):
-    """Rows (B, D) of every rank, B the same on all -> (world B, D) in rank order, with gradient: a row receives the sum of what
-    all ranks' losses ask of it, so that, with `average_grads`, the gradient is that of the mean over ranks of
-    their losses."""
+    """Rows (B, D) of every rank, B the same on all -> (world B, D) in rank order, with gradient: a row
+    receives the sum of what all ranks' losses ask of it, so that, with `average_grads`, the gradient is
+    that of the mean over ranks of their losses."""
     return _Gather.apply(z) if dist.is_initialized() and dist.get_world_size() > 1 else z
 
 

@@ -169,7 +169,8 @@ def load_encoder(path, branch=None, all_branches=False):
     choice. `all_branches`: with all of them instead, that one in use.
 
     Its attribute `branch` names the one loaded, `image_size` the side of the images it was pretrained on,
-    in pixels (None where the file does not say), `fresh` the part of it that was never trained, as "the last stage"
+    in pixels (None where the file does not say), `fresh` the part of it that was never trained, as "the last
+    stage"
     (None: all was trained). Raises FileNotFoundError, or ValueError that names what is wrong: not such a
     file, an unknown branch, or the first missing, unexpected or misshaped tensor, or one that is not finite.
     """

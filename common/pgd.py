@@ -20,9 +20,10 @@ def pgd(loss_fn, x, eps, step_size, steps, norm="linf", random_start=True, start
                statistics without a trace, `with frozen_stats(net):` around the call. Under
                DistributedDataParallel attack `net.module`. Only the direction of the gradient counts: under
                fp16 autocast return a sum rather than a mean, lest small gradients become 0.
-    x          images (B, ...), float32 (or float64) in [lo, hi] and not normalised: that is the network's first layer. They
-               are neither changed nor given a gradient. There is one perturbation, and one ball, for each
-               x[i]: under l2 and l1, V views of B images are to come as (V B, ...), not as (V, B, ...).
+    x          images (B, ...), float32 (or float64) in [lo, hi] and not normalised: that is the network's
+               first layer. They are neither changed nor given a gradient. There is one perturbation, and
+               one ball, for each x[i]: under l2 and l1, V views of B images are to come as (V B, ...),
+               not as (V, B, ...).
     eps        radius, in the units of x: where these are pixels in [0, 1], 8 / 255 for linf, 0.5 for l2, 12
                for l1. 0 gives x back.
     step_size  length of a step, in the same norm and units.
@@ -37,9 +38,10 @@ def pgd(loss_fn, x, eps, step_size, steps, norm="linf", random_start=True, start
     generator  for that noise.
     lo, hi     the box, in the units of x; -inf and inf: none.
 
-    Returns x_adv, detached, with |x_adv - x| <= eps and lo <= x_adv <= hi, up to rounding; `start` with steps
-    0, and x with eps 0, come back unchanged. Where the gradient of the last step is NaN, so is x_adv, and what is computed from it: an attack
-    that sees nothing does not pass for one that found nothing.
+    Returns x_adv, detached, with |x_adv - x| <= eps and lo <= x_adv <= hi, up to rounding; `start` with
+    steps 0, and x with eps 0, come back unchanged. Where the gradient of the last step is NaN, so is
+    x_adv, and what is computed from it: an attack that sees nothing does not pass for one that found
+    nothing.
 
     Raises ValueError for an eps or step_size that is negative or not finite, for linf an eps above hi - lo,
     steps < 0, an unknown norm, a start shaped unlike x, images of another dtype or outside the box

@@ -10,11 +10,12 @@ class UNet(nn.Module):
     """Images (B, 3, S, S), pixels in [0, 1], which it normalises itself, -> (B, channels, S, S): any real
     numbers, as logits are; a sigmoid or softmax is for the caller.
 
-    k = int(log2 S - 1) blocks (3x3 convolution, GroupNorm of 8, ReLU) down and as many up; the three at the
-    bottom have twice `width` channels, those before (none below 32 pixels) `width`; between them an MLP. `size` is S, in pixels; `mean` and `std`
-    are of the three channels of pixels: the network sees (x - mean) / std. Raises ValueError where the size
-    is below 16 or no multiple of 2^(k - 1), where 8 does not divide `width`, and in `forward` for images of
-    another size. For example `UNet(channels=4, width=32, size=32)`.
+    k = int(log2 S - 1) blocks (3x3 convolution, GroupNorm of 8, ReLU) down and as many up; the three at
+    the bottom have twice `width` channels, those before (none below 32 pixels) `width`; between them an
+    MLP. `size` is S, in pixels; `mean` and `std` are of the three channels of pixels: the network sees (x
+    - mean) / std. Raises ValueError where the size is below 16 or no multiple of 2^(k - 1), where 8 does
+    not divide `width`, and in `forward` for images of another size. For example `UNet(channels=4,
+    width=32, size=32)`.
     """
 
     def __init__(self, channels, width, size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)):

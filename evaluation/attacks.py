@@ -95,8 +95,8 @@ def check_clean(net, images, limit=None):
 
 
 def attacked(net, x, y, attack, seed, batch_size=500):
-    """x (B, 3, H, W) under `attack`, a row of ATTACKS (None: as it is), and what AutoAttack tells. `net` is to be
-    in eval mode: AutoAttack alone sees to that."""
+    """x (B, 3, H, W) under `attack`, a row of ATTACKS (None: as it is), and what AutoAttack tells. `net` is
+    to be in eval mode: AutoAttack alone sees to that."""
     if isinstance(attack, AutoAttack):
         return autoattack(net, x, y, attack.eps, attack.norm, attack.version, seed, min(250, batch_size),
                           log=lambda text: print("  " + text, flush=True))
@@ -122,8 +122,8 @@ def cross_entropy(logits, y):
 
 
 def without_gradient(net, x, y):
-    """(B,) whether at the images x (B, 3, H, W) the gradient of the cross-entropy with y (B,) is exactly 0, as where
-    a softmax is saturated: an attack that follows it cannot move them."""
+    """(B,) whether at the images x (B, 3, H, W) the gradient of the cross-entropy with y (B,) is exactly 0,
+    as where a softmax is saturated: an attack that follows it cannot move them."""
     z = x.detach().requires_grad_()
     with pixels_only(), torch.enable_grad():
         (g,) = torch.autograd.grad(cross_entropy(net(z), y), z)
@@ -258,8 +258,8 @@ def corrupted(net, images, kinds, folder=None, seed=0):
         rights[k, severity - 1] = 100 * torch.cat(right).float().cpu()
     each = rights.mean((0, 1))  # image by image
     n = len(images)
-    return {"accuracy": round(each.mean().item(), 2), "stderr": round((each.std() / n**0.5).item(), 2) if n > 1 else None,
-            "images": n,
+    stderr = round((each.std() / n**0.5).item(), 2) if n > 1 else None
+    return {"accuracy": round(each.mean().item(), 2), "stderr": stderr, "images": n,
             "kinds": {kind: round(of_kind.mean().item(), 2) for kind, of_kind in zip(kinds, rights)}}
 
 

@@ -4,11 +4,12 @@ Four attacks in turn, each on the points that still stand: APGD on the cross-ent
 targeted DLR loss, nine targets; FAB-T (Croce & Hein 2020, arXiv 1907.02044), nine targets; Square
 (Andriushchenko et al. 2020, arXiv 1912.00049), 5000 queries. No number is to be tuned.
 
-It makes the decisions of the official code under the same seed and batches, faster. A point stops at
-its first success and leaves the batch; no gradient of a weight is made; where few points stand, several
-targets (FAB) or queries (Square) of each fill the batch. Points do not influence each other in eval mode, so all this changes rounding
-only; `stop=False` in `apgd` and `fab` runs every point to the end as the official code does. A point
-that stands to the end costs 10,000 passes, a backward one counted as one, of the official 10,700.
+It makes the decisions of the official code under the same seed and batches, faster. A point stops
+at its first success and leaves the batch; no gradient of a weight is made; where few points stand,
+several targets (FAB) or queries (Square) of each fill the batch. Points do not influence each other
+in eval mode, so all this changes rounding only; `stop=False` in `apgd` and `fab` runs every point
+to the end as the official code does. A point that stands to the end costs 10,000 passes, a backward
+one counted as one, of the official 10,700.
 
 For a random network there is version `rand`: APGD on the cross-entropy and on the DLR loss, with gradients
 averaged over 20 draws (EOT). Here, as in the official code, every point runs to the end and its last
@@ -57,8 +58,9 @@ def autoattack(net, x, y, eps, norm="linf", version="standard", seed=0, batch_si
     forward and backward, seconds, and `warnings`, which are also raised as Python warnings; of version rand
     also which images are `standing`, a list of bool, since another draw may judge them otherwise.
 
-    Of a module, eval mode is forced inside, and its modes are left as they were; a function runs in the mode
-    that you set. Gradients and the global random state are left as they were. The memory format of x is kept. Raises ValueError for an input that it cannot judge.
+    Of a module, eval mode is forced inside, and its modes are left as they were; a function runs in the
+    mode that you set. Gradients and the global random state are left as they were. The memory format of
+    x is kept. Raises ValueError for an input that it cannot judge.
     """
     if isinstance(version, str):
         stages = VERSIONS.get(version, ())

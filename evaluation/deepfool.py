@@ -19,10 +19,10 @@ def deepfool(net, x, y, eps=None, steps=50, overshoot=0.02, candidates=10):
     eps         radius of the linf ball that the result is cut to, in units of x, 0 to 1; None: not cut.
     candidates  classes considered: the highest of the clean logits, among them the first, i0.
 
-    Each step takes, over the classes k, the nearest of the boundaries at |f_k - f_i0| / (|g_k|_1 + 1e-8), as in
-    foolbox (so that gradients of 1e-8 or less are walked too short), f the logits and g_k the gradient of f_k - f_i0, and adds that distance (+ 1e-4) along sign(g_k) to a
-    total; the image is x + (1 + overshoot) total, clipped to [0, 1]. A step is 1 forward and
-    `candidates` - 1 backward passes.
+    Each step takes, over the classes k, the nearest of the boundaries at |f_k - f_i0| / (|g_k|_1 + 1e-8),
+    as in foolbox (so that gradients of 1e-8 or less are walked too short), f the logits and g_k the
+    gradient of f_k - f_i0, and adds that distance (+ 1e-4) along sign(g_k) to a total; the image is x +
+    (1 + overshoot) total, clipped to [0, 1]. A step is 1 forward and `candidates` - 1 backward passes.
 
     Logits that are not finite count as misclassified: the walk ends there.
 

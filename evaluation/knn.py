@@ -20,7 +20,8 @@ def knn(encoder, train_images, test_images, k=200, temperature=0.1, present=None
     for h, y in zip(queries.split(500), wanted.split(500)):
         similar, index = (h @ bank.T).topk(min(k, len(bank)), dim=1)
         votes = torch.zeros(len(h), train_images.classes, device=h.device)
-        votes.scatter_add_(1, labels[index], ((similar - similar[:, :1]) / temperature).exp())  # of the nearest: 1
+        # Relative to the nearest one's, no vote is infinite.
+        votes.scatter_add_(1, labels[index], ((similar - similar[:, :1]) / temperature).exp())
         if present:
             votes = votes[:, present]
         right += (votes.argmax(1) == y).sum()

@@ -237,8 +237,8 @@ def markdown(runs, columns, groups, published, free):
 
 
 def check_alike(results, what):
-    """ValueError where `results`, pairs of a path and a result, which are to be averaged, are of other test images
-    or of another attack. What older programs did not write is not compared."""
+    """ValueError where `results`, pairs of a path and a result, which are to be averaged, are of other test
+    images or of another attack. What older programs did not write is not compared."""
     for name in ("images", "test", "settings", "restarts", "batch_size", "source"):
         known = [(path, result[name]) for path, result in results if name in result]
         for path, value in known[1:]:
