@@ -46,6 +46,24 @@ def test_a_rule_for_negatives_that_is_none_is_refused_and_only_mochi_mixes():
     assert torch.equal(hardneg.hardest(q.double(), bank, 3), hardneg.hardest(q.double(), bank.double(), 3))
 
 
+@pytest.mark.parametrize("negatives", ["plain", "ifm", "hcl", "debiased"])
+def test_numbers_to_mix_by_are_of_mochi_alone(negatives):
+    x1, x2 = images(), images(seed=1)
+    numbers = torch.rand(4, 6, 3), torch.rand(4, 3, 2)
+    found = []
+    for given in (None, numbers):
+        torch.manual_seed(0)
+        net = hardneg.network("slim")
+        bank = hardneg.Bank(16, 128)
+        settings = named(hardneg.train_step, hardneg, "--negatives", negatives, hardest_rows=8)
+        settings |= hardneg.loss_settings(hardneg.parser().parse_args(["--negatives", negatives]))
+        opt = torch.optim.SGD(net.parameters(), 0.0)
+        found.append(hardneg.train_step(net, copy.deepcopy(net).requires_grad_(False), opt, bank, x1, x2,
+                                        torch.arange(4), given, **settings))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
 def test_an_adversary_of_positions_that_is_none_is_refused():
     with pytest.raises(ValueError, match="adversary 'PGD': choose persistent or pgd"):
         adpe.train_step(None, None, None, None, None, None, mask_ratio=0.5, adversary="PGD", norm="linf", radius=1.0,
