@@ -72,6 +72,9 @@ name, in the table and in files: "mae-tune layer-decay=0.75" and
 classifier-mae-tune-layer-decay=0.75.pt. The classifier of an encoder in weights.pt is
 classifier-weights-<preset>.pt. One process at a time works in a folder.
 
+A training that is stopped, by Ctrl-C or by a crash, goes on by the same command. Once a minute at most, at the end
+of an epoch, it is saved as training-<preset>[-<BN>].pt, which disappears when it has ended.
+
 --kept measures nothing: it prints the results that are kept and agree with the flags given, each
 variant of a preset in columns of its own. A flag that is left out excludes nothing, except --preset
 and --attacks, whose defaults count: amoc-slf, and clean and pgd20.
@@ -90,6 +93,7 @@ from common.log import header
 from common.pgd import eval_mode, pgd
 from common.resnet import branch
 from evaluation import attacks, finetune, flags, foreign, knn, names, results, screen, sets, table, together
+from evaluation.checkpoint import Checkpoint
 from evaluation.presets import name_of
 from evaluation.published import GROUPS, PUBLISHED
 from evaluation.results import load_classifier
@@ -170,9 +174,10 @@ def held_out_accuracies(net, held, preset, seed):
     return {"clean": clean["accuracy"], "pgd20": robust["accuracy"]}
 
 
-def train(net, images, preset, seed):
+def train(net, images, preset, seed, checkpoint=None):
     """Train the classifier `net` on `images` by `preset`, in place; all random numbers come from
-    `seed`. Where the preset picks an epoch, `net.picked_epoch` and `net.history` say which, and by what."""
+    `seed`. Where the preset picks an epoch, `net.picked_epoch` and `net.history` say which, and by what.
+    With a `checkpoint` (see evaluation/checkpoint.py) a training that was stopped goes on."""
     torch.manual_seed(seed)
     finetune.start(net, preset)
     net.encoder.requires_grad_(False)
@@ -184,11 +189,11 @@ def train(net, images, preset, seed):
     opt = finetune.optimizer(net, preset)
     mix = finetune.mixer(preset, net.head.out_features)
     held, images = finetune.hold_out(images, preset)
-    best = None
     net.history = []
+    first, best = checkpoint.resume(net, opt) if checkpoint else (0, None)
     steps_per_epoch = data.steps_per_epoch(len(images), preset.batch_size)
     epochs = preset.epochs or math.ceil(preset.steps / steps_per_epoch)
-    for epoch in range(epochs):
+    for epoch in range(first, epochs):
         total = 0.0
         for i, (pixels, y, rng) in enumerate(data.batches(images, preset.batch_size, seed, epoch)):
             step = epoch * steps_per_epoch + i
@@ -218,6 +223,8 @@ def train(net, images, preset, seed):
             if not best or now[preset.pick] > best[0]:
                 best = now[preset.pick], {name: value.clone() for name, value in net.state_dict().items()}
                 net.picked_epoch = epoch + 1
+        if checkpoint:
+            checkpoint.save(net, opt, epoch + 1, best)
     if best:
         net.load_state_dict(best[1])
     net.projector = None
@@ -247,8 +254,11 @@ def kept_or_trained(encoder, file, key, preset, images):
             print(f"{e}; it is trained again")
     net = finetune.Classifier(encoder, images.classes, preset.batch_norm).to(device)
     net.path = file
-    train(net, images, preset, key["seed"])
+    training = file.with_name(file.name.replace("classifier-", "training-", 1))
+    checkpoint = Checkpoint(training, json.dumps(key))
+    train(net, images, preset, key["seed"], checkpoint)
     results.save_classifier(net, file, json.dumps(key), sets.side_of(images))
+    checkpoint.remove()
     return net
 
 

@@ -102,12 +102,13 @@ def classifier_stem(path, encoder, name, preset):
 
 
 def encoder_paths(args):
-    """The paths of the flags, without the classifiers that an earlier evaluation left among `*.pt`.
+    """The paths of the flags, without the classifiers that an evaluation left among `*.pt`.
     ValueError where one is there twice."""
     paths = [pathlib.Path(path) for path in args.paths]
-    others = [path for path in paths if not path.name.startswith("classifier-")]
+    others = [path for path in paths if not path.name.startswith(("classifier-", "training-"))]
     if others and len(others) < len(paths):
-        print(f"{len(paths) - len(others)} classifier-*.pt are no encoders, and left out", file=sys.stderr)
+        left_out = len(paths) - len(others)
+        print(f"{left_out} classifier-*.pt and training-*.pt are no encoders, and left out", file=sys.stderr)
         paths = others
     seen = {}
     for path in paths:

@@ -27,7 +27,7 @@ def stoppable(file="eval.jsonl"):
         yield
     except KeyboardInterrupt as e:
         print(f"\nstopped; what was measured is in {file}, the same command goes on (a classifier that was "
-              "being trained begins anew)", file=sys.stderr)
+              "being trained, after the last epoch that was saved)", file=sys.stderr)
         sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

@@ -24,6 +24,7 @@ SECONDS = {
     "test_presets": 12, "test_run": 12, "test_versus": 12, "test_autoattack_papers": 8, "test_starts": 8,
     "test_step_pretext": 8, "test_testsets": 8, "test_lifted": 7, "test_together": 7, "test_pasted": 6,
     "test_vote": 12, "test_snapshots": 20, "test_strangers": 8, "test_unified": 10, "test_step_unified": 10, "test_hardneg": 8,
+    "test_checkpoint": 13,
 }
 
 

@@ -62,7 +62,7 @@ MORE = {
     "common/resnet.py": ("test_own_encoders.py", "test_folding.py", "test_encoders.py", "test_export.py", "test_step_amoc.py"),
     "common/run.py": ("test_faults.py", "test_wiring.py", "test_all_scripts.py"),
     "common/shapes.py": ("test_data.py",),
-    "eval.py": ("test_names.py",),
+    "eval.py": ("test_names.py", "test_checkpoint.py"),
     "evaluation/results.py": ("test_foreign.py",),
     "evaluation/attacks.py": ("test_names.py", "test_together.py"),
     "hardneg.py": ("test_gathered_losses.py",),

@@ -887,7 +887,7 @@ def test_a_signal_ends_it_in_one_line_and_the_same_command_goes_on(
     assert raised.value.code == status
     said = capsys.readouterr().err
     assert said.strip() == ("stopped; what was measured is in eval.jsonl, the same command goes on (a classifier that "
-                            "was being trained begins anew)")
+                            "was being trained, after the last epoch that was saved)")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     no_training(monkeypatch)
     lines = evaluate(exported, "--attacks", "clean", "pgd20-1")
