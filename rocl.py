@@ -196,7 +196,7 @@ def attack(net, x1, x2, noise, *, attack_to, temperature, norm, eps, step_size, 
     in the same units; each image has a ball of the `norm` of its own. The search starts at x1 + eps
     `noise`, noise (B, 3, S, S) in the unit ball, or, where noise is None, at x1.
     """
-    target = x2 if attack_to == "other" else x1
+    target = {"other": x2, "original": x1}[attack_to]
     start = x1 if noise is None else (x1 + eps * noise).clamp(0, 1)
     # In eval mode an embedding depends on its own image only. So the target's embedding is a
     # constant, computed once, and no running statistic changes.
@@ -230,7 +230,8 @@ def train_step(net, opt, x1, x2, noise, *,
     losses = {}
     loss_reg = 0
     if reg_weight:
-        pair = embed_everywhere(x_adv, x2 if regularize_to == "other" else x1)
+        clean = {"other": x2, "original": x1}[regularize_to]
+        pair = embed_everywhere(x_adv, clean)
         loss_reg = nt_xent(pair, temperature)
         losses["loss_reg"] = loss_reg
     views = embed_everywhere(x1, x2, x_adv)

@@ -146,6 +146,8 @@ def attack(net, x, y, noise, *, loss_name="ce", norm, eps, step_size, steps):
     eps and step_size are in the units of x. The search starts at x + eps `noise`, noise (B, 3 S S)
     in the unit ball of the `norm`, or, where noise is None, at x.
     """
+    if loss_name not in ("ce", "trades"):
+        raise ValueError(f"loss_name {loss_name!r}: choose ce or trades")
     start = x if noise is None else (x + eps * noise.view(x.shape)).clamp(0, 1)
     # In eval mode, no running statistic changes, and no image changes another's prediction. The
     # weights stand still, and so does the clean prediction: it is made once.

@@ -15,6 +15,8 @@ import advcl
 import caco
 import clae
 import hardneg
+import rocl
+import rotnet
 import unified
 from common.pgd import frozen_stats
 from tests.scripts import named
@@ -34,6 +36,19 @@ def test_kinds_of_views_may_be_a_list_and_unknown_ones_are_refused():
     assert all(torch.equal(a, b) for a, b in zip(by_list, by_tuple)) and (by_list[0] - x1).abs().max() > 0.05
     with pytest.raises(ValueError, match="kinds .*adv2.*: each must be clean or adv"):
         acl.attack(net, x1, x2, None, ("adv2", "adv"), **SETTINGS)
+
+
+def test_words_that_choose_nothing_are_refused():
+    net = rocl.network("slim")
+    x1, x2 = images(), images(seed=1)
+    with pytest.raises(KeyError, match="originl"):
+        rocl.attack(net, x1, x2, None, attack_to="originl", **SETTINGS)
+    settings = named(rocl.train_step, rocl, regularize_to="originl", **SETTINGS)
+    with pytest.raises(KeyError, match="originl"):
+        rocl.train_step(net, None, x1, x2, None, **settings)
+    how = {name: value for name, value in SETTINGS.items() if name != "temperature"}
+    with pytest.raises(ValueError, match="loss_name 'TRADES': choose ce or trades"):
+        rotnet.attack(nn.Flatten(), x1, torch.zeros(4, dtype=torch.long), None, loss_name="TRADES", **how)
 
 
 def test_a_rule_for_negatives_that_is_none_is_refused_and_only_mochi_mixes():
