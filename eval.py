@@ -97,7 +97,6 @@ from evaluation.checkpoint import Checkpoint
 from evaluation.presets import name_of
 from evaluation.published import GROUPS, PUBLISHED
 from evaluation.results import load_classifier
-from evaluation.vote import vote
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -123,7 +123,8 @@ class LARS(torch.optim.Optimizer):
 
 def lars_groups(net):
     """Parameter groups for LARS: all tensors of `net`; and its vectors (biases, norms), which are neither
-    scaled nor decayed (BYOL, Grill et al. 2020, arXiv 2006.07733)."""
+    scaled nor decayed (BYOL, Grill et al. 2020, arXiv 2006.07733). A "scale" that is added to a group
+    multiplies the rate that `set_lr` gives it."""
     tensors = [w for w in net.parameters() if w.dim() >= 2]
     vectors = [w for w in net.parameters() if w.dim() < 2]
     return [{"params": tensors}, {"params": vectors, "trust": None, "weight_decay": 0.0}]

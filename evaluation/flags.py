@@ -92,7 +92,7 @@ def parser(doc):
     g.add_argument("--epochs", type=whole)
     g.add_argument("--steps", type=whole, help="of presets that have steps instead of epochs")
     g.add_argument("--ramp", type=run.integer(0), help="steps in which the rate rises, of presets with such")
-    g.add_argument("--milestones", type=whole, nargs="*", help="epochs where the rate falls; none: cosine")
+    g.add_argument("--milestones", type=whole, nargs="*", help="epochs where the rate falls; without a number: a cosine")
     g.add_argument("--lr", type=run.number(above=0))
     g.add_argument("--weight-decay", type=run.number(0))
     g.add_argument("--batch-size", type=whole)
@@ -233,7 +233,8 @@ def check(args):
             raise ValueError(f"--steps {p.steps}: preset {name} raises its rate in {p.ramp}; lower --ramp")
         if max(p.milestones, default=-1) >= p.epochs:
             raise ValueError(f"--epochs {p.epochs}: preset {name} lowers its rate in epoch "
-                             f"{max(p.milestones)}; give other --milestones, or none: a cosine")
+                             f"{max(p.milestones)}; give other --milestones, or no number after it, for a "
+                             "cosine")
         if args.milestones and PRESETS[name].warmup:
             raise ValueError(f"--milestones: preset {name} warms up and follows a cosine")
         if p.warmup and p.warmup >= p.epochs and not p.steps:

@@ -60,7 +60,7 @@ from common.bank import Bank
 from common.log import header
 from common.pgd import Kept, eval_mode, frozen_stats, pgd
 from common.unet import UNet
-from tests.scripts import named, named_by
+from tests.scripts import named, named_by, scripts_with
 
 SCRIPTS = {  # variants, the base first; made by <script>_step. Those of the masked autoencoders are flags
     "amoc": ("CCC", "ACC", "ACA", "AAC", "CAC"),
@@ -713,7 +713,7 @@ def step(s):
     for script, variants in SCRIPTS.items():
         steps, flops, mib, count = {}, {}, {}, {}
         more = [f"{COMPILED[script]}, {how}" for how in ("compiled", "graph", "compiled, graph")]
-        if script not in GRAPHED:
+        if script not in scripts_with("graph"):
             more = more[:1]
         for name in variants if s.flush is None or s.quick else (*variants, *more):
             variant, before = name.split(",")[0], allocated(s)
@@ -822,9 +822,6 @@ def passes(s):
             lines.append([f"{script} {variant}", *numbers, cost(*found) / base])
     table("passes: batches through the encoder per step; a backward pass to the weights counts two",
           ["", "forward", "to pixels", "to weights", "in forward passes", "over the first"], lines)
-
-
-GRAPHED = ("amoc", "rocl", "acl", "clae", "adco", "caco", "adv_mae", "byorl", "rotnet", "unified")
 
 
 def with_graphs(s, on, one):

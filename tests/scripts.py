@@ -1,5 +1,6 @@
 """What the tests shared by all scripts need to know of each: a tiny run of it."""
 
+import importlib
 import inspect
 import os
 import pathlib
@@ -31,6 +32,11 @@ SCRIPTS = {
 }
 PICTURES = {"adv_mae": "recon.png", "adpe": "positions.png", "adios": "masks.png"}  # the others write views.png
 TINY = ["--arch", "slim", "--batch-size", "16", "--epochs", "2", "--device", "cpu"]
+
+
+def scripts_with(flag):
+    """The scripts that have the flag, by the name of its value: "graph"."""
+    return [script for script in SCRIPTS if flag in vars(read_flags(importlib.import_module(script)))]
 
 
 def tiny_npz(path, n=44):

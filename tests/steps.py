@@ -18,7 +18,7 @@ from tests.scripts import TINY, tiny_npz
 # ----------------------------------------------------------------------------------------------------------
 # For the script: a tiny network, inputs, comparisons
 # ----------------------------------------------------------------------------------------------------------
-def named(**layers):
+def sequential(**layers):
     """An nn.Sequential whose layers have names."""
     return nn.Sequential(OrderedDict(layers))
 
@@ -33,12 +33,12 @@ def norm(width, branches=None):
 def encoder(pixels, width, branches=None):
     """Images of so many `pixels` -> (B, width): linear, BatchNorm, ReLU."""
     linear = nn.Linear(pixels, width, bias=False)
-    return named(flatten=nn.Flatten(), linear=linear, norm=norm(width, branches), relu=nn.ReLU())
+    return sequential(flatten=nn.Flatten(), linear=linear, norm=norm(width, branches), relu=nn.ReLU())
 
 
 def head(width, hidden, out, branches=None):
     """(B, width) -> (B, out): linear, BatchNorm, ReLU, linear."""
-    return named(inner=nn.Linear(width, hidden), norm=norm(hidden, branches), relu=nn.ReLU(),
+    return sequential(inner=nn.Linear(width, hidden), norm=norm(hidden, branches), relu=nn.ReLU(),
                  outer=nn.Linear(hidden, out))
 
 
@@ -224,7 +224,8 @@ def attack(loss, views, noises, eps, step_size, steps, norm="linf"):
     for x, x_adv in zip(views, moved):  # for the test: it would miss a clip that does nothing, or all
         at_the_edge = (x_adv == 0) | (x_adv == 1)
         far = (x_adv - x).abs() > eps - 1e-9
-        assert at_the_edge.any() and (far & ~at_the_edge).any() and (~far & ~at_the_edge).any()
+        assert at_the_edge.any() and (far & ~at_the_edge).any() and (~far & ~at_the_edge).any(), (
+            "choose eps, step_size and steps so that some pixels end at 0 or 1, some at eps, and some inside")
     return moved
 
 

@@ -57,7 +57,8 @@ def test_command_lines_are_accepted(script, flags):
 
 
 def test_there_are_commands_for_every_script():
-    assert {script for script, _ in commands(BLOCKS)} == {*SCRIPTS, "eval", "plot"}
+    missing = {*SCRIPTS, "eval", "plot"} - {script for script, _ in commands(BLOCKS)}
+    assert not missing, f"no command for {sorted(missing)} in the pages; all methods are in docs/reproducing.md"
 
 
 def test_ci_runs_the_readmes_test_commands():
@@ -105,7 +106,8 @@ def test_every_result_on_a_page_is_in_such_a_table():
 def test_the_figures_beside_the_methods_are_those_of_the_tables():
     """Rounded to a digit: linear probe, clean / PGD-20 / AutoAttack where it was run; minutes of pretraining."""
     figures = re.findall(r"\[([\d./ ]+)\]\((results/[\w/-]+)\) \| (\d+) \|", README)
-    assert len(figures) == 31
+    section = README.split("## Results at a glance")[1].split("\n## ")[0]
+    assert len(figures) == len(re.findall(r"\]\(results/[\w-]+/", section)) >= 31, "a figure is written in another way"
     for text, folder, minutes in figures:
         (page,) = [printed for page, _, printed in TABLES
                    if page == "results/README.md" and f"({folder.removeprefix('results/')})" in printed

@@ -21,10 +21,10 @@ from torch.multiprocessing import ProcessExitedException
 from common import data, encoders, files, run
 from common.log import Log, check_spread
 from tests.processes import Forked, free_port, in_two_processes, script_in_two_processes
-from tests.scripts import PICTURES, SCRIPTS, TINY, environment, tiny_npz
+from tests.scripts import PICTURES, SCRIPTS, TINY, environment, scripts_with, tiny_npz
 
 BANKS = ("adco", "caco")
-NO_WARMUP = ("adco", "clae", "hardneg", "pretext")
+WITH_WARMUP = scripts_with("warmup")
 BATCH_NORM = [s for s in SCRIPTS if s not in ("adv_mae", "adpe")]
 ONE_STEP = ["--limit", "16"]  # an epoch
 every_script = pytest.mark.parametrize("script", SCRIPTS)
@@ -49,7 +49,7 @@ def flags(script, npz, out, *more):
 
 def main(script, npz, out, *more):
     words = flags(script, npz, out, *more)
-    if script in NO_WARMUP:
+    if script not in WITH_WARMUP:
         at = words.index("--warmup")
         del words[at : at + 2]
     importlib.import_module(script).main(words)
@@ -466,7 +466,7 @@ def test_two_processes_reach_the_end_whatever_they_talk_about(script, more, npz,
     encoders.export(encoders.make("slim"), tmp_path / "teacher.pt")
     more = [str(tmp_path / "teacher.pt") if word == "TEACHER" else word for word in more]
     words = flags(script, npz, tmp_path / "run", *more, "--limit", "32")
-    if script in NO_WARMUP:
+    if script not in WITH_WARMUP:
         del words[words.index("--warmup") : words.index("--warmup") + 2]
     script_in_two_processes(script, *words, dump=tmp_path)
     assert (tmp_path / "run" / "encoder.pt").exists()

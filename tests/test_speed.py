@@ -16,10 +16,10 @@ from common import encoders, speed
 from common.bank import Bank
 from common.pgd import eval_mode, pgd
 from common.resnet import branch
-from tests.scripts import SCRIPTS, TINY, named, tiny_npz
+from tests.scripts import SCRIPTS, TINY, named, scripts_with, tiny_npz
 
 Recording = speed.Recording
-GRAPHED = ("acl", "adco", "adv_mae", "amoc", "byorl", "caco", "clae", "rocl", "rotnet", "unified")
+GRAPHED = scripts_with("graph")
 
 
 # --compile --------------------------------------------------------------------------------------------------

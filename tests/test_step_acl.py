@@ -83,7 +83,7 @@ def step_of_paper(variant, w, momentum, x1, x2, noise, lr, how):
 @pytest.mark.parametrize("first", ["clean", "adv"])  # branch: what a BatchNorm is set to between steps
 def test_two_steps_of_every_variant_are_those_of_the_paper(variant, norm, first):
     branches = {"clean": ("clean", "adv"), "adv": ("adv", "clean")}[first]
-    net = steps.named(encoder=steps.encoder(48, 6, branches), projector=steps.head(6, 7, 5, branches))
+    net = steps.sequential(encoder=steps.encoder(48, 6, branches), projector=steps.head(6, 7, 5, branches))
     steps.scrambled(net, 1)
     opt = optim.LARS(net.parameters(), 0.0, momentum=0.9, weight_decay=WEIGHT_DECAY, trust=TRUST)
     w, momentum = steps.plain(net), {}

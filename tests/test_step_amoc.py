@@ -94,7 +94,7 @@ def step_of_paper(variant, query, key, clean, adv, momentum, x1, x2, noise, lr, 
 # The comparison ---------------------------------------------------------------------------------------------
 def network(seed):
     branches = ("clean", "adv")
-    net = steps.named(encoder=steps.encoder(48, 6, branches), projector=torch.nn.Linear(6, 5))
+    net = steps.sequential(encoder=steps.encoder(48, 6, branches), projector=torch.nn.Linear(6, 5))
     return steps.scrambled(net, seed)
 
 

@@ -85,7 +85,7 @@ def step_of_paper(online, target, momentum, x1, x2, noise, lr, tau, how):
     (["--norm", "l2", "--eps", "200", "--steps", "2", "--step-size", "150"], ("l2", 200 / 255, 150 / 255, 2)),
     (["--eps", "0"], ("linf", 0.0, 0.0, 0))])
 def test_two_steps_are_those_of_the_paper(flags, how):
-    net = steps.named(encoder=steps.encoder(48, 6), projector=steps.head(6, 8, 5),
+    net = steps.sequential(encoder=steps.encoder(48, 6), projector=steps.head(6, 8, 5),
                       predictor=steps.head(5, 7, 5))
     steps.scrambled(net, 1)
     target = steps.scrambled(copy.deepcopy(net[:2]), 2).requires_grad_(False)

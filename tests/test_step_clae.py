@@ -78,7 +78,7 @@ def step_of_paper(w, memory, x1, x2, noise, lr, random):
 @pytest.mark.parametrize("first", ["clean", "adv"])  # branch: what a BatchNorm is set to between steps
 def test_two_steps_are_those_of_the_authors_algorithm(random, first):
     branches = {"clean": ("clean", "adv"), "adv": ("adv", "clean")}[first]
-    net = steps.named(encoder=steps.encoder(48, 6, branches), projector=nn.Linear(6, 5))
+    net = steps.sequential(encoder=steps.encoder(48, 6, branches), projector=nn.Linear(6, 5))
     steps.scrambled(net, 1)
     opt = torch.optim.Adam(net.parameters(), 0.0)
     w, memory = steps.plain(net), {}
@@ -100,7 +100,7 @@ def test_two_steps_are_those_of_the_authors_algorithm(random, first):
 
 
 def test_without_alpha_a_step_is_simclrs_and_branch_adv_stays_as_it_is():
-    net = steps.named(encoder=steps.encoder(48, 6, ("clean", "adv")), projector=nn.Linear(6, 5))
+    net = steps.sequential(encoder=steps.encoder(48, 6, ("clean", "adv")), projector=nn.Linear(6, 5))
     steps.scrambled(net, 1)
     opt = torch.optim.Adam(net.parameters(), 0.03)
     w, memory = steps.plain(net), {}

@@ -108,7 +108,7 @@ def step_of_paper(w, momentum, x1, x2, noise, lr, reg_weight, attack_to, regular
     (0.3, "original", "original", None, False), (0.0, "original", "other", None, False),
     (0.3, "other", "other", 0.2, False), (0.3, "other", "other", 0.7, True), (0.0, "original", "other", 0.0, False)])
 def test_two_steps_are_those_of_the_method(reg_weight, attack_to, regularize_to, a, hard):
-    net = steps.named(encoder=steps.encoder(48, 6), projector=torch.nn.Linear(6, 5))
+    net = steps.sequential(encoder=steps.encoder(48, 6), projector=torch.nn.Linear(6, 5))
     steps.scrambled(net, 1)
     opt = optim.LARS(net.parameters(), 0.0, momentum=0.9, weight_decay=WEIGHT_DECAY, trust=TRUST)
     w, momentum = steps.plain(net), {}
@@ -137,7 +137,7 @@ def test_two_steps_are_those_of_the_method(reg_weight, attack_to, regularize_to,
     (["--eps", "200", "--step-size", "150"], (200 / 255, 150 / 255)),
     (["--eps", "128"], (128 / 255, 1.25 * 128 / 255 / 3))])
 def test_two_steps_in_l2_are_those_of_the_method(flags, l2):
-    net = steps.named(encoder=steps.encoder(48, 6), projector=torch.nn.Linear(6, 5))
+    net = steps.sequential(encoder=steps.encoder(48, 6), projector=torch.nn.Linear(6, 5))
     steps.scrambled(net, 1)
     opt = optim.LARS(net.parameters(), 0.0, momentum=0.9, weight_decay=WEIGHT_DECAY, trust=TRUST)
     w, momentum = steps.plain(net), {}

@@ -83,7 +83,7 @@ def step_of_paper(w, momentum, x, y, noise, lr, loss, norm, smoothing):
 @pytest.mark.parametrize("loss, norm, smoothing", [
     ("ce", "linf", 0.0), ("ce", "linf", 0.3), ("ce", "l2", 0.0), ("trades", "linf", 0.0), ("trades", "l2", 0.0)])
 def test_two_steps_are_those_of_the_method(loss, norm, smoothing):
-    net = steps.named(encoder=steps.encoder(48, 6), head=torch.nn.Linear(6, CLASSES))
+    net = steps.sequential(encoder=steps.encoder(48, 6), head=torch.nn.Linear(6, CLASSES))
     steps.scrambled(net, 1)
     opt = torch.optim.SGD(net.parameters(), 0.0, momentum=0.9, weight_decay=WEIGHT_DECAY)
     w, momentum = steps.plain(net), {}

@@ -33,6 +33,15 @@ def test_one_statement_stands_on_a_line(path):
             assert not (isinstance(node.value, ast.Tuple) and calls(node.value) > 1), where
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_whatever_is_imported_is_used(path):
+    tree = ast.parse(path.read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {(name.asname or name.name).split(".")[0] for node in imports for name in node.names}
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert not names - used, f"{path.name} imports {sorted(names - used)} and uses it nowhere"
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_have_no_lambdas_and_one_order(script):
     source = (ROOT / f"{script}.py").read_text()
@@ -80,7 +89,8 @@ def test_where_a_help_names_several_owners_the_last_is_that_of_the_default(scrip
         if not others or action.default is None or isinstance(action.default, bool):
             continue
         (named,) = optimizers if action.dest == "lr" else [action]
-        assert named.choices, f"--{action.dest}: {action.help}"
+        assert named.choices, (f"--{action.dest}: two owners in brackets, though it has no choices; name the other "
+                               f"one without brackets: {action.help}")
         for name in named.choices:
             there = re.search(rf"\b{name}\b", own) is not None
             before = re.search(rf"\b{name}\b", " ".join(others)) is not None

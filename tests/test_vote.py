@@ -13,7 +13,7 @@ from common import data, encoders
 from evaluation import attacks, presets, sets, together
 from evaluation import autoattack as aa
 from evaluation.attacks import Attack, AutoAttack
-from evaluation.vote import ROWS, Vote, expected
+from evaluation.vote import ROWS, Vote, expected, vote
 from tests.recipes import X
 from tests.scripts import tiny_npz
 
@@ -29,7 +29,7 @@ def S(n, d, p):
 def test_the_vote_equals_printed_values_and_its_gradient():
     logits = 2 * S(6, 4, 0.3).view(3, 2, 4)
     logits.requires_grad_()
-    found = command.vote(logits)
+    found = vote(logits)
     wanted = [-1.89357855, -0.971539171, -1.62665688, -1.29323346, -1.12411078, -1.77370262, -1.36342693, -1.38800575]
     assert found.flatten().tolist() == pytest.approx(wanted, abs=1e-8)
     loss = F.cross_entropy(found, torch.tensor([0, 1]))
@@ -37,13 +37,13 @@ def test_the_vote_equals_printed_values_and_its_gradient():
     values = [loss.item(), g.norm().item(), g.flatten()[0].item(), g.flatten()[-1].item()]
     assert values == pytest.approx([1.83364059, 0.476197604, -0.0984039987, 0.103756826], abs=1e-8)
     torch.testing.assert_close(found.exp(), logits.softmax(2).mean(0))
-    torch.testing.assert_close(command.vote(logits[:1]), logits[0].log_softmax(1))
+    torch.testing.assert_close(vote(logits[:1]), logits[0].log_softmax(1))
 
 
 def test_the_vote_of_sure_networks_is_finite():
     logits = torch.tensor([[[1000.0, 0, -1000]], [[999.0, 0, -1000]]])
-    assert command.vote(logits).isfinite().all()
-    assert command.vote(logits).tolist()[0] == pytest.approx([0, -999 - 1 / 2, -1999 - 1 / 2], abs=0.3)
+    assert vote(logits).isfinite().all()
+    assert vote(logits).tolist()[0] == pytest.approx([0, -999 - 1 / 2, -1999 - 1 / 2], abs=0.3)
 
 
 class Spy(nn.Module):
