@@ -6,6 +6,7 @@ this one.
 """
 import math
 import pathlib
+import warnings
 
 import torch
 from torch import nn
@@ -214,8 +215,12 @@ RECIPE = ("arch", "stem", "mean", "std", "size", "positions", "relative", "fc_no
 
 
 def rebuild(saved, branches=()):
-    """The encoder that the dict `saved` describes, with random weights."""
-    return make(branches=branches, **{k: saved[k] for k in RECIPE if k in saved})
+    """The encoder that the dict `saved` describes, with random weights. A warning where it is a network of one's
+    own whose code is not what it was."""
+    encoder = make(branches=branches, **{k: saved[k] for k in RECIPE if k in saved})
+    if saved.get("code") and saved["code"] != encoder.recipe["code"]:
+        warnings.warn(f"the code of {saved['arch']} has changed since these weights were saved")
+    return encoder
 
 
 def read(path, format_name, advice):

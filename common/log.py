@@ -1,6 +1,5 @@
 """The log of a run: log.jsonl, and a progress line on the screen."""
 import contextlib
-import hashlib
 import json
 import math
 import pathlib
@@ -14,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 
-from common import files
+from common import files, own
 from common.dist import average
 
 
@@ -38,9 +37,8 @@ class Log:
         self.args, self.env, self.steps = args, env, steps  # steps of the whole run
         self.path = pathlib.Path(args.out) / "log.jsonl"
         self.data = {"images": len(images), "checksum": images.checksum()}
-        file, _, function = (getattr(args, "arch", None) or "").rpartition(":")
-        if function and file:  # a network of one's own, whose file may change
-            self.data["network"] = hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()[:16]
+        if ":" in (getattr(args, "arch", None) or ""):  # a network of one's own, whose code may change
+            self.data["network"] = own.code_of(args.arch)
         self.sums, self.count, self.images, self.bad = {}, 0, 0, torch.tensor(-1, device=env.device)
         self.sums_of_ranks = {}  # made by gather_sums, for a checkpoint
         self.epochs, self.seconds = 0, 0.0  # written so far, and how long they took

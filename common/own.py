@@ -3,7 +3,10 @@ anything is trained, so that what cannot be trained, attacked or exported is ref
 """
 import contextlib
 import copy
+import hashlib
 import importlib.util
+import inspect
+import modulefinder
 import pathlib
 import sys
 import traceback
@@ -28,7 +31,7 @@ class OwnEncoder(nn.Module):
 
     def __init__(self, source, branches, mean, std):
         super().__init__()
-        self.recipe = {"arch": source, "mean": list(mean), "std": list(std)}
+        self.recipe = {"arch": source, "mean": list(mean), "std": list(std), "code": code_of(source)}
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.net = from_file(source)
@@ -38,7 +41,7 @@ class OwnEncoder(nn.Module):
                                  "would depend on the batch; leave track_running_stats=False out")
         self.dim, side = feature_length(self.net, source)
         add_branches(self.net, branches)
-        this = (source, pathlib.Path(source.rpartition(":")[0]).read_bytes(), branches)
+        this = (source, self.recipe["code"], branches)
         if this not in tried:
             with torch.random.fork_rng(devices=[]):
                 try_own(self.net, source, branches, side)
@@ -60,13 +63,51 @@ def from_file(source):
     spec = importlib.util.spec_from_file_location(f"arch_{pathlib.Path(file).stem}", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as e:
+        raise ValueError(f"arch {source}: cannot be imported{line_of(e, file)}: {e}{taken_name(e, folder)}") from None
+    function = getattr(module, name, None)
+    if not callable(function) or isinstance(function, nn.Module):
         raise ValueError(f"arch {source}: {file} has no function {name!r}")
-    net = getattr(module, name)()
+    try:
+        inspect.signature(function).bind()
+    except TypeError as e:
+        raise ValueError(f"arch {source}: {name}() must work without arguments: {e}") from None
+    net = function()
     if not isinstance(net, nn.Module):
         raise ValueError(f"arch {source}: {name}() returned a {type(net).__name__}, not an nn.Module")
     return net
+
+
+def taken_name(error, folder):
+    """What to say of an ImportError where a module in `folder` has the name of one of this project, which is found
+    first."""
+    ours = pathlib.Path(__file__).resolve().parents[1]
+    name = (error.name or "").split(".")[0]
+
+    def lies_in(where):
+        return (where / name).exists() or (where / f"{name}.py").exists()
+
+    if name and folder != str(ours) and lies_in(ours) and lies_in(pathlib.Path(folder)):
+        return f"; {name} is the name of a module of this project, so rename yours"
+    return ""
+
+
+def code_of(source):
+    """A digest of the code of "my_file.py:function": the file, and whatever lies in its folder and below that it
+    imports. Raises ValueError where the file is missing or is not Python."""
+    file = pathlib.Path(source.rpartition(":")[0])
+    if not file.is_file():
+        raise ValueError(f"arch {source}: there is no file {file}")
+    finder = modulefinder.ModuleFinder(path=[str(file.resolve().parent)])
+    try:
+        finder.run_script(str(file))  # which reads it, and runs nothing
+    except SyntaxError as e:
+        raise ValueError(f"arch {source}: {e.filename}, line {e.lineno}: {e.msg}") from None
+    beside = {module.__file__ for name, module in finder.modules.items() if name != "__main__" and module.__file__}
+    found = [file, *map(pathlib.Path, sorted(beside))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in found)).hexdigest()[:16]
 
 
 def add_branches(net, branches):
@@ -145,6 +186,9 @@ def try_training(net, source, side, name):
     gradient = None
     if features.requires_grad:
         gradient, = torch.autograd.grad(features.sum(), x, allow_unused=True, retain_graph=True)
+    if not any(w.requires_grad for w in net.parameters()):
+        raise ValueError(f"arch {source}: all of its weights are frozen, and nothing would be trained; leave out "
+                         "requires_grad_(False)")
     if gradient is None:
         raise ValueError(f"arch {source}: no gradient reaches the images, so that it cannot be attacked; leave out "
                          "torch.no_grad() and detach()")

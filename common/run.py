@@ -389,8 +389,8 @@ def _refuse_other(args, flags, data_there, data_here):
         if data_there.get("checksum") == data_here.get("checksum"):
             what = "the images are the same, but not their pseudo-labels"
         if data_there.get("network") != data_here.get("network"):
-            raise ValueError(f"{args.out} holds a run of another network: {args.arch.rpartition(':')[0]} has "
-                             "changed since; use another --out")
+            raise ValueError(f"{args.out} holds a run of another network: {args.arch.rpartition(':')[0]}, or what it "
+                             "imports, has changed since; use another --out")
         raise ValueError(f"{args.out} holds a run on other data ({what}); use another --out")
 
 

@@ -10,7 +10,7 @@ import sys
 
 from torch import nn
 
-from common import encoders, files, run
+from common import encoders, files, own, run
 from evaluation import foreign, table
 from evaluation.attacks import Attack, AutoAttack, DeepFool
 from evaluation.finetune import Classifier
@@ -78,12 +78,12 @@ def key_of(path, encoder, name, preset, args, shown):
     recipe = recipe_of(preset) if preset else {"k": 200, "temperature": 0.1}
     origin = {}
     if args.encoder:
-        code = digest_of(args.encoder.rpartition(":")[0]) if ".py:" in args.encoder else None
+        code = own.code_of(args.encoder) if ".py:" in args.encoder else None
         origin = {"network": [args.encoder, code, args.prefix, args.bn, args.mean, args.std]}
         if encoder.recipe.get("head"):  # older results were of features before the whole of it
             origin["head"] = True
     elif ".py:" in encoder.recipe["arch"]:
-        origin = {"network": digest_of(encoder.recipe["arch"].rpartition(":")[0])}
+        origin = {"network": encoder.recipe["code"]}
     return {"encoder": digest_of(path), **origin, "preset": name, "bn": encoder.branch, "seed": args.seed,
             "data": args.data, "image_size": shown.size, "train": shown.train_digest,
             "recipe": recipe}

@@ -1,5 +1,7 @@
 """Encoders of one's own (--arch my_file.py:make), and the pre-activation and wide ResNets."""
 import contextlib
+import hashlib
+import warnings
 
 import pytest
 import torch
@@ -432,3 +434,56 @@ def test_every_convolution_starts_as_kaiming_says():
     conv = encoders.make("preact_resnet18").layer4[1].conv2
     assert isinstance(conv, nn.Conv2d)
     assert conv.weight.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.02)
+
+
+def test_the_digest_of_its_code_has_all_that_the_file_imports_from_its_folder(tmp_path):
+    own_file = tmp_path / "one.py"
+    source = f"{own_file}:make"
+    own_file.write_text("import torch\nfrom layers import ACT\n\ndef make():\n    from blocks.deep import D\n    return D\n")
+    (tmp_path / "layers.py").write_text("ACT = 1\n")
+    (tmp_path / "unused.py").write_text("A = 1\n")
+    (tmp_path / "blocks").mkdir()
+    (tmp_path / "blocks" / "__init__.py").write_text("")
+    (tmp_path / "blocks" / "deep.py").write_text("from .deeper import D\n")
+    (tmp_path / "blocks" / "deeper.py").write_text("D = 1\n")
+    before = own_networks.code_of(source)
+    (tmp_path / "unused.py").write_text("A = 2\n")
+    assert own_networks.code_of(source) == before
+    for file in ("one.py", "layers.py", "blocks/__init__.py", "blocks/deep.py", "blocks/deeper.py"):
+        text = (tmp_path / file).read_text()
+        (tmp_path / file).write_text(text + "# other\n")
+        assert own_networks.code_of(source) != before, file
+        (tmp_path / file).write_text(text)
+    assert own_networks.code_of(source) == before
+    own_file.write_text("x = 1\n")  # alone it is the file's, as in logs and results of earlier versions
+    assert own_networks.code_of(source) == hashlib.sha256(b"x = 1\n").hexdigest()[:16]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("def make(:\n", "one.py, line 1: invalid syntax"),
+    ("import absent_thing\ndef make():\n    pass\n", "cannot be imported in line 1: No module named 'absent_thing'$"),
+    ("from common.blocks import A\ndef make():\n    pass\n",
+     "cannot be imported in line 1: .*; common is the name of a module of this project, so rename yours"),
+    ("def make(width):\n    pass\n", r"make\(\) must work without arguments: missing a required argument: 'width'"),
+    ("from torch import nn\nmake = nn.Flatten()\n", "has no function 'make'"),
+    ("from torch import nn\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 5)).requires_grad_(False)\n",
+     "all of its weights are frozen, and nothing would be trained"),
+])
+def test_a_file_that_cannot_be_used_is_one_line(tmp_path, text, words):
+    (tmp_path / "one.py").write_text(text)
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "__init__.py").write_text("")
+    (tmp_path / "common" / "blocks.py").write_text("A = 1\n")
+    with pytest.raises(ValueError, match=words):
+        encoders.make(f"{tmp_path / 'one.py'}:make")
+
+
+def test_weights_of_other_code_are_loaded_with_a_warning(own, tmp_path):
+    encoders.export(encoders.make(f"{own}:make"), tmp_path / "encoder.pt", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoders.load_encoder(tmp_path / "encoder.pt")
+    with open(own, "a") as f:
+        f.write("\n# other code\n")
+    with pytest.warns(UserWarning, match="the code of .*mine.py:make has changed since these weights were saved"):
+        encoders.load_encoder(tmp_path / "encoder.pt")
