@@ -73,7 +73,8 @@ classifier-mae-tune-layer-decay=0.75.pt. The classifier of an encoder in weights
 classifier-weights-<preset>.pt. One process at a time works in a folder.
 
 A training that is stopped, by Ctrl-C or by a crash, goes on by the same command. Once a minute at most, at the end
-of an epoch, it is saved as training-<preset>[-<BN>].pt, which disappears when it has ended.
+of an epoch, it is saved as training-<preset>[-<BN>]-<digest>.pt, a file for each seed and data set, which
+disappears when it has ended.
 
 --kept measures nothing: it prints the results that are kept and agree with the flags given, each
 variant of a preset in columns of its own. A flag that is left out excludes nothing, except --preset
@@ -244,19 +245,20 @@ def kept_or_trained(encoder, file, key, preset, images):
     """The classifier of the evaluation `key` by `preset`: the one kept in `file`, or one trained
     now."""
     device = next(encoder.parameters()).device
+    made = json.dumps(key)
     if file.exists():
         try:
             net = load_classifier(file).to(device, memory_format=torch.channels_last)
-            if net.made == json.dumps(key):
+            if net.made == made:
                 return net
         except ValueError as e:
             print(f"{e}; it is trained again")
     net = finetune.Classifier(encoder, images.classes, preset.batch_norm).to(device)
     net.path = file
-    training = file.with_name(file.name.replace("classifier-", "training-", 1))
-    checkpoint = Checkpoint(training, json.dumps(key))
+    training = f"training-{file.stem.removeprefix('classifier-')}-{results.digest(made.encode())}.pt"
+    checkpoint = Checkpoint(file.with_name(training), made)
     train(net, images, preset, key["seed"], checkpoint)
-    results.save_classifier(net, file, json.dumps(key), sets.side_of(images))
+    results.save_classifier(net, file, made, sets.side_of(images))
     checkpoint.remove()
     return net
 

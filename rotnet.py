@@ -71,6 +71,7 @@ has run on a GPU yet. The paper's 97.29 on CIFAR-10 is of a ViT-B/16, pretrained
 pixels.
 """
 import argparse
+import hashlib
 import math
 import pathlib
 
@@ -333,6 +334,8 @@ def main(argv=None):
     compile_networks(args, env, net)
 
     log = Log(args, env, steps_per_epoch * args.epochs, images)
+    if args.target == "labels":  # a run is continued with the same labels only
+        log.data["labels"] = hashlib.sha256(images.y.cpu().contiguous().numpy()).hexdigest()
     state = dict(net=net, opt=opt, log=log)
     step = run.resume(args, env, state)
     log.start(step, f"chance loss ln {classes} = {math.log(classes):.3f}")

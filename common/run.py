@@ -387,7 +387,7 @@ def _refuse_other(args, flags, data_there, data_here):
         there, here = data_there["images"], data_here["images"]
         what = f"{there} images there, {here} here" if there != here else f"{here} images, which have changed"
         if data_there.get("checksum") == data_here.get("checksum"):
-            what = "the images are the same, but not their pseudo-labels"
+            what = "the images are the same, but not their labels"
         if data_there.get("network") != data_here.get("network"):
             raise ValueError(f"{args.out} holds a run of another network: {args.arch.rpartition(':')[0]}, or what it "
                              "imports, has changed since; use another --out")

@@ -45,12 +45,12 @@ class Checkpoint:
             if saved["made"] != self.made:
                 return 0, None
             files.load_strict(net, saved["net"], self.path)
+            opt.load_state_dict(saved["opt"])
         except FileNotFoundError:
             return 0, None
         except ValueError as e:
             print(f"{e}; the training begins anew")
             return 0, None
-        opt.load_state_dict(saved["opt"])
         net.picked_epoch = saved["picked_epoch"]
         net.history = saved["history"]
         _set_generators(saved["generators"], net.head.weight.device)

@@ -311,7 +311,7 @@ def test_a_run_with_a_teacher_uses_the_labels_of_its_images_and_says_so(tmp_path
         advcl.main([*more, "--clusters", "2", "70"])
     torch.manual_seed(5)
     encoders.export(encoders.make("slim"), args.teacher)  # another one, at the same place
-    with pytest.raises(ValueError, match="the images are the same, but not their pseudo-labels"):
+    with pytest.raises(ValueError, match="the images are the same, but not their labels"):
         advcl.main([*flags, *teacher, "--epochs", "1", "--out", str(tmp_path / "with")])
 
 
@@ -456,7 +456,7 @@ def test_a_run_takes_its_labels_from_the_file_and_continues_with_the_same_alone(
     assert rows == sorted(labels_of().T[data.fixed_order(N)[:32]].tolist())  # those of an epoch
 
     np.savez(path, labels=labels_of()[:, ::-1], checksum=checksum)
-    with pytest.raises(ValueError, match="the images are the same, but not their pseudo-labels"):
+    with pytest.raises(ValueError, match="the images are the same, but not their labels"):
         advcl.main([*flags, "--out", str(tmp_path / "part")])
     np.savez_compressed(path, labels=labels_of().astype(np.int8), checksum=checksum)
     advcl.main([*flags, "--out", str(tmp_path / "part")])

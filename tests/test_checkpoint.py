@@ -99,7 +99,7 @@ def test_the_command_goes_on_and_leaves_no_checkpoint(tmp_path, monkeypatch, cap
     flags = [str(tmp_path / "encoder.pt"), "--data", tiny_npz(tmp_path / "tiny.npz"), "--device", "cpu", "--preset",
              "amoc-slf", "--epochs", "3", "--milestones", "--batch-size", "16", "--attacks", "clean"]
     monkeypatch.setattr(command, "Checkpoint", lambda path, made: checkpoint.Checkpoint(path, made, interval=0))
-    stem = "amoc-slf-epochs=3-milestones=none-batch-size=16.pt"
+    stem = "amoc-slf-epochs=3-milestones=none-batch-size=16"
 
     def stopping(epoch, *_):
         if epoch == 1:
@@ -109,11 +109,16 @@ def test_the_command_goes_on_and_leaves_no_checkpoint(tmp_path, monkeypatch, cap
         m.setattr(screen, "show_epoch", stopping)
         with pytest.raises(SystemExit):
             command.main(flags)
-    kept = files.load(tmp_path / f"training-{stem}")
+    (training,) = tmp_path.glob(f"training-{stem}-*.pt")
+    kept = files.load(training)
     assert kept["epochs"] == 1 and json.loads(kept["made"])["preset"] == "amoc-slf"
-    assert not (tmp_path / f"classifier-{stem}").exists()
+    assert not (tmp_path / f"classifier-{stem}.pt").exists()
+
+    # Another seed's training leaves it alone.
+    command.main([*flags, "--seed", "1"])
+    assert training.exists() and "continues" not in capsys.readouterr().out
 
     # It is no encoder: `*.pt` leaves it out.
-    command.main([str(tmp_path / "encoder.pt"), str(tmp_path / f"training-{stem}"), *flags[1:]])
+    command.main([str(tmp_path / "encoder.pt"), str(training), *flags[1:]])
     assert "continues after 1 epochs" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.glob("*.pt")) == [f"classifier-{stem}", "encoder.pt"]
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == [f"classifier-{stem}.pt", "encoder.pt"]

@@ -12,7 +12,7 @@ import eval as judge
 import rotnet
 from common import data, encoders
 from tests.recipes import X
-from tests.scripts import TINY, tiny_npz
+from tests.scripts import SCRIPTS, TINY, tiny_npz
 
 
 def S(n, d, p):
@@ -198,3 +198,21 @@ def test_a_vit_has_its_features_as_in_maes_fine_tuning_and_exports_them(tmp_path
     torch.testing.assert_close(z.var(1, correction=0), torch.ones(3), rtol=1e-3, atol=0)
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(encoders.load_encoder(tmp_path / "encoder.pt")(images), encoder(images))
+
+
+def test_a_supervised_run_goes_on_with_its_own_labels_only(tmp_path):
+    images = tmp_path / "images.npz"
+    tiny_npz(images)
+    arrays = dict(np.load(images))
+    flags = ["--data", str(images), *TINY, *SCRIPTS["rotnet"]]
+
+    def run(target, y, epochs):
+        np.savez(images, **{**arrays, "y_train": y})
+        rotnet.main([*flags, "--epochs", epochs, "--target", target, "--out", str(tmp_path / target)])
+
+    for target in ("labels", "rotation"):
+        run(target, arrays["y_train"], "2")
+        (tmp_path / target / "encoder.pt").unlink()
+    run("rotation", 3 - arrays["y_train"], "2")  # which does not read them
+    with pytest.raises(ValueError, match="the images are the same, but not their labels"):
+        run("labels", 3 - arrays["y_train"], "2")
