@@ -345,7 +345,7 @@ def measured_table(args, named):
         files.lock(path.parent)
     results.name_foreign_lines(path.parent for path in paths)
     if args.encoder:
-        print(foreign.describe(args))
+        print(foreign.describe(args, paths))
     source = sets.load_source(args, env.device)
     of_size = {}
     others = {}

@@ -54,7 +54,6 @@ USES = {  # the flags that have no meaning for other pictures
     "column": ("loss",),
     "grid": ("landscape",),
     "span": ("landscape",),
-    "seed": ("landscape",),
     "device": ("landscape",),
 }
 
@@ -86,7 +85,7 @@ def draw_lines(axes, folders, args, lines_of, measured):
 def draw_loss(axes, folders, args):
     for ax, column in zip(axes, args.column):
         of_folder = {
-            folder: series.of_log(folder, column) or series.of_snapshots(folder, column, args.of_data)
+            folder: series.of_log(folder, column) or series.of_snapshots(folder, column, args.only)
             for folder in folders}
         for folder, points in with_any(of_folder, f"{column} was measured there over the epochs").items():
             ax.plot(*points, marker=".", label=folder.name)
@@ -95,7 +94,7 @@ def draw_loss(axes, folders, args):
 
 
 def curves(folder, args):
-    return series.curves(series.results_of(folder, args.preset, args.of_data), args.norm, args.steps or 20)
+    return series.curves(series.results_of(folder, args.preset, args.only), args.norm, args.steps or 20)
 
 
 def draw_curve(axes, folders, args):
@@ -105,7 +104,7 @@ def draw_curve(axes, folders, args):
 
 
 def step_curves(folder, args):
-    return series.step_curves(series.results_of(folder, args.preset, args.of_data), "linf", radius(args))
+    return series.step_curves(series.results_of(folder, args.preset, args.only), "linf", radius(args))
 
 
 def draw_curve_steps(axes, folders, args):
@@ -114,7 +113,7 @@ def draw_curve_steps(axes, folders, args):
 
 
 def histories(folder, args):
-    return series.histories(folder, args.preset, args.of_data)
+    return series.histories(folder, args.preset, args.only)
 
 
 def draw_history(axes, folders, args):
@@ -135,7 +134,7 @@ def draw_tradeoff(axes, folders, args):
     attack = args.attack or "pgd20"
     points = []
     for folder in folders:
-        points += series.tradeoff(folder, preset, attack, args.of_data)
+        points += series.tradeoff(folder, preset, attack, args.only)
     if not points:
         raise ValueError(f"no clean accuracy and {attack} were measured by preset {preset}")
     points = series.over_seeds(points)
@@ -177,7 +176,7 @@ def draw_corruptions(axes, folders, args):
     found = {}
     for folder in folders:
         of_folder = {(f"{folder.name} {name}", attack): of_kind
-                     for (name, attack), of_kind in series.kinds(folder, preset, args.of_data).items()
+                     for (name, attack), of_kind in series.kinds(folder, preset, args.only).items()
                      if args.attack in (None, attack)}
         if not of_folder:
             what = args.attack or "c-like"
@@ -362,7 +361,8 @@ def parser():
                    help="for landscape: places along each direction, an odd number")
     p.add_argument("--span", type=run.number(above=0), default=1.0,
                    help="for landscape: they go from -span to span, in norms of the filters")
-    p.add_argument("--seed", type=run.integer(0, 2**32 - 1), default=0, help="for landscape")
+    p.add_argument("--seed", type=run.integer(0, 2**32 - 1), default=0,
+                   help="for landscape. For results, where it is given: only those of an evaluation by this seed")
     p.add_argument("--device", help="for landscape; default: cuda if there is one, else cpu")
     return p
 
@@ -396,7 +396,8 @@ def check_out(out):
 def main(argv=None):
     args = parser().parse_args(argv)
     check(args)
-    args.of_data = named_flags(parser, argv).get("data")  # results on other data do not count
+    named = named_flags(parser, argv)
+    args.only = {name: named[name] for name in ("data", "seed") if name in named}  # other results do not count
     try:
         from matplotlib.figure import Figure
     except ImportError:

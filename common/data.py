@@ -247,7 +247,11 @@ def load(name, root="data", split="train", device="cpu", limit=None, size=None, 
     else:
         raise ValueError(f"data {name!r}: not one of {', '.join(NAMES)}; not an .npz, and no such folder")
     rows = torch.as_tensor(keep(len(y)))
-    return Images(_gathered(parts, rows, device), y[rows].to(device), classes)
+    x = _gathered(parts, rows, device)
+    if x.max() == 1:
+        raise ValueError(f"{name}: no pixel of its images is above 1, of 255; are they floats in [0, 1], made whole? "
+                         "Multiply them by 255 first")
+    return Images(x, y[rows].to(device), classes)
 
 
 PART = 2**24  # bytes that are read, copied or hashed at a time

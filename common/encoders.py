@@ -165,9 +165,10 @@ def branch_of(encoder, branch):
 FORMAT = "exported encoder, version 1"
 
 
-def load_encoder(path, branch=None, all_branches=False):
+def load_encoder(path, branch=None, all_branches=False, arch=None):
     """The exported encoder at `path`, in eval mode, with plain BatchNorm; `branch` None is the exported
-    choice. `all_branches`: with all of them instead, that one in use.
+    choice. `all_branches`: with all of them instead, that one in use. `arch`: of a network of one's own, where
+    its code is now, as "my_file.py:function".
 
     Its attribute `branch` names the one loaded, `image_size` the side of the images it was pretrained on,
     in pixels (None where the file does not say), `fresh` the part of it that was never trained, as "the last
@@ -180,6 +181,8 @@ def load_encoder(path, branch=None, all_branches=False):
     for key in ("arch", "branch", "state", "others"):
         if key not in saved:
             raise ValueError(f"{path}: {key!r} is missing; {advice}")
+    if arch:
+        saved = {**saved, "arch": arch}
     parts = {saved["branch"]: saved["state"], **saved["others"]}
     branch = branch or saved["branch"]
     if branch not in parts:
@@ -240,6 +243,15 @@ def read(path, format_name, advice):
     if bad:
         raise ValueError(f"{path}: {bad} is not finite; {advice}")
     return saved
+
+
+def is_exported(path):
+    """Whether the file at `path` is one that `export` wrote."""
+    try:
+        saved = files.load(path)
+    except (ValueError, OSError):
+        return False
+    return isinstance(saved, dict) and saved.get("format") == FORMAT
 
 
 def _what(saved):

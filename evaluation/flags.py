@@ -217,6 +217,8 @@ def check(args):
         raise ValueError("--prefix, --mean and --std go with --encoder")
     if (args.mean is None) != (args.std is None):
         raise ValueError("--mean and --std: give both, or neither")
+    if args.mean and max(*args.mean, *args.std) > 1:
+        raise ValueError("--mean and --std: are of pixels in [0, 1]; divide those of 0 to 255 by 255")
     if args.encoder and args.bn and not args.encoder.startswith("torchvision:resnet"):
         raise ValueError(f"--bn: {args.encoder} has no BN branches")
     for name in attacks:

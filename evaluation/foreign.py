@@ -130,10 +130,11 @@ def weights_in(path, prefix):
     usual = contained(saved)
     beside = {str(key): value for key, value in usual.items() if isinstance(value, torch.Tensor)}
     state = beside or flat(usual) or whole  # what else lies beside weights, as an optimizer's, is none
+    of_data_parallel = all(key.startswith("module.") for key in state)
+    if of_data_parallel and any(key.startswith(f"module.{prefix}") for key in state):
+        prefix = f"module.{prefix}"  # that "module." need not be named
     if not any(key.startswith(prefix) for key in state):
         state = whole
-    if not prefix and all(key.startswith("module.") for key in state):
-        prefix = "module."  # of DataParallel
     chosen = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if not chosen:
         raise ValueError(f"{path}: --prefix {prefix}: no key begins so; the first are "
@@ -208,9 +209,11 @@ def load_into(net, state, path):
         if keys:
             first = ", ".join(sorted(keys)[:5])
             faults.append(f"{len(keys)} {what} ({first}{', ...' if len(keys) > 5 else ''})")
-    for key in wanted.keys() & state.keys():
-        if state[key].shape != wanted[key].shape:
-            faults.append(f"{key} is {tuple(state[key].shape)}, expected {tuple(wanted[key].shape)}")
+    misshaped = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+    for key in misshaped[:5]:
+        faults.append(f"{key} is {tuple(state[key].shape)}, expected {tuple(wanted[key].shape)}")
+    if len(misshaped) > 5:
+        faults.append(f"{len(misshaped) - 5} more are of another shape")
     if faults:
         prefixes = fitting_prefixes(wanted, state)
         advice = f"what would fit: --prefix {' or '.join(prefixes)}" if prefixes else "is --prefix right?"
@@ -223,9 +226,16 @@ def load_into(net, state, path):
 
 def load(path, args, all_branches=False):
     """The encoder at `path`, in eval mode: one that pretraining here exported, or, with --encoder, one from
-    elsewhere."""
+    elsewhere. Of an exported network of one's own, --encoder says where its code is now."""
     if not args.encoder:
         return encoders.load_encoder(path, args.bn, all_branches=all_branches)
+    if encoders.is_exported(path):
+        if not args.encoder.partition(".py:")[1]:
+            raise ValueError(f"{path}: was exported by this project, and names its network itself; leave --encoder out")
+        if args.prefix or args.mean:
+            raise ValueError(f"{path}: was exported by this project, and has its own normalisation; leave --prefix, "
+                             "--mean and --std out")
+        return encoders.load_encoder(path, args.bn, all_branches, arch=args.encoder)
     mean = args.mean or [0.0, 0.0, 0.0]
     std = args.std or [1.0, 1.0, 1.0]
     state = weights_in(path, args.prefix)
@@ -252,7 +262,9 @@ def load(path, args, all_branches=False):
     return encoder.eval()
 
 
-def describe(args):
-    """One line about how --encoder is used."""
+def describe(args, paths):
+    """One line about how --encoder is used for the files `paths`."""
+    if all(map(encoders.is_exported, paths)):
+        return f"encoder {args.encoder}, with the normalisation that the file names"
     normalised = f"mean {args.mean}, std {args.std}" if args.mean else "not normalised (--mean, --std)"
     return f"encoder {args.encoder}; images in [0, 1] are {normalised}"

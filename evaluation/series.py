@@ -25,7 +25,7 @@ def of_log(folder, column):
     return tuple(zip(*points)) if points else None
 
 
-def of_snapshots(folder, column, data=None):
+def of_snapshots(folder, column, only=None):
     """(epochs, accuracies) of a `column` of results, as "knn" or "amoc-slf pgd20", of the encoders
     encoder-002.pt, ... in `folder`, kept after so many epochs (evaluation/snapshots.py); None where there
     are none."""
@@ -36,7 +36,7 @@ def of_snapshots(folder, column, data=None):
     for file in table.evaluated(folder):
         stem, _, epoch = pathlib.PurePath(file).stem.rpartition("-")
         if stem == "encoder" and epoch.isdigit():
-            result = read(folder, file, preset, data).get((preset, attack))
+            result = read(folder, file, preset, only).get((preset, attack))
             if result:
                 points.append((int(epoch), result["accuracy"]))
     return tuple(zip(*sorted(points))) if points else None
@@ -69,15 +69,21 @@ def recipes(folder, file):
     return found
 
 
-def read(folder, file, preset=None, data=None, recipe=None):
+def fits(line, only):
+    """Whether a line of eval.jsonl was measured under what `only` says, as {"data": "cifar10", "seed": 0}. What a
+    line does not say fits all."""
+    return all(line.get(name) in (None, value) for name, value in (only or {}).items())
+
+
+def read(folder, file, preset=None, only=None, recipe=None):
     """{(preset, attack): result} of the encoder in `file` of `folder`, attacked directly and once.
 
-    preset, data, recipe    None: any. A line that does not say on which data it was measured fits all.
+    preset, only, recipe    None: any; `only` as in `fits`
     """
     def accept(line, attack, result):
         if preset is not None and base(line["preset"]) != base(preset):
             return False
-        if data is not None and line.get("data") not in (None, data):
+        if not fits(line, only):
             return False
         return recipe is None or recipe_of(line) == recipe
 
@@ -85,13 +91,13 @@ def read(folder, file, preset=None, data=None, recipe=None):
     return {column: result for column, result in found.items() if is_of(column[0], preset)}
 
 
-def results_of(folder, preset=None, data=None):
+def results_of(folder, preset=None, only=None):
     """As `read`, of all encoders in `folder`: the name of one that is not encoder.pt comes before the
     preset's. Raises ValueError where something was measured twice in different ways."""
     found = {}
     for file in table.evaluated(folder):
         before = "" if file == "encoder.pt" else f"{pathlib.PurePath(file).stem} "
-        for (name, attack), result in read(folder, file, preset, data).items():
+        for (name, attack), result in read(folder, file, preset, only).items():
             found[before + name, attack] = result
     return found
 
@@ -154,19 +160,19 @@ def step_curves(results, norm="linf", radius=8):
     return lines_of(points, norm)
 
 
-def histories(folder, preset=None, data=None):
+def histories(folder, preset=None, only=None):
     """{name: (epochs, accuracies)} of the "history" that eval.jsonl keeps of a classifier's training, a
     list of {"epoch", "clean", "pgd20", ...}: a line for each of these."""
     found = {}
     for file in table.evaluated(folder):
         before = "" if file == "encoder.pt" else f"{pathlib.PurePath(file).stem} "
         for recipe in recipes(folder, file):
-            names = {base(name): name for name, _ in read(folder, file, preset, data, recipe)}
+            names = {base(name): name for name, _ in read(folder, file, preset, only, recipe)}
             for line in table.measurements(folder):
                 name = names.get(base(line["preset"]))
                 if name is None or table.file_of(line) != file or recipe_of(line) != recipe:
                     continue
-                if data is None or line.get("data") in (None, data):
+                if fits(line, only):
                     found |= {f"{before}{name} {what}": points for what, points in history_of(line).items()}
     return found
 
@@ -187,10 +193,10 @@ def history_of(line):
 # ----------------------------------------------------------------------------------------------------------
 # Corruptions
 # ----------------------------------------------------------------------------------------------------------
-def kinds(folder, preset=None, data=None):
+def kinds(folder, preset=None, only=None):
     """{(name, attack): {kind of corruption: accuracy}} of the results in `folder` that have such kinds."""
     found = {}
-    for column, result in results_of(folder, preset, data).items():
+    for column, result in results_of(folder, preset, only).items():
         of_kind = result.get("kinds")
         if isinstance(of_kind, dict) and of_kind and all(map(table.is_number, of_kind.values())):
             found[column] = of_kind
@@ -213,14 +219,14 @@ class Point(NamedTuple):
     robust_spread: float = 0.0
 
 
-def tradeoff(folder, preset, attack="pgd20", data=None):
+def tradeoff(folder, preset, attack="pgd20", only=None):
     """The points, a list of `Point`, of what eval.jsonl in `folder` holds for `preset` both on clean images
     and under `attack`."""
     found = []
     for file in table.evaluated(folder):
         path = folder if file == "encoder.pt" else folder / file
         for recipe in recipes(folder, file):
-            results = read(folder, file, preset, data, recipe)
+            results = read(folder, file, preset, only, recipe)
             for name, of_attack in results:
                 if of_attack != "clean" or (name, attack) not in results:
                     continue

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import sys
 from typing import NamedTuple
 
 import torch
@@ -126,6 +127,12 @@ def check_sets(args, sets):
                              "square and of one size; give an --image-size to bring them to, as 32")
     if len(sets.train.y.unique()) < 2:
         raise ValueError(f"{args.data}: the training images are all of one class; an evaluation needs two")
+    taught = set(sets.train.y.unique().tolist())
+    unknown = sorted(set(sets.test.y.unique().tolist()) - taught)
+    if unknown:
+        first = f"{', '.join(map(str, unknown[:5]))}{', ...' if len(unknown) > 5 else ''}"
+        print(f"{args.data}: test images have the labels {first}, of which there is no training image (classes count "
+              "from 0)", file=sys.stderr)
     check_attacks(args, sets.test)
     for name in presets:
         if name == "knn":

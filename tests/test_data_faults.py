@@ -884,3 +884,15 @@ def test_images_are_in_memory_once(tmp_path, kind):
         assert process.wait(60) == 0
         before, after, found = map(int, (tmp_path / "printed.txt").read_text().split())
         assert found == (limit or n) and 1024 * (after - before) <= most
+
+
+def test_pixels_that_were_floats_are_named(tmp_path):
+    floats = np.random.default_rng(0).random((8, 4, 4, 3))
+    for x, words in ((np.round(floats).astype(np.uint8), "no pixel of its images is above 1, of 255; are they floats"),
+                     ((floats * 255).astype(np.uint8), None)):
+        np.savez(tmp_path / "x.npz", x_train=x)
+        if words:
+            with pytest.raises(ValueError, match=words):
+                data.load(str(tmp_path / "x.npz"))
+        else:
+            assert len(data.load(str(tmp_path / "x.npz"))) == 8

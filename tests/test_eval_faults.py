@@ -892,3 +892,13 @@ def test_a_signal_ends_it_in_one_line_and_the_same_command_goes_on(
     no_training(monkeypatch)
     lines = evaluate(exported, "--attacks", "clean", "pgd20-1")
     assert [list(line["results"]) for line in lines] == [["clean"], ["pgd20-1"]]
+
+
+def test_labels_that_no_training_image_has_are_said(exported, capsys):
+    arrays = dict(np.load(tiny_npz(exported / "tiny.npz")))
+    arrays["y_train"] = arrays["y_train"] + 1
+    np.savez(exported / "tiny.npz", **arrays)
+    command.main([str(exported / "encoder.pt"), "--data", str(exported / "tiny.npz"), "--device", "cpu", "--preset", "knn",
+                  "--attacks", "clean"])
+    said = capsys.readouterr().err
+    assert "test images have the labels 0, of which there is no training image (classes count from 0)" in said

@@ -8,7 +8,8 @@ import torchvision
 from torch import nn
 
 import eval as command
-from common import data
+from common import data, encoders
+from common.resnet import branch
 from evaluation import finetune, foreign, results
 from evaluation.flags import check
 from tests.scripts import tiny_npz
@@ -267,3 +268,57 @@ def test_the_command_judges_it_and_its_classifier_loads(spec, tmp_path, monkeypa
     assert len(open("eval.jsonl").readlines()) == 3  # with another normalisation it is
     with pytest.raises(ValueError, match="measured twice, with another network"):
         command.main(["weights.pth", "--kept", "--attacks", "clean", "--preset", "amoc-slf"])
+
+
+def test_the_prefix_that_is_proposed_for_dataparallel_is_the_one_that_fits(tmp_path):
+    state = resnet().state_dict()
+    for inner in ("backbone.", "_orig_mod.", "module."):
+        torch.save({"state_dict": {f"module.{inner}{key}": value for key, value in state.items()}}, tmp_path / "weights.pth")
+        with pytest.raises(ValueError, match=f"what would fit: --prefix {inner}$"):
+            foreign.load(tmp_path / "weights.pth", flags("--encoder", "torchvision:resnet18"))
+        for prefix in (inner, f"module.{inner}", f"state_dict.module.{inner}"):
+            encoder = foreign.load(tmp_path / "weights.pth", flags("--encoder", "torchvision:resnet18", "--prefix", prefix))
+            assert torch.equal(encoder.net.conv1.weight, state["conv1.weight"]), prefix
+
+
+def test_many_misshaped_weights_are_counted_and_the_first_named_in_order(tmp_path):
+    torch.save(resnet().state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ValueError) as error:
+        foreign.load(tmp_path / "weights.pth", flags("--encoder", "torchvision:resnet50"))
+    said = str(error.value)
+    assert said.count(", expected (") == 5 and "more are of another shape" in said and len(said) < 900
+    places = [said.index(f"{name} is (") for name in ("layer1.0.conv1.weight", "layer1.1.conv1.weight")]
+    assert places == sorted(places)
+
+
+def test_an_exported_network_of_ones_own_may_have_moved(tmp_path, monkeypatch, capsys):
+    code = ("from torch import nn\n\ndef make():\n    return nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), "
+            "nn.AdaptiveAvgPool2d(1), nn.Flatten())\n")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here" / "net.py").write_text(code)
+    encoder = encoders.make(f"{tmp_path}/here/net.py:make", ("clean", "adv"), mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    with branch(encoder, "adv"):
+        encoder(torch.rand(8, 3, 32, 32))
+    encoders.export(encoder, tmp_path / "encoder.pt", "adv", image_size=24)
+    wanted = encoders.load_encoder(tmp_path / "encoder.pt")
+    (tmp_path / "here" / "net.py").rename(tmp_path / "there" / "net.py")
+    with pytest.raises(ValueError, match="there is no file .*here/net.py"):
+        encoders.load_encoder(tmp_path / "encoder.pt")
+    there = f"{tmp_path}/there/net.py:make"
+    found = foreign.load(tmp_path / "encoder.pt", flags("--encoder", there))
+    x = torch.rand(4, 3, 32, 32)
+    assert torch.equal(found(x), wanted(x)) and found.branch == "adv" and found.image_size == 24
+    for more, words in ((["--encoder", "torchvision:resnet18"], "names its network itself; leave --encoder out"),
+                        (["--encoder", there, "--prefix", "state."], "has its own normalisation; leave --prefix")):
+        with pytest.raises(ValueError, match=words):
+            foreign.load(tmp_path / "encoder.pt", flags(*more))
+    command.main([str(tmp_path / "encoder.pt"), "--encoder", there, "--data", tiny_npz(tmp_path / "x.npz"), *PROBE,
+                  "--attacks", "clean"])
+    assert f"encoder {there}, with the normalisation that the file names" in capsys.readouterr().out
+
+
+def test_a_normalisation_of_0_to_255_is_refused():
+    words = "weights.pth --encoder torchvision:resnet18 --mean 125 122 113 --std 63 62 66".split()
+    with pytest.raises(ValueError, match=r"are of pixels in \[0, 1\]; divide those of 0 to 255 by 255"):
+        check(command.parser().parse_args(words))

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from common import files
+import plot
 from evaluation import published, series, table
 
 
@@ -108,11 +109,24 @@ def test_only_one_preset_and_one_data_set_count_where_they_are_named(tmp_path):
     lines += of_attacks(("clean", 70, None), preset="mae-b")
     write(tmp_path / "eval.jsonl", *[line | {"data": "x"} for line in lines],
           {"preset": "mae", "data": "y", "results": {"clean": {"accuracy": 1}}})
-    assert set(series.results_of(tmp_path, "mae", "x")) == {("mae", "clean"), ("mae lr=1", "clean")}
-    assert set(series.results_of(tmp_path, "mae lr=1", "x")) == {("mae lr=1", "clean")}
-    assert series.results_of(tmp_path, "mae", "y")["mae", "clean"]["accuracy"] == 1
+    assert set(series.results_of(tmp_path, "mae", {"data": "x"})) == {("mae", "clean"), ("mae lr=1", "clean")}
+    assert set(series.results_of(tmp_path, "mae lr=1", {"data": "x"})) == {("mae lr=1", "clean")}
+    assert series.results_of(tmp_path, "mae", {"data": "y"})["mae", "clean"]["accuracy"] == 1
     with pytest.raises(ValueError, match="measured twice, with another data"):
         series.results_of(tmp_path)
+
+
+def test_a_seed_of_the_evaluation_can_be_chosen(tmp_path):
+    of_seed = [of_attacks(("pgd20", accuracy, pgd(8 / 255, 20)), ("clean", 90, None)) for accuracy in (20, 30)]
+    write(tmp_path / "eval.jsonl", *[line | {"seed": seed} for seed, lines in enumerate(of_seed) for line in lines])
+    with pytest.raises(ValueError, match="measured twice, with another seed; choose by a flag"):
+        series.results_of(tmp_path)
+    for seed, accuracy in enumerate((20, 30)):
+        assert series.curves(series.results_of(tmp_path, only={"seed": seed})) == {"slf": ((0, 8), (90, accuracy))}
+    pytest.importorskip("matplotlib")
+    plot.main(["curve", str(tmp_path), "--seed", "1", "--out", str(tmp_path / "a.png")])
+    with pytest.raises(ValueError, match="measured twice"):
+        plot.main(["curve", str(tmp_path), "--out", str(tmp_path / "a.png")])
 
 
 def test_kinds_of_corruptions_are_those_kept(tmp_path):
