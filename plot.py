@@ -5,7 +5,7 @@ All commands have one form: what is drawn, the folders of runs, and flags. --out
 
 From the logs, and from what eval.py has measured and kept in eval.jsonl:
 
-    python plot.py loss results/shapes/*                 the loss of each run over its epochs
+    python plot.py loss results/shapes/*                 loss over the epochs; other seeds dotted
     python plot.py loss runs/* --column loss cosine unique    other columns of the log, a panel each
     python plot.py loss runs/* --column knn "amoc-slf pgd20"    accuracies, after evaluation/snapshots.py
     python plot.py tradeoff results/cifar10-jpeg/*       clean accuracy over that under PGD-20, seeds in one point
@@ -82,13 +82,31 @@ def draw_lines(axes, folders, args, lines_of, measured):
     axes.legend(fontsize=7)
 
 
+def first_of_seeds(folders):
+    """{folder: the first of `folders` whose run differs from its own in the seed alone, or itself}."""
+    found = {}
+    of_method = {}
+    for folder in folders:
+        made = table.read_run(folder, run.FREE)
+        of_seed = of_method.setdefault(table.method_of(made), {})
+        found[folder] = folder if made.seed in of_seed else next(iter(of_seed.values()), folder)
+        of_seed.setdefault(made.seed, folder)
+    return found
+
+
 def draw_loss(axes, folders, args):
+    first = first_of_seeds(folders)
     for ax, column in zip(axes, args.column):
         of_folder = {
             folder: series.of_log(folder, column) or series.of_snapshots(folder, column, args.only)
             for folder in folders}
+        colours = {}
         for folder, points in with_any(of_folder, f"{column} was measured there over the epochs").items():
-            ax.plot(*points, marker=".", label=folder.name)
+            if first[folder] in colours:  # another seed
+                ax.plot(*points, marker=".", linestyle=":", color=colours[first[folder]])
+            else:
+                colours[folder] = f"C{len(colours)}"
+                ax.plot(*points, marker=".", label=folder.name, color=colours[folder])
         ax.set(xlabel="epoch", ylabel=column)
     axes[0].legend(fontsize=7)
 
@@ -362,7 +380,7 @@ def parser():
     p.add_argument("--span", type=run.number(above=0), default=1.0,
                    help="for landscape: they go from -span to span, in norms of the filters")
     p.add_argument("--seed", type=run.integer(0, 2**32 - 1), default=0,
-                   help="for landscape. For results, where it is given: only those of an evaluation by this seed")
+                   help="for landscape. For results, where it is given: only those measured with this seed")
     p.add_argument("--device", help="for landscape; default: cuda if there is one, else cpu")
     return p
 

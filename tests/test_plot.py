@@ -50,6 +50,26 @@ def test_the_pictures_are_drawn(tmp_path):
     assert_drawn(out)
 
 
+def test_runs_that_differ_in_their_seed_alone_have_one_colour_and_one_name(tmp_path):
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    made = {"a": (0, 8), "a-1": (1, 8), "b": (0, 4), "again": (1, 8)}
+    for name, (seed, eps) in made.items():
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "log.jsonl", {"flags": {"eps": eps, "seed": seed}, "command": "python x.py"},
+              {"epoch": 0, "loss": 3.5}, {"epoch": 1, "loss": 2.5})
+    (tmp_path / "no-log").mkdir()
+    folders = [tmp_path / name for name in made]
+    assert plot.first_of_seeds([*folders, tmp_path / "no-log"]) == {
+        folders[0]: folders[0], folders[1]: folders[0], folders[2]: folders[2], folders[3]: folders[3],
+        tmp_path / "no-log": tmp_path / "no-log"}  # one seed twice is not another seed
+    ax = figure.subplots()
+    plot.draw_loss([ax], folders, plot.parser().parse_args(["loss", *map(str, folders)]))
+    a, a1, b, again = ax.get_lines()
+    assert a.get_color() == a1.get_color() and len({line.get_color() for line in (a, b, again)}) == 3
+    assert [line.get_linestyle() for line in (a, a1, b, again)] == ["-", ":", "-", "-"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b", "again"]
+
+
 def npz(path, n, side=32):
     x = np.random.default_rng(0).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
     np.savez(path, x_train=x, y_train=np.arange(n) % 2, x_test=x, y_test=np.arange(n) % 2)
