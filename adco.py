@@ -53,7 +53,8 @@ less.
 --out runs/fgsm    the hybrid by FGSM
     python adco.py --norm l2 --eps 128 --bank-temperature 0.12 --out runs/adco-l2    the hybrid in l2, 128/255
     python adco.py --eps 8 --clean-weight 0.5 --bank-temperature 0.12 --out runs/both    clean and attacked
-    python adco.py --arch vit_tiny --optimizer adamw --lr 5e-4 --weight-decay 0.05 --out runs/adco-vit
+    python adco.py --arch vit_tiny --optimizer adamw --lr 5e-4 --weight-decay 0.05 --warmup 10 \
+--out runs/adco-vit
     python adco.py --data path/to/imagenet --arch resnet50 --stem imagenet --image-size 224 --blur --lr 0.03 \
 --lr-final 6e-4 --weight-decay 1e-4 --ema 0.999 --bank-size 65536 --bank-temperature 0.02 --bank-lr 3
     python eval.py runs/adco/encoder.pt --preset knn amoc-slf
@@ -69,9 +70,9 @@ process alone.
 The log tells how the bank lives. mass is its share of the softmax: 0.96 to 0.999 in our runs, and what
 matters is that it does not fall towards 0. bank_gain is what the bank's step adds to its loss; rotation
 is how far its rows turn, in radians per step; norm is their length. accuracy is how often the key is
-nearer to the query than every row of the bank: 0.01 to 0.16 in our runs, and 0.99 in a dead bank. mass
-and accuracy are of the first query crop alone, after the bank's step, and with --clean-weight of the
-attacked queries.
+nearer to the query than every row of the bank: 0.01 to 0.16 in our runs, and 0.99 in a dead bank; cosine
+is the mean cosine of a query with the nearest row. mass, accuracy and cosine are of the first query crop
+alone, after the bank's step, and with --clean-weight of the attacked queries.
 
 Chance for the loss is ln(K + 1), for each of multi-crop's five terms; with --batch-negatives it is
 ln(K + M), M the keys of the batch. The loss may rise although all is well, since the bank climbs it:
@@ -320,6 +321,7 @@ def alarms(triples, clean, loss_bank, before, rows, temperature, symmetric, clea
         if len(losses) == 1:
             mass = (negative - own).sigmoid().mean()
             accuracy = (positive > nearest).float().mean()
+            cosine = nearest.mean() * temperature
     loss_after = sum(losses) / (len(losses) if symmetric else 1)
     if clean_weight:
         loss_after = mixed(loss_after, objective(clean, n, temperature, symmetric), clean_weight)
@@ -329,12 +331,16 @@ def alarms(triples, clean, loss_bank, before, rows, temperature, symmetric, clea
         "rotation": (n - before).norm(dim=1).mean(),
         "norm": length.mean(),
         "accuracy": accuracy,
+        "cosine": cosine,
     }
 
 
-def lr_at(epoch, epochs, lr, final):
-    """The learning rate of `epoch`: a cosine from `lr` towards `final`."""
-    return optim.cosine(epoch / epochs, lr, final)
+def lr_at(epoch, epochs, lr, warmup, final):
+    """The learning rate of `epoch`: `warmup` equal steps up to `lr`, then a cosine towards
+    `final`."""
+    if epoch < warmup:
+        return lr * (epoch + 1) / warmup
+    return optim.cosine((epoch - warmup) / (epochs - warmup), lr, final)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -357,6 +363,7 @@ def parser():
                         "(authors' code)")
     p.add_argument("--lr", type=run.number(), default=0.06, help="at its peak (ours)")
     p.add_argument("--lr-final", type=run.number(), default=0.0, help="at the end (ours)")
+    p.add_argument("--warmup", type=run.integer(0), default=0, help="in epochs (ours)")
     p.add_argument("--weight-decay", type=run.number(0, 1e6), default=5e-4, help="(ours)")
     p.add_argument("--ema", type=run.number(0, 1), default=0.99, help="momentum of the key network (ours)")
     p.add_argument("--temperature", type=run.number(above=0), default=0.12,
@@ -548,7 +555,7 @@ def main(argv=None):
                     batch_negatives=args.batch_negatives, clean_weight=args.clean_weight,
                     **attack_settings(args))
     for epoch in range(step // steps_per_epoch, args.epochs):
-        lr = lr_at(epoch, args.epochs, args.lr, args.lr_final)
+        lr = lr_at(epoch, args.epochs, args.lr, args.warmup, args.lr_final)
         optim.set_lr(opt, lr)
         first = step % steps_per_epoch  # not 0 where a run was stopped within an epoch
         for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, first):

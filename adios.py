@@ -77,7 +77,7 @@ Measured on one CPU thread (Intel Xeon) with --arch slim (0.3 M parameters). Wit
 than those of random masks or of SimCLR: on 10,000 images of CIFAR-10 (JPEG), with --single, a linear
 probe reaches 40.1 % after 12 epochs, with random masks 39.5 and by SimCLR 40.8 (means of 2 seeds). With
 four masks per image, after 6 epochs in the same time, it reaches 35.7. More is in results/README.md.
-This has not been run on a GPU yet.
+This has not been run on a GPU yet, and --masks 1 and objectives other than SimCLR not at all.
 """
 import argparse
 import copy

@@ -83,8 +83,9 @@ Measured on one CPU thread (Intel Xeon) and 10,000 images of CIFAR-10 (JPEG), wi
 --batch-size 64 --warmup 0 --lr 0.1 --steps 2 --step-size 4, without pseudo-labels, in 4.6 CPU minutes (11
 epochs): a linear probe (amoc-slf, 2,000 test images) reaches 44.8 %, and 13.3 % under PGD-20 at 8/255;
 with another seed 40.8 and 13.5. SimCLR (acl.py --variant s2s) reaches 47.0 and 0.1 in 4.6 CPU minutes; a
-random encoder, 27.4 and 0. This has not been run on a GPU yet. The paper reports 77.73, and 48.89
-under PGD-20, without pseudo-labels, and 80.85 and 50.45 with them (1000 epochs, as its code has).
+random encoder, 27.4 and 0. This has not been run on a GPU yet, and l2 and AdamW not at all. The paper
+reports 77.73, and 48.89 under PGD-20, without pseudo-labels, and 80.85 and 50.45 with them (1000 epochs,
+as its code has).
 """
 import argparse
 import hashlib

@@ -68,8 +68,8 @@ Measured on one CPU thread (Intel Xeon) and 10,000 images of CIFAR-10 (JPEG), wi
 --batch-size 64 --warmup 0 --bank-size 512 --ema 0.99 --lr 0.2 --weight-decay 1e-4 --steps 2
 --step-size 4, in 3.9 CPU minutes (11 epochs; mean of 2 seeds): a linear probe (amoc-slf, 2,000 test
 images) reaches 35.8 %, and 14.5 % under PGD-20 at 8/255. CCC reaches 43.0 and 2.6 in 4.6 CPU minutes (32
-epochs); a random encoder, 27.4 and 0. This has not been run on a GPU yet. The paper reports 78.74 and
-36.87 (ACC, 200 epochs).
+epochs); a random encoder, 27.4 and 0. This has not been run on a GPU yet, and l2 not at all. The paper
+reports 78.74 and 36.87 (ACC, 200 epochs).
 """
 import argparse
 import math

@@ -83,7 +83,7 @@ Measured on one CPU thread (Intel Xeon) and 10,000 images of CIFAR-10 (JPEG), wi
 epochs): a linear probe (amoc-slf, 2,000 test images) reaches 29.1 %, and 18.4 under PGD-20 at 8/255.
 BYOL reaches 43.8 and 0 in 6.6 CPU minutes (28 epochs); a random encoder, 27.4 and 0. So BYORL keeps two
 thirds of its accuracy under attack, but learns slowly: with --lr 0.5 and 48 epochs, in 27 CPU minutes,
-it reaches 37.0 and 18.4. This has not been run on a GPU yet.
+it reaches 37.0 and 18.4. This has not been run on a GPU yet, and l2 and --noise-sigma not at all.
 """
 import argparse
 import pathlib

@@ -43,6 +43,8 @@ branch adv does so by B. A ViT has no BatchNorm, and so no branches.
     python clae.py --arch vit_tiny --out runs/clae-vit   a ViT; the learning rate can stay as it is
     python eval.py runs/clae/encoder.pt --preset knn amoc-slf
 
+The attack's step is a sign, so its ball is linf's, and there is no --norm.
+
 A step costs 11 forward passes, counting a backward pass to the pixels as one and a whole one as two: 2
 for the attack and 9 for the update. With --random it costs 9, and with --alpha 0, SimCLR's, 6.
 

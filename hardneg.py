@@ -52,13 +52,15 @@ no such code. Ours are:
       running statistics serve the exported encoder alone.
 
 On MoCo a step costs 4 forward passes (a whole backward pass counts two), on SimCLR 6. No rule adds
-any, but MoCHi's mixtures take time and memory: here a step took 1.7 times as long. No image is attacked.
+any, but MoCHi's mixtures take time, here a step took 1.7 times as long, and memory: B (s + s') D floats,
+100 MB with the defaults, and a few times that in between. No image is attacked.
 
     python hardneg.py                                    MoCHi on MoCo: CIFAR-10, ResNet-18, 200 epochs
     python hardneg.py --negatives plain --out runs/moco    MoCo
     python hardneg.py --negatives ifm --out runs/ifm
     python hardneg.py --negatives hcl --base simclr --out runs/hcl    HCL on the base of its paper
-    python hardneg.py --arch vit_tiny --optimizer adamw --lr 5e-4 --weight-decay 0.05 --out runs/hardneg-vit
+    python hardneg.py --arch vit_tiny --optimizer adamw --lr 5e-4 --weight-decay 0.05 --warmup 10 \
+--out runs/hardneg-vit
     python hardneg.py --data path/to/imagenet --arch resnet50 --stem imagenet --image-size 224 --blur \
 --lr 0.03 --lr-final 6e-4 --weight-decay 1e-4 --ema 0.999 --bank-size 65536
     python eval.py runs/hardneg/encoder.pt --preset knn amoc-slf
@@ -71,7 +73,7 @@ images of one process alone, so that few images on each make smaller groups.
 
 The log tells how hard the negatives are: mass is their share of the softmax, at the temperature of
 AdCo's bank, 0.05, whatever the loss's own is; accuracy is how often a query's key is nearer than all of
-them; cosine is the mean largest cosine of a query with one. adco.py's log has the first two, of its
+them; cosine is the mean largest cosine of a query with one. adco.py's log has the same, of its
 bank after the bank's step, so that these runs compare with AdCo's. IFM's shift and HCL's weights belong
 to the loss and do not enter. MoCHi's mixtures do: they are nearer to the query than what they are made
 of, so from --mix-from on loss, mass and cosine jump up, and accuracy falls.
@@ -356,9 +358,12 @@ def hardness(q, k, bank, mixed):
     }
 
 
-def lr_at(epoch, epochs, lr, final):
-    """The learning rate of `epoch`: a cosine from `lr` towards `final`."""
-    return optim.cosine(epoch / epochs, lr, final)
+def lr_at(epoch, epochs, lr, warmup, final):
+    """The learning rate of `epoch`: `warmup` equal steps up to `lr`, then a cosine towards
+    `final`."""
+    if epoch < warmup:
+        return lr * (epoch + 1) / warmup
+    return optim.cosine((epoch - warmup) / (epochs - warmup), lr, final)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -383,6 +388,7 @@ def parser():
                         "(ours)")
     p.add_argument("--lr", type=run.number(), default=0.06, help="at its peak (ours)")
     p.add_argument("--lr-final", type=run.number(), default=0.0, help="at the end (ours)")
+    p.add_argument("--warmup", type=run.integer(0), default=0, help="in epochs (ours)")
     p.add_argument("--weight-decay", type=run.number(0, 1e6), default=5e-4, help="(ours)")
     p.add_argument("--ema", type=run.number(0, 1), default=0.99,
                    help="moco: momentum of the key network (ours)")
@@ -524,7 +530,7 @@ def main(argv=None):
 
     settings = dict(ema=args.ema, hardest_rows=args.hardest, **loss_settings(args))
     for epoch in range(step // steps_per_epoch, args.epochs):
-        lr = lr_at(epoch, args.epochs, args.lr, args.lr_final)
+        lr = lr_at(epoch, args.epochs, args.lr, args.warmup, args.lr_final)
         optim.set_lr(opt, lr)
         first = step % steps_per_epoch  # not 0 where a run was stopped within an epoch
         for x, _, rng in data.batches(images, args.batch_size, args.seed, epoch, env.rank, env.world, first):

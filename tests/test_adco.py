@@ -270,6 +270,7 @@ def test_the_alarms_are_what_they_are_called():
     assert losses["rotation"].item() == pytest.approx(angle.mean().item(), rel=1e-2)
     assert losses["norm"].item() == pytest.approx(bank.rows.norm(dim=1).mean().item(), rel=1e-12)
     assert losses["accuracy"].item() == (s.argmax(1) == 0).double().mean().item()
+    assert losses["cosine"].item() == pytest.approx(s[:, 1:].amax(1).mean().item(), rel=1e-9)
     far = memory(-1.0 * key.mean(0).expand(9, 6))
     dead, _ = step(Linear(), Linear().requires_grad_(False), [x1], [x2], far, eps=0.0)
     assert dead["mass"] < 1e-6 and dead["bank_gain"].abs() < 1e-6 and dead["accuracy"] == 1
@@ -473,7 +474,7 @@ def test_a_dead_bank_is_named_in_one_line_an_epoch(tmp_path, capsys, monkeypatch
 @pytest.mark.parametrize("epoch, lr", [
     (0, 0.03), (1, 0.02999818649748041), (50, 0.02569446968344225), (100, 0.0153), (199, 0.0006018135025195893)])
 def test_learning_rate_equals_printed_values(epoch, lr):
-    assert adco.lr_at(epoch, 200, 0.03, 6e-4) == pytest.approx(lr, rel=1e-9)
+    assert adco.lr_at(epoch, 200, 0.03, 0, 6e-4) == pytest.approx(lr, rel=1e-9)
 
 
 def test_network_sizes_are_the_authors():

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+import acl
 import clae
 from common.pgd import frozen_stats
 from common.resnet import BranchNorm, branch
@@ -55,6 +56,7 @@ def test_the_objective_equals_slow_loops_and_the_printed_values(views, temperatu
 def test_a_zero_alpha_is_simclr_and_one_image_alone_has_no_loss():
     z1, z2, z_adv = S(4, 6, 0), S(4, 6, 0.4), S(4, 6, 1.1)
     assert torch.equal(clae.objective(z1, z2, z_adv, 0.5, 0.0), clae.nt_xent(z1, z2, 0.5))
+    assert torch.equal(clae.nt_xent(z1, z2, 0.5), acl.nt_xent(z1, z2, 0.5))  # whose values are asserted there
     assert torch.equal(clae.objective(z1, z2, None, 0.5, 0.0), clae.nt_xent(z1, z2, 0.5))
     assert clae.nt_xent(z1[:1], z2[:1], 0.5).item() == pytest.approx(0, abs=1e-12)
     same = torch.ones(6, 4, **torch64)

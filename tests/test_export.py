@@ -244,7 +244,7 @@ def test_the_side_of_the_datas_images_is_exported_where_none_is_given(case, fold
 
 
 @pytest.mark.parametrize("script, more", [
-    ("acl", "--variant ds"), ("acl", "--variant s2s"), ("amoc", ""), ("amoc", "--variant CCC"), ("advcl", ""),
+    ("acl", "--variant ds"), ("acl", "--variant s2s"), ("clae", ""), ("amoc", ""), ("amoc", "--variant CCC"), ("advcl", ""),
     ("advcl", "--teacher"), ("rocl", ""), ("byorl", "")])
 def test_a_vit_has_no_batchnorm_branch_that_were_exported_or_named(script, more, folder, tmp_path, capsys):
     """It is trained, and exported, without one: whatever the method's branches are."""

@@ -399,4 +399,4 @@ def test_bad_flags_of_the_method_are_named(flags, words):
 @pytest.mark.parametrize("epoch, lr", [
     (0, 0.03), (1, 0.02999818649748041), (50, 0.02569446968344225), (100, 0.0153), (199, 0.0006018135025195893)])
 def test_learning_rate_equals_printed_values(epoch, lr):
-    assert hardneg.lr_at(epoch, 200, 0.03, 6e-4) == pytest.approx(lr, rel=1e-9)
+    assert hardneg.lr_at(epoch, 200, 0.03, 0, 6e-4) == pytest.approx(lr, rel=1e-9)

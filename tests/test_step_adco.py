@@ -114,7 +114,8 @@ def step(net, target, bank, past, names, x_q, x_k, order, noise, flags):
     k = keys[0]
     n = plain.unit(bank["rows"])
     _, p = contrast(q, k, bank["rows"], flags.bank_temperature, flags)
-    hits = [float(q[i] @ k[i] > max(q[i] @ row for row in n)) for i in range(len(q))]
+    largest = [max(q[i] @ row for row in n) for i in range(len(q))]
+    hits = [float(q[i] @ k[i] > largest[i]) for i in range(len(q))]
     return {
         "loss": loss, **(of_kind if w else {}),
         "mass": sum(sum(row) for row in p) / len(p),
@@ -122,6 +123,7 @@ def step(net, target, bank, past, names, x_q, x_k, order, noise, flags):
         "rotation": sum((a - b).norm() for a, b in zip(n, plain.unit(old))) / len(n),
         "norm": sum(row.norm() for row in bank["rows"]) / len(n),
         "accuracy": sum(hits) / len(hits),
+        "cosine": sum(largest) / len(largest),
     }
 
 

@@ -200,6 +200,20 @@ def test_a_run_hands_the_step_what_the_method_starts_with(monkeypatch, tmp_path,
         assert seen["targets"][0].bincount().tolist() == [4, 4, 4, 4]
 
 
+def test_without_a_random_start_the_attack_begins_at_the_image_and_noise_of_its_own_stays(monkeypatch, tmp_path):
+    flags = ["--tasks", "rotation", "--ramp", "0", "--held-out", "0"]
+    found = []
+    for i, more in enumerate((["--no-random-start"], [], ["--no-random-start", "--noise", "8"])):
+        (tmp_path / str(i)).mkdir()
+        with monkeypatch.context() as m:
+            found.append(steps.first_step(pretext, m, tmp_path / str(i), *flags, *more))
+    at_the_image, at_random, noisy = found
+    assert at_the_image["noise"] is None
+    assert at_random["noise"].abs().max() <= 1 and at_random["noise"].std() > 0.5
+    assert noisy["noise"].abs().max() > 1  # Gaussian noise is no start
+    assert torch.equal(at_the_image["x"], at_random["x"])
+
+
 def test_every_step_of_a_run_has_its_rate_and_images_targets_and_noise_of_its_own(monkeypatch, tmp_path):
     seen = []
     step = pretext.train_step

@@ -32,12 +32,12 @@ N, BATCH, SIDE, EPOCHS, STEPS = 32, 16, 16, 4, 8
 SMALL = "--arch slim --batch-size 16 --epochs 4 --save-every 3 --device cpu --seed 5"
 AMOC = ("--lr 0.31 --weight-decay 0.002 --warmup 2 --ema 0.6 --bank-size 48 --lam 0.25 --temperature 0.3 "
         "--eps 6 --step-size 3 --steps 2")
-ADCO = ("--lr 0.11 --lr-final 0.02 --weight-decay 0.003 --ema 0.6 --bank-size 40 --fill-steps 3 "
+ADCO = ("--lr 0.11 --lr-final 0.02 --warmup 2 --weight-decay 0.003 --ema 0.6 --bank-size 40 --fill-steps 3 "
         "--bank-lr 0.23 --bank-momentum 0.7 --bank-decay 0.004 --temperature 0.3 --bank-temperature 0.2")
 CACO = ("--lr 0.11 --lr-final 0.02 --warmup 1 --weight-decay 0.003 --ema 0.6 --bank-size 40 --fill-steps 3 "
         "--bank-lr 0.23 --bank-warmup 2 --bank-momentum 0.7 --temperature 0.1 --fill-temperature 0.3 "
         "--dim 24 --cooperation -0.25")
-HARDNEG = ("--lr 0.11 --lr-final 0.02 --weight-decay 0.003 --ema 0.6 --bank-size 40 --hardest 8 --mix 6 --mix-query 4 "
+HARDNEG = ("--lr 0.11 --lr-final 0.02 --warmup 2 --weight-decay 0.003 --ema 0.6 --bank-size 40 --hardest 8 --mix 6 --mix-query 4 "
            "--mix-from 1 --shift 0.15 --alpha 0.7 --beta 0.8 --tau 0.2")
 BYORL = "--lr 0.9 --weight-decay 0.003 --warmup 2 --ema 0.6 --hidden 40"
 ADV_MAE = "--arch vit_slim --decoder 16 1 2 --lr 0.004 --weight-decay 0.03 --warmup 2"
@@ -375,9 +375,9 @@ RATES = {  # of each of the eight steps; two epochs, or four steps, are warm-up 
     + [1e-6 + (2.1 - 1e-6) * fall(s / 4) for s in (1, 2, 3, 4)],
     ("advcl", "opt"): [0.37 / 50 + (advcl_c(2) - 0.37 / 50) * s / 4 for s in (0, 1, 2, 3)]
     + [advcl_c(3), advcl_c(3), advcl_c(4), advcl_c(4)],
-    ("adco", "opt"): by_epoch(*(0.02 + (0.11 - 0.02) * fall(e / 4) for e in range(EPOCHS))),
+    ("adco", "opt"): by_epoch(0.11 / 2, 0.11, *(0.02 + (0.11 - 0.02) * fall(e / 2) for e in range(2))),
     ("caco", "opt"): by_epoch(0.11, *(0.02 + (0.11 - 0.02) * fall(e / 3) for e in range(3))),
-    ("hardneg", "opt"): by_epoch(*(0.02 + (0.11 - 0.02) * fall(e / 4) for e in range(EPOCHS))),
+    ("hardneg", "opt"): by_epoch(0.11 / 2, 0.11, *(0.02 + (0.11 - 0.02) * fall(e / 2) for e in range(2))),
     ("byorl", "opt"): [0, 0.9 / 4, 0.9 / 2, 0.9 * 3 / 4] + [0.9 * fall(s / 4) for s in range(4)],
     ("adv_mae", "opt"): mae_rates(0.004),
     ("unified", "opt"): mae_rates(0.004),
