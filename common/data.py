@@ -248,7 +248,9 @@ def load(name, root="data", split="train", device="cpu", limit=None, size=None, 
         raise ValueError(f"data {name!r}: not one of {', '.join(NAMES)}; not an .npz, and no such folder")
     rows = torch.as_tensor(keep(len(y)))
     x = _gathered(parts, rows, device)
-    if x.max() == 1:
+    # In parts, of which the first one almost always ends the search.
+    parts = x.split(max(1, PART // max(1, x[0].numel())))
+    if all(part.max() <= 1 for part in parts) and x.any():
         raise ValueError(f"{name}: no pixel of its images is above 1, of 255; are they floats in [0, 1], made whole? "
                          "Multiply them by 255 first")
     return Images(x, y[rows].to(device), classes)
@@ -337,11 +339,11 @@ def _from_npz(path, split):
         return x, torch.full((n,), -1), 1
     y = archive.read(f"y_{part}")
     if y.shape != (n,) or y.dtype.kind not in "iu":
-        raise ValueError(f"{path}: y_{part} is {y.dtype} {y.shape}; it must be integers ({n},)")
+        raise ValueError(f"{path}: y_{part} is {y.dtype} {y.shape}; it must be integers ({n},){_made_labels(y)}")
     labels = archive.read("y_train")
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
         raise ValueError(
-            f"{path}: y_train is {labels.dtype} {labels.shape}; it must be integers (N,), N > 0")
+            f"{path}: y_train is {labels.dtype} {labels.shape}; it must be integers (N,), N > 0{_made_labels(labels)}")
     classes = max(1, int(labels.max()) + 1)
     if classes > max(len(labels), 100_000):
         raise ValueError(f"{path}: the largest label in y_train is {classes - 1}; "
@@ -352,9 +354,27 @@ def _from_npz(path, split):
     return x, torch.from_numpy(y.astype(np.int64)), classes
 
 
+def _made_labels(y):
+    """How the array `y` becomes labels, where that is plain."""
+    how = "; for pretraining it may be left out"
+    if y.ndim == 2 and y.shape[1] == 1:
+        return f"; take [:, 0]{how}"
+    if y.ndim == 2 and y.shape[1]:
+        return f"; of one-hot rows take argmax(1){how}"
+    return how
+
+
 def _check_pixels(dtype, shape, what):
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
-        raise ValueError(f"{what} is {dtype} {shape}; it must be uint8 (N, H, W, 3), and not empty")
+    if dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and 0 not in shape:
+        return
+    how = ""
+    if 0 not in shape and dtype != np.uint8:
+        how = "; of floats in [0, 1] take (255 x).round().astype(uint8)" if dtype.kind == "f" else ""
+    elif len(shape) == 4 and shape[1] == 3:
+        how = "; take transpose(0, 2, 3, 1)"
+    elif len(shape) == 3 or shape[-1:] == (1,):
+        how = "; repeat the grey values in three channels"
+    raise ValueError(f"{what} is {dtype} {shape}; it must be uint8 (N, H, W, 3), and not empty{how}")
 
 
 class _Npz:

@@ -50,7 +50,8 @@ def _reason(error, path):
         free = os.statvfs(path.parent)
         if free.f_bavail * free.f_frsize < 2**24:
             return "No space left on device"
-    return str(error).splitlines()[0]
+    why = str(error).splitlines()[0]
+    return f"the disk, or a quota, may be full ({why})" if "inline_container" in why else why
 
 
 def save(value, path):

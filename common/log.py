@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import torchvision
 
 from common import files, own
+from common.data import Folder
 from common.dist import average
 
 
@@ -37,6 +38,9 @@ class Log:
         self.args, self.env, self.steps = args, env, steps  # steps of the whole run
         self.path = pathlib.Path(args.out) / "log.jsonl"
         self.data = {"images": len(images), "checksum": images.checksum()}
+        self.of_what = f"{len(images):,} images"
+        if isinstance(images, Folder):
+            self.of_what = f"{len(images):,} pictures, of each the central square at {images.size} x {images.size}"
         if ":" in (getattr(args, "arch", None) or ""):  # a network of one's own, whose code may change
             self.data["network"] = own.code_of(args.arch)
         self.sums, self.count, self.images, self.bad = {}, 0, 0, torch.tensor(-1, device=env.device)
@@ -60,7 +64,7 @@ class Log:
             lines = [first, *(kept[epoch] for epoch in range(self.epochs) if epoch in kept)]
             with files.replacing(self.path) as temporary:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            print(f"{self.args.out}: {self.steps} steps on {first['device']}; {note}")
+            print(f"{self.args.out}: {self.of_what}, {self.steps} steps on {first['device']}; {note}")
         self.first, self.began, self.shown = step, time.time(), 0.0
         self.clock, self.cpu_clock = time.time() - self.elapsed, time.process_time() - self.cpu_elapsed
 

@@ -274,6 +274,17 @@ def feature_length(net, source, side=None):
     return features.shape[1], side
 
 
+def check_side(source, side):
+    """ValueError where the network of `source` takes no images of that `side`."""
+    with torch.random.fork_rng(devices=[]):
+        net = from_file(source)
+        try:
+            feature_length(net, source, side)
+        except ValueError as e:
+            _, other = feature_length(net, source)
+            raise ValueError(f"{e}; it takes those of side {other}: --image-size {other}") from None
+
+
 def check_features(features, source, x, where=""):
     """ValueError where `features` are not (B, D), those of images x (B, 3, H, W); `where`: in which mode."""
     if not isinstance(features, torch.Tensor) or features.dim() != 2 or len(features) != len(x):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from common import files
+from common import files, own
 from common.dist import meet
 from common.log import last_good
 from common.speed import use_graphs
@@ -153,12 +153,13 @@ def path(text):
 
 def image_size(args, images):
     """The side of the square images that a run works on: --image-size, or else that of the data
-    `images`."""
-    if args.image_size:
-        return args.image_size
-    if images.size is None:
+    `images`. ValueError where there is none, or where a network of one's own does not take it."""
+    side = args.image_size or images.size
+    if side is None:
         raise ValueError(f"--data {args.data}: its images are not square; give their side by --image-size")
-    return images.size
+    if ":" in args.arch:
+        own.check_side(args.arch, side)
+    return side
 
 
 # These may differ when a run is continued: they change nothing, or (device, compile, graph) rounding only.

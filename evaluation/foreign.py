@@ -127,7 +127,7 @@ def weights_in(path, prefix):
     if not whole:
         keys = ", ".join(map(str, list(saved)[:5]))
         raise ValueError(f"{path}: holds no tensors, but {keys or 'nothing'}")
-    usual = contained(saved)
+    usual = contained(saved, path)
     beside = {str(key): value for key, value in usual.items() if isinstance(value, torch.Tensor)}
     state = beside or flat(usual) or whole  # what else lies beside weights, as an optimizer's, is none
     of_data_parallel = all(key.startswith("module.") for key in state)
@@ -142,12 +142,24 @@ def weights_in(path, prefix):
     return chosen
 
 
-def contained(saved):
-    """Of a dict what is in the first of CONTAINERS that it has, and in that one's, and so on."""
-    for container in CONTAINERS:
-        if isinstance(saved.get(container), dict):
-            return contained(saved[container])
-    return saved
+def contained(saved, path):
+    """Of the dict in the file `path` what is in the first of CONTAINERS that it has, and in that one's, and so on."""
+    there = [container for container in CONTAINERS if isinstance(saved.get(container), dict)]
+    if not there:
+        return saved
+    if len(there) > 1:
+        say(f"{path}: the weights in {there[0]} are taken; there are others in {', '.join(there[1:])} (--prefix)")
+    return contained(saved[there[0]], path)
+
+
+said = set()
+
+
+def say(line):
+    """Print a line, but not again in this process: a file is loaded several times."""
+    if line not in said:
+        print(line)
+        said.add(line)
 
 
 def flat(saved, before=""):
@@ -199,7 +211,7 @@ def load_into(net, state, path):
     heads = [key for key in state if key not in wanted and re.match(LEFT_OUT, key)]
     if heads:
         first = f"{', '.join(heads[:5])}{', ...' if len(heads) > 5 else ''}"
-        print(f"{path}: {first} left out: features are judged, not logits")
+        say(f"{path}: {first} left out: features are judged, not logits")
         state = {key: value for key, value in state.items() if key not in heads}
     for key in wanted.keys() - state.keys():
         if key.endswith("num_batches_tracked"):  # older programs have none, and nothing here reads it

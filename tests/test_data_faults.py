@@ -896,3 +896,18 @@ def test_pixels_that_were_floats_are_named(tmp_path):
                 data.load(str(tmp_path / "x.npz"))
         else:
             assert len(data.load(str(tmp_path / "x.npz"))) == 8
+
+
+@pytest.mark.parametrize("given, words", [
+    (dict(y_train=np.zeros((8, 1), np.int64)), r"y_train is int64 \(8, 1\); .*; take \[:, 0\]; for pretraining it may be left out"),
+    (dict(y_train=np.eye(8)), r"y_train is float64 \(8, 8\); .*; of one-hot rows take argmax\(1\)"),
+    (dict(x_train=np.zeros((8, 4, 4, 3))), r"x_train is float64 .*; of floats in \[0, 1\] take \(255 x\).round\(\).astype\(uint8\)"),
+    (dict(x_train=np.zeros((8, 3, 4, 4), np.uint8)), r"x_train is uint8 .*; take transpose\(0, 2, 3, 1\)"),
+    (dict(x_train=np.zeros((8, 4, 4), np.uint8)), "repeat the grey values in three channels"),
+    (dict(x_train=np.zeros((8, 4, 4, 1), np.uint8)), "repeat the grey values in three channels"),
+])
+def test_what_would_make_an_array_usable_is_said(tmp_path, given, words):
+    arrays = dict(x_train=np.full((8, 4, 4, 3), 9, np.uint8), y_train=np.arange(8))
+    np.savez(tmp_path / "x.npz", **{**arrays, **given})
+    with pytest.raises(ValueError, match=words):
+        data.load(str(tmp_path / "x.npz"))

@@ -318,6 +318,19 @@ def test_an_exported_network_of_ones_own_may_have_moved(tmp_path, monkeypatch, c
     assert f"encoder {there}, with the normalisation that the file names" in capsys.readouterr().out
 
 
+def test_of_several_networks_in_a_file_the_one_taken_is_named_once(tmp_path, capsys):
+    state = resnet().state_dict()
+    torch.save({"teacher": {key: value + 1 for key, value in state.items()}, "model": state}, tmp_path / "weights.pth")
+    for _ in range(2):
+        encoder = foreign.load(tmp_path / "weights.pth", flags("--encoder", "torchvision:resnet18"))
+    assert torch.equal(encoder.net.conv1.weight, state["conv1.weight"])
+    said = capsys.readouterr().out
+    assert said.count("the weights in model are taken; there are others in teacher (--prefix)") == 1
+    assert said.count("left out: features are judged") == 1
+    teacher = foreign.load(tmp_path / "weights.pth", flags("--encoder", "torchvision:resnet18", "--prefix", "teacher."))
+    assert torch.equal(teacher.net.conv1.weight, state["conv1.weight"] + 1)
+
+
 def test_a_normalisation_of_0_to_255_is_refused():
     words = "weights.pth --encoder torchvision:resnet18 --mean 125 122 113 --std 63 62 66".split()
     with pytest.raises(ValueError, match=r"are of pixels in \[0, 1\]; divide those of 0 to 255 by 255"):

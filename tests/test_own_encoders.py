@@ -487,3 +487,15 @@ def test_weights_of_other_code_are_loaded_with_a_warning(own, tmp_path):
         f.write("\n# other code\n")
     with pytest.warns(UserWarning, match="the code of .*mine.py:make has changed since these weights were saved"):
         encoders.load_encoder(tmp_path / "encoder.pt")
+
+
+def test_a_network_for_another_side_is_refused_before_the_first_step(own, tmp_path):
+    npz = tiny_npz(tmp_path / "x.npz")
+    words = ["--data", npz, *TINY, "--arch", f"{own}:large", "--epochs", "1", "--warmup", "0", "--steps", "1",
+             "--bank-size", "48", "--out", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="large: takes no images .*of side 32: .*; it takes those of side 96: --image-size 96$"):
+        amoc.main(words)
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+    before = torch.get_rng_state()
+    own_networks.check_side(f"{own}:large", 96)
+    assert torch.equal(torch.get_rng_state(), before)

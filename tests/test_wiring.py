@@ -422,7 +422,7 @@ def test_the_log_has_each_epochs_mean_loss_and_last_rate_and_its_chance_value(ca
             assert "ema" in line
     for value in CHANCE.get(case, CHANCE[script]):
         assert f"{value:.3f}" in header["note"]
-    assert f"{record.out}: {STEPS} steps on" in record.printed
+    assert f"{record.out}: {N} images, {STEPS} steps on" in record.printed
     assert f"{record.out / 'encoder.pt'} holds the encoder" in record.printed
 
 
