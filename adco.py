@@ -363,7 +363,8 @@ def parser():
                         "(authors' code)")
     p.add_argument("--lr", type=run.number(), default=0.06, help="at its peak (ours)")
     p.add_argument("--lr-final", type=run.number(), default=0.0, help="at the end (ours)")
-    p.add_argument("--warmup", type=run.integer(0), default=0, help="in epochs (ours)")
+    p.add_argument("--warmup", type=run.integer(0), default=0,
+                   help="in epochs; the steps that fill the bank, before it, have the full rate (ours)")
     p.add_argument("--weight-decay", type=run.number(0, 1e6), default=5e-4, help="(ours)")
     p.add_argument("--ema", type=run.number(0, 1), default=0.99, help="momentum of the key network (ours)")
     p.add_argument("--temperature", type=run.number(above=0), default=0.12,

@@ -73,8 +73,8 @@ classifier-mae-tune-layer-decay=0.75.pt. The classifier of an encoder in weights
 classifier-weights-<preset>.pt. One process at a time works in a folder.
 
 A training that is stopped, by Ctrl-C or by a crash, goes on by the same command. Once a minute at most, at the end
-of an epoch, it is saved as training-<preset>[-<BN>]-<digest>.pt, a file for each seed and data set, which
-disappears when it has ended.
+of an epoch, its state is saved as training-<preset>[-<BN>]-<digest>.pt. Each seed and data set has such a file; it
+is removed when that training ends.
 
 --kept measures nothing: it prints the results that are kept and agree with the flags given, each
 variant of a preset in columns of its own. A flag that is left out excludes nothing, except --preset

@@ -86,7 +86,7 @@ mixtures a cosine that stays near 1, and an accuracy near 0, mean that all embed
 Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
 CIFAR-10 (JPEG), on MoCo, in 4 to 5 CPU minutes (25 epochs, MoCHi 15; mean of 2 seeds): a linear probe
 reaches 42.7 % with plain, 43.0 with IFM, 41.5 with HCL, 40.5 with debiased and 39.3 with MoCHi, which
-mixes from epoch 4. AdCo reaches 42.5 in the same time. This has not been run on a GPU yet, and on
+mixes from epoch 4. AdCo reaches 42.5 in 3.4. This has not been run on a GPU yet, and on
 SimCLR and with AdamW not at all. Robinson, Sun et al. report 81.4 on ImageNet-100 for IFM (linear
 probe, ResNet-50; MoCo v2 80.5), and Kalantidis et al. 68.0 on ImageNet for MoCHi (linear probe, 200
 epochs).

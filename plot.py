@@ -54,6 +54,7 @@ USES = {  # the flags that have no meaning for other pictures
     "column": ("loss",),
     "grid": ("landscape",),
     "span": ("landscape",),
+    "seed": ("landscape", "loss", "tradeoff", "curve", "curve-steps", "corruptions", "history"),
     "device": ("landscape",),
 }
 
@@ -380,7 +381,8 @@ def parser():
     p.add_argument("--span", type=run.number(above=0), default=1.0,
                    help="for landscape: they go from -span to span, in norms of the filters")
     p.add_argument("--seed", type=run.integer(0, 2**32 - 1), default=0,
-                   help="for landscape. For results, where it is given: only those measured with this seed")
+                   help="landscape: of its directions. Of results, where it is given: only those of evaluations "
+                        "with this seed")
     p.add_argument("--device", help="for landscape; default: cuda if there is one, else cpu")
     return p
 

@@ -251,8 +251,8 @@ def load(name, root="data", split="train", device="cpu", limit=None, size=None, 
     # In parts, of which the first one almost always ends the search.
     parts = x.split(max(1, PART // max(1, x[0].numel())))
     if all(part.max() <= 1 for part in parts) and x.any():
-        raise ValueError(f"{name}: no pixel of its images is above 1, of 255; are they floats in [0, 1], made whole? "
-                         "Multiply them by 255 first")
+        raise ValueError(f"{name}: no pixel is above 1, where 255 is white; were they floats in [0, 1], cast to uint8? "
+                         "Multiply by 255 before the cast")
     return Images(x, y[rows].to(device), classes)
 
 
@@ -369,7 +369,10 @@ def _check_pixels(dtype, shape, what):
         return
     how = ""
     if 0 not in shape and dtype != np.uint8:
-        how = "; of floats in [0, 1] take (255 x).round().astype(uint8)" if dtype.kind == "f" else ""
+        whole = "; of whole numbers from 0 to 255 take astype(uint8)"
+        how = "; of floats in [0, 1] take (255 x).round().astype(uint8)" if dtype.kind == "f" else whole
+    elif len(shape) == 3 and shape[2] == 3:
+        how = "; of one picture take x[None]"
     elif len(shape) == 4 and shape[1] == 3:
         how = "; take transpose(0, 2, 3, 1)"
     elif len(shape) == 3 or shape[-1:] == (1,):

@@ -182,6 +182,8 @@ def load_encoder(path, branch=None, all_branches=False, arch=None):
         if key not in saved:
             raise ValueError(f"{path}: {key!r} is missing; {advice}")
     if arch:
+        if ".py:" not in saved["arch"]:
+            raise ValueError(f"{path}: holds a {saved['arch']}, which needs no code of yours; leave --encoder out")
         saved = {**saved, "arch": arch}
     parts = {saved["branch"]: saved["state"], **saved["others"]}
     branch = branch or saved["branch"]

@@ -41,7 +41,7 @@ class Log:
         self.of_what = f"{len(images):,} images"
         if isinstance(images, Folder):
             self.of_what = f"{len(images):,} pictures, of each the central square at {images.size} x {images.size}"
-        if ":" in (getattr(args, "arch", None) or ""):  # a network of one's own, whose code may change
+        if ".py:" in (getattr(args, "arch", None) or ""):  # a network of one's own, whose code may change
             self.data["network"] = own.code_of(args.arch)
         self.sums, self.count, self.images, self.bad = {}, 0, 0, torch.tensor(-1, device=env.device)
         self.sums_of_ranks = {}  # made by gather_sums, for a checkpoint

@@ -4,6 +4,7 @@ anything is trained, so that what cannot be trained, attacked or exported is ref
 import contextlib
 import copy
 import hashlib
+import importlib.machinery
 import importlib.util
 import inspect
 import modulefinder
@@ -65,10 +66,19 @@ def from_file(source):
     sys.modules[spec.name] = module  # dataclasses look there
     try:
         spec.loader.exec_module(module)
+    except SyntaxError as e:
+        raise ValueError(f"arch {source}: {e.filename}, line {e.lineno}: {e.msg}") from None
     except ImportError as e:
         raise ValueError(f"arch {source}: cannot be imported{line_of(e, file)}: {e}{taken_name(e, folder)}") from None
+    for imported, place in imported_by(pathlib.Path(file)).items():
+        used = getattr(sys.modules.get(imported), "__file__", None)
+        if used and pathlib.Path(used).resolve() != place.resolve():
+            raise ValueError(f"arch {source}: imports {imported}, and another module of this name, {used}, came "
+                             "first; rename yours, or use this network in a process of its own")
     function = getattr(module, name, None)
-    if not callable(function) or isinstance(function, nn.Module):
+    if isinstance(function, nn.Module):
+        raise ValueError(f"arch {source}: {name} is a network; it must be a function that returns a new one")
+    if not callable(function):
         raise ValueError(f"arch {source}: {file} has no function {name!r}")
     try:
         inspect.signature(function).bind()
@@ -94,19 +104,44 @@ def taken_name(error, folder):
     return ""
 
 
+class Finder(modulefinder.ModuleFinder):
+    """Finds what is imported from folders without __init__.py, too, where that of Python 3.11 fails."""
+
+    def find_module(self, name, path, parent=None):
+        spec = importlib.machinery.PathFinder.find_spec(name, path or self.path)
+        if spec and spec.origin is None and spec.submodule_search_locations:
+            return None, list(spec.submodule_search_locations)[0], ("", "", modulefinder._PKG_DIRECTORY)
+        return super().find_module(name, path, parent)
+
+    def load_package(self, fqname, pathname):
+        if (pathlib.Path(pathname) / "__init__.py").exists():
+            return super().load_package(fqname, pathname)
+        package = self.add_module(fqname)
+        package.__path__ = [pathname]
+        return package
+
+
+def imported_by(file):
+    """{name: path} of what the Python file `file` imports from its own folder and below, and what that imports, as
+    far as it can be read; nothing is run."""
+    finder = Finder(path=[str(file.resolve().parent)])
+    finder.run_script(str(file))
+    found = {name: module.__file__ for name, module in finder.modules.items() if name != "__main__"}
+    return {name: pathlib.Path(path) for name, path in found.items() if path}
+
+
 def code_of(source):
     """A digest of the code of "my_file.py:function": the file, and whatever lies in its folder and below that it
-    imports. Raises ValueError where the file is missing or is not Python."""
+    imports, but for this package. Raises ValueError where the file is missing or is not Python."""
     file = pathlib.Path(source.rpartition(":")[0])
     if not file.is_file():
         raise ValueError(f"arch {source}: there is no file {file}")
-    finder = modulefinder.ModuleFinder(path=[str(file.resolve().parent)])
     try:
-        finder.run_script(str(file))  # which reads it, and runs nothing
+        beside = sorted(imported_by(file).values())
     except SyntaxError as e:
         raise ValueError(f"arch {source}: {e.filename}, line {e.lineno}: {e.msg}") from None
-    beside = {module.__file__ for name, module in finder.modules.items() if name != "__main__" and module.__file__}
-    found = [file, *map(pathlib.Path, sorted(beside))]
+    ours = pathlib.Path(__file__).resolve().parent  # of which the log has the commit
+    found = [file, *(path for path in beside if path.resolve().parent != ours)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in found)).hexdigest()[:16]
 
 
@@ -116,7 +151,7 @@ def add_branches(net, branches):
         branch_norms(net, branches)
 
 
-tried = set()  # (source, contents of its file, branches) of what `try_own` has found good in this process
+tried = set()  # (source, digest of its code, branches) of what `try_own` has found good in this process
 
 
 def try_own(net, source, branches, side):

@@ -157,7 +157,7 @@ def image_size(args, images):
     side = args.image_size or images.size
     if side is None:
         raise ValueError(f"--data {args.data}: its images are not square; give their side by --image-size")
-    if ":" in args.arch:
+    if ".py:" in args.arch:
         own.check_side(args.arch, side)
     return side
 
@@ -381,10 +381,12 @@ def _refuse_other(args, flags, data_there, data_here):
     if data_there and data_here and data_there.get("checksum") == data_here.get("checksum"):
         free = FREE | {"data"}  # the same images, at another place
     differ = [f"--{k.replace('_', '-')} {flags.get(k)} there, {now.get(k)} here"
-              for k in sorted(flags.keys() | now.keys()) if k not in free and flags.get(k) != now.get(k)]
+              for k in sorted(flags.keys() | now.keys()) if k not in free and flags.get(k) != now.get(k)
+              and (k in flags or now[k])]  # one that came later was off, or 0
     if differ:
         raise ValueError(f"{args.out} holds a run with other flags ({'; '.join(differ)}); use another --out")
-    if data_there and data_here and data_there != data_here:
+    known = (data_there or {}).keys() & (data_here or {}).keys()
+    if any(data_there[name] != data_here[name] for name in known):
         there, here = data_there["images"], data_here["images"]
         what = f"{there} images there, {here} here" if there != here else f"{here} images, which have changed"
         if data_there.get("checksum") == data_here.get("checksum"):

@@ -1,5 +1,6 @@
 """A classifier in training, on disk: a training that was stopped goes on after the last epoch that was saved."""
 import contextlib
+import copy
 import pathlib
 import time
 
@@ -44,17 +45,22 @@ class Checkpoint:
                 raise ValueError(f"{self.path}: not a {FORMAT}")
             if saved["made"] != self.made:
                 return 0, None
-            files.load_strict(net, saved["net"], self.path)
-            opt.load_state_dict(saved["opt"])
+            fresh = copy.deepcopy(opt.state_dict())
+            opt.load_state_dict(saved["opt"])  # raises before it changes anything
+            try:
+                files.load_strict(net, saved["net"], self.path)
+            except ValueError:
+                opt.load_state_dict(fresh)
+                raise
         except FileNotFoundError:
             return 0, None
-        except ValueError as e:
-            print(f"{e}; the training begins anew")
+        except (ValueError, KeyError) as e:
+            print(f"{self.path}: cannot be used ({e}); the training begins anew")
             return 0, None
         net.picked_epoch = saved["picked_epoch"]
         net.history = saved["history"]
         _set_generators(saved["generators"], net.head.weight.device)
-        print(f"{self.path}: continues after {saved['epochs']} epochs")
+        print(f"{self.path}: continues after epoch {saved['epochs']}")
         return saved["epochs"], saved["best"]
 
     def remove(self):

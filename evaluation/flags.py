@@ -219,7 +219,8 @@ def check(args):
         raise ValueError("--mean and --std: give both, or neither")
     if args.mean and max(*args.mean, *args.std) > 1:
         raise ValueError("--mean and --std: are of pixels in [0, 1]; divide those of 0 to 255 by 255")
-    if args.encoder and args.bn and not args.encoder.startswith("torchvision:resnet"):
+    moved = ".py:" in (args.encoder or "")  # perhaps: of an exported network, --encoder says where its code is
+    if args.encoder and args.bn and not moved and not args.encoder.startswith("torchvision:resnet"):
         raise ValueError(f"--bn: {args.encoder} has no BN branches")
     for name in attacks:
         if args.source and isinstance(attack_named(name), AutoAttack):

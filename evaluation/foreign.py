@@ -127,7 +127,7 @@ def weights_in(path, prefix):
     if not whole:
         keys = ", ".join(map(str, list(saved)[:5]))
         raise ValueError(f"{path}: holds no tensors, but {keys or 'nothing'}")
-    usual = contained(saved, path)
+    usual = contained(saved, path, prefix)
     beside = {str(key): value for key, value in usual.items() if isinstance(value, torch.Tensor)}
     state = beside or flat(usual) or whole  # what else lies beside weights, as an optimizer's, is none
     of_data_parallel = all(key.startswith("module.") for key in state)
@@ -142,14 +142,15 @@ def weights_in(path, prefix):
     return chosen
 
 
-def contained(saved, path):
-    """Of the dict in the file `path` what is in the first of CONTAINERS that it has, and in that one's, and so on."""
+def contained(saved, path, prefix):
+    """Of the dict in the file `path` what is in the first of CONTAINERS that it has, and in that one's, and so on.
+    Where it has several, and `prefix` names none of them, a line on the screen."""
     there = [container for container in CONTAINERS if isinstance(saved.get(container), dict)]
     if not there:
         return saved
-    if len(there) > 1:
+    if len(there) > 1 and not prefix.startswith(tuple(f"{container}." for container in there)):
         say(f"{path}: the weights in {there[0]} are taken; there are others in {', '.join(there[1:])} (--prefix)")
-    return contained(saved[there[0]], path)
+    return contained(saved[there[0]], path, prefix)
 
 
 said = set()
@@ -264,6 +265,8 @@ def load(path, args, all_branches=False):
             encoder = Foreign(args.encoder, mean, std, cifar_stem)
             print(f"{path}: has no classifier with the layers of {args.encoder}: features are what precedes them")
     elif ".py:" in args.encoder:
+        if args.bn:
+            raise ValueError(f"--bn: {args.encoder} has no BN branches")
         encoder = encoders.make(args.encoder, mean=mean, std=std)
     else:
         raise ValueError(f"--encoder {args.encoder}: torchvision:name, timm:name or my_file.py:function")
@@ -276,7 +279,9 @@ def load(path, args, all_branches=False):
 
 def describe(args, paths):
     """One line about how --encoder is used for the files `paths`."""
-    if all(map(encoders.is_exported, paths)):
+    exported = [str(path) for path in paths if encoders.is_exported(path)]
+    if len(exported) == len(paths):
         return f"encoder {args.encoder}, with the normalisation that the file names"
     normalised = f"mean {args.mean}, std {args.std}" if args.mean else "not normalised (--mean, --std)"
-    return f"encoder {args.encoder}; images in [0, 1] are {normalised}"
+    but = f"; those of {', '.join(exported)} as the file says" if exported else ""
+    return f"encoder {args.encoder}; images in [0, 1] are {normalised}{but}"

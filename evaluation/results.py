@@ -77,7 +77,7 @@ def key_of(path, encoder, name, preset, args, shown):
     attack; plain types. `preset` is None for k-NN; `shown` are the images (sets.Sets)."""
     recipe = recipe_of(preset) if preset else {"k": 200, "temperature": 0.1}
     origin = {}
-    if args.encoder:
+    if args.encoder and not encoders.is_exported(path):  # an exported one is what it is, wherever its code lies
         code = own.code_of(args.encoder) if ".py:" in args.encoder else None
         origin = {"network": [args.encoder, code, args.prefix, args.bn, args.mean, args.std]}
         if encoder.recipe.get("head"):  # older results were of features before the whole of it

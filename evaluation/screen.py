@@ -26,8 +26,8 @@ def stoppable(file="eval.jsonl"):
     try:
         yield
     except KeyboardInterrupt as e:
-        print(f"\nstopped; what was measured is in {file}, the same command goes on (a classifier that was "
-              "being trained, after the last epoch that was saved)", file=sys.stderr)
+        print(f"\nstopped; what was measured is in {file}, the same command goes on (and takes up a "
+              "classifier's training after the last epoch that was saved)", file=sys.stderr)
         sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

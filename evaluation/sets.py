@@ -132,7 +132,7 @@ def check_sets(args, sets):
     if unknown:
         first = f"{', '.join(map(str, unknown[:5]))}{', ...' if len(unknown) > 5 else ''}"
         print(f"{args.data}: test images have the labels {first}, of which there is no training image (classes count "
-              "from 0)", file=sys.stderr)
+              "from 0; a small --limit may have left them out)", file=sys.stderr)
     check_attacks(args, sets.test)
     for name in presets:
         if name == "knn":

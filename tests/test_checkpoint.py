@@ -71,12 +71,27 @@ def test_a_checkpoint_is_taken_up_by_its_own_training_alone(tmp_path, capsys):
     assert not torch.equal(net.head.weight, before["head.weight"])
 
     capsys.readouterr()
+    kept = tmp_path / "kept.pt"
+    kept.write_bytes(file.read_bytes())
     file.write_bytes(file.read_bytes()[:-100])
     assert checkpoint.Checkpoint(file, "one").resume(net, opt) == (0, None)
-    assert capsys.readouterr().out.strip().endswith("perhaps truncated; the training begins anew")
+    assert capsys.readouterr().out.strip().endswith("perhaps truncated); the training begins anew")
     files.save({"format": "something else"}, file)
     assert checkpoint.Checkpoint(file, "one").resume(net, opt) == (0, None)
     assert "not a classifier in training" in capsys.readouterr().out
+
+    # A part is missing, or does not fit: nothing of it is taken.
+    again = finetune.Classifier(encoders.make(arch), 3, preset.batch_norm)
+    again.encoder.requires_grad_(False)
+    before = {key: value.clone() for key, value in again.state_dict().items()}
+    opt = finetune.optimizer(again, preset)
+    whole = files.load(kept)
+    for broken in ({**whole, "net": {**whole["net"], "head.bias": torch.zeros(4)}},
+                   {**whole, "opt": {"state": {}, "param_groups": []}}, {key: whole[key] for key in ("format", "made")}):
+        files.save(broken, file)
+        assert checkpoint.Checkpoint(file, "one").resume(again, opt) == (0, None)
+        assert "the training begins anew" in capsys.readouterr().out
+        assert all(torch.equal(value, before[key]) for key, value in again.state_dict().items()) and not opt.state
 
 
 def test_it_is_written_once_in_an_interval(tmp_path, monkeypatch):
@@ -120,5 +135,5 @@ def test_the_command_goes_on_and_leaves_no_checkpoint(tmp_path, monkeypatch, cap
 
     # It is no encoder: `*.pt` leaves it out.
     command.main([str(tmp_path / "encoder.pt"), str(training), *flags[1:]])
-    assert "continues after 1 epochs" in capsys.readouterr().out
+    assert "continues after epoch 1" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == [f"classifier-{stem}.pt", "encoder.pt"]

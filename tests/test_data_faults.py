@@ -888,7 +888,7 @@ def test_images_are_in_memory_once(tmp_path, kind):
 
 def test_pixels_that_were_floats_are_named(tmp_path):
     floats = np.random.default_rng(0).random((8, 4, 4, 3))
-    for x, words in ((np.round(floats).astype(np.uint8), "no pixel of its images is above 1, of 255; are they floats"),
+    for x, words in ((np.round(floats).astype(np.uint8), "no pixel is above 1, where 255 is white; were they floats"),
                      ((floats * 255).astype(np.uint8), None)):
         np.savez(tmp_path / "x.npz", x_train=x)
         if words:

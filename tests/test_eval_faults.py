@@ -886,8 +886,8 @@ def test_a_signal_ends_it_in_one_line_and_the_same_command_goes_on(
             evaluate(exported, "--attacks", "clean", "pgd20-1")
     assert raised.value.code == status
     said = capsys.readouterr().err
-    assert said.strip() == ("stopped; what was measured is in eval.jsonl, the same command goes on (a classifier that "
-                            "was being trained, after the last epoch that was saved)")
+    assert said.strip() == ("stopped; what was measured is in eval.jsonl, the same command goes on (and takes up "
+                            "a classifier's training after the last epoch that was saved)")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     no_training(monkeypatch)
     lines = evaluate(exported, "--attacks", "clean", "pgd20-1")
@@ -901,4 +901,4 @@ def test_labels_that_no_training_image_has_are_said(exported, capsys):
     command.main([str(exported / "encoder.pt"), "--data", str(exported / "tiny.npz"), "--device", "cpu", "--preset", "knn",
                   "--attacks", "clean"])
     said = capsys.readouterr().err
-    assert "test images have the labels 0, of which there is no training image (classes count from 0)" in said
+    assert "test images have the labels 0, of which there is no training image (classes count from 0; a small --limit" in said

@@ -214,7 +214,7 @@ def test_a_checkpoint_with_more_than_weights_names_what_is_in_the_way(tmp_path):
 
 @pytest.mark.parametrize("words, text", [
     (["--prefix", "a."], "go with --encoder"), (["--encoder", "a.py:b", "--mean", "0", "0", "0"], "give both"),
-    (["--encoder", "a.py:b", "--bn", "adv"], "no BN branches")])
+    (["--encoder", "timm:vit", "--bn", "adv"], "no BN branches")])
 def test_flags_that_do_not_go_together_are_named(words, text):
     with pytest.raises(ValueError, match=text):
         check(flags(*words))
@@ -309,6 +309,19 @@ def test_an_exported_network_of_ones_own_may_have_moved(tmp_path, monkeypatch, c
     found = foreign.load(tmp_path / "encoder.pt", flags("--encoder", there))
     x = torch.rand(4, 3, 32, 32)
     assert torch.equal(found(x), wanted(x)) and found.branch == "adv" and found.image_size == 24
+    of_clean = flags("--encoder", there, "--bn", "clean")
+    check(of_clean)
+    assert foreign.load(tmp_path / "encoder.pt", of_clean).branch == "clean"
+    shown = argparse.Namespace(size=32, train_digest="t")
+    of_place = [results.key_of(tmp_path / "encoder.pt", found, "knn", None, argparse.Namespace(encoder=place, seed=0, data="x"),
+                               shown) for place in (None, there)]
+    assert of_place[0] == of_place[1]  # it is the same network, and nothing is measured again
+    encoders.export(encoders.make("slim"), tmp_path / "slim.pt")
+    with pytest.raises(ValueError, match="holds a slim, which needs no code of yours; leave --encoder out"):
+        foreign.load(tmp_path / "slim.pt", flags("--encoder", there))
+    torch.save(found.net.state_dict(), tmp_path / "plain.pth")
+    with pytest.raises(ValueError, match="--bn: .* has no BN branches"):
+        foreign.load(tmp_path / "plain.pth", of_clean)
     for more, words in ((["--encoder", "torchvision:resnet18"], "names its network itself; leave --encoder out"),
                         (["--encoder", there, "--prefix", "state."], "has its own normalisation; leave --prefix")):
         with pytest.raises(ValueError, match=words):
@@ -327,7 +340,9 @@ def test_of_several_networks_in_a_file_the_one_taken_is_named_once(tmp_path, cap
     said = capsys.readouterr().out
     assert said.count("the weights in model are taken; there are others in teacher (--prefix)") == 1
     assert said.count("left out: features are judged") == 1
+    foreign.said.clear()
     teacher = foreign.load(tmp_path / "weights.pth", flags("--encoder", "torchvision:resnet18", "--prefix", "teacher."))
+    assert "are taken" not in capsys.readouterr().out
     assert torch.equal(teacher.net.conv1.weight, state["conv1.weight"] + 1)
 
 

@@ -1,6 +1,7 @@
 """Encoders of one's own (--arch my_file.py:make), and the pre-activation and wide ResNets."""
 import contextlib
 import hashlib
+import sys
 import warnings
 
 import pytest
@@ -12,7 +13,7 @@ import rocl
 from common import encoders, resnet
 from common import own as own_networks
 from common.resnet import BranchNorm, branch
-from tests.scripts import TINY, tiny_npz
+from tests.scripts import ROOT, TINY, tiny_npz
 
 OWN = """
 from torch import nn
@@ -38,7 +39,9 @@ def bare():
 
 
 @pytest.fixture
-def own(tmp_path):
+def own(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))  # as in a process of its own
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
     (tmp_path / "mine.py").write_text(OWN)
     return str(tmp_path / "mine.py")
 
@@ -455,17 +458,30 @@ def test_the_digest_of_its_code_has_all_that_the_file_imports_from_its_folder(tm
         assert own_networks.code_of(source) != before, file
         (tmp_path / file).write_text(text)
     assert own_networks.code_of(source) == before
+    # Folders without __init__.py, and one that only has the name of a module that is imported from elsewhere.
+    (tmp_path / "plain" / "deep").mkdir(parents=True)
+    (tmp_path / "numpy").mkdir()
+    (tmp_path / "plain" / "deep" / "er.py").write_text("D = 1\n")
+    own_file.write_text("import numpy\nfrom plain.deep.er import D\n")
+    before = own_networks.code_of(source)
+    (tmp_path / "plain" / "deep" / "er.py").write_text("D = 2\n")
+    assert own_networks.code_of(source) != before
+    (tmp_path / "common").symlink_to(ROOT / "common")
+    own_file.write_text("x = 1\nfrom common import resnet\n")
+    assert own_networks.code_of(source) == hashlib.sha256(own_file.read_bytes()).hexdigest()[:16]
     own_file.write_text("x = 1\n")  # alone it is the file's, as in logs and results of earlier versions
     assert own_networks.code_of(source) == hashlib.sha256(b"x = 1\n").hexdigest()[:16]
 
 
 @pytest.mark.parametrize("text, words", [
     ("def make(:\n", "one.py, line 1: invalid syntax"),
+    ("from broken import A\ndef make():\n    pass\n", "broken.py, line 1: invalid syntax"),
+    ("import json\ndef make():\n    pass\n", "imports json, and another module of this name, .*, came first; rename yours"),
     ("import absent_thing\ndef make():\n    pass\n", "cannot be imported in line 1: No module named 'absent_thing'$"),
     ("from common.blocks import A\ndef make():\n    pass\n",
      "cannot be imported in line 1: .*; common is the name of a module of this project, so rename yours"),
     ("def make(width):\n    pass\n", r"make\(\) must work without arguments: missing a required argument: 'width'"),
-    ("from torch import nn\nmake = nn.Flatten()\n", "has no function 'make'"),
+    ("from torch import nn\nmake = nn.Flatten()\n", "make is a network; it must be a function that returns a new one"),
     ("from torch import nn\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 5)).requires_grad_(False)\n",
      "all of its weights are frozen, and nothing would be trained"),
 ])
@@ -474,8 +490,14 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path, text, words):
     (tmp_path / "common").mkdir()
     (tmp_path / "common" / "__init__.py").write_text("")
     (tmp_path / "common" / "blocks.py").write_text("A = 1\n")
+    (tmp_path / "broken.py").write_text("A = = 1\n")
+    (tmp_path / "json.py").write_text("A = 1\n")
+    source = f"{tmp_path / 'one.py'}:make"
     with pytest.raises(ValueError, match=words):
-        encoders.make(f"{tmp_path / 'one.py'}:make")
+        encoders.make(source)
+    if "frozen" not in words:
+        with pytest.raises(ValueError, match=words):  # as the scripts, whose images come first
+            own_networks.check_side(source, 32)
 
 
 def test_weights_of_other_code_are_loaded_with_a_warning(own, tmp_path):

@@ -49,7 +49,9 @@ def of_batches():
 
 
 @pytest.fixture
-def own(tmp_path):
+def own(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))  # as in a process of its own
+    monkeypatch.delitem(sys.modules, "beside_it", raising=False)
     (tmp_path / "beside_it.py").write_text("WIDTH = 6\n")
     (tmp_path / "mine.py").write_text(OWN)
     return str(tmp_path / "mine.py")
@@ -102,6 +104,18 @@ def test_a_run_goes_on_where_its_images_have_moved_and_only_with_them(ended, tmp
     tiny_npz(moved, 48)
     with pytest.raises(ValueError, match=r"--data .*images.npz there, .*moved.npz here"):
         run_amoc(moved, out)
+
+
+def test_a_run_from_before_a_flag_was_there_goes_on_where_it_is_off(ended, capsys):
+    out, npz = ended
+    saved = torch.load(out / "last.pt", weights_only=True)
+    flags = {name: value for name, value in saved["flags"].items() if name not in ("warmup", "graph")}
+    torch.save({**saved, "flags": flags}, out / "last.pt")
+    run_amoc(npz, out)  # with --warmup 0
+    assert "continues after 3 steps" in capsys.readouterr().out
+    torch.save({**saved, "flags": {name: value for name, value in flags.items() if name != "lam"}}, out / "last.pt")
+    with pytest.raises(ValueError, match="--lam None there, 0.5 here"):
+        run_amoc(npz, out)
 
 
 def test_a_checkpoint_from_beyond_the_end_is_refused(ended):
