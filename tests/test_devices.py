@@ -86,7 +86,7 @@ class NoLog:
     """In place of `log.Log`, which waits for numbers at the end of an epoch, as it should."""
 
     def __init__(self, watched):
-        self.watched, self.steps = watched, []
+        self.watched, self.steps, self.data = watched, [], {}
 
     def check(self):
         pass

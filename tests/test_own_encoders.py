@@ -40,7 +40,8 @@ def bare():
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", list(sys.path))  # as in a process of its own
+    # As in a process of its own: the folders of other tests may hold modules of the same names.
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if "pytest-of" not in folder])
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     (tmp_path / "mine.py").write_text(OWN)
     return str(tmp_path / "mine.py")

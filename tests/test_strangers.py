@@ -50,7 +50,8 @@ def of_batches():
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", list(sys.path))  # as in a process of its own
+    # As in a process of its own: the folders of other tests may hold modules of the same names.
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if "pytest-of" not in folder])
     monkeypatch.delitem(sys.modules, "beside_it", raising=False)
     (tmp_path / "beside_it.py").write_text("WIDTH = 6\n")
     (tmp_path / "mine.py").write_text(OWN)
