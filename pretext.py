@@ -359,8 +359,8 @@ def train_step(net, opt, x, targets, noise, *, tasks, lam, clean_weight, double_
                steps, sigma=None):
     """One iteration on the images x (m B, 3, S, S) of the `tasks`, one task after the other, and their
     `targets`, a list (see `task_loss`). Returns the losses, and log_det, to be logged. `noise` is as in
-    `attack`. With
-    `sigma`, in the units of x, it is standard Gaussian, and takes the place of the attack."""
+    `attack`. With `sigma`, in the units of x, it is standard Gaussian, and takes the place of the
+    attack."""
     task_losses = [functools.partial(task_loss, net, task, target, double_softmax)
                    for task, target in zip(tasks, targets)]
     if sigma is None:
