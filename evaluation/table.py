@@ -259,17 +259,23 @@ def kinds(runs, column, title):
         for name in names:
             value = found["kinds"].get(name)
             cells.append(f"{value:.2f}" if is_number(value) else "")
-        out.append([f"[{path.name if is_folder(path) else path.stem}]({path.as_posix()})", *cells])
+        out.append([f"[{own_name(path)}]({path.as_posix()})", *cells])
     return "\n".join("| " + " | ".join(row) + " |" for row in out)
+
+
+def own_name(path):
+    """What a folder, or the file of an encoder, is called, without what lies above it; "." is called by its
+    name too."""
+    return pathlib.Path(os.path.abspath(path)).name if is_folder(path) else path.stem
 
 
 def name_of(row):
     """What the names of a row's folders have in common; for encoders that are files of their own, the
     file's, after that of the folder if it is a run's."""
     if "folder" in row[0].flags and row[0].script == "?":
-        return row[0].path.name if is_folder(row[0].path) else row[0].path.stem
+        return own_name(row[0].path)
     file = row[0].flags.get("file")
-    folders = [run.path.parent.name if file else run.path.name for run in row]
+    folders = [own_name(run.path.parent if file else run.path) for run in row]
     name = os.path.commonprefix(folders).rstrip("-_") or folders[0]
     return f"{name}/{row[0].path.stem}" if file else name
 

@@ -1,4 +1,5 @@
 import json
+import pathlib
 
 import pytest
 
@@ -110,6 +111,15 @@ def test_an_encoder_that_is_a_file_of_its_own_is_a_row_of_its_own(tmp_path):
         "| **pixels**", f"| [acc]({runs[0][0]})", f"| [acc/epoch5]({runs[1][0]})",
         "| **other**", f"| [a]({many}/a.pt)", f"| [b]({many}/b.pt)"]
     assert [row.split(" | ")[1] for row in rows if "](" in row] == ["2", "2", "1", "1"]
+
+
+def test_a_run_that_one_stands_in_has_its_name(tmp_path, monkeypatch):
+    folder(tmp_path / "acc", "amoc")
+    (tmp_path / "bare").mkdir()
+    for place, path, name in (("acc", ".", "acc"), ("acc", "epoch5.pt", "acc/epoch5"), ("bare", ".", "bare")):
+        monkeypatch.chdir(tmp_path / place)
+        text = table.markdown([(pathlib.Path(path), {"clean": found(1)})], {"clean": "SA"}, GROUPS, PUBLISHED, set())
+        assert f"| [{name}]({path}) |" in text
 
 
 def test_results_of_two_files_of_a_folder_are_told_apart(tmp_path):
