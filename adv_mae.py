@@ -5,9 +5,14 @@ autoencoder (MAE, He et al. 2021, arXiv 2111.06377).
 MAE hides three quarters of an image's patches and rebuilds them from the rest. Adversarial MAE
 first moves the patches that are seen, within eps, so as to make that as hard as possible; the clean
 image remains the target. So the network learns inpainting and denoising at once. The aim is better
-accuracy after fine-tuning and robustness to natural shifts. The paper shows robustness to attacks only
-in Fig. 5, and there for its adversarial BYOL (byorl.py), fine-tuned with several values of gamma
-(--layer-decay of eval.py).
+accuracy after fine-tuning and robustness to natural shifts.
+
+    min over the weights, max over delta in S = {|delta| <= eps}:
+        mean over removed patches, and over the D values of a patch, of
+        (prediction from v + delta - target)^2
+
+v are the visible patches in pixels; the target is the clean patch, standardised over its D values. In
+the attack the gradient goes to delta alone, in the update to the weights alone.
 
     paper                       this file
     m                           mask, of random_masking; 1 is *removed* (the paper's m is 1 where visible)
@@ -15,31 +20,32 @@ in Fig. 5, and there for its adversarial BYOL (byorl.py), fine-tuned with severa
     Eq. 3  per-patch target     mae_loss, --norm-pix
     Eq. 4  the loss             mae_loss of what MAE.forward returns
     max over delta in S         attack: --norm, --eps, K = --steps
-    Eq. 2  its step             common.pgd: for linf the gradient's sign; for l2 its direction (the paper
-                                prints the sign for both; BYORL's, by the same group, has the
-                                direction)
+    Eq. 2  its step             common.pgd
     survey, Sec. 2.4.2          (1 - w) loss_adv + w loss_clean, w of --clean-weight
 
 The paper has no loss of clean patches. With --clean-weight w, above 0 and below 1, the network also
 rebuilds the image from the visible patches as they were, under the same mask. Without BatchNorm, clean
 and attacked patches need no branches of their own.
 
-Where the paper is silent we take MAE's code: the unbiased variance + 1e-6 of channel-normalised
-patches, a mean over pixels and then over the batch's removed patches, weight decay on cls and mask
-tokens but not on biases and norms. We depart from the paper:
+Where the paper is silent, start and steps are clipped to [0, 1] (ours), and the rest is MAE's code: the
+unbiased variance + 1e-6 of channel-normalised patches, a mean over pixels and then over the batch's
+removed patches, crops of 0.2 to 1 of an image (bicubic, and mirrored half of the time), the betas 0.9
+and 0.95, weight decay on cls and mask tokens but not on biases and norms. We depart from the paper:
     - In l2 the ball is over the visible patches of an image. Over the whole image, most of a random
       start would lie on removed patches, where it has no effect.
-    - After each step the pixels are clipped to [0, 1], of which the paper says nothing.
+    - In l2 a step is along the gradient. Eq. 2 prints the gradient's sign for both norms; BYORL, by the
+      same group, has the direction.
+    - Crops are cut from the central square of a picture, reduced to --image-size; in MAE's code, from
+      the whole picture.
 
 No run of the paper is at 32 x 32. The defaults that differ from its ImageNet recipe are ours, for
-CIFAR-10: vit_tiny, --decoder, --batch-size, --lr, --warmup, --epochs. The first command is its
-recipe (it states no number of epochs: MAE's; crops are of images decoded at 224 pixels), the others
-are ours:
+CIFAR-10: vit_tiny, --decoder, --batch-size, --lr, --warmup, --epochs. The first command is its recipe
+(it states no number of epochs; 800 is MAE's), the others are ours:
 
     torchrun --standalone --nproc-per-node 8 adv_mae.py --data path/to/imagenet --arch vit_base \
 --image-size 224 --decoder 512 8 16 --batch-size 4096 --lr 2.4e-3 --warmup 40 --epochs 800
     python adv_mae.py                                         linf 1/255, the paper's best; K = 2
-    python adv_mae.py --norm l2 --eps 17.85 --out runs/l2     l2 0.07: the paper's best, 0.5, at equal RMS
+    python adv_mae.py --norm l2 --eps 17.85 --out runs/l2     l2 0.07: the paper's best, 0.5, times 32/224
     python adv_mae.py --clean-weight 0.5 --out runs/both      clean patches beside attacked ones
     python adv_mae.py --eps 0 --out runs/mae                  MAE, the clean base
     python adv_mae.py --steps 1 --no-random-start --out runs/fgsm    FGSM: one step of eps, from v itself
@@ -62,11 +68,13 @@ was 0.96 in epoch 0, 0.69 in epoch 1 and 0.47 at the end. A loss that stays at 1
 colours. With --clean-weight the log has both losses besides their mixture. With --steps 0 the visible
 patches are moved by the random start alone (with --no-random-start, not at all).
 
-Measured on one CPU thread, with a 0.46 M-parameter ViT (vit_slim, --decoder 64 1 4) and 10,000
-images of CIFAR-10 (JPEG), in 9 CPU minutes: a linear probe reaches 46.5 %, fine-tuning 52.3 (16
-epochs). MAE reaches 49.4 and 54.7 (40 epochs); a random encoder, 34.8 and 40.4. This has not been
-run on a GPU yet, and with --clean-weight not at all. The paper's 98.30 on CIFAR-10 is of a ViT-B/16,
-pretrained on ImageNet, at 224 pixels.
+Measured on one CPU thread with 10,000 images of CIFAR-10 (JPEG) and --arch vit_slim --decoder 64 1 4
+--batch-size 64 --lr 2e-3 --warmup 1 --epochs 16 (0.46 M parameters; one seed), in 9 CPU minutes: a linear
+probe reaches 46.5 %, fine-tuning 52.3. MAE reaches 49.4 and 54.7 in the same time (40 epochs); a random
+encoder, 34.8 and 40.4. This has not been run on a GPU yet, and with --clean-weight not at all. The
+paper's 98.30 % on CIFAR-10 (fine-tuned, linf 1/255) is of a ViT-B/16, pretrained on ImageNet, at 224
+pixels. Robustness to attacks it shows only in Fig. 5, and there for its adversarial BYOL (byorl.py),
+fine-tuned with several values of gamma (--layer-decay of eval.py).
 """
 import argparse
 import pathlib
@@ -99,7 +107,7 @@ def random_masking(u, ratio):
     """Keep the int(L (1 - ratio)) patches of smallest `u` (B, L).
 
     Returns ids_keep (B, Lk); ids_restore (B, L), the place of each patch among [kept; removed]; and
-    mask (B, L), 1 where *removed*. Raises ValueError where all or none are.
+    mask (B, L), 1 where *removed*. Raises ValueError where that keeps no patch, or all.
     """
     kept = int(u.shape[1] * (1 - ratio))
     if not 0 < kept < u.shape[1]:
@@ -157,9 +165,10 @@ def mae_loss(pred, target, mask, norm_pix=True):
 def attack(net, v, noise, ids_keep, ids_restore, target, mask, *, norm_pix, norm, eps, step_size, steps):
     """v (B, Lk, D) in pixels moved within eps so as to maximise the loss.
 
-    eps and step_size are pixel values in [0, 1], in the `norm` over the visible patches of an image: a
-    removed pixel has no gradient. The search starts at v + eps `noise`, noise (B, Lk D) in the unit
-    ball, or, where noise is None, at v. Every step is projected onto the ball and clipped to [0, 1].
+    eps and step_size are pixel values in [0, 1], in the `norm` over the visible patches of an image
+    together; removed pixels are not attacked, as the prediction does not depend on them. The search
+    starts at v + eps `noise`, noise (B, Lk D) in the unit ball, or, where noise is None, at v. Every step
+    is projected onto the ball and clipped to [0, 1].
     The weights are constants, and get no gradient. Target and mask are constants too: a mask drawn
     again at each step would aim the attack at another loss than the update's.
     """
@@ -226,7 +235,7 @@ def parser():
     p.add_argument("--weight-decay", type=run.number(0, 1e6), default=0.05, help="(MAE's)")
     p.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of the attack (paper)")
     p.add_argument("--eps", type=run.number(0, 1e6), default=1.0,
-                   help="radius of the attack, in 1/255; 0 gives MAE (paper)")
+                   help="radius of the attack, in 1/255; 0 gives MAE; default (paper)")
     p.add_argument("--step-size", type=run.number(0, 1e6),
                    help="of the attack, in 1/255; default: eps with --steps 1, as in the survey's FGSM, and "
                         "else 5/8 eps (paper)")
@@ -282,8 +291,8 @@ def attack_settings(args):
 @torch.no_grad()
 def pictures(net, images, size, args):
     """Rows for `save_rows` of up to eight images: the image, what is seen of it, the same attacked,
-    what the attack added, and the reconstruction. With --norm-pix the mean and the deviation of a
-    rebuilt patch are taken from the target."""
+    what the attack added, and the rebuilt patches among the attacked ones. With --norm-pix the mean and
+    the deviation of a rebuilt patch are taken from the target."""
     encoder = net.encoder
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
     x = augment(x, rng, size)

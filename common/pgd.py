@@ -293,6 +293,19 @@ def frozen_stats(*nets):
             m.track_running_stats = track
 
 
+@contextlib.contextmanager
+def frozen_weights(*nets):
+    """Inside, the weights of `nets` are constants: no gradient reaches them, and nothing is kept for one."""
+    weights = [w for net in nets for w in net.parameters() if w.requires_grad]
+    try:
+        for w in weights:
+            w.requires_grad_(False)
+        yield
+    finally:
+        for w in weights:
+            w.requires_grad_(True)
+
+
 def _per_image(v, like):
     """(B,) -> (B, 1, ..., 1), to broadcast against `like`."""
     return v.view(-1, *[1] * (like.dim() - 1))

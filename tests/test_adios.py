@@ -340,6 +340,42 @@ def test_each_step_leaves_the_other_network_alone(objective):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("objective", ["simclr", "byol", "simsiam"])
+def test_the_maskers_loss_makes_gradients_of_the_masker_alone(objective, monkeypatch):
+    """The graph of its loss ends in the masker's weights, all of them and no others; in the encoder's step, in
+    the encoder's."""
+    net, target, masker, opt, opt_mask, x1, x2 = real(objective)
+    ends = {}
+
+    def traced(*given, for_masker, **named):
+        loss = whole(*given, for_masker=for_masker, **named)
+        ends[for_masker] = leaves(loss)
+        return loss
+
+    whole = adios.disagreement
+    monkeypatch.setattr(adios, "disagreement", traced)
+    train_step(net, target, masker, opt, opt_mask, x1, x2, None, torch.rand(8, 2), 0.9,
+               arguments(objective=objective))
+    assert ends == {False: set(net.parameters()), True: set(masker.parameters())}
+    assert all(w.requires_grad for w in net.parameters())
+
+
+def leaves(loss):
+    """The tensors that a backward pass from `loss` gives a gradient."""
+    found = set()
+    seen = set()
+    ahead = [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        ahead += [following for following, _ in node.next_functions]
+    return found
+
+
 @pytest.mark.parametrize("objective, single, passes", [
     ("simclr", False, 4), ("simclr", True, 2), ("byol", False, 4), ("simsiam", False, 8)])
 def test_running_statistics_move_once_an_input_of_the_encoders_step(objective, single, passes):

@@ -199,7 +199,7 @@ def test_noise_of_delta_is_the_same_on_all_processes():
 
 def parts(net, x, order, args):
     patches = vit.patchify(x, 4)
-    return net.tokens(patches), net.rows(), adpe.random_mask(order, args.mask_ratio), net.encoder.normalise(patches)
+    return net.tokens(patches), net.vectors(), adpe.random_mask(order, args.mask_ratio), net.encoder.normalise(patches)
 
 
 def form(position, mode):
@@ -343,7 +343,7 @@ def test_constants_of_the_attack_change_no_bit():
     fast = adpe.attack(net, tokens, rows, masked, target, start, **adpe.attack_settings(args))
 
     def again(delta):
-        return adpe.mae_loss(net(net.tokens(vit.patchify(x, 4)), net.rows(), masked, delta), target, masked)
+        return adpe.mae_loss(net(net.tokens(vit.patchify(x, 4)), net.vectors(), masked, delta), target, masked)
 
     slow = adpe.pgd(again, torch.zeros_like(start), 1.0, 0.625, 2, start=start, lo=-math.inf, hi=math.inf)
     assert torch.equal(fast, slow)
@@ -388,7 +388,7 @@ def test_the_exported_encoder_is_the_clean_one(position, tmp_path):
     saved = torch.load(tmp_path / "encoder.pt", weights_only=True)["state"]
     assert any("relative" in key for key in saved) == (position == "relative") and "delta" not in saved
     x = torch.rand(2, 3, 16, 16)
-    tokens, rows = net.tokens(vit.patchify(x, 4)), net.rows()
+    tokens, rows = net.tokens(vit.patchify(x, 4)), net.vectors()
     biases = [vit.relative_bias(r) for r in rows]
     want = net.encoder.encode(tokens, biases)[:, 1:].mean(1)
     torch.testing.assert_close(encoders.load_encoder(tmp_path / "encoder.pt")(x), want, rtol=1e-4, atol=1e-5)

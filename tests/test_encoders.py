@@ -679,7 +679,7 @@ def test_positions_that_are_not_finite_stay_so_and_do_not_crash():
     encoder = vit.ViT("tiny", 16, 16, 1, 2, 32, *NORMALISE, "sincos", True, False)
     net = adpe.MAEPlus(encoder, (16, 1, 2), "relative", "coordinate")
     with torch.no_grad():
-        r = net.moved_rows(net.blocks[0], torch.tensor([math.nan, 0.0]))
+        r = net.moved_vectors(net.blocks[0], torch.tensor([math.nan, 0.0]))
     assert r[1:, 1:].isnan().all() and r[0].isfinite().all()
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import encoders
-from common.pgd import (NORMS, check_box, direction, eval_mode, frozen_stats, ball_point, pgd, project,
+from common.pgd import (NORMS, check_box, direction, eval_mode, frozen_stats, frozen_weights, ball_point, pgd, project,
                         project_l1_box, uniform)
 from tests.recipes import A, X, Z
 
@@ -138,6 +138,18 @@ def test_frozen_stats_uses_the_batch_and_writes_nothing():
     assert torch.equal(bn.running_mean, torch.zeros(3)) and bn.num_batches_tracked == 0
     bn(x)
     assert torch.equal(bn.running_mean, free.running_mean)
+
+
+def test_frozen_weights_get_no_gradient_and_each_is_put_back_as_it_was():
+    net = nn.Linear(3, 2)
+    net.bias.requires_grad_(False)
+    x = torch.randn(4, 3, requires_grad=True)
+    with frozen_weights(net):
+        net(x).sum().backward()
+    assert net.weight.grad is None and x.grad is not None
+    with pytest.raises(RuntimeError), frozen_weights(net):
+        raise RuntimeError
+    assert net.weight.requires_grad and not net.bias.requires_grad
 
 
 @pytest.mark.parametrize("free", [True, False])
