@@ -146,7 +146,7 @@ def nt_xent(z1, z2, temperature):
     return scores.logsumexp(1).mean() - (u1 * u2).sum(1).mean() / temperature
 
 
-@graphed
+@graphed  # with --graph, on CUDA, recorded once and then replayed; the result is the same
 def attack(net, x1, x2, noise, kinds, *, temperature, norm, eps, step_size, steps):
     """Move the views of kind "adv", one or both, within eps so as to maximise nt_xent of the pair;
     returns both views (B, 3, S, S), the clean one as it is.
@@ -341,6 +341,7 @@ def main(argv=None):
     images = data.load(args.data, args.data_dir, "train", device, args.limit,
                        args.image_size or 32, args.workers)
     size = run.image_size(args, images)
+    # BatchNorm, and the negatives within the batch, need two images per process.
     steps_per_epoch = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
 
     net = run.to_device(network(args.arch, args.variant), args, env)
@@ -378,7 +379,8 @@ def main(argv=None):
             # again.
             rows = pictures(net, images, size, args)
             if env.rank == 0:
-                save_rows(out / "views.png", rows, key=attack_key(args.norm, args.eps))
+                key = attack_key(args.norm, args.eps) if "adv" in kinds_of(args.variant) else None
+                save_rows(out / "views.png", rows, key)
             run.save(args, env, state, step)
     if env.rank == 0:
         # The branch of the attacked images, if there are any. The authors' own linear probe reads

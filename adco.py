@@ -213,7 +213,7 @@ def mixed(loss_adv, loss_clean, clean_weight):
     return (1 - clean_weight) * loss_adv + clean_weight * loss_clean
 
 
-@graphed
+@graphed  # with --graph, on CUDA, recorded once and then replayed; the result is the same
 def attack(net, x, k, keys, n, noise, *, temperature, norm, eps, step_size, steps, bn=None):
     """Eq. 6: the query's images x (B, 3, S, S) in [0, 1] moved within eps so as to maximise Eq. 3.
 
@@ -533,6 +533,7 @@ def main(argv=None):
     images = data.load(args.data, args.data_dir, "train", device, args.limit,
                        args.image_size or 32, args.workers)
     size = run.image_size(args, images)
+    # BatchNorm in train mode needs two images per process.
     steps_per_epoch = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
 
     net = run.to_device(network(args.arch, args.stem, args.clean_weight), args, env)

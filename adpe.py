@@ -368,8 +368,8 @@ def parser():
                    help="pgd, a new delta for each batch (ours), or persistent, one that is kept (authors' "
                         "code)")
     p.add_argument("--norm", choices=("linf", "l2"), default="linf",
-                   help="of delta; in l2 --radius 1 is a shift by one patch in any direction, in linf by one "
-                        "in each coordinate (paper); default (ours)")
+                   help="of delta, both in the paper; in l2 --radius 1 is a shift by one patch in any "
+                        "direction, in linf by one in each coordinate; default (ours)")
     p.add_argument("--radius", type=run.number(), default=1.0,
                    help="eps, in patches, or in embedding units; 0 gives MAE+; default (authors' code)")
     p.add_argument("--adv-lr", type=run.number(), default=1e-3,

@@ -161,7 +161,7 @@ def mae_loss(pred, target, mask, norm_pix=True):
     return (error * mask).sum() / mask.sum()
 
 
-@graphed
+@graphed  # with --graph, on CUDA, recorded once and then replayed; the result is the same
 def attack(net, v, noise, ids_keep, ids_restore, target, mask, *, norm_pix, norm, eps, step_size, steps):
     """v (B, Lk, D) in pixels moved within eps so as to maximise the loss.
 

@@ -482,6 +482,7 @@ def main(argv=None):
     images = data.load(args.data, args.data_dir, "train", device, args.limit,
                        args.image_size or 32, args.workers)
     size = run.image_size(args, images)
+    # BatchNorm, and the negatives within the batch, need two images per process.
     steps_per_epoch = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
     clusters = args.clusters if args.teacher or args.labels else []
     if args.teacher and max(clusters) > len(images):

@@ -19,10 +19,10 @@ attacked keys are stored in separate banks.
     BN of clean, attacked x     BatchNorm branches "clean", "adv"
     CCC, ACC, ...               VARIANTS: the letters are query, key, bank; C is clean, A adversarial
 
-Where the paper is silent we follow the authors' code: the attack (5 steps of 2/255 from a random
-start, in eval mode), BatchNorm of the keys in train mode without shuffling, SGD and its schedule,
-the sizes of the projector, and the normalisation. Neither says how large the blur's kernel is;
-ours, 13 pixels, reaches three sigma at the largest sigma.
+Where the paper is silent we follow the authors' code: the numbers of the augmentation, the attack (5
+steps of 2/255 from a random start, in eval mode), BatchNorm of the keys in train mode without
+shuffling, SGD and its schedule, the sizes of the projector, and the normalisation. Neither says how
+large the blur's kernel is; ours, 13 pixels, reaches three sigma at the largest sigma.
 
 We depart from the authors' code in three places:
     - Keys join the bank at the end of the step, as in the paper. Their code adds them before it
@@ -32,8 +32,9 @@ We depart from the authors' code in three places:
     - What does not depend on the perturbation is computed once per attack, and the attack makes no
       gradient of the weights. In eval mode the result is the same up to rounding. Counting a
       backward pass to the pixels as one forward pass and a whole one as two, an ACC step costs 18
-      forward passes instead of 29, CAC 16 instead of 22, AAC 28 instead of 35; MoCo's costs 4. The
-      third letter, whose bank is read, costs nothing.
+      forward passes instead of 29 (their 15 forward passes and 7 whole backward ones), CAC 16
+      instead of 22, AAC 28 instead of 35; MoCo's costs 4. The third letter only says which bank is
+      read, and costs nothing.
 
     python amoc.py                                       the paper's ACC: CIFAR-10, ResNet-18, 200 epochs
     torchrun --standalone --nproc-per-node 8 amoc.py     the same on 8 GPUs, 32 of the 256 images on each
@@ -47,8 +48,8 @@ A ViT has no BatchNorm, so clean and attacked images share the whole network:
 
 The encoder of f_q is exported without the projector, with the BatchNorm branch through which L_*
 sees its query (adv in ACC): at test time this branch, with its running statistics, sees clean images
-too. Where no query is attacked (CCC, CAC, CAA, CCA), branch adv of f_q is never trained, and that of
-f_k, which follows it, has its first weights; the exported branch is then clean.
+too. Where no query is attacked (CCC, CAC, CAA, CCA), branch adv of f_q is never trained, so that of
+f_k keeps its initial weights too; the exported branch is then clean.
 
 On several processes order, augmentation and noise are those of one process, and the banks are equal
 on all of them. The attack is the same, too: it runs in eval mode and needs no other images of the
@@ -58,18 +59,20 @@ images. A network can use that to tell the key from the bank's rows; it is the l
 shuffles keys between its GPUs. With --sync-bn, or on one GPU as in the authors' code, it is weaker:
 they are normalised among all 256.
 
-In the log, chance is ln(K + 1), and both losses lie below it. loss_clean falls; loss_adv stays above
-it (where L_* reads the clean bank), and may stand still for many epochs, or rise at first. If they
-come to rest at chance, the bank's keys are too old for the network: try a smaller --bank-size or a
-smaller --ema. With --eps 0 the "attacked" images are the clean ones, seen through branch adv; with
---steps 0 they are moved by the random start alone.
+In the log, chance is ln(K + 1). When all is well both losses lie below it, and loss_clean falls. Where
+L_* reads the clean bank, loss_adv stays above loss_clean, and may stand still for many epochs, or rise
+at first. In ACA and CCA, whose second bank stays random, loss_adv cannot fall below about 5.5 (with the
+defaults), and says only how well query and key agree. CCC logs loss alone. If the losses come to rest at
+chance, the bank's keys are too old for the network: try a smaller --bank-size or a smaller --ema. With
+--eps 0 the "attacked" images are the clean ones, seen through branch adv; with --steps 0 they are moved
+by the random start alone (with --no-random-start, not at all).
 
 Measured on one CPU thread (Intel Xeon) and 10,000 images of CIFAR-10 (JPEG), with --arch slim
 --batch-size 64 --warmup 0 --bank-size 512 --ema 0.99 --lr 0.2 --weight-decay 1e-4 --steps 2
---step-size 4, in 3.9 CPU minutes (11 epochs; mean of 2 seeds): a linear probe (amoc-slf, 2,000 test
-images) reaches 35.8 %, and 14.5 % under PGD-20 at 8/255. CCC reaches 43.0 and 2.6 in 4.6 CPU minutes (32
-epochs); a random encoder, 27.4 and 0. This has not been run on a GPU yet, and l2 not at all. The paper
-reports 78.74 and 36.87 (ACC, 200 epochs).
+--step-size 4: ACC reaches, in 3.9 CPU minutes (11 epochs; mean of 2 seeds), 35.8 % with a linear probe
+(amoc-slf, 2,000 test images), and 14.5 % under PGD-20 at 8/255. CCC makes 32 epochs in about that time, 4.6
+CPU minutes, and reaches 43.0 and 2.6; a random encoder, 27.4 and 0. This has not been run on a GPU yet,
+and l2 not at all. The paper reports 78.74 and 36.87 (ACC, 200 epochs).
 """
 import argparse
 import math
@@ -101,15 +104,15 @@ class Variant(NamedTuple):
     adv_query: bool  # L_* has an attacked query
     adv_key: bool  # L_* has an attacked key
     adv_bank: bool  # L_* takes its negatives from M_adv
-    extra_key: bool = False  # f_k(x1_adv), the attacked query seen as a key, feeds M_adv where no key is
+    extra_key: bool = False  # no key is attacked, and M_adv is filled with f_k(x1_adv) instead
 
     @property
     def attacked(self):
         return self.adv_query or self.adv_key
 
     @property
-    def adversarial(self):
-        """Whether L_* is another loss than L_CCC."""
+    def second_loss(self):
+        """Whether L_* is another loss than L_CCC, and so is computed at all."""
         return self.attacked or self.adv_bank
 
     @property
@@ -159,7 +162,7 @@ def info_nce(q, k, bank, temperature):
     return F.softplus(neg - pos).mean()  # -log(e^pos / (e^pos + e^neg)) = log(1 + e^(neg - pos))
 
 
-@graphed
+@graphed  # with --graph, on CUDA, recorded once and then replayed; the result is the same
 def attack(net, target, x1, x2, noise, bank, *, variant, temperature, norm, eps, step_size, steps):
     """Eq. 3.3: move the views that `variant` attacks within eps so as to maximise L_*; returns
     (x1_adv, x2_adv).
@@ -228,7 +231,7 @@ def train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, *,
     loss_clean = info_nce(q, k, bank_clean.rows, temperature)
     loss = loss_clean
     losses = {"loss": loss}
-    if variant.adversarial:
+    if variant.second_loss:
         q_adv = embed(net, x1_adv, "adv") if variant.adv_query else q
         with torch.no_grad():
             k_adv = embed(target, x2_adv, "adv") if variant.adv_key else k
@@ -249,7 +252,7 @@ def train_step(net, target, opt, bank_clean, bank_adv, x1, x2, noise, *,
     # join.
     bank_clean.push(k)
     if variant.adv_key:
-        bank_adv.push(k_adv)  # CAC and AAC fill M_adv although they never read it
+        bank_adv.push(k_adv)  # in CAC and AAC too, which never read it, as in the authors' code
     elif variant.extra_key:
         bank_adv.push(k_extra)
     return losses
@@ -372,6 +375,7 @@ def main(argv=None):
     images = data.load(args.data, args.data_dir, "train", device, args.limit,
                        args.image_size or 32, args.workers)
     size = run.image_size(args, images)
+    # BatchNorm in train mode needs two images per process.
     steps_per_epoch = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
 
     net = run.to_device(network(args.arch), args, env)
@@ -411,7 +415,8 @@ def main(argv=None):
             bank = bank_adv if variant.adv_bank else bank_clean
             rows = pictures(net, target, bank, images, size, args)
             if env.rank == 0:
-                save_rows(out / "views.png", rows, key=attack_key(args.norm, args.eps))
+                key = attack_key(args.norm, args.eps) if VARIANTS[args.variant].attacked else None
+                save_rows(out / "views.png", rows, key)
             run.save(args, env, state, step)
     if env.rank == 0:
         bn = encoders.branch_of(net[0], variant.export)

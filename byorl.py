@@ -1,6 +1,6 @@
 """BYORL: bootstrap your own robust latents (Gowal et al. 2021, "Self-supervised Adversarial
-Robustness for the Low-label, High-data Regime", ICLR 2021; Sec. 4.2 of Qi & Shah 2022, arXiv
-2210.13463).
+Robustness for the Low-label, High-data Regime", ICLR 2021; Sec. 4.2 of the survey by Qi & Shah 2022,
+arXiv 2210.13463).
 
 BYORL makes BYOL robust. An online network predicts what a slowly moving copy of it, the target,
 says about another view of the same image; there are no labels and no negatives. BYORL first moves
@@ -19,8 +19,9 @@ unstable.
 
 As printed, Eq. 6 adds the gradient of the cosine, which would make the views agree. We take that
 for a misprint, and maximise the loss. Where the main text is silent (we did not have the appendix),
-we take the conventions of BYOL (arXiv 2006.07733): BatchNorm in the heads, LARS with trust 0.001
-that leaves biases and norms alone, warm-up over 10 epochs, the target's BatchNorm in train mode.
+we take the conventions of BYOL (arXiv 2006.07733): the sum (not the mean) of both directions,
+BatchNorm in the heads, LARS with trust 0.001, which neither scales nor decays biases and norms,
+warm-up over 10 epochs, the target's BatchNorm in train mode.
 The augmentation is a common one for CIFAR, without blur; the second view is solarised with
 probability 0.2. We depart from the paper in two places:
     - The encoder is a ResNet-18 and trains for 200 epochs. The paper's is a pre-activation
@@ -30,8 +31,8 @@ probability 0.2. We depart from the paper in two places:
 
 The targets are clean and constant, and computed once per step. Counting a backward pass to the
 pixels as one forward pass and a whole one as two, a step costs 28 forward passes with 5 attack steps.
-With K of them it costs 4 K + 8: 2 of the target, 2 (K + 1) online, 2 K backward to the pixels, and 2
-whole backward passes. BYOL's costs 8.
+With K of them it costs 4 K + 8: 2 of the target, 2 (K + 1) online, 2 K backward to the pixels, and 4
+for the two whole backward passes. BYOL's costs 8.
 
     python byorl.py                                      linf 8/255: CIFAR-10, ResNet-18, 200 epochs
     torchrun --standalone --nproc-per-node 4 byorl.py    the same on 4 GPUs, 128 of the 512 images on each
@@ -53,18 +54,18 @@ l2, which is 510/255 (at 32 pixels, 73/255 is as much per pixel). The radii, --s
 --optimizer adamw --lr 1e-3 --weight-decay 0.05 --image-size 224 --steps 2 --norm l2 --eps 510 \
 --out runs/byorl-vit-l2
 
-With --noise-sigma s there is noise in place of the attack (RUSH, Sec. 4.3 of Qi & Shah): both networks
-see x2 + N(0, s^2), with pixels in [0, 1]. As in randomised smoothing, nothing is clipped. The s above is
-ours.
+With --noise-sigma s, Gaussian noise takes the place of the attack, as in RUSH (Sec. 4.3 of the survey):
+the second view becomes x2 + N(0, s^2) for both networks, with pixels in [0, 1], and the first stays
+clean. As in randomised smoothing, nothing is clipped. The s above is ours.
 
-The online encoder is exported, without projector and predictor. At test time it normalises whatever
-it sees by the running statistics of what the online network saw: attacked images, with --eps 0 clean
-ones, and with --noise-sigma clean and noisy ones.
+The online encoder is exported, without projector and predictor. At test time a ResNet normalises
+whatever it sees by the running statistics of what the online network saw: attacked images, with --eps 0
+clean ones, and with --noise-sigma clean and noisy ones. A ViT has none.
 
 On several processes order, augmentation and noise are those of one process. Each BatchNorm sees the
-images of its own process, or with --sync-bn (on GPUs) those of all; so does the attack, which is in
-train mode. The running statistics are averaged after each step. constant_loss is that of each process's
-own images, averaged over processes.
+images of its own process, or with --sync-bn (on GPUs) those of all. The attack is in train mode, so that
+without --sync-bn it is not that of one process either. The running statistics are averaged after each
+step. constant_loss is that of each process's own images, averaged over processes.
 
 In the log, the loss is the sum of two directions: 4 where predictions are orthogonal to their
 targets, 0 at best. constant_loss is that of the best prediction which knows nothing of the image. At a
@@ -76,7 +77,7 @@ constant_loss itself rises, so the loss may stand still while the network learns
 std (from 0 to 1) and rank (the effective number of dimensions) say how far the unit projections of 256
 clean images are spread, in eval mode. A run whose std falls below 0.01 ends. In the first run below std
 stays near 0.85 but rank falls from 10 to 5; in the last it rises from 30 to 35. With --steps 0 the
-online views are moved by the random start alone.
+online views are moved by the random start alone (with --no-random-start, not at all).
 
 Measured on one CPU thread (Intel Xeon) and 10,000 images of CIFAR-10 (JPEG), with --arch slim
 --batch-size 64 --warmup 0 --hidden 512 --ema 0.99 --steps 2 --step-size 5, in 7.6 CPU minutes (16
@@ -100,7 +101,7 @@ from common.pgd import ball_point, eval_mode, frozen_stats, pgd
 from common.pictures import attack_key, difference, save_rows
 from common.speed import compile_networks, graphed
 
-MEAN = (0.4914, 0.4822, 0.4465)  # of CIFAR-10
+MEAN = (0.4914, 0.4822, 0.4465)  # of CIFAR-10, whatever the data
 STD = (0.2470, 0.2435, 0.2616)
 SOLARIZE = (0.0, 0.2)  # how often the first and the second view are solarised
 
@@ -143,15 +144,15 @@ def constant_loss(z):
     return 2 - 2 * F.normalize(z, dim=1).mean(0).norm()
 
 
-@graphed
+@graphed  # with --graph, on CUDA, recorded once and then replayed; the result is the same
 def attack(net, x, z, noise, *, norm, eps, step_size, steps):
     """Eq. 5: x (B, 3, S, S) in [0, 1] moved within eps to where the prediction is furthest from the
     clean target z (B, 256).
 
     eps and step_size are in the units of x. The search starts at x + eps `noise`, noise (B, 3 S S)
     in the unit ball of the `norm`, or, where noise is None, at x. The weights are constants, and get
-    no gradient. Every step is clipped to [0, 1], which is ours. With eps 0 the result is x, which may
-    then lie outside [0, 1].
+    no gradient. Every step is clipped to [0, 1], which is ours. With eps 0 the result is x as it is;
+    with --noise-sigma that may lie outside [0, 1].
     """
     if eps == 0:
         return x
@@ -189,8 +190,8 @@ def train_step(net, target, opt, x1, x2, noise, *, tau, norm, eps, step_size, st
     loss.backward()
     dist.average_grads(net.parameters())
     opt.step()
-    optim.ema(target, net[:2], tau)  # parameters; the running statistics of the target are its own
-    dist.average_buffers(net, target)  # else the running statistics of the processes drift apart
+    optim.ema(target, net[:2], tau)  # parameters; its running statistics move too, but nothing reads them
+    dist.average_buffers(net, target)  # else the networks of the processes drift apart
     return {"loss": loss, "constant_loss": constant_loss(z1) + constant_loss(z2)}
 
 
@@ -250,7 +251,8 @@ def check(args):
 
 
 def network(arch, hidden):
-    """Encoder, projector and predictor: images (B, 3, S, S) -> (B, dim) -> (B, 256) -> (B, 256)."""
+    """Encoder, projector and predictor: images (B, 3, S, S) -> (B, dim) -> (B, 256) -> (B, 256); 256 is
+    the paper's."""
     encoder = encoders.make(arch, mean=MEAN, std=STD)
     projector = encoders.mlp(encoder.dim, hidden, 256, norm=nn.BatchNorm1d)
     predictor = encoders.mlp(256, hidden, 256, norm=nn.BatchNorm1d)
@@ -309,6 +311,7 @@ def main(argv=None):
     images = data.load(args.data, args.data_dir, "train", device, args.limit,
                        args.image_size or 32, args.workers)
     size = run.image_size(args, images)
+    # BatchNorm in train mode needs two images per process.
     steps_per_epoch = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
 
     net = run.to_device(network(args.arch, args.hidden), args, env)

@@ -202,7 +202,7 @@ def bank_step(rows, velocity, grad, lr, momentum):
     rows.sub_(velocity, alpha=lr)
 
 
-@graphed
+@graphed  # with --graph, on CUDA, recorded once and then replayed; the result is the same
 def attack(net, x, positive, n, noise, *, temperature, norm, eps, step_size, steps):
     """A view x (B, 3, S, S) in [0, 1], moved within eps so as to maximise contrastive_loss.
 
@@ -467,6 +467,7 @@ def main(argv=None):
     images = data.load(args.data, args.data_dir, "train", device, args.limit,
                        args.image_size or 32, args.workers)
     size = run.image_size(args, images)
+    # BatchNorm in train mode needs two images per process.
     steps_per_epoch = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
 
     net = run.to_device(network(args.arch, args.stem, args.dim), args, env)

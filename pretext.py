@@ -22,7 +22,8 @@ aim is that no one perturbation fools all tasks; for what its sign does, see bel
     Table 8                     --noise: Gaussian noise in place of the attack
 
 The loss of a step is the mean over tasks of each task's loss at its attacked images, plus lambda g. There is
-no temperature, and no gradient is stopped: features that Selfie's queries are compared with are trained too.
+no temperature. The attacked images are constants in the update; otherwise no gradient is stopped: g too is
+differentiated in the weights, and the features that Selfie's queries are compared with are trained.
 The attack maximises the sum of the losses plus lambda g. The targets are drawn before, and do not depend on
 the pixels. Without g the search falls apart into one for each task, for no image is shared.
 
@@ -44,8 +45,8 @@ Paper and code differ in these places:
   BatchNorm uses the statistics of the batch, as in the code.
 - The code's joint trunk lacks BatchNorm and ReLU after the first convolution, which its single ones have. We
   always have them, so that all tasks give one kind of encoder.
-All images are cut and mirrored alike for all tasks. Each batch has one order of patches in Selfie, and equal
-numbers of the four rotations.
+Each image is cut and mirrored once, and all tasks get the result. A batch has one order of patches in Selfie,
+and equal numbers of the four rotations.
 
     python pretext.py                                                AP-DPE: three tasks, lambda 0.1
     python pretext.py --lam 0 --out runs/ap-se                       AP-SE
@@ -60,8 +61,9 @@ and flags change them. Two tasks have the recipe of three.
 
 Count a forward pass, or a backward pass to the pixels, as 1, and a whole backward pass as 2. A step on one
 task then costs 2 K + 3, 23 with K = 10, and 3 with --eps 0. AP-SE costs 2 K + 4 for each task, for g is
-logged. In AP-DPE each step of the attack, and the update, differentiates a gradient: counted, 5.3 K + 6.3 for
-each task. --clean-weight adds 3, and Selfie's pooling comes on top.
+logged. In AP-DPE each step of the attack, and the update, differentiates a gradient: by operations counted on
+a CPU, 5.3 K + 6.3 for each task. With --eps 0 the terms in K fall away. --clean-weight adds 3, and Selfie's
+pooling comes on top.
 
 The encoder is exported with Rotation's last stage or, without Rotation, with Jigsaw's. With Selfie alone no
 last stage is trained: the exported one is random, and the file says so. At test time it sees whole, upright
@@ -77,20 +79,21 @@ of one process; dropout is not.
 In the log, the loss for uniform answers is ln 4 = 1.386 in Rotation, ln 31 = 3.434 in Jigsaw, and
 4 ln 4 = 5.545 in Selfie, which adds up four choices. With --double-softmax Selfie's loss cannot fall below
 2.97. The loss_... are of attacked images in train mode; accuracy_... of up to 256 clean training images,
-always the same, in eval mode: chance is 25 %, 13 % (the share of unshuffled images) and 25 %. Attacked
-losses may begin above chance: in the AP-DPE run below loss_selfie goes from 8.2 to 4.6, loss_jigsaw from 3.47
-to 3.17, and loss_rotation ends at 1.39, while accuracy_rotation rises from 34 to 38 %. `loss` has lambda g in
+always the same, in eval mode: chance is 25 %, 13 % (the share of unshuffled images) and 25 %. Since that
+share is larger than others, a network that ignores the image comes to 3.347 in Jigsaw. Attacked losses may
+begin above chance: in the AP-DPE run below loss_selfie goes from 8.2 to 4.6, loss_jigsaw from 3.47 to
+3.17, and loss_rotation ends at 1.39, while accuracy_rotation rises from 34 to 38 %. `loss` has lambda g in
 it. A log_det near 0 is the rule; near -11 two tasks have the same input gradient (or one has none), near -22
 all three. With --steps 0 the images are moved by the random start alone.
 
 Measured on one CPU thread (Intel Xeon) and 10,000 images of CIFAR-10 (JPEG), with --arch slim --batch-size 64
---ramp 0 --steps 2 --step-size 4 --pool-layers 2, and --lr 0.05 for one task, 0.01 for three: after 6.7 CPU
-minutes of Rotation (20 epochs) a linear probe (amoc-slf, 2,000 test images) reaches 33.2 %, and 18.3 under
+--ramp 0 --steps 2 --step-size 4 --pool-layers 2, and --lr 0.05 for Rotation, 0.01 for three tasks: after 6.7
+CPU minutes of Rotation (20 epochs) a linear probe (amoc-slf, 2,000 test images) reaches 33.2 %, 18.3 under
 PGD-20 at 8/255; without attack (6 CPU minutes, 40 epochs) 42.4 and 0; a random encoder has 27.4 and 0. AP-DPE
 has 30.2 and 4.6 after 11.7 CPU minutes, which are 3 epochs; AP-SE 30.5 and 5.2 after 8.9 (8 epochs). Nothing
-has run on a GPU yet. The 78.30 and 18.22 that Fan et al. (2021) print for AP-DPE are of a ResNet-18 on
-CIFAR-10; the second is also what the paper has for Rotation alone, fine-tuned by F1 (the last stage and the
-classifier, on clean images).
+has run on a GPU yet. Fan et al. (2021) print 78.30 % on clean images and 18.22 under attack for AP-DPE with a
+ResNet-18 on CIFAR-10. The 18.22 also stands in the paper itself, for another run: Rotation alone, fine-tuned
+by F1 (the last stage and the classifier, on clean images).
 """
 import argparse
 import copy
@@ -225,7 +228,7 @@ class Tasks(nn.Module):
     def __init__(self, encoder, tasks, permutations, layers):
         super().__init__()
         self.encoder = encoder
-        last_stage = encoders.last_stage(encoder, "pretext.py")
+        last_stage = encoders.last_stage(encoder, "pretext.py")  # the name is for its error
         self.register_buffer("permutations", permutations)
         if "rotation" in tasks:
             self.rotation_head = nn.Linear(encoder.dim, 4)
@@ -262,7 +265,8 @@ class Tasks(nn.Module):
 
 
 def predict(net, x, task, target):
-    """The answers (see `Tasks`) to `task`, in x's dtype."""
+    """The answers (see `Tasks`) to `task`, in x's dtype. `target` is as in `task_loss`; only Selfie's, the
+    order of the patches, goes into the network."""
     with run.autocast(x.device):
         answers = net(x, task, target if task == "selfie" else None)
     return answers.to(x.dtype)
@@ -328,8 +332,9 @@ def joint(task_losses, x):
 
 
 def objective(attacked, clean, g, lam, clean_weight):
-    """Eq. 2, with the mean over tasks in place of their sum: lists of losses at attacked and at clean images
-    (`clean` is None where its weight is 0), and lambda g."""
+    """Eq. 2, with the mean over tasks in place of their sum. `attacked` and `clean` are lists of the tasks'
+    losses (`clean` is None where its weight is 0); g has the weight lam, and is not looked at where that is
+    0."""
     loss = sum(attacked) / len(attacked)
     if clean_weight:
         loss = (1 - clean_weight) * loss + clean_weight * sum(clean) / len(clean)
@@ -402,7 +407,8 @@ def lr_at(step, steps, lr, final_lr, ramp):
 # The run
 # ----------------------------------------------------------------------------------------------------------
 class Recipe(NamedTuple):
-    """What the authors' code has for one task, or for several."""
+    """The recipe for one task, or for several: lr and final_lr are the paper's, the rest is from the authors'
+    code."""
 
     epochs: int
     lr: float
@@ -460,8 +466,8 @@ def parser():
                    help="start the attack at a random point of the ball (paper); without it, at the "
                         "image")
     p.add_argument("--noise", type=run.number(0, 1e6), metavar="SIGMA",
-                   help="Gaussian noise of this standard deviation, in 1/255, in place of the attack; "
-                        "default: none (paper)")
+                   help="Gaussian noise of this standard deviation, in 1/255, in place of the attack, whose "
+                        "flags then have no effect; default: none (paper)")
     p.add_argument("--held-out", type=run.number(0, 0.9), default=0.1,
                    help="share of the images that are not trained on (paper)")
     p.add_argument("--image-size", type=run.integer(1, 10000),
@@ -556,7 +562,7 @@ def clean_accuracy(net, images, size, args):
             answers = predict(net, part, task, target)
             if task == "selfie":
                 answers = scores(*answers).flatten(0, 1)
-                target = torch.arange(MASKED, device=x.device).repeat(len(part))
+                target = torch.arange(MASKED, device=x.device).repeat(len(part))  # the places in that order
             found[f"accuracy_{task}"] = (answers.argmax(1) == target).float().mean().item()
     return found
 
@@ -608,6 +614,7 @@ def main(argv=None):
         raise ValueError(f"--image-size {size}: images are cut into {GRID} x {GRID} patches, so that their "
                          f"side must be a multiple of {GRID}")
     _, seen = data.hold_out(images, args.held_out)
+    # BatchNorm in train mode needs two images per process.
     steps_per_epoch = data.steps_per_epoch(len(seen), args.batch_size, env.world, least=2)
 
     net = network(args.arch, args.tasks, args.permutations, args.pool_layers, args.seed)

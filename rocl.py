@@ -188,7 +188,7 @@ def hard_denominator(scores, same, itself, temperature, beta, tau):
     return unit + (p + G).log()
 
 
-@graphed
+@graphed  # with --graph, on CUDA, recorded once and then replayed; the result is the same
 def attack(net, x1, x2, noise, *, attack_to, temperature, norm, eps, step_size, steps):
     """x_adv (B, 3, S, S): x1 moved within eps so as to maximise the contrastive loss of the pair
     (x_adv, target).
@@ -380,6 +380,7 @@ def main(argv=None):
     images = data.load(args.data, args.data_dir, "train", device, args.limit,
                        args.image_size or 32, args.workers)
     size = run.image_size(args, images)
+    # BatchNorm, and the negatives within the batch, need two images per process.
     steps_per_epoch = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
 
     net = run.to_device(network(args.arch), args, env)

@@ -1,16 +1,15 @@
 """Adversarial RotNet (Rebuffi et al. 2023, "Adversarially Self-Supervised Pre-training Improves
-Accuracy and Robustness", Eq. 5), on RotNet (Gidaris et al. 2018, arXiv 1803.07728); and supervised
-adversarial pretraining, as an encoder.
+Accuracy and Robustness", Eq. 5), on RotNet (Gidaris et al. 2018, arXiv 1803.07728). With --target
+labels it also trains a supervised encoder adversarially, for comparison.
 
-RotNet turns each image by no, one, two or three quarters, and learns to tell which. For that a
+RotNet turns each image by 0, 1, 2 or 3 quarter turns, and learns to tell by how many. For that a
 network must know what things look like upright. Adversarial RotNet attacks the turned image, so
 that the network cannot lean on fragile cues, such as colour fringes and the statistics of edges.
 There are no negatives, no second view and no target network, so it is among the cheapest
 adversarial pretext tasks.
 
 With --target labels the same loop learns the classes instead. This is adversarial training (Madry
-et al. 2018, arXiv 1706.06083), or with --loss trades TRADES (Zhang et al. 2019, arXiv 1901.08573):
-the supervised encoder with which self-supervised ones are compared.
+et al. 2018, arXiv 1706.06083), or with --loss trades TRADES (Zhang et al. 2019, arXiv 1901.08573).
 
     paper                       this file
     f                           net: an encoder and a linear head
@@ -29,15 +28,17 @@ the ball, where theirs starts at Gaussian noise of 0.001.
 
 No run of the paper is at 32 x 32. The defaults are ours, for CIFAR-10: a small ViT, and light
 colour jitter, for colour is a shortcut; linf 4/255 is the paper's best radius at 224 pixels. The
-first command is the paper's recipe, with MAE's warm-up (crops are of images decoded at 224 pixels).
-The two with --target labels are adversarial training by PGD-10, as is usual on CIFAR-10, and the
-supervised row of Rebuffi et al., by our recipe for CIFAR-10:
+first command is the paper's recipe without RandAugment and moving average, with MAE's warm-up; crops
+are cut from the central square of a picture, reduced to --image-size. The two with --target labels
+are adversarial training by PGD-10, as is usual on CIFAR-10, and the supervised row of Rebuffi et al.
+(linf 6/255 and K = 2 are theirs) by our recipe for CIFAR-10. Of TRADES we have the loss and beta; for
+an attack like that of adversarial training, give --eps, --step-size and --steps as there:
 
     torchrun --standalone --nproc-per-node 8 rotnet.py --data path/to/imagenet --arch vit_base \
 --image-size 224 --crop resized --jitter 0 --epochs 300 --batch-size 4096 --lr 1.6e-3 --weight-decay 0.3 \
 --smoothing 0.1 --drop-path 0.1
     python rotnet.py                                     linf 4/255, K = 2: CIFAR-10, 400 epochs
-    python rotnet.py --norm l2 --eps 145 --out runs/l2   l2 0.57: per pixel as much as the paper's 4 at 224
+    python rotnet.py --norm l2 --eps 145 --out runs/l2   l2 0.57: the paper's 4 at 224 pixels, times 32/224
     python rotnet.py --eps 0 --out runs/rotnet-clean     RotNet, the clean base
     python rotnet.py --target labels --arch resnet18 --optimizer sgd --lr 0.1 --weight-decay 5e-4 \
 --batch-size 128 --epochs 200 --warmup 0 --milestones 100 150 --jitter 0 --eps 8 --step-size 2 --steps 10 \
@@ -51,24 +52,26 @@ TRADES' 2 K + 7. The encoder is exported without the head. At test time a ResNet
 it sees by the running statistics of training: those of attacked images, with --eps 0 of clean ones,
 with TRADES of both. A ViT has none.
 
-On several processes order, augmentation, rotations and noise are those of one process; drop path is
-not. Each BatchNorm sees the images of its own process, or with --sync-bn (on GPUs) those of all.
+On several processes, gradients and running statistics are averaged. The order of the images, their
+augmentation, the rotations and the noise are the same as on one process; drop path is not. Each
+BatchNorm sees the images of its own process, or with --sync-bn (on GPUs) those of all.
 
-In the log, chance for the loss is the logarithm of the number of classes, ln 4 = 1.386 for
-rotations, and for both accuracies one in so many. accuracy is that of attacked images, in train
-mode; clean_accuracy, which should soon be above it, is that of up to 256 training images, in eval
-mode, after each epoch. In the first run below the loss goes from 1.41 to 1.24, accuracy from 0.28 to
-0.40, and clean_accuracy from 0.46 to 0.52. A loss that stays at chance asks for a lower --lr or a
-smaller --eps. With --steps 0 the images are moved by the random start alone.
+In the log, chance is ln C for the loss and 1/C for both accuracies, where C is the number of
+classes: 1.386 and 0.25 for rotations. accuracy is that of attacked images, in train mode;
+clean_accuracy, which should soon be above it, is that of up to 256 training images, in eval mode,
+after each epoch. In the first run below the loss goes from 1.41 to 1.24, accuracy from 0.28 to 0.40,
+and clean_accuracy from 0.46 to 0.52. A loss that stays at chance asks for a lower --lr or a smaller
+--eps. With --steps 0 the images are moved by the random start alone (with --no-random-start, not at
+all).
 
 Measured on one CPU thread (Intel Xeon) and 10,000 images of CIFAR-10 (JPEG), with --arch slim
 --batch-size 64 --optimizer sgd --lr 0.05 --weight-decay 5e-4 --warmup 0 --eps 8 --step-size 4, in 9.9
 CPU minutes (30 epochs): a linear probe (amoc-slf, 2,000 test images) reaches 32.6 %, and 20.7 under
 PGD-20 at 8/255. RotNet reaches 44.9 and 0.1 in 10.1 CPU minutes (60 epochs); a random encoder,
-27.4 and 0. With --norm l2 --eps 128 it is 38.1 and 12.2. With --target labels, for 8 to 10 CPU minutes,
-adversarial training reaches 53.8 and 21.8, TRADES 52.9 and 18.5, and no attack 74.3 and 0. Nothing
-has run on a GPU yet. The paper's 97.29 on CIFAR-10 is of a ViT-B/16, pretrained on ImageNet, at 224
-pixels.
+27.4 and 0. With --norm l2 --eps 128 --step-size 64 it is 38.1, and 12.2 under the same PGD-20 (linf).
+With --target labels, for 8 to 10 CPU minutes, adversarial training reaches 53.8 and 21.8, TRADES 52.9
+and 18.5, and no attack 74.3 and 0. Nothing has run on a GPU yet. The paper's 97.29 on CIFAR-10 is of a
+ViT-B/16, pretrained on ImageNet, at 224 pixels.
 """
 import argparse
 import hashlib
@@ -102,7 +105,9 @@ def augment(x, rng, size, crop, jitter):
         x = random_resized_crop(x, rng, size, scale=(0.2, 1.0), flip=0.5)
     else:
         x = random_flip(random_pad_crop(resize(x, size), rng, padding=4), rng)
-    return random_color_jitter(x, rng, jitter, jitter, jitter, jitter / 4, p=0.8) if jitter else x
+    if jitter:  # hue a quarter of the rest, and p = 0.8, as in SimCLR
+        x = random_color_jitter(x, rng, jitter, jitter, jitter, jitter / 4, p=0.8)
+    return x
 
 
 def rotate(x, y):
@@ -138,7 +143,7 @@ def trades(logits, logits_adv, y, beta=6.0):
     return cross_entropy(logits, y) + beta * divergence(logits, logits_adv)
 
 
-@graphed
+@graphed  # with --graph, on CUDA, recorded once and then replayed; the result is the same
 def attack(net, x, y, noise, *, loss_name="ce", norm, eps, step_size, steps):
     """The inner maximum of Eq. 5: x (B, 3, S, S) in [0, 1] moved within eps so as to maximise the
     cross-entropy with y (B,), or, where loss_name is "trades", the divergence from the clean
@@ -205,7 +210,7 @@ def parser():
     p.add_argument("--loss", choices=("ce", "trades"), default="ce",
                    help="trades, for labels (ours), or ce, the cross-entropy of the attacked image (paper)")
     p.add_argument("--beta", type=run.number(), default=6.0,
-                   help="weight of the divergence in TRADES, as in its paper (ours)")
+                   help="weight of the divergence with --loss trades, 6 in the paper of TRADES (ours)")
     p.add_argument("--smoothing", type=run.number(0, 1), default=0.0,
                    help="of the labels, in the cross-entropy, 0.1 in the paper; default (ours)")
     p.add_argument("--drop-path", type=run.number(0, 1), default=0.0,
@@ -246,7 +251,10 @@ def check(args):
         raise ValueError(f"--eps {args.eps:g}: with --norm linf at most 255, the range of a pixel")
     if args.loss == "trades" and args.target != "labels":
         raise ValueError("--loss trades: is for --target labels")
-    if args.loss == "trades" and not args.random_start:
+    if args.milestones and min(args.milestones) < args.warmup:
+        raise ValueError(f"--milestones {min(args.milestones)}: lies within the {args.warmup} epochs of "
+                         "--warmup; choose later ones, or --warmup 0")
+    if args.loss == "trades" and args.eps and args.steps and not args.random_start:
         raise ValueError("--loss trades: its attack cannot start at the image, where the gradient is 0; "
                          "leave out --no-random-start")
     if args.loss == "trades" and args.smoothing:
@@ -322,6 +330,7 @@ def main(argv=None):
     if args.target == "labels" and images.y.min() < 0:
         raise ValueError(f"--target labels: {args.data} has images without a label")
     size = run.image_size(args, images)
+    # BatchNorm in train mode needs two images per process.
     steps_per_epoch = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
 
     classes = images.classes if args.target == "labels" else 4

@@ -4,7 +4,8 @@ The survey proposes it as a direction: worst-case perturbations "by jointly maxi
 loss and the MAE loss", and training on the joint loss. It prints no equation, and we know of no
 published code: every formula, decision and number below is ours, where nothing else is said.
 
-One perturbation delta of one view, t(x), is to raise two losses at once. The contrastive loss compares
+Each image has two views, t(x) and t'(x). One perturbation delta, added to t(x) alone, is to raise two
+losses at once. The contrastive loss compares
 the whole attacked view with another, clean view of the image, and with both views of the other images.
 For the reconstruction loss the decoder rebuilds the removed patches of the clean view from the visible,
 attacked ones. All weights descend the joint loss; delta alone ascends it.
@@ -29,27 +30,29 @@ The weights --lam and --con-weight hold in the attack as in the update. A step o
 the gradient's direction (its sign under linf), so there their ratio alone matters. Rate, schedule,
 optimizer and decoder are those of adv_mae.py, and so are the number and the size of the attack's
 steps, and crop and flip, which are MAE's. The colours are changed as SimCLR does for CIFAR-10. --eps is
-4/255, half of what is usual.
+4/255, half of what contrastive methods use on CIFAR-10.
 
 It contains its parts, exactly: with --con-weight 0 loss and attack are those of adv_mae.py at equal
 flags (whose --eps is 1 if not given), with --eps 0 it is the clean joint loss, and with --lam 0 SimCLR on a
-ViT under attack. What has no weight is not computed. Removed patches have no noise where no gradient
-moves them (with --con-weight 0, --attack mae or --share). Under l2 it would use up the radius; under
-linf it is so for the rule's sake.
+ViT under attack. A loss without weight is not computed (though the second view is augmented all the
+same). Where only the visible patches matter to the attack (with --con-weight 0, --attack mae or --share),
+the removed ones get no noise at the start: under l2 it would use up part of the radius without effect.
+Under linf it would do no harm, and is left out so that one rule holds for both.
 
     python unified.py                                    the joint attack
     python unified.py --attack none --out runs/clean     the clean joint loss
     python unified.py --attack con --out runs/con        delta raises the contrastive loss alone
     python unified.py --attack mae --out runs/mae        delta raises the reconstruction loss alone
-    python unified.py --lam 0 --out runs/simclr          SimCLR under attack
+    python unified.py --lam 0 --out runs/adv-simclr      SimCLR under attack
     python unified.py --con-weight 0 --out runs/amae     adversarial MAE, with this augmentation
     python unified.py --share --out runs/share           the contrastive loss sees the visible patches of t(x)
     python eval.py runs/unified/encoder.pt --preset mae-tune-cifar mae-slf-cifar knn
 
-A forward pass, or a backward pass to the pixels, counts one, a backward pass to the weights two. Then
-a step costs 2 for each of K attack steps and 3 for the update, each of a pass of the whole view, of its
-visible patches and of the decoder, and 3 passes of the other view. With K = 2 that is 1.8 times as much
-as without an attack. With --attack con or mae the attack passes only what that loss needs.
+A backward pass to the pixels counts as much as a forward pass, one to the weights twice as much. Let W, V
+and D be a forward pass of the whole view, of its visible patches and of the decoder. Then a step with K
+attack steps costs (2 K + 3)(W + V + D) + 3 W, where the last term is the other view's. With K = 2 that is
+1.8 times as much as without an attack. With --attack con or mae the attack passes only what that loss
+needs.
 
 The encoder is exported without decoder and projector; its feature is the mean of all patch tokens, of a
 whole, clean image.
@@ -58,22 +61,25 @@ On several processes order, augmentation, masks and noise are those of one proce
 negatives are those of all of them; in the attack, those of its own process. The reconstruction loss
 is a mean over the images of each, and then over processes.
 
-The losses in the log are those of the attacked view. Chance for loss_con is ln(2B - 1), and it stays
-there where all embeddings are alike; predicting each patch's mean gives loss_mae 1 - 1/D (D values per
-patch, with --norm-pix). Both fall below within the first epochs. At the end of each, on the same up to
-64 training images: gain_con and gain_mae are each loss after the attack minus the loss where the attack
-began, at random noise or, with --no-random-start, at the view. agreement is the mean cosine of the two
-losses' gradients in the pixels, at the view. Where it is below 0, a small step along one gradient lowers
-the other loss. It cannot come near 1: without --share one of the two gradients has no part in the
-removed patches.
+The losses in the log are those of the attacked view. Chance for loss_con is ln(2B - 1), for B images over
+all processes, and it stays there where all embeddings are alike; predicting each patch's mean gives
+loss_mae 1 - 1/D (D values per patch, with --norm-pix). Both fall below within the first epochs. At the
+end of each, on the same up to 64 training images: gain_con and gain_mae are each loss after the attack
+minus the loss where the attack began, at random noise or, with --no-random-start, at the view. Of a loss
+that is attacked the gain should be above 0; both are 0 where nothing is (--attack none, --eps 0), or where
+the attack makes no step beyond its random start (--steps 0). agreement is the mean, over images, of the
+cosine of the two losses' gradients in the pixels, at the view. Where an image's cosine is below 0, a small
+step along one of the gradients lowers the other loss. agreement cannot come near 1: without --share one
+of the two gradients has no part in the removed patches.
 
 Measured on one CPU thread (Intel Xeon), with a 0.46 M-parameter ViT (vit_slim, --decoder 64 1 4,
 --batch-size 64 --lr 2e-3 --warmup 1) and 10,000 images of CIFAR-10 (JPEG), in 10 CPU minutes (mean of 2
 seeds): after 4 epochs of the joint attack a linear probe reaches 40.6 %, and fine-tuning on 4,000 labels
 43.2, with 12.8 under PGD-20 at 4/255. With --attack con (5 epochs) it is 41.9, 44.2 and 13.7, as good; with
 --attack mae (6) 43.5, 46.7 and 8.1; without an attack (11 epochs, 15 CPU minutes) 47.3, 48.6 and 5.2; SimCLR
-(9 epochs) has 45.2, 47.6 and 6.5, MAE (36) 48.2, 54.0 and 1.0, and the network from scratch, fine-tuned,
-40.4 and 7.6. agreement is 0.01 to 0.03. l2 and --share have not been run, and nothing on a GPU.
+(--lam 0 --attack none, 9 epochs) has 45.2, 47.6 and 6.5, MAE (--con-weight 0 --attack none, 36) 48.2, 54.0
+and 1.0, and the network from scratch, fine-tuned, 40.4 and 7.6. agreement is 0.01 to 0.03 in the last
+epoch (-0.01 to 0.04 over all). l2 and --share have not been run, and nothing on a GPU.
 """
 import argparse
 import math
@@ -112,7 +118,7 @@ def random_masking(u, ratio):
     """Keep the int(L (1 - ratio)) patches of smallest `u` (B, L).
 
     Returns ids_keep (B, Lk); ids_restore (B, L), the place of each patch among [kept; removed]; and
-    mask (B, L), 1 where *removed*. Raises ValueError where all or none are.
+    mask (B, L), 1 where *removed*. Raises ValueError where that keeps no patch, or all.
     """
     kept = int(u.shape[1] * (1 - ratio))
     if not 0 < kept < u.shape[1]:
@@ -188,9 +194,9 @@ def nt_xent(z1, z2, temperature):
 
 
 def mae_loss(pred, target, mask, norm_pix=True):
-    """Eq. 4: squared error of pred against target (B, L, D), mean over D, then over the patches
-    where `mask` (B, L) is 1. With `norm_pix` each target patch is standardised over its D values
-    first (Eq. 3), by the unbiased variance + 1e-6, as in MAE's code."""
+    """Eq. 4 of Rebuffi et al. 2023: squared error of pred against target (B, L, D), mean over D, then
+    over the patches where `mask` (B, L) is 1. With `norm_pix` each target patch is standardised over its
+    D values first (their Eq. 3), by the unbiased variance + 1e-6, as in MAE's code."""
     if norm_pix:
         target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 1e-6).sqrt()
     error = (pred.to(target.dtype) - target).square().mean(2)  # (B, L)
@@ -223,7 +229,7 @@ def outputs(net, patches, ids_keep, ids_restore, *, lam, con_weight, share):
     return net(patches, ids_keep, ids_restore, con_weight != 0, share)
 
 
-@graphed
+@graphed  # with --graph, on CUDA, recorded once and then replayed; the result is the same
 def attack(net, patches, noise, z2, ids_keep, ids_restore, target, mask, *,
            climbs, temperature, lam, con_weight, norm_pix, share, norm, eps, step_size, steps):
     """A view's patches (B, L, D), in pixels in [0, 1], moved within eps so as to maximise J, or one loss
@@ -322,7 +328,8 @@ def parser():
     p.add_argument("--eps", type=run.number(0, 1e6), default=4.0,
                    help="radius of the attack, in 1/255; 0 gives the clean joint loss (ours)")
     p.add_argument("--step-size", type=run.number(0, 1e6),
-                   help="of the attack, in 1/255; default: 5/8 eps, as in adv_mae.py (ours)")
+                   help="of the attack, in 1/255; default: eps with --steps 1, else 5/8 eps, as in "
+                        "adv_mae.py (ours)")
     p.add_argument("--steps", type=run.integer(0), default=2,
                    help="K, of the attack, as in adv_mae.py (ours)")
     p.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
@@ -380,7 +387,10 @@ def attack_settings(args):
     """The named arguments of `attack` as the flags have them; eps and step_size as pixel values in
     [0, 1]."""
     eps = args.eps / 255
-    step_size = 5 / 8 * eps if args.step_size is None else args.step_size / 255
+    if args.step_size is not None:
+        step_size = args.step_size / 255
+    else:
+        step_size = eps if args.steps == 1 else 5 / 8 * eps
     return dict(
         climbs=ATTACKS[args.attack],
         temperature=args.temperature,
@@ -483,11 +493,12 @@ def main(argv=None):
                        args.image_size or 32, args.workers)
     size = run.image_size(args, images)
     check_masked(args.arch, size, args.decoder, args.mask_ratio)
+    # The negatives within the batch need two images per process.
     steps_per_epoch = data.steps_per_epoch(len(images), args.batch_size, env.world, least=2)
 
     net = run.to_device(network(args, size), args, env)
     groups = optim.groups(net.named_parameters(), args.weight_decay)
-    opt = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95))
+    opt = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95))  # as MAE's
     compile_networks(args, env, net)
 
     log = Log(args, env, steps_per_epoch * args.epochs, images)

@@ -334,7 +334,9 @@ def resume(args, env, state):
     path = pathlib.Path(args.out) / "last.pt"
     data = state["log"].data if "log" in state else None
     if not path.exists():
-        finished = path.with_name("encoder.pt").exists() and getattr(args, "epochs", 0)
+        # Without a step there was nothing to lose: what --epochs 0 exports is made again at once.
+        trains = state["log"].steps if "log" in state else getattr(args, "epochs", 0)
+        finished = path.with_name("encoder.pt").exists() and trains
         lines = files.json_lines(path.with_name("log.jsonl"))
         if lines:
             header = lines[0][1] or {}

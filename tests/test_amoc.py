@@ -348,7 +348,7 @@ def test_a_variant_is_what_its_letters_say():
     assert clean_query == (False, True, True, False) and clean_query.export == "clean"
     assert amoc.VARIANTS["AAC"] == (True, True, False, False)
     assert amoc.VARIANTS["ACA_PLUS"] == (True, False, True, True)
-    assert not amoc.VARIANTS["CCC"].adversarial
-    assert all(v.adversarial for name, v in amoc.VARIANTS.items() if name != "CCC")
+    assert not amoc.VARIANTS["CCC"].second_loss
+    assert all(v.second_loss for name, v in amoc.VARIANTS.items() if name != "CCC")
     assert amoc.VARIANTS["CCA"] == (False, False, True, False) and amoc.VARIANTS["CCA"].export == "clean"
     assert [name for name, v in amoc.VARIANTS.items() if not v.attacked] == ["CCC", "CCA"]

@@ -33,7 +33,7 @@ CLAIMS = {  # of a script's variant: what its docstring says of it, with the for
     ("byorl", "BYOL"): (r"BYOL's costs (\d+)\.", 0), ("byorl", "K = 5"): (r"a step costs (\d+) forward passes", 0),
     ("adios", "SimCLR"): (r"SimCLR's costs (\d+)\.", 0),
     ("adios", "ADIOS"): (r"a step of simclr with N = 4 costs (\d+) forward passes", 0),
-    ("adios", "ADIOS-s"): (r"in their code 38; with --single (\d+)\.", 0),
+    ("adios", "ADIOS-s"): (r"for the classifier\); with --single (\d+)\.", 0),
     ("rotnet", "--eps 0"): (r"RotNet's costs (\d+),", 0), ("rotnet", "--steps 2"): (r"(\d+) with K = 2", 0),
     ("rotnet", "--target labels --loss trades"): (r"TRADES' 2 K \+ (\d+)\.", 2 * 2),
     ("pretext", "--tasks rotation"): (r"A step on one task then costs 2 K \+ (\d+),", 2 * 2),

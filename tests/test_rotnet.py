@@ -142,6 +142,7 @@ def test_the_rate_is_a_cosine_or_falls_at_milestones():
     (["--loss", "trades"], "--loss trades: is for --target labels"),
     (["--target", "labels", "--loss", "trades", "--no-random-start"], "--loss trades: its attack cannot start"),
     (["--target", "labels", "--loss", "trades", "--smoothing", "0.1"], "--smoothing: is for --loss ce"),
+    (["--warmup", "20", "--milestones", "10", "30"], "--milestones 10: lies within the 20 epochs of --warmup"),
     (["--target", "classes"], "--target classes: choose one of rotation, labels"),
     (["--eps", "300"], "--eps 300: with --norm linf at most 255, the range of a pixel"),
     (["--drop-path", "2"], "--drop-path 2: must be a number from 0 to 1")])

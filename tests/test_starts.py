@@ -150,6 +150,14 @@ def test_in_l2_white_or_black_is_the_largest_change_of_a_pixel(script, traced):
         assert (seen - 0.5).abs().max().item() == pytest.approx(0.5, abs=1e-6)
 
 
+@pytest.mark.parametrize("script, more", [
+    ("amoc", ("--variant", "CCC")), ("amoc", ("--variant", "CCA")), ("acl", ("--variant", "s2s")), ("byorl", ("--eps", "0")),
+    ("adco", ("--eps", "0")), ("caco", ("--eps", "0")), ("adv_mae", ("--eps", "0"))])
+def test_a_picture_of_clean_images_has_no_key_to_the_colours_of_a_difference(script, more, traced):
+    record = traced(script, *more)
+    assert record.keys == {None} and not record.differences
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_pictures_call_no_collective_operation(script, traced):
     assert traced(script).alone == []

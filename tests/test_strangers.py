@@ -1,10 +1,12 @@
 """What strangers do: finished runs without their checkpoint, data that has moved, networks of one's own that
 change, share a BatchNorm or import their neighbours, weights of older programs, consoles of few letters."""
 import argparse
+import importlib
 import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 
 import amoc
 import eval as command
-from common import encoders, resnet
+from common import encoders, resnet, run
 from common.resnet import BranchNorm, branch
 from evaluation import foreign, results
 from tests.scripts import ROOT, SCRIPTS, TINY, tiny_npz
@@ -80,6 +82,16 @@ def test_an_ended_run_without_its_checkpoint_is_not_written_over(ended):
     with pytest.raises(ValueError, match="move encoder.pt away"):
         run_amoc(npz, out, "--seed", "1")
     assert before == {"log.jsonl": (out / "elsewhere").read_bytes(), "encoder.pt": (out / "encoder.pt").read_bytes()}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_script_writes_over_a_run_of_its_default_length(script, tmp_path):
+    """--epochs may be a default that only the script knows; the log has the number of steps."""
+    (tmp_path / "encoder.pt").write_bytes(b"hours of work")
+    args = importlib.import_module(script).parser().parse_args(["--out", str(tmp_path)])
+    with pytest.raises(ValueError, match="move encoder.pt away"):
+        run.resume(args, None, {"log": SimpleNamespace(steps=10, data={})})
+    assert run.resume(args, None, {"log": SimpleNamespace(steps=0, data={})}) == 0
 
 
 def test_a_run_that_came_to_nothing_does_not_keep_its_folder(ended, tmp_path):

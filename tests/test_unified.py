@@ -176,6 +176,14 @@ def noise_of(norm, whole, u, args):
     return unified.start_noise(u, toy().encoder, args, rng).double()
 
 
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+@pytest.mark.parametrize("more", [[], ["--step-size", "0.5"]])
+def test_its_attack_has_the_length_of_adversarial_maes_at_equal_flags(steps, more):
+    flags = ["--eps", "3", "--steps", str(steps), *more]
+    ours, theirs = (script.attack_settings(read_flags(script, *flags)) for script in (unified, adv_mae))
+    assert all(ours[name] == theirs[name] for name in ("norm", "eps", "step_size", "steps", "norm_pix"))
+
+
 @pytest.mark.parametrize("norm, eps", [("linf", 30), ("l2", 200)])
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_without_the_contrastive_loss_it_is_adversarial_mae(norm, eps, norm_pix):
