@@ -12,12 +12,14 @@ and attacked views, every BatchNorm, of the encoder and of the projector, comes 
     x_i, x_j                    x1, x2: the two views of an image
     L_NT                        nt_xent
     inner maximum               attack
-    S2S, A2A, A2S, DS           VARIANTS: for each term of the loss, the kinds of its two views
+    S2S, A2A, A2S, DS           VARIANTS: for each term of the loss, the kinds of its two views; S is
+                                standard (clean), A attacked, and DS the dual stream
 
 The paper refers to SimCLR for the optimiser, the augmentation and the projector; the numbers are
 those of the authors' code: a projector of three layers with BatchNorm, LARS on all parameters
 (SimCLR itself leaves BatchNorm and biases out), an attack of 5 steps of 2/255, and the mean of the
-two terms in DS. We depart from that code in three places:
+two terms in DS. A2A and A2S, which their command line does not reach, are as the paper describes
+them. We depart from that code in three places:
     - The attack starts inside [0, 1]. Their code takes its first gradient at x + noise, not
       clipped.
     - A vector is kept out of its own denominator by a mask. Their code subtracts the constant
@@ -32,7 +34,7 @@ the other images are negatives. (Eq. 4 of Qi & Shah 2022, arXiv 2210.13463, has 
 negatives that stand still.)
 
     python acl.py                                        the paper's DS: CIFAR-10, ResNet-18, 1000 epochs
-    torchrun --standalone --nproc-per-node 4 acl.py      the same on 4 GPUs, 128 of the 512 images on each
+    torchrun --standalone --nproc-per-node 4 acl.py      on 4 GPUs, 128 of the 512 images on each (see below)
     python acl.py --variant s2s --out runs/s2s           SimCLR, the clean base
     python acl.py --norm l2 --eps 128 --out runs/l2      l2 128/255 (ours)
     python eval.py runs/acl/encoder.pt --preset robustssl-slf robustssl-alf --milestones 10 20
@@ -52,7 +54,7 @@ projector has its BatchNorms twice:
 
 The encoder is exported without the projector, with BatchNorm branch adv in A2A, A2S and DS, and clean
 in S2S: at test time branch adv sees clean images too. (The authors' linear probe reads branch clean,
-as --preset acl-probe --bn clean does.)
+as --preset acl-probe --bn clean does after DS and A2S; A2A has no such branch.)
 
 On several processes order, augmentation and noise are those of one process. The losses have the
 negatives of all of them, the attack those of its own process. Each BatchNorm sees the images of its
@@ -66,7 +68,7 @@ the random start alone.
 
 Measured on one CPU thread (Intel Xeon) and 10,000 images of CIFAR-10 (JPEG), with --arch slim
 --batch-size 64 --warmup 0 --lr 1.5 --steps 2 --step-size 4, in 5.0 CPU minutes (10 epochs; mean of 2
-seeds): a linear probe (amoc-slf, 2,000 test images) reaches 42.1 %, and 15.5 % under PGD-20 at 8/255.
+seeds): a linear probe (preset amoc-slf, 2,000 test images) reaches 42.1 %, and 15.5 under PGD-20 at 8/255.
 s2s reaches 47.0 and 0.1 in 4.6 CPU minutes (28 epochs); a random encoder, 27.4 and 0. This has not been
 run on a GPU yet, and l2, AdamW and --noise-sigma not at all. Fan et al. (2021, arXiv 2111.01124) report
 77.88, and 42.87 under PGD-20 (1000 epochs).
@@ -115,6 +117,7 @@ def add_noise(x, sigma, rng):
     """x (B, 3, S, S) plus Gaussian noise of standard deviation `sigma`, in the units of x. It is not
     clipped to [0, 1], as in randomised smoothing."""
     u = 2 * rng.uniform(*x.shape[1:], device=x.device) - 1
+    # erfinv is infinite at -1: the noise ends at 4.9 sigma
     return x + sigma * 2**0.5 * torch.erfinv(u.clamp(-0.999999, 0.999999))
 
 
@@ -199,8 +202,11 @@ def train_step(net, opt, x1, x2, noise, *, variant, temperature, norm, eps, step
     is a row of VARIANTS; `noise` is as in `attack`."""
     losses = {}
     for kinds in variant:
-        x1_term, x2_term = attack(net, x1, x2, noise, kinds, temperature=temperature,
-                                  norm=norm, eps=eps, step_size=step_size, steps=steps)
+        x1_term = x1
+        x2_term = x2
+        if "adv" in kinds:
+            x1_term, x2_term = attack(net, x1, x2, noise, kinds, temperature=temperature,
+                                      norm=norm, eps=eps, step_size=step_size, steps=steps)
         # In train mode: a term moves the running statistics of its branches once. DS has its two terms
         # in branches of their own, so their order does not matter.
         z1, z2 = embed_pair(net, x1_term, x2_term, kinds)
@@ -208,7 +214,7 @@ def train_step(net, opt, x1, x2, noise, *, variant, temperature, norm, eps, step
         # Negatives of all processes. The gradient flows through both views, and not into the
         # perturbation.
         losses[f"loss_{name}"] = nt_xent(dist.gather(z1), dist.gather(z2), temperature)
-    loss = sum(losses.values()) / len(losses)  # LARS makes the factor nearly immaterial
+    loss = sum(losses.values()) / len(losses)  # the mean, as in the authors' code
 
     opt.zero_grad()
     loss.backward()
@@ -219,8 +225,8 @@ def train_step(net, opt, x1, x2, noise, *, variant, temperature, norm, eps, step
 
 
 def lr_at(update, updates, lr, warmup):
-    """The learning rate of update 1, 2, ..., `updates`: linear over the first `warmup` updates, then a
-    cosine to 1e-6 (to `lr` where that is less)."""
+    """The learning rate of update 1, 2, ..., `updates`, as in the authors' code: linear over the first
+    `warmup` updates, then a cosine to 1e-6 (to `lr` where that is less)."""
     return optim.warmup_cosine(update, updates, warmup, lr, min(lr, 1e-6))
 
 
@@ -357,6 +363,7 @@ def main(argv=None):
     step = run.resume(args, env, state)
     log.start(step, f"chance loss ln(2B - 1) = {math.log(2 * args.batch_size - 1):.3f}")
 
+    attacked = "adv" in kinds_of(args.variant)
     settings = dict(variant=VARIANTS[args.variant], **attack_settings(args))
     updates = steps_per_epoch * args.epochs
     for epoch in range(step // steps_per_epoch, args.epochs):
@@ -369,7 +376,7 @@ def main(argv=None):
             x2 = augment(x, rng, size)  # another view: `rng` has moved on
             if args.noise_sigma:
                 x2 = add_noise(x2, args.noise_sigma, rng)
-            noise = start_noise(x1, args.norm, rng) if args.random_start else None
+            noise = start_noise(x1, args.norm, rng) if attacked and args.random_start else None
             losses = train_step(net, opt, x1, x2, noise, **settings)
             log.step(step, len(x) * env.world, **losses)
             step += 1
@@ -379,13 +386,13 @@ def main(argv=None):
             # again.
             rows = pictures(net, images, size, args)
             if env.rank == 0:
-                key = attack_key(args.norm, args.eps) if "adv" in kinds_of(args.variant) else None
+                key = attack_key(args.norm, args.eps) if attacked else None
                 save_rows(out / "views.png", rows, key)
             run.save(args, env, state, step)
     if env.rank == 0:
         # The branch of the attacked images, if there are any. The authors' own linear probe reads
-        # the clean one in any case: eval.py --bn clean.
-        bn = encoders.branch_of(net[0], "adv" if "adv" in kinds_of(args.variant) else "clean")
+        # the clean one: eval.py --bn clean.
+        bn = encoders.branch_of(net[0], "adv" if attacked else "clean")
         encoders.export(net[0], out / "encoder.pt", bn, image_size=size)
         print(f"{out / 'encoder.pt'} holds the encoder" + (f"; BN branch {bn}" if bn else ""))
 

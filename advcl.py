@@ -1,10 +1,10 @@
 """AdvCL: contrastive pre-training that keeps its robustness (Fan et al. 2021, arXiv 2111.01124).
 
-Robustness that is learnt without labels should survive a linear classifier. AdvCL adds two things
-to SimCLR. Beside the two strong crops there are views made from the whole image: an attacked copy
-and a copy of its high frequencies. And there is an adversarial classification loss on pseudo-labels
-from k-means, so that pre-training already resembles the task. Clean views, the contrastive attack
-and the classification attack pass through a BatchNorm branch each.
+Robustness that is learnt without labels should carry over to a linear classifier that is trained on
+top. For this AdvCL adds two things to SimCLR. Beside the two strong crops there are views made from the
+weakly augmented image: an attacked copy and a copy of its high frequencies. And there is an adversarial
+classification loss on pseudo-labels from k-means, so that pre-training already resembles the task.
+Clean views, the contrastive attack and the classification attack pass through a BatchNorm branch each.
 
     paper                       this file
     f, g, classifier            net["encoder"], net["projector"], net["classifier"]
@@ -21,36 +21,36 @@ and the classification attack pass through a BatchNorm branch each.
 The supplement was not at hand. Where the help of a flag says so, its default is the authors'
 code's. From their code we have the crops, strong and weak, the three branches, the sizes of the
 projector, its single BatchNorm, through which every view passes as a batch of its own, and that
-images are not normalised. So is the scale of the contrastive loss: a mean over anchors and positives
-times T / 0.07, where the paper has a sum; lambda and the learning rate were chosen for the code's
-scale. We depart from that code in three places:
+images are not normalised. The scale of the contrastive loss is the code's as well: a mean over anchors
+and positives times T / 0.07, where the paper has a sum; lambda and the learning rate were chosen for the
+code's scale. We depart from that code in three places:
     - With --teacher, pseudo-labels come from our k-means on the features of a teacher trained on
-      the same images; theirs are of an encoder trained on ImageNet, which --labels can read once they
-      are converted, as below. Without either the classification term is left out, and the log says
-      so.
+      the same images; theirs come from an encoder trained on ImageNet. --labels reads theirs too,
+      converted as below. Without either the classification term is left out, and the log says so.
     - The attack leaves no trace: it normalises by batch statistics, as theirs does, but does not
       update the running ones. In their code most of what branch adv averages comes from unfinished
       attacks.
     - The attack starts inside [0, 1]; theirs takes its first gradient outside. Views that it does not
       change are embedded once, which gives the same result up to rounding. Counting a backward pass
       to the pixels as one forward pass and a whole one as two, a step costs 35 forward passes
-      instead of 50, without pseudo-labels 22; SimCLR's costs 6.
+      instead of 50, without pseudo-labels 22; SimCLR's costs 6. (With other --views: 3 for each, 10
+      more for each that is attacked in 5 steps, and 13 for the pseudo-labels.)
 
     python acl.py --variant s2s --out runs/s2s                a teacher
     python advcl.py --teacher runs/s2s/encoder.pt             CIFAR-10, ResNet-18, 1000 epochs
-    python advcl.py --labels labels.npz --out runs/labels     pseudo-labels from a file, as below
+    python advcl.py --labels labels.npz --out runs/labels     with the labels of a file, as below
     torchrun --standalone --nproc-per-node 4 advcl.py         without pseudo-labels, on 4 GPUs
     python advcl.py --views x1+d x2+d x1 x2 --out runs/four   another row of Table 4
     python advcl.py --norm l2 --eps 128 --out runs/advcl-l2   l2 128/255 (ours)
     python eval.py runs/advcl/encoder.pt --preset advcl-slf robustssl-alf
 
 --labels takes an .npz with integers "labels", a row of N for each of --clusters; -1 is an image
-without a label, which has no part in loss_ce. They belong to all N training images, in
-torchvision's order for cifar10 (cifar100, stl10); with --limit each image keeps its own. For other
-data the file must also hold "checksum": that of the data, or of the part that --limit leaves, as the
-first line of a run's log.jsonl has it. The labels of the paper's best row (ImageNet's encoder, for
-CIFAR-10 in torchvision's order) are a pickle in the folder data/ of the authors' code. Unpickling
-can run any program, so it is left to you:
+without a label: it has no term in loss_ce, but counts in the batch statistics of branch adv_ce. They
+belong to all N training images, in torchvision's order for cifar10 (cifar100, stl10); with --limit each
+image keeps its own. For other data the file must also hold "checksum": that of the data, or of the part
+that --limit leaves, as the first line of a run's log.jsonl has it. The labels of the paper's best row
+(ImageNet's encoder, for CIFAR-10 in torchvision's order) are a pickle in the folder data/ of the authors'
+code. Unpickling can run any program, so it is left to you:
 
     saved = pickle.load(open("imagenet_clPretrain_pseudo_labels.pkl", "rb"))
     labels = np.array([np.array(saved[f"pseudo_train_{k}"]) for k in (2, 10, 50, 100, 500)])
@@ -81,11 +81,11 @@ moved by the random start alone.
 
 Measured on one CPU thread (Intel Xeon) and 10,000 images of CIFAR-10 (JPEG), with --arch slim
 --batch-size 64 --warmup 0 --lr 0.1 --steps 2 --step-size 4, without pseudo-labels, in 4.6 CPU minutes (11
-epochs): a linear probe (amoc-slf, 2,000 test images) reaches 44.8 %, and 13.3 % under PGD-20 at 8/255;
-with another seed 40.8 and 13.5. SimCLR (acl.py --variant s2s) reaches 47.0 and 0.1 in 4.6 CPU minutes; a
-random encoder, 27.4 and 0. This has not been run on a GPU yet, and l2 and AdamW not at all. The paper
-reports 77.73, and 48.89 under PGD-20, without pseudo-labels, and 80.85 and 50.45 with them (1000 epochs,
-as its code has).
+epochs): a linear probe (eval.py's preset amoc-slf, 2,000 test images) reaches 44.8 %, and 13.3 % under
+PGD-20 at 8/255; with another seed 40.8 and 13.5. SimCLR (acl.py --variant s2s, 28 epochs) reaches 47.0 and
+0.1 in 4.6 CPU minutes; a random encoder, 27.4 and 0. This has not been run on a GPU yet, and l2 and AdamW
+not at all. The paper reports 77.73, and 48.89 under PGD-20, without pseudo-labels, and 80.85 and 50.45 with
+them (1000 epochs, as its code has).
 """
 import argparse
 import hashlib
@@ -203,8 +203,8 @@ def attack(net, loss_fn, x, noise, *, norm, eps, step_size, steps):
     def loss_of_images(flat):
         return loss_fn(flat.view(x.shape))
 
-    # Train mode, unlike in RoCL, ACL and AMOC: batch statistics are part of what is attacked. No
-    # running statistic changes.
+    # Train mode, as in the authors' code (the networks are never put into eval mode here): batch
+    # statistics are part of what is attacked. No running statistic changes.
     with frozen_stats(net):
         # As (A B, 3, S, S): each view of each image has a ball of its own.
         x_adv = pgd(loss_of_images, x.flatten(0, -4), eps, step_size, steps, norm,
@@ -230,9 +230,9 @@ def train_step(net, opt, x1, x2, x, labels, noise, *,
     """
     clean, to_attack = choose(views, x1, x2, x, cutoff)
 
-    # Every view is a batch of its own, in the attack too. So the batch statistics of a clean view
-    # depend on that view alone, and its embedding is a constant of the attack, as long as that is in
-    # train mode, as here. These passes also move the running statistics of branch clean (x_h, which
+    # Every view is a batch of its own, in the attack too, so the batch statistics of a clean view depend
+    # on that view alone. The attack normalises by batch statistics as well, and so the embeddings made
+    # here are its constants. These passes also move the running statistics of branch clean (x_h, which
     # is not in [0, 1], goes through it too) and of the projector.
     z_clean = [embed(net, view, "clean") for view in clean]
     constants = [z.detach() for z in z_clean]
@@ -269,9 +269,9 @@ def train_step(net, opt, x1, x2, x, labels, noise, *,
 
 
 def lr_at(step, steps_per_epoch, epochs, lr, warmup):
-    """The learning rate of `step`. Over the first `warmup` epochs it rises linearly, step by step, from a
-    fiftieth of `lr` to the cosine. After that it is constant within an epoch: the cosine from `lr` to a
-    thousandth of it, read at the epoch's end."""
+    """The learning rate of `step`, as in the authors' code. Over the first `warmup` epochs it rises linearly,
+    step by step, from a fiftieth of `lr` (theirs: 0.01, for 0.5) to the cosine. After that it is constant
+    within an epoch: the cosine from `lr` to a thousandth of it, read at the epoch's end."""
 
     def cosine_at(epoch):
         return optim.cosine(epoch / epochs, lr, lr / 1000)
@@ -328,7 +328,7 @@ def parser():
 def check(args):
     if len(set(args.views)) < len(args.views):
         raise ValueError(f"--views {' '.join(args.views)}: each view once")
-    if len(args.views) < 2 or not any(view.endswith("+d") for view in args.views):
+    if len(args.views) < 2 or not any(is_attacked(view) for view in args.views):
         raise ValueError(f"--views {' '.join(args.views)}: needs two views, one of them attacked (+d)")
     if args.norm == "linf" and args.eps > 255:
         raise ValueError(f"--eps {args.eps:g}: with --norm linf at most 255, the range of a pixel")
@@ -429,7 +429,8 @@ def labels_of_file(args, images):
 def start_noise(x, views, norm, rng):
     """The noise from which the attack on the classifier and those on the A attacked views start, as
     `train_step` takes it: (A + 1, B, 3, S, S), each view of each image uniform in a unit ball of the
-    `norm`."""
+    `norm`. The classifier's is drawn even where there is none, so that the views' is the same with and
+    without pseudo-labels."""
     attacks = 1 + sum(is_attacked(view) for view in views)
     # One number more than there are pixels: under l2 it sets the distance from the centre, under linf it
     # is not used.

@@ -8,6 +8,7 @@ alike, and the negatives are the other images of the batch: no bank and no momen
 
     paper                       this file
     f, g                        net: encoder and projector; embed gives z, not normalised
+    u, T                        z / |z|, --temperature
     t(x), t'(x)                 x1, x2: the two views of an image
     t(x)^adv                    x_adv
     L_con                       nt_xent of two views, which the attack maximises
@@ -17,35 +18,35 @@ alike, and the negatives are the other images of the batch: no bank and no momen
 
 We know the equations from later restatements (the survey by Qi & Shah 2022, arXiv 2210.13463) and
 all hyper-parameters from the authors' code. We depart from that code in four places:
-    - The gradient flows through both factors of a similarity. Their code detaches the second one:
-      the loss is the same, the gradient is not.
+    - The gradient flows through both factors of a similarity, in the attack as well. Their code
+      detaches the second one: the losses are the same, the gradients are not.
     - One temperature serves all three losses, and the regulariser has the negatives of the whole
       batch. Their code writes 0.5 into two of the losses, and the regulariser has the negatives of
       one GPU.
     - LARS has the learning rate inside its momentum buffer. Theirs has it outside, and adds 1e-8 to
-      its ratio. Within an epoch, where the rate is constant, the two agree up to that 1e-8; they
-      differ where the rate changes.
-    - The embedding of the attack's target is computed once per attack, and the attack makes no
-      gradient of the weights. In eval mode the result is the same up to rounding. Counting a
-      backward pass to the pixels as one forward pass and a whole one as two, a step costs 30
-      forward passes instead of 43; SimCLR's costs 6.
+      its ratio. While the rate is constant the two agree but for that 1e-8. When it changes, once per
+      epoch, ours carries the old rate in its momentum for some twenty steps.
+    - The embedding of the attack's target is computed once per attack. Their code takes the target
+      through the network, forward and backward, at every step; in eval mode that alone changes nothing
+      but rounding. Counting a backward pass to the pixels as one forward pass and a whole one as two,
+      a step costs 30 forward passes instead of 43; SimCLR's costs 6.
 
 In one point we follow the code against the paper. With three views every anchor i has two positives
 j, and each of them gets a term of its own, -log(e^(u_i.u_j/T) / sum_k!=i e^(u_i.u_k/T)); the paper
 takes one logarithm, with the sum over both positives in the numerator. All published weights are of
-the code's form, and with two views the two agree. In one more point our flags differ: with
---attack-to original the code's regulariser ties the attacked view to x1 as well; ours has a flag of
-its own for that, --regularize-to.
+the code's form, and with two views the two agree. In one more point our flags differ: in their code
+the regulariser ties the attacked view to x1 too where the attack's target is x1 (--attack-to original);
+here --regularize-to alone decides.
 
 The loss that the attack maximises is symmetric: the target is an anchor too, and the attacked views
 of the other images are negatives. (The survey's Eq. 4 has one anchor, and negatives that stand
 still.)
 
-With --asymmetry, loss_rocl is A-InfoNCE (Yu et al. 2022, arXiv 2207.08374): an attacked view is no
-positive like any other. No gradient flows into the second factor of a similarity, so each term trains
-its anchor alone (which undoes our first departure). Terms between the clean views have weight 1. Of a
-clean and an attacked view, the term with the clean anchor has weight --asymmetry, the one with the
-attacked anchor 1 - --asymmetry. --hard moreover weighs the other images by their similarity to the
+With --asymmetry, loss_rocl is A-InfoNCE (Yu et al. 2022, arXiv 2207.08374), where the attacked view
+counts as a weaker positive. No gradient flows into the second factor of a similarity, so each term trains
+its anchor alone (which undoes our first departure, in this loss). Terms between the clean views have
+weight 1. Of a clean and an attacked view, the term with the clean anchor has weight --asymmetry, the one
+with the attacked anchor 1 - --asymmetry. --hard moreover weighs the other images by their similarity to the
 anchor, as hard-negative contrastive learning does (HCL, Robinson et al. 2021, arXiv 2010.04592).
 Attack and regulariser stay RoCL's. Here we depart from A-InfoNCE's released code: HCL divides a
 negative's weight by its mean over the anchor's negatives. That code takes the mean over the anchor and
@@ -64,22 +65,22 @@ The encoder is exported without the projector; its running statistics are of cle
 images together.
 
 On several processes order, augmentation and noise are those of one process. The losses have the
-negatives of all of them. The attack has those of its own process alone, as in the authors' run (256
-images on each of 2 GPUs). Each BatchNorm sees the images of its own process, or with --sync-bn (on
-GPUs) those of all, as in the authors' code.
+negatives of all of them. The attack has those of its own process alone: in the authors' run, of 256
+images on each of 2 GPUs, and on one GPU of all 512. Each BatchNorm sees the images of its own process,
+or with --sync-bn (on GPUs) those of all, as in the authors' code.
 
 In the log, chance is 2 ln(3B - 1) for loss_rocl and ln(2B - 1) for loss_reg (which is not there with
---reg-weight 0), with B images per step. Each falls below its own, and stays there where all
-embeddings are alike. With --asymmetry it is 4/3 ln(3B - 1) for loss_rocl, and with --hard 4/3
+--reg-weight 0), with B images per step. When all is well each falls below it; where all embeddings are
+alike, each stays at it. With --asymmetry it is 4/3 ln(3B - 1) for loss_rocl, and with --hard 4/3
 ln(3B - 2); with --hard a term is no longer the log of a probability, and may be negative. With --eps
 0 the third view is x1 itself; with --steps 0 it is x1 plus the random start.
 
 Measured on one CPU thread (Intel Xeon) and 10,000 images of CIFAR-10 (JPEG), with --arch slim
 --batch-size 64 --warmup 0 --lr 1.5 --steps 2 --step-size 4, in 4.7 CPU minutes (10 epochs; mean of 2
-seeds): a linear probe (amoc-slf, 2,000 test images) reaches 43.7 %, and 13.0 % under PGD-20 at 8/255.
-SimCLR (acl.py --variant s2s) reaches 47.0 and 0.1 in 4.6 CPU minutes; a random encoder, 27.4 and 0. This
-has not been run on a GPU yet, and A-InfoNCE, l2 and AdamW not at all. The authors report 83.71, and
-40.27 under PGD-20 (1000 epochs).
+seeds): a linear probe (eval.py's preset amoc-slf, 2,000 test images) reaches 43.7 %, and 13.0 % under
+PGD-20 at 8/255. SimCLR (acl.py --variant s2s, 28 epochs) reaches 47.0 and 0.1 in 4.6 CPU minutes; a random
+encoder, 27.4 and 0. This has not been run on a GPU yet, and A-InfoNCE, l2 and AdamW not at all. The
+authors report 83.71, and 40.27 under PGD-20 (1000 epochs).
 """
 import argparse
 import math
@@ -145,7 +146,7 @@ def asymmetric_loss(views, temperature, asymmetry, weight=1.0, hard=False, beta=
     hard: the denominator is p + G instead (HCL, arXiv 2010.04592), with p the mean of the two positive
     e^S, n the N = 3 B - 3 negative ones, R = sum n^(1 + beta) / mean n^beta, and
     G = max((R - tau N p) / (1 - tau), N e^(-1/T)). beta, how hard the negatives are, and tau, the share
-    of them that is of the anchor's class, are those of A-InfoNCE's code.
+    of them that is of the anchor's class, are those of A-InfoNCE's code. They and `weight` have no flags.
 
     Chance is (2 + 2 weight) / 3 times ln(3 B - 1), or with `hard` ln(3 B - 2).
     """
@@ -226,8 +227,8 @@ def train_step(net, opt, x1, x2, noise, *,
                    norm=norm, eps=eps, step_size=step_size, steps=steps)
 
     # Two passes in train mode, each normalised by its own batch: first [x_adv; x2], then [x1; x2;
-    # x_adv]. Each moves the running statistics, so their order matters, and the exported ones
-    # describe a mixture of clean and attacked images. The perturbation is a constant here.
+    # x_adv]. Each moves the running statistics, so their order (the authors') matters, and the exported
+    # ones describe a mixture of clean and attacked images. The perturbation is a constant here.
     losses = {}
     loss_reg = 0
     if reg_weight:
@@ -252,8 +253,9 @@ def train_step(net, opt, x1, x2, noise, *,
 
 
 def lr_at(epoch, epochs, lr, warmup):
-    """The learning rate of `epoch` 0, 1, ...: linear, from a fifteenth of `lr` before the first epoch to `lr`
-    in the last of the first `warmup`; then a cosine that would end `warmup` epochs after the run."""
+    """The learning rate of `epoch` 0, 1, ..., as in the authors' code: a straight line from lr / 15 (at
+    "epoch -1") to lr in epoch `warmup` - 1; then half a cosine that takes `epochs` epochs, so that the run
+    ends `warmup` epochs before it reaches 0."""
     if epoch < warmup:
         return lr / 15 * (1 + 14 * (epoch + 1) / warmup)
     return optim.cosine((epoch - warmup) / epochs, lr)
@@ -282,15 +284,15 @@ def parser():
     p.add_argument("--regularize-to", choices=("other", "original"), default="other",
                    help="the partner of x_adv in the regulariser, likewise (authors' code)")
     p.add_argument("--asymmetry", type=run.number(0, 1),
-                   help="alpha of A-InfoNCE, which has 0.2: the share of the clean view in a pair with the "
-                        "attacked one; default: none, RoCL's loss (authors' code)")
+                   help="alpha of A-InfoNCE, which has 0.2: of a clean and an attacked view, the weight of "
+                        "the term whose anchor is the clean one; default: none, RoCL's loss (authors' code)")
     p.add_argument("--hard", action=argparse.BooleanOptionalAction, default=False,
                    help="with --asymmetry, hard negatives too, as A-InfoNCE's paper has them; default: "
                         "without (authors' code)")
     p.add_argument("--norm", choices=("linf", "l2"), default="linf",
                    help="of the attack: l2, with --eps 128 for example (ours), or linf (authors' code)")
     p.add_argument("--eps", type=run.number(0, 1e6), default=8.0,
-                   help="radius of the attack, in 1/255 (authors' code)")
+                   help="radius of the attack, in 1/255; 0.0314 there (authors' code)")
     p.add_argument("--step-size", type=run.number(0, 1e6),
                    help="of the attack, in 1/255; default: for l2 1.25 eps / steps (ours), and for linf "
                         "1.785, which is 0.007 (authors' code)")
