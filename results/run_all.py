@@ -1,16 +1,16 @@
 """Every row of the table "cpu-20", from nothing: about twenty CPU minutes of pretraining each, one
 protocol for all.
 
-    python results/run_all.py                    all rows, two at a time, at low priority
+    python results/run_all.py                    all rows, 44 runs, two at a time, at low priority
     python results/run_all.py acc rocl           these
     python results/run_all.py --list             the commands of each row; nothing is run
 
-It can be stopped at any time; the same command goes on where it was. Of each row are kept its log, its
-eval.jsonl and its pictures in results/cpu-20/, and the encoder of its first seed in results/encoders/.
-What is there is not made again.
+All of them take about 13 hours on two free cores. It can be stopped at any time; the same command goes on
+where it was. Of each row it keeps the log, eval.jsonl and the pictures in results/cpu-20/, and the encoder
+of the first seed in results/encoders/. What is there is not made again.
 
-The protocol: CIFAR-10 (JPEG), all 50,000 training images, a slim encoder, one thread. With other data, as
---data cifar10, the original, everything is kept in a folder of its own, runs/cpu-20-<data>.
+The protocol: CIFAR-10 (JPEG), data/cifar10.npz, all 50,000 training images, a slim encoder, one thread. With
+other data, as --data cifar10, the original, everything is kept in a folder of its own, runs/cpu-20-<data>.
 The number of epochs is chosen so that pretraining takes about --seconds of CPU time on this machine:
 a short run of the same command is timed first. Everything else is in ROWS below. Then
 
@@ -18,7 +18,8 @@ a short run of the same command is timed first. Everything else is in ROWS below
     amoc-slf                                     a linear probe, all labels
     amoc-alf, 5 epochs                           an attacked linear probe, 10,000 labels
 
-each on all test images, clean, under PGD-20 at 4/255 and at 8/255, and on 500 under AutoAttack.
+k-NN on clean images alone, the probes also under PGD-20 at 4/255 and 8/255: all on all test images, and the
+probes under AutoAttack on 500.
 """
 import argparse
 import concurrent.futures
@@ -39,7 +40,7 @@ EVALUATIONS = [
     "--preset amoc-slf --attacks aa --aa-limit 500",
     "--limit 10000 --preset amoc-alf --epochs 5 --milestones 3 4 --attacks aa --aa-limit 500",
 ]
-KEPT = ("log.jsonl", "eval.jsonl", "views.png", "masks.png")
+KEPT = ("log.jsonl", "eval.jsonl", "views.png", "masks.png", "recon.png", "positions.png")
 DATA = "data/cifar10.npz"  # CIFAR-10 (JPEG)
 TIMED_STEPS = 50  # of each of the two epochs of a timing run
 

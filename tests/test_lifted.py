@@ -3,6 +3,7 @@ methods, by README's recipe."""
 import ast
 import builtins
 import pathlib
+import re
 import subprocess
 import symtable
 import sys
@@ -142,7 +143,7 @@ def pasted(script):
         elif node.end_lineno <= end and not isinstance(node, ast.Expr):  # the docstring stays behind
             body.append(source)
     text = "\n".join([*imports, REPLACED, *body]) + "\n"
-    return text.replace("@graphed\n", "")
+    return re.sub(r"@graphed.*\n", "", text)
 
 
 def test_a_method_is_pasted_as_readme_says(tmp_path):
