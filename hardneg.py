@@ -35,12 +35,14 @@ Everything that is not a rule is as in adco.py, with the flags of the same names
 the augmentation, the projector, SGD and its schedule, the momentum of the key network, which moves
 before the keys are made, the size of the bank, and BatchNorm in groups of at most 32 images, which the
 second views enter in random order. (With common statistics the network could tell a query's key by
-its batch.) So but for two things these runs, MoCo's and AdCo's differ in their negatives alone. AdCo
-begins with 256 steps of MoCo (--fill-steps), while this bank of K rows begins with noise, which is
-overwritten after K / B steps of B images. And each loss has its own temperature. If --temperature is
-not given it is 0.2 on MoCo for plain, ifm and mochi, and 0.5 for the rest and on SimCLR. So has each
-paper on the base that it used (SimCLR on CIFAR-10). No paper has HCL or debiased on MoCo: 0.5 there is
-ours, SimCLR's, and such a run differs from the others in its temperature too.
+its batch.) So but for two things these runs (MoCo is --negatives plain; amoc.py --variant CCC also blurs,
+warms up, and has one BatchNorm for the batch) and AdCo's differ in their negatives alone. AdCo begins with
+256 steps of MoCo (--fill-steps), after which its key network is set to the query network, while this bank
+of K rows begins with noise, which is overwritten after K / B steps of B images. And each loss has its own
+temperature. If --temperature is not given it is 0.2 on MoCo for plain, ifm and mochi, and 0.5 for the rest
+and on SimCLR. These are the papers' values on the bases that they used (those on SimCLR for CIFAR-10). No
+paper has HCL or debiased on MoCo: 0.5 there is ours, SimCLR's, and such a run differs from the others in
+its temperature too.
 
 Where the papers are silent we follow their authors' code: IFM's loss is a mean weighted by 1 and
 alpha, not a sum, so that a step keeps its size; HCL's gradient flows through its weights; and where
@@ -48,12 +50,11 @@ its sum over N negatives is at its floor, N e^(-1/T), the negatives have no grad
 no such code. Ours are:
     - HCL's sums are taken in logarithms, so that no temperature overflows.
     - MoCHi's i and j of a mixture are drawn independently, and may be the same row.
-    - The queries and the keys are embedded in train mode, each by the statistics of its group. The
-      running statistics serve the exported encoder alone.
+    - MoCHi's mixtures are constants: no gradient reaches the query through mixtures of its own.
 
 On MoCo a step costs 4 forward passes (a whole backward pass counts two), on SimCLR 6. No rule adds
-any, but MoCHi's mixtures take time, here a step took 1.7 times as long, and memory: B (s + s') D floats,
-100 MB with the defaults, and a few times that in between. No image is attacked.
+any. But MoCHi's mixtures take time (in the runs below a step took 1.7 times as long) and memory: B (s + s')
+D floats, 100 MB with the defaults, and a few times that in between. No image is attacked.
 
     python hardneg.py                                    MoCHi on MoCo: CIFAR-10, ResNet-18, 200 epochs
     python hardneg.py --negatives plain --out runs/moco    MoCo
@@ -62,12 +63,14 @@ any, but MoCHi's mixtures take time, here a step took 1.7 times as long, and mem
     python hardneg.py --arch vit_tiny --optimizer adamw --lr 5e-4 --weight-decay 0.05 --warmup 10 \
 --out runs/hardneg-vit
     python hardneg.py --data path/to/imagenet --arch resnet50 --stem imagenet --image-size 224 --blur \
---lr 0.03 --lr-final 6e-4 --weight-decay 1e-4 --ema 0.999 --bank-size 65536
+--lr 0.03 --lr-final 6e-4 --weight-decay 1e-4 --ema 0.999 --bank-size 65536 --out runs/hardneg-imagenet
     python eval.py runs/hardneg/encoder.pt --preset knn amoc-slf
 
-The encoder is exported without the projector.
+The encoder of the query network is exported, without the projector. At test time its grouped BatchNorm is
+a plain one, with running statistics, which nothing reads before.
 
-On several processes order, augmentation and the random numbers of mixtures are those of one process.
+On several processes the order of the images, their augmentation and the random numbers of mixtures are
+those of one process; the order in which BatchNorm takes the second views is not.
 The queue is equal on all of them, SimCLR's negatives are those of all, and each group of BatchNorm has
 images of one process alone, so that few images on each make smaller groups.
 
@@ -79,14 +82,17 @@ to the loss and do not enter. MoCHi's mixtures do: they are nearer to the query 
 of, so from --mix-from on loss, mass and cosine jump up, and accuracy falls.
 
 Chance for the loss, all embeddings equal, is ln(N + 1) with N negatives, and for IFM more: the screen
-says it. At first the bank is noise, near no query, and the loss starts low and rises while real keys
-fill the bank. Then, in a healthy run, it falls, and accuracy rises from epoch to epoch. Without
-mixtures a cosine that stays near 1, and an accuracy near 0, mean that all embeddings are alike.
+says it. On MoCo the bank is noise for the first K / B steps, and the loss is low in them; the log, which
+has means over epochs, may not show it. Then, in a healthy run, the loss falls; accuracy wavers (3 to 7 % in
+the runs below with plain, IFM and HCL, 1 to 4 with debiased, 0 to 0.3 with mixtures), for the negatives get
+harder too, and cosine is 0.88 to 0.97 at the end. Where all embeddings are alike the loss stays at chance,
+cosine at 1 and accuracy at 0.
 
 Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
 CIFAR-10 (JPEG), on MoCo, in 4 to 5 CPU minutes (25 epochs, MoCHi 15; mean of 2 seeds): a linear probe
 reaches 42.7 % with plain, 43.0 with IFM, 41.5 with HCL, 40.5 with debiased and 39.3 with MoCHi, which
-mixes from epoch 4. AdCo reaches 42.5 in 3.4. This has not been run on a GPU yet, and on
+mixes from epoch 4. AdCo reaches 42.5 in 3.4 (19 epochs after its 256 steps of MoCo; adco.py's 44.4 is one
+seed of 25 epochs). Only debiased and MoCHi are clearly behind. This has not been run on a GPU yet, and on
 SimCLR and with AdamW not at all. Robinson, Sun et al. report 81.4 on ImageNet-100 for IFM (linear
 probe, ResNet-50; MoCo v2 80.5), and Kalantidis et al. 68.0 on ImageNet for MoCHi (linear probe, 200
 epochs).
@@ -129,7 +135,8 @@ class GroupedNorm(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        mean = self.running_mean if self.track_running_stats else None  # within frozen_stats they stay
+        # None where they are to stay: within frozen_stats of common/pgd.py, which is not used here
+        mean = self.running_mean if self.track_running_stats else None
         var = self.running_var if self.track_running_stats else None
         count = max(1, min(max(2, math.ceil(len(x) / 32)), len(x) // 2))
         sizes = [(len(x) + i) // count for i in reversed(range(count))]  # equal, or the first have one more
@@ -182,6 +189,8 @@ def log_negatives(q, k, bank, temperature):
     """ln sum_j e^(s_j/T) over the negatives of each anchor: (M,)."""
     if bank is not None:
         return bank_logsumexp(q, bank, temperature)
+    if len(q) < 2:
+        raise ValueError("one image: it has no negatives")
     return (cosines_in_batch(q, k) / temperature).logsumexp(1)
 
 
@@ -218,8 +227,6 @@ def hcl_loss(q, k, bank, temperature, beta, tau):
     """
     positive = positive_cosines(q, k, bank) / temperature  # ln p
     count = 2 * len(q) - 2 if bank is None else len(bank)
-    if not count:
-        raise ValueError("one image: it has no negatives")
     log_g = log_negatives(q, k, bank, temperature / (1 + beta))  # ln R, where beta is 0
     if beta:
         # The weights n_j^beta / mean n^beta have a gradient too: the sum above is of weight times score.
