@@ -1,6 +1,5 @@
 """The methods' functions as other programs call them: with what the scripts themselves never give."""
 import copy
-import math
 
 import pytest
 import torch
