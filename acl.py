@@ -61,17 +61,17 @@ negatives of all of them, the attack those of its own process. Each BatchNorm se
 own process, or with --sync-bn (on GPUs) those of all; the running statistics of all processes are
 averaged after each step.
 
-In the log, chance is ln(2B - 1) for every term, with B images per step. All terms fall below it; in
-DS, loss_adv stays above loss_clean. Where all embeddings are alike, a term stays at chance. With --eps
-0 the "attacked" images are the clean ones, seen through branch adv; with --steps 0 they are moved by
-the random start alone.
+In the log, chance is ln(2B - 1) for every term, with B images per step. All terms fall below it; in DS,
+loss_adv stays above loss_clean. Where all embeddings are alike, a term stays at chance. With --eps 0 the
+"attacked" images are the clean ones, seen through branch adv; with --steps 0 they are moved by the random
+start alone (with --no-random-start, not at all).
 
 Measured on one CPU thread (Intel Xeon) and 10,000 images of CIFAR-10 (JPEG), with --arch slim
 --batch-size 64 --warmup 0 --lr 1.5 --steps 2 --step-size 4, in 5.0 CPU minutes (10 epochs; mean of 2
-seeds): a linear probe (preset amoc-slf, 2,000 test images) reaches 42.1 %, and 15.5 under PGD-20 at 8/255.
-s2s reaches 47.0 and 0.1 in 4.6 CPU minutes (28 epochs); a random encoder, 27.4 and 0. This has not been
-run on a GPU yet, and l2, AdamW and --noise-sigma not at all. Fan et al. (2021, arXiv 2111.01124) report
-77.88, and 42.87 under PGD-20 (1000 epochs).
+seeds): a linear probe (eval.py's preset amoc-slf, 2,000 test images) reaches 42.1 %, and 15.5 % under
+PGD-20 at 8/255. s2s reaches 47.0 and 0.1 in 4.6 CPU minutes (28 epochs); a random encoder, 27.4 and 0.
+This has not been run on a GPU yet, and l2, AdamW and --noise-sigma not at all. Fan et al. (2021, arXiv
+2111.01124) report 77.88, and 42.87 under PGD-20 (1000 epochs).
 """
 import argparse
 import math
@@ -202,6 +202,8 @@ def train_step(net, opt, x1, x2, noise, *, variant, temperature, norm, eps, step
     is a row of VARIANTS; `noise` is as in `attack`."""
     losses = {}
     for kinds in variant:
+        if not {*kinds} <= {"clean", "adv"}:
+            raise ValueError(f"kinds {kinds}: each must be clean or adv")
         x1_term = x1
         x2_term = x2
         if "adv" in kinds:

@@ -49,7 +49,7 @@ queries besides. With --symmetric a step costs 8, with --multi-crop about 9, as 
 less. Before epoch 0 come the 256 steps of MoCo, and K / B forward passes that fill the bank.
 
     python adco.py                                       CIFAR-10, ResNet-18, 200 epochs
-    python hardneg.py --negatives plain --out runs/moco    MoCo, the clean base, else as here
+    python hardneg.py --negatives plain --out runs/moco    MoCo, the clean base, at its own temperature
     python adco.py --eps 8 --bank-temperature 0.12 --out runs/hybrid    the hybrid
     python adco.py --eps 8 --steps 1 --step-size 8 --no-random-start --bank-temperature 0.12 \
 --out runs/fgsm    the hybrid by FGSM
@@ -67,33 +67,32 @@ BatchNorm is a plain one, with running statistics: the hybrid's are of attacked 
 --clean-weight it is exported with branch adv, through which attacked queries pass; `eval.py --bn clean`
 reads the other one.
 
-On several processes order, augmentation and noise are those of one process. Gradients, the bank's too, are
-means over all, so that the bank is equal everywhere, and --batch-negatives takes the keys of all. Each
-group of BatchNorm has images of one process alone.
+On several processes order, augmentation and noise are those of one process; the order in which BatchNorm
+takes the keys is not. Gradients, the bank's too, are means over all, so that the bank is equal everywhere,
+and --batch-negatives takes the keys of all. Each group of BatchNorm has images of one process alone.
 
-The log tells how the bank lives. mass is its share of the softmax: 0.80 to 0.9997 in our runs. In a long
-run it sinks slowly; what matters is that it does not fall towards 0. bank_gain is what the bank's step
-adds to its loss, above 0 when all is well (0.004 to 0.25 in ours); rotation is how far its rows turn, in
-radians per step (0.0005 to 0.009); norm is their length (0.6 to 1.2). accuracy is how often the key is
-nearer to the query than every row of the bank: 0.01 to 0.31 in our runs, where it grows with training, in
-the maintainers' on ImageNet 0.8 to 0.9, and 0.99 in a dead bank; cosine is the mean cosine of a query
-with the nearest row. mass, accuracy and cosine are of the first query crop alone, after the bank's step,
-and with --clean-weight of the attacked queries.
+The log tells how the bank lives; the ranges are of the means over an epoch in our runs. mass is its share
+of the softmax: 0.80 to 0.9997. In the longest run it sank from 0.99 to 0.80; what matters is that it does
+not fall towards 0. bank_gain is what the bank's step adds to its loss, above 0 when all is well (0.004 to
+0.25); rotation is how far its rows turn, in radians per step (0.0005 to 0.009); norm is their length (0.6
+to 1.2). accuracy is how often the key is nearer to the query than every row of the bank: 0.01 to 0.31 (the
+maintainers report 0.8 to 0.9 in healthy runs, and 0.99 with a dead bank); cosine is the mean cosine of a
+query with the nearest row. mass, accuracy and cosine are of the first query crop alone, after the bank's
+step, and with --clean-weight of the attacked queries.
 
 Chance for the loss is ln(K + 1), for each of multi-crop's five terms; with --batch-negatives it is
 ln(K + M), M the keys of the batch. The loss may rise although all is well, since the bank climbs it:
-that of the hybrid below went from 6.28 in epoch 1 to 7.29 in epoch 11. With --clean-weight the log has both
-losses.
-Without --eps nothing is attacked.
+that of the hybrid below went from 6.28 in epoch 1 to 7.29 in epoch 11. With --clean-weight the log has
+both losses. Without --eps nothing is attacked.
 
-Measured on one CPU thread (Intel Xeon), with --arch slim (0.3 M parameters) and 10,000 images of
-CIFAR-10 (JPEG), in 4.9 CPU minutes (25 epochs): a linear probe reaches 44.4 %, with a mass of 0.97.
-MoCo (amoc.py --variant CCC --warmup 0, which also blurs) reaches 42.5 in 3.0 CPU minutes; the hybrid (12
-epochs of --eps 8 --steps 2 --step-size 4 --bank-temperature 0.12) 37.6, and 14.8 under PGD-20 at 8/255,
-where MoCo has 0.5; one seed each. More is in results/README.md, also on --clean-weight: with 0.5 the hybrid
-is a little more accurate and a little less robust. This has not been run on a GPU yet, and l2, AdamW,
---symmetric, --multi-crop and --batch-negatives in no whole run. The paper reports 68.6 on ImageNet (linear
-probe, 200 epochs).
+Measured on one CPU thread (Intel Xeon), with --arch slim (0.3 M parameters) and 10,000 images of CIFAR-10
+(JPEG), in 4.9 CPU minutes (25 epochs): a linear probe reaches 44.4 %, with a mass of 0.97. MoCo (amoc.py
+--variant CCC --warmup 0, which also blurs) reaches 42.5 in 3.0 CPU minutes; the hybrid (12 epochs of
+--eps 8 --steps 2 --step-size 4 --bank-temperature 0.12) 37.6, and 14.8 under PGD-20 at 8/255, where MoCo
+has 0.5; one seed each. More is in results/README.md, also on --clean-weight: with 0.5 the hybrid is a
+little more accurate and a little less robust. This has not been run on a GPU yet, and l2, AdamW,
+--symmetric, --multi-crop and --batch-negatives in no whole run. The paper reports 68.6 on ImageNet
+(linear probe, 200 epochs).
 """
 import argparse
 import contextlib

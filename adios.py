@@ -65,16 +65,15 @@ own process, or with --sync-bn (on GPUs) those of all.
 What is exported is the encoder, without heads and masker: at test time images are whole. Its running
 statistics are of whole and masked images mixed: with N masks, mostly of masked ones.
 
-In the log, loss falls below chance (printed at the start), but not far, as the masker holds it up: in
-the runs on CIFAR-10 below, its means by epoch went from 18.9 to 18.1 with four masks (chance is 19.4
-there), and with --single from 4.71 to 4.38, where random masks ended at 4.27 and none at 4.03 (chance
-4.84). loss_mask is the same loss after the encoder's step (with --single, for other masks); for byol it
-is about half of that. penalty is at least N / sin(pi / N), also with --single, and at least 1 with
---masks 1; twice that for simsiam, which masks both views. Far above that (1e4 for each mask at most)
-some masks hide everything or nothing; at the floor of the sine the penalty no longer pulls them back.
-Masks of equal area reach the minimum whether they follow objects or not, so look at masks.png. std and
-rank say how far the projections are spread (for mae, the features), and a run in which they are all
-alike ends.
+In the log, loss falls below chance (printed at the start), but not far, as the masker holds it up: in the
+runs on CIFAR-10 below, its means by epoch went from 18.9 to 18.1 with four masks (chance is 19.4 there),
+and with --single from 4.71 to 4.38, where random masks ended at 4.27 and none at 4.03 (chance 4.84).
+loss_mask is the same loss after the encoder's step (with --single, for other masks); for byol it is about
+half of that. penalty is at least N / sin(pi / N), also with --single, and at least 1 with --masks 1;
+twice that for simsiam, which masks both views. Where it is far above that (at most 1e4 per mask) some
+masks hide everything or nothing; at the floor of the sine the penalty no longer pulls them back. Masks of
+equal area reach the minimum whether they follow objects or not, so look at masks.png. std and rank say
+how far the projections are spread (for mae, the features), and a run in which they are all alike ends.
 
 Measured on one CPU thread (Intel Xeon) with --arch slim (0.3 M parameters) --batch-size 64 --warmup 0
 --lr 0.4 --mask-width 8 --mask-lr 0.5 --mask-weight 0.3; the defaults have not been run. With --data
@@ -264,7 +263,7 @@ def train_step(net, target, masker, opt, opt_mask, x1, x2, control_masks, pick, 
     dist.average_grads(net.parameters())
     opt.step()
     nets = [net] if target is None else [net, target]
-    dist.average_buffers(*nets)  # else the networks of the processes drift apart
+    dist.average_buffers(*nets)  # else the running statistics of the processes drift apart
     losses = {"loss": loss}
 
     # The masker ascends against the encoder as it now is, which is a constant for it: only the

@@ -47,7 +47,6 @@ pgd), is ours. We depart from the code:
       transposed.
     - In relative embedding there is a delta for each entry of a table. Their code has one for all
       entries, which shifts all logits of a query alike, so that the softmax cancels it.
-
     - Crops are cut from the central square of a picture, reduced to --image-size; theirs from the
       whole picture.
 
@@ -76,10 +75,10 @@ The encoder is exported without delta and decoder: at test time no token is mask
 gets its true position. An encoder with relative positions cannot become a timm ViT, which has
 no tables.
 
-In the log, a loss of 1 - 1/D is what predicting each patch's mean gives; it falls below that within
-the first epochs, and a loss that is not finite ends the run. In the runs below, where 1 - 1/D is 0.979,
-it was 0.94 in epoch 0, 0.64 in epoch 1 and 0.41 at the end, almost as with MAE+ (0.40): whether the
-adversary lives, only positions.png shows, which has delta. With relative coordinates it can move only
+In the log, a loss of 1 - 1/D is what predicting each patch's mean gives; it falls below that within the
+first epochs, and a loss that is not finite ends the run. In the first run below, where 1 - 1/D is 0.979,
+the loss was 0.94 in epoch 0, 0.64 in epoch 1 and 0.41 at the end, almost as with MAE+ (0.40). Whether the
+adversary lives shows only in positions.png, which draws delta. With relative coordinates it can move only
 once the tables have left zero. A persistent delta that never moves, or stays at one point of its ball's
 edge, is no longer an adversary: the network gets used to it. With --adversary pgd the picture is of the
 last batch's delta. With --radius 0 nothing is moved; --steps concerns pgd alone, whose delta is random

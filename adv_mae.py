@@ -9,7 +9,7 @@ accuracy after fine-tuning and robustness to natural shifts.
 
     min over the weights, max over delta in S = {|delta| <= eps}:
         mean over removed patches, and over the D values of a patch, of
-        (prediction from v + delta - target)^2
+        (prediction(v + delta) - target)^2
 
 v are the visible patches in pixels; the target is the clean patch, standardised over its D values. In
 the attack the gradient goes to delta alone, in the update to the weights alone.

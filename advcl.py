@@ -44,11 +44,11 @@ code's scale. We depart from that code in three places:
     python advcl.py --norm l2 --eps 128 --out runs/advcl-l2   l2 128/255 (ours)
     python eval.py runs/advcl/encoder.pt --preset advcl-slf robustssl-alf
 
---labels takes an .npz with integers "labels", a row of N for each of --clusters; -1 is an image
-without a label: it has no term in loss_ce, but counts in the batch statistics of branch adv_ce. They
-belong to all N training images, in torchvision's order for cifar10 (cifar100, stl10); with --limit each
-image keeps its own. For other data the file must also hold "checksum": that of the data, or of the part
-that --limit leaves, as the first line of a run's log.jsonl has it. The labels of the paper's best row
+--labels takes an .npz with integers "labels", a row of N for each of --clusters; -1 is an image without a
+label: it has no term in loss_ce, but counts in the batch statistics of branch adv_ce. The labels belong
+to all N training images, in torchvision's order for cifar10 (cifar100, stl10); with --limit each image
+keeps its own. For other data the file must also hold "checksum": that of the data, or of the part that
+--limit leaves, as the first line of a run's log.jsonl has it. The labels of the paper's best row
 (ImageNet's encoder, for CIFAR-10 in torchvision's order) are a pickle in the folder data/ of the authors'
 code. Unpickling can run any program, so it is left to you:
 
@@ -73,11 +73,11 @@ has the negatives of all of them, the attack those of its own process. loss_ce i
 labelled images of each process, and then over processes. Each BatchNorm sees the images of its own
 process, or with --sync-bn (on GPUs) those of all.
 
-In the log, chance for loss_con is ln(V B - 1) T / 0.07, with V views and B images per step. A
-healthy loss_con falls below that, and loss_ce below the mean of ln K over --clusters; where all
-embeddings are alike, loss_con stays at chance. With --eps 0 the "attacked" views are the clean ones,
-seen through branch adv, and the classifier's image through branch adv_ce; with --steps 0 they are
-moved by the random start alone.
+In the log, chance for loss_con is ln(V B - 1) T / 0.07, with V views and B images per step. A healthy
+loss_con falls below that, and loss_ce below the mean of ln K over --clusters; where all embeddings are
+alike, loss_con stays at chance. With --eps 0 the "attacked" views are the clean ones, seen through branch
+adv, and the classifier's image through branch adv_ce; with --steps 0 they are moved by the random start
+alone (with --no-random-start, not at all).
 
 Measured on one CPU thread (Intel Xeon) and 10,000 images of CIFAR-10 (JPEG), with --arch slim
 --batch-size 64 --warmup 0 --lr 0.1 --steps 2 --step-size 4, without pseudo-labels, in 4.6 CPU minutes (11

@@ -70,9 +70,9 @@ by the random start alone (with --no-random-start, not at all).
 Measured on one CPU thread (Intel Xeon) and 10,000 images of CIFAR-10 (JPEG), with --arch slim
 --batch-size 64 --warmup 0 --bank-size 512 --ema 0.99 --lr 0.2 --weight-decay 1e-4 --steps 2
 --step-size 4: ACC reaches, in 3.9 CPU minutes (11 epochs; mean of 2 seeds), 35.8 % with a linear probe
-(amoc-slf, 2,000 test images), and 14.5 % under PGD-20 at 8/255. CCC makes 32 epochs in about that time, 4.6
-CPU minutes, and reaches 43.0 and 2.6; a random encoder, 27.4 and 0. This has not been run on a GPU yet,
-and l2 not at all. The paper reports 78.74 and 36.87 (ACC, 200 epochs).
+(eval.py's preset amoc-slf, 2,000 test images), and 14.5 % under PGD-20 at 8/255. CCC makes 32 epochs in
+about that time, 4.6 CPU minutes, and reaches 43.0 and 2.6; a random encoder, 27.4 and 0. This has not
+been run on a GPU yet, and l2 not at all. The paper reports 78.74 and 36.87 (ACC, 200 epochs).
 """
 import argparse
 import math
@@ -415,7 +415,7 @@ def main(argv=None):
             bank = bank_adv if variant.adv_bank else bank_clean
             rows = pictures(net, target, bank, images, size, args)
             if env.rank == 0:
-                key = attack_key(args.norm, args.eps) if VARIANTS[args.variant].attacked else None
+                key = attack_key(args.norm, args.eps) if variant.attacked else None
                 save_rows(out / "views.png", rows, key)
             run.save(args, env, state, step)
     if env.rank == 0:

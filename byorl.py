@@ -17,17 +17,16 @@ unstable.
     Eq. 7  BYORL's objective    loss in train_step, symmetrised: the sum of both directions
     tau                         --ema, on a cosine to 1
 
-As printed, Eq. 6 adds the gradient of the cosine, which would make the views agree. We take that
-for a misprint, and maximise the loss. Where the main text is silent (we did not have the appendix),
-we take the conventions of BYOL (arXiv 2006.07733): the sum (not the mean) of both directions,
-BatchNorm in the heads, LARS with trust 0.001, which neither scales nor decays biases and norms,
-warm-up over 10 epochs, the target's BatchNorm in train mode.
-The augmentation is a common one for CIFAR, without blur; the second view is solarised with
-probability 0.2. We depart from the paper in two places:
-    - The encoder is a ResNet-18 and trains for 200 epochs. The paper's is a pre-activation
-      ResNet-34, two to four times as wide, and trains for 1000.
-    - The attack takes 5 steps of a fixed length. The paper's takes 40, of AutoPGD's adaptive
-      length, and costs 21 times as much as BYOL.
+As printed, Eq. 6 adds the gradient of the cosine, which would make the views agree. We take that for a
+misprint, and maximise the loss. Where the main text is silent (we did not have the appendix), we take the
+conventions of BYOL (arXiv 2006.07733): the sum (not the mean) of both directions, BatchNorm in the heads,
+LARS with trust 0.001, which neither scales nor decays biases and norms, warm-up over 10 epochs, the
+target's BatchNorm in train mode. The augmentation is a common one for CIFAR, without blur; the second
+view is solarised with probability 0.2. We depart from the paper in two places:
+    - The encoder is a ResNet-18 and trains for 200 epochs. The paper's is a pre-activation ResNet-34, two
+      to four times as wide, and trains for 1000.
+    - The attack takes 5 steps of a fixed length. The paper's takes 40, of AutoPGD's adaptive length, and
+      costs 21 times as much as BYOL.
 
 The targets are clean and constant, and computed once per step. Counting a backward pass to the
 pixels as one forward pass and a whole one as two, a step costs 28 forward passes with 5 attack steps.
@@ -81,10 +80,11 @@ online views are moved by the random start alone (with --no-random-start, not at
 
 Measured on one CPU thread (Intel Xeon) and 10,000 images of CIFAR-10 (JPEG), with --arch slim
 --batch-size 64 --warmup 0 --hidden 512 --ema 0.99 --steps 2 --step-size 5, in 7.6 CPU minutes (16
-epochs): a linear probe (amoc-slf, 2,000 test images) reaches 29.1 %, and 18.4 under PGD-20 at 8/255.
-BYOL reaches 43.8 and 0 in 6.6 CPU minutes (28 epochs); a random encoder, 27.4 and 0. So BYORL keeps two
-thirds of its accuracy under attack, but learns slowly: with --lr 0.5 and 48 epochs, in 27 CPU minutes,
-it reaches 37.0 and 18.4. This has not been run on a GPU yet, and l2 and --noise-sigma not at all.
+epochs): a linear probe (eval.py's preset amoc-slf, 2,000 test images) reaches 29.1 %, and 18.4 under
+PGD-20 at 8/255. BYOL reaches 43.8 and 0 in 6.6 CPU minutes (28 epochs); a random encoder, 27.4 and 0. So
+BYORL keeps two thirds of its accuracy under attack, but learns slowly: with --lr 0.5 and 48 epochs, in 27
+CPU minutes, it reaches 37.0 and 18.4. This has not been run on a GPU yet, and l2 and --noise-sigma not at
+all.
 """
 import argparse
 import pathlib
@@ -191,7 +191,7 @@ def train_step(net, target, opt, x1, x2, noise, *, tau, norm, eps, step_size, st
     dist.average_grads(net.parameters())
     opt.step()
     optim.ema(target, net[:2], tau)  # parameters; its running statistics move too, but nothing reads them
-    dist.average_buffers(net, target)  # else the networks of the processes drift apart
+    dist.average_buffers(net, target)  # else the running statistics of the processes drift apart
     return {"loss": loss, "constant_loss": constant_loss(z1) + constant_loss(z2)}
 
 

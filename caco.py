@@ -26,9 +26,9 @@ authors' code's. The defaults are for CIFAR-10; whose each is, its help text say
 are the choice of the positive by largest cosine, the derivative through the cosine (Eqs. 7, 12 and 13
 are those of free vectors), the loss as the *sum* of both views, in multi-crop as the mean over the two
 views plus the mean over the pairs of a small view and a key, the bank's momentum and warm-up, that it
-has no decay (a flag for it is read there, and not used), the augmentations, the projector, and the
+has no decay (their code reads a flag for it and does not use it), the augmentations, the projector, and the
 cosine of the key network's momentum. BatchNorm is common to the batch of a process; on several,
---sync-bn makes it common to all, as there. We depart from that code:
+--sync-bn makes it common to all, as in their code. We depart from that code:
     - There is one temperature, as in the survey, so that one backward pass gives the gradients of
       both players. Their code has two flags for it, which are equal in every recipe.
     - After 256 steps of MoCo (--fill-steps) at the peak learning rate, with --ema, the bank is
@@ -68,27 +68,27 @@ their running statistics: with --eps, those of attacked views.
 On several processes order, augmentation and noise are those of one process, and the bank is equal on all
 of them. Each BatchNorm sees the images of its own process, or with --sync-bn (on GPUs) those of all.
 
-The log tells how the bank lives: bank_change is what its step adds to a view's loss (below 0 where
-the cooperating positives weigh more than the negatives, above it where they do not, or where
---cooperation is below 0). After that step: rotation is how far the directions of its rows moved, about
-the angle in radians; norm is their length; unique is how many rows are positives of a view, on one
-process; p is the mean probability of a positive; cosine is the mean largest cosine of a query with any
-row. The positives are those chosen before the step, and all of this is of the two large views alone. The
-screen calls the bank dead where cosine is below 0.2, or unique below a fifth of what it could be (the
-images of one process, or K if that is less); but not where --cooperation is below 0, which drives both
-down. Chance for the loss is 2 ln K, 16.6. In the run below it went from 14.9 to 13.7 by epoch 7 and ended
-at 14.1, bank_change lay between -0.01 and -0.11, cosine between 0.87 and 0.93, p below 0.005, and norm
-grew to 1.4.
+The log tells how the bank lives: bank_change is what its step adds to a view's loss (below 0 where the
+cooperating positives weigh more than the negatives, above it where they do not, or where --cooperation is
+below 0). After that step: rotation is how far the directions of its rows moved, about the angle in
+radians; norm is their length; unique is how many rows are positives of a view, on one process; p is the
+mean probability of a positive; cosine is the mean largest cosine of a query with any row. The positives
+are those chosen before the step, and all of this is of the two large views alone. The screen calls the
+bank dead where cosine is below 0.2, or unique below a fifth of what it could be (the images of one
+process, or K if that is less); but not where --cooperation is below 0, which drives both down. Chance for
+the loss is 2 ln K, 16.6. In the run below the loss went from 14.9 to 13.7 by epoch 7 and ended at 14.1,
+bank_change lay between -0.01 and -0.11, cosine between 0.87 and 0.93, p below 0.005, and norm grew to
+1.4.
 
-Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of
-CIFAR-10 (JPEG), in 4.1 CPU minutes (14 epochs): a linear probe reaches 43.3 %, with 232 of 256
-positives unique; with Eq. 13 it reaches 43.7, with 86 unique. MoCo (amoc.py --variant CCC --warmup 0, which
-also blurs) reaches 42.5 in 3.0 CPU minutes. At
-constant rates (--lr-final 0.06 --bank-warmup 0), after 16 epochs, --cooperation 1, 0, -0.25 and -1 reach
-43.5, 44.9, 44.3 and 43.7 (means of two seeds): no difference that two seeds could show, and no collapse.
-Attacked pixels (7 epochs of --eps 8 --steps 2 --step-size 4) give 38.1, and 11.3 under PGD-20 at 8/255, where
-CaCo alone has 1.3. This has not been run on a GPU yet, and LARS, AdamW, l2 and multi-crop in no whole run.
-The paper reports 71.3 on ImageNet (linear probe, 200 epochs).
+Measured on one CPU thread (Intel Xeon), with a 0.3 M-parameter encoder and 10,000 images of CIFAR-10
+(JPEG), in 4.1 CPU minutes (14 epochs): a linear probe reaches 43.3 %, with 232 of 256 positives unique;
+with Eq. 13 it reaches 43.7, with 86 unique. MoCo (amoc.py --variant CCC --warmup 0, which also blurs)
+reaches 42.5 in 3.0 CPU minutes. At constant rates (--lr-final 0.06 --bank-warmup 0), after 16 epochs,
+--cooperation 1, 0, -0.25 and -1 reach 43.5, 44.9, 44.3 and 43.7 (means of two seeds): no difference that
+two seeds could show, and no collapse. Attacked pixels (7 epochs of --eps 8 --steps 2 --step-size 4) give
+38.1, and 11.3 under PGD-20 at 8/255, where CaCo alone has 1.3. This has not been run on a GPU yet, and
+LARS, AdamW, l2 and multi-crop in no whole run. The paper reports 71.3 on ImageNet (linear probe, 200
+epochs).
 """
 import argparse
 import itertools
@@ -155,7 +155,8 @@ def embed(net, x):
 
 
 def positives(k, n):
-    """For each key of k (N, D) the unit row of n (K, D) with the largest cosine, of several one: (N,)."""
+    """For each key of k (N, D) the unit row of n (K, D) with the largest cosine (any of them where
+    several are equal): (N,)."""
     return bank_argmax(k, n)
 
 

@@ -50,11 +50,12 @@ its sum over N negatives is at its floor, N e^(-1/T), the negatives have no grad
 no such code. Ours are:
     - HCL's sums are taken in logarithms, so that no temperature overflows.
     - MoCHi's i and j of a mixture are drawn independently, and may be the same row.
-    - MoCHi's mixtures are constants: no gradient reaches the query through mixtures of its own.
+    - MoCHi's mixtures are constants: their gradient does not flow back into the query that is mixed in.
 
 On MoCo a step costs 4 forward passes (a whole backward pass counts two), on SimCLR 6. No rule adds
-any. But MoCHi's mixtures take time (in the runs below a step took 1.7 times as long) and memory: B (s + s')
-D floats, 100 MB with the defaults, and a few times that in between. No image is attacked.
+any. But MoCHi's mixtures take time (in the runs below an epoch with them took about twice as long) and
+memory: B (s + s') D floats, 100 MB with the defaults, and a few times that in between. No image is
+attacked.
 
     python hardneg.py                                    MoCHi on MoCo: CIFAR-10, ResNet-18, 200 epochs
     python hardneg.py --negatives plain --out runs/moco    MoCo
@@ -70,9 +71,9 @@ The encoder of the query network is exported, without the projector. At test tim
 a plain one, with running statistics, which nothing reads before.
 
 On several processes the order of the images, their augmentation and the random numbers of mixtures are
-those of one process; the order in which BatchNorm takes the second views is not.
-The queue is equal on all of them, SimCLR's negatives are those of all, and each group of BatchNorm has
-images of one process alone, so that few images on each make smaller groups.
+those of one process; the order in which BatchNorm takes the second views is not. The queue is equal on
+all of them, SimCLR's negatives are those of all, and each group of BatchNorm has images of one process
+alone, so that few images on each make smaller groups.
 
 The log tells how hard the negatives are: mass is their share of the softmax, at the temperature of
 AdCo's bank, 0.05, whatever the loss's own is; accuracy is how often a query's key is nearer than all of
@@ -128,7 +129,8 @@ LOGGED_TEMPERATURE = 0.05  # of the mass in the log: that of AdCo's bank
 # The method
 # ----------------------------------------------------------------------------------------------------------
 class GroupedNorm(nn.BatchNorm2d):
-    """BatchNorm that sees groups of 2 to 32 images, at least two groups where it can."""
+    """BatchNorm that sees groups of 2 to 32 images, at least two groups where it can: within one group
+    the order of the keys would change nothing."""
 
     folds = True  # in eval mode it is a plain BatchNorm: see conv_norm of common/resnet.py
 

@@ -76,24 +76,26 @@ On several processes gradients and running statistics are averaged. Each BatchNo
 process; with --sync-bn, which is for one task, those of all. Order, augmentation, tasks and noise are those
 of one process; dropout is not.
 
-In the log, the loss for uniform answers is ln 4 = 1.386 in Rotation, ln 31 = 3.434 in Jigsaw, and
-4 ln 4 = 5.545 in Selfie, which adds up four choices. With --double-softmax Selfie's loss cannot fall below
-2.97. The loss_... are of attacked images in train mode; accuracy_... of up to 256 clean training images,
-always the same, in eval mode: chance is 25 %, 13 % (the share of unshuffled images) and 25 %. Since that
-share is larger than others, a network that ignores the image comes to 3.347 in Jigsaw. Attacked losses may
-begin above chance: in the AP-DPE run below loss_selfie goes from 8.2 to 4.6, loss_jigsaw from 3.47 to
-3.17, and loss_rotation ends at 1.39, while accuracy_rotation rises from 34 to 38 %. `loss` has lambda g in
-it. A log_det near 0 is the rule; near -11 two tasks have the same input gradient (or one has none), near -22
-all three. With --steps 0 the images are moved by the random start alone.
+In the log, the loss for uniform answers is ln 4 = 1.386 in Rotation, ln 31 = 3.434 in Jigsaw, and 4 ln 4
+= 5.545 in Selfie, which adds up four choices. With --double-softmax Selfie's loss cannot fall below 2.97.
+The loss_... are of attacked images in train mode; accuracy_... of up to 256 clean training images, always
+the same, in eval mode: chance is 25 %, 13 % (the share of unshuffled images) and 25 %. Since unshuffled
+images are the most frequent class, a network that ignores the image comes to 3.347 in Jigsaw. Attacked
+losses may begin above chance: in the AP-DPE run below loss_selfie goes from 8.2 to 4.6, loss_jigsaw from
+3.47 to 3.17, and loss_rotation ends at 1.39, while accuracy_rotation rises from 34 to 38 %. `loss` has
+lambda g in it. A log_det near 0 is the rule; near -11 two tasks have the same input gradient (or one has
+none), near -22 all three. With --steps 0 the images are moved by the random start alone (with
+--no-random-start, not at all).
 
-Measured on one CPU thread (Intel Xeon) and 10,000 images of CIFAR-10 (JPEG), with --arch slim --batch-size 64
---ramp 0 --steps 2 --step-size 4 --pool-layers 2, and --lr 0.05 for Rotation, 0.01 for three tasks: after 6.7
-CPU minutes of Rotation (20 epochs) a linear probe (amoc-slf, 2,000 test images) reaches 33.2 %, 18.3 under
-PGD-20 at 8/255; without attack (6 CPU minutes, 40 epochs) 42.4 and 0; a random encoder has 27.4 and 0. AP-DPE
-has 30.2 and 4.6 after 11.7 CPU minutes, which are 3 epochs; AP-SE 30.5 and 5.2 after 8.9 (8 epochs). Nothing
-has run on a GPU yet. Fan et al. (2021) print 78.30 % on clean images and 18.22 under attack for AP-DPE with a
-ResNet-18 on CIFAR-10. The 18.22 also stands in the paper itself, for another run: Rotation alone, fine-tuned
-by F1 (the last stage and the classifier, on clean images).
+Measured on one CPU thread (Intel Xeon) and 10,000 images of CIFAR-10 (JPEG), with --arch slim
+--batch-size 64 --ramp 0 --steps 2 --step-size 4 --pool-layers 2, and --lr 0.05 for Rotation, 0.01 for
+three tasks: after 6.7 CPU minutes of Rotation (20 epochs) a linear probe (eval.py's preset amoc-slf,
+2,000 test images) reaches 33.2 %, 18.3 under PGD-20 at 8/255; without attack (6 CPU minutes, 40 epochs)
+42.4 and 0; a random encoder has 27.4 and 0. AP-DPE has 30.2 and 4.6 after 11.7 CPU minutes, which are 3
+epochs; AP-SE 30.5 and 5.2 after 8.9 (8 epochs). Nothing has run on a GPU yet. Fan et al. (2021) print
+78.30 % on clean images and 18.22 under attack for AP-DPE with a ResNet-18 on CIFAR-10. The 18.22 also
+stands in the paper itself, for another run: Rotation alone, fine-tuned by F1 (the last stage and the
+classifier, on clean images).
 """
 import argparse
 import copy

@@ -292,7 +292,7 @@ def parser():
     p.add_argument("--norm", choices=("linf", "l2"), default="linf",
                    help="of the attack: l2, with --eps 128 for example (ours), or linf (authors' code)")
     p.add_argument("--eps", type=run.number(0, 1e6), default=8.0,
-                   help="radius of the attack, in 1/255; 0.0314 there (authors' code)")
+                   help="radius of the attack, in 1/255; their 0.0314 (authors' code)")
     p.add_argument("--step-size", type=run.number(0, 1e6),
                    help="of the attack, in 1/255; default: for l2 1.25 eps / steps (ours), and for linf "
                         "1.785, which is 0.007 (authors' code)")
@@ -362,15 +362,18 @@ def chance(args):
 
 
 def pictures(net, images, size, args):
-    """Rows for `save_rows` of up to eight images: both views, the attacked view, and what the
-    attack added, of which white and black are eps, or under l2 the largest change."""
+    """Rows for `save_rows` of up to eight images: both views; and with --eps the attacked one, and what
+    the attack added, of which white and black are eps, or under l2 the largest change."""
     x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
     x1 = augment(x, rng, size)
     x2 = augment(x, rng, size)
-    noise = start_noise(x1, args.norm, rng) if args.random_start else None
-    x_adv = attack(net, x1, x2, noise, **attack_settings(args))
-    full_scale = args.eps / 255 if args.norm == "linf" else None
-    return [("x1", x1), ("x2", x2), ("x_adv", x_adv), ("x_adv - x1", difference(x_adv, x1, full_scale))]
+    rows = [("x1", x1), ("x2", x2)]
+    if args.eps:
+        noise = start_noise(x1, args.norm, rng) if args.random_start else None
+        x_adv = attack(net, x1, x2, noise, **attack_settings(args))
+        full_scale = args.eps / 255 if args.norm == "linf" else None
+        rows += [("x_adv", x_adv), ("x_adv - x1", difference(x_adv, x1, full_scale))]
+    return rows
 
 
 def main(argv=None):
@@ -421,7 +424,8 @@ def main(argv=None):
             # again.
             rows = pictures(net, images, size, args)
             if env.rank == 0:
-                save_rows(out / "views.png", rows, key=attack_key(args.norm, args.eps))
+                key = attack_key(args.norm, args.eps) if args.eps else None
+                save_rows(out / "views.png", rows, key)
             run.save(args, env, state, step)
     if env.rank == 0:
         encoders.export(net[0], out / "encoder.pt", image_size=size)

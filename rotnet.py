@@ -65,12 +65,12 @@ and clean_accuracy from 0.46 to 0.52. A loss that stays at chance asks for a low
 all).
 
 Measured on one CPU thread (Intel Xeon) and 10,000 images of CIFAR-10 (JPEG), with --arch slim
---batch-size 64 --optimizer sgd --lr 0.05 --weight-decay 5e-4 --warmup 0 --eps 8 --step-size 4, in 9.9
-CPU minutes (30 epochs): a linear probe (amoc-slf, 2,000 test images) reaches 32.6 %, and 20.7 under
-PGD-20 at 8/255. RotNet reaches 44.9 and 0.1 in 10.1 CPU minutes (60 epochs); a random encoder,
+--batch-size 64 --optimizer sgd --lr 0.05 --weight-decay 5e-4 --warmup 0 --eps 8 --step-size 4, in 9.9 CPU
+minutes (30 epochs): a linear probe (eval.py's preset amoc-slf, 2,000 test images) reaches 32.6 %, and
+20.7 under PGD-20 at 8/255. RotNet reaches 44.9 and 0.1 in 10.1 CPU minutes (60 epochs); a random encoder,
 27.4 and 0. With --norm l2 --eps 128 --step-size 64 it is 38.1, and 12.2 under the same PGD-20 (linf).
-With --target labels, for 8 to 10 CPU minutes, adversarial training reaches 53.8 and 21.8, TRADES 52.9
-and 18.5, and no attack 74.3 and 0. Nothing has run on a GPU yet. The paper's 97.29 on CIFAR-10 is of a
+With --target labels, for 8 to 10 CPU minutes, adversarial training reaches 53.8 and 21.8, TRADES 52.9 and
+18.5, and no attack 74.3 and 0. Nothing has run on a GPU yet. The paper's 97.29 on CIFAR-10 is of a
 ViT-B/16, pretrained on ImageNet, at 224 pixels.
 """
 import argparse
@@ -210,7 +210,8 @@ def parser():
     p.add_argument("--loss", choices=("ce", "trades"), default="ce",
                    help="trades, for labels (ours), or ce, the cross-entropy of the attacked image (paper)")
     p.add_argument("--beta", type=run.number(), default=6.0,
-                   help="weight of the divergence with --loss trades, 6 in the paper of TRADES (ours)")
+                   help="weight of the divergence with --loss trades, 6 in the paper of TRADES; "
+                        "default (ours)")
     p.add_argument("--smoothing", type=run.number(0, 1), default=0.0,
                    help="of the labels, in the cross-entropy, 0.1 in the paper; default (ours)")
     p.add_argument("--drop-path", type=run.number(0, 1), default=0.0,
@@ -251,14 +252,14 @@ def check(args):
         raise ValueError(f"--eps {args.eps:g}: with --norm linf at most 255, the range of a pixel")
     if args.loss == "trades" and args.target != "labels":
         raise ValueError("--loss trades: is for --target labels")
-    if args.milestones and min(args.milestones) < args.warmup:
-        raise ValueError(f"--milestones {min(args.milestones)}: lies within the {args.warmup} epochs of "
-                         "--warmup; choose later ones, or --warmup 0")
     if args.loss == "trades" and args.eps and args.steps and not args.random_start:
         raise ValueError("--loss trades: its attack cannot start at the image, where the gradient is 0; "
                          "leave out --no-random-start")
     if args.loss == "trades" and args.smoothing:
         raise ValueError("--smoothing: is for --loss ce")
+    if args.milestones and min(args.milestones) < args.warmup:
+        raise ValueError(f"--milestones {min(args.milestones)}: lies within the {args.warmup} epochs of "
+                         "--warmup; choose later ones, or --warmup 0")
 
 
 def network(arch, size, classes, drop_path=0.0):
@@ -308,14 +309,17 @@ def clean_accuracy(net, images, size, args):
 
 
 def pictures(net, images, size, args):
-    """Rows for `save_rows` of up to eight images: the view, turned; the same attacked; and what the
-    attack added."""
+    """Rows for `save_rows` of up to eight images: the view, turned; and with --eps the same attacked, and
+    what the attack added."""
     x, labels, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
     x, y = task(x, labels, rng, size, args)
-    noise = start_noise(x, args.norm, rng) if args.random_start else None
-    x_adv = attack(net, x, y, noise, **attack_settings(args))
-    full_scale = args.eps / 255 if args.norm == "linf" else None
-    return [("x", x), ("x_adv", x_adv), ("x_adv - x", difference(x_adv, x, full_scale))]
+    rows = [("x", x)]
+    if args.eps:
+        noise = start_noise(x, args.norm, rng) if args.random_start else None
+        x_adv = attack(net, x, y, noise, **attack_settings(args))
+        full_scale = args.eps / 255 if args.norm == "linf" else None
+        rows += [("x_adv", x_adv), ("x_adv - x", difference(x_adv, x, full_scale))]
+    return rows
 
 
 def main(argv=None):
@@ -370,7 +374,8 @@ def main(argv=None):
             # again.
             rows = pictures(net, images, size, args)
             if env.rank == 0:
-                save_rows(out / "views.png", rows, key=attack_key(args.norm, args.eps))
+                key = attack_key(args.norm, args.eps) if args.eps else None
+                save_rows(out / "views.png", rows, key)
             run.save(args, env, state, step)
     if env.rank == 0:
         encoders.export(net[0], out / "encoder.pt", image_size=size)

@@ -5,10 +5,10 @@ loss and the MAE loss", and training on the joint loss. It prints no equation, a
 published code: every formula, decision and number below is ours, where nothing else is said.
 
 Each image has two views, t(x) and t'(x). One perturbation delta, added to t(x) alone, is to raise two
-losses at once. The contrastive loss compares
-the whole attacked view with another, clean view of the image, and with both views of the other images.
-For the reconstruction loss the decoder rebuilds the removed patches of the clean view from the visible,
-attacked ones. All weights descend the joint loss; delta alone ascends it.
+losses at once. The contrastive loss compares the whole attacked view with another, clean view of the
+image, and with both views of the other images. For the reconstruction loss the decoder rebuilds the
+removed patches of the clean view from the visible, attacked ones. All weights descend the joint loss;
+delta alone ascends it.
 
     min over the weights of E_x max_{|delta| <= eps} J(delta),
     J = con_weight NT( t(x) + delta, t'(x) ) + lam MAE( m (t(x) + delta), t(x) )
@@ -49,8 +49,8 @@ Under linf it would do no harm, and is left out so that one rule holds for both.
     python eval.py runs/unified/encoder.pt --preset mae-tune-cifar mae-slf-cifar knn
 
 A backward pass to the pixels counts as much as a forward pass, one to the weights twice as much. Let W, V
-and D be a forward pass of the whole view, of its visible patches and of the decoder. Then a step with K
-attack steps costs (2 K + 3)(W + V + D) + 3 W, where the last term is the other view's. With K = 2 that is
+and R be a forward pass of the whole view, of its visible patches and of the decoder. Then a step with K
+attack steps costs (2 K + 3)(W + V + R) + 3 W, where the last term is the other view's. With K = 2 that is
 1.8 times as much as without an attack. With --attack con or mae the attack passes only what that loss
 needs.
 
@@ -58,8 +58,8 @@ The encoder is exported without decoder and projector; its feature is the mean o
 whole, clean image.
 
 On several processes order, augmentation, masks and noise are those of one process. In the update the
-negatives are those of all of them; in the attack, those of its own process. The reconstruction loss
-is a mean over the images of each, and then over processes.
+negatives are those of all of them; in the attack, those of its own process. The reconstruction loss is a
+mean over the images of each, and then over processes.
 
 The losses in the log are those of the attacked view. Chance for loss_con is ln(2B - 1), for B images over
 all processes, and it stays there where all embeddings are alike; predicting each patch's mean gives
@@ -383,6 +383,11 @@ def random_numbers(rng, encoder, args, device):
     return u, start_noise(u, encoder, args, rng)
 
 
+def is_attacked(args):
+    """Whether the flags ask for an attack."""
+    return args.attack != "none" and args.eps > 0
+
+
 def attack_settings(args):
     """The named arguments of `attack` as the flags have them; eps and step_size as pixel values in
     [0, 1]."""
@@ -457,24 +462,26 @@ def gains(net, images, size, args):
 
 @torch.no_grad()
 def pictures(net, images, size, args):
-    """Rows for `save_rows` of up to eight images: both views, the first one attacked, what the attack
-    added, what is seen of it, and with --lam the reconstruction. With --norm-pix the mean and the
-    deviation of a rebuilt patch are taken from the target."""
+    """Rows for `save_rows` of up to eight images: both views; if there is an attack, the first one attacked
+    and what the attack added; what is seen of it; and with --lam the reconstruction. With --norm-pix the
+    mean and the deviation of a rebuilt patch are taken from the target."""
     encoder = net.encoder
     x1, x2, noise, constants = sample(net, images, 8, size, args)
     _, ids_keep, ids_restore, target, mask = constants
     patches = patchify(x1, encoder.patch)
     attacked = attack(net, patches, noise, *constants, **attack_settings(args))
-    full_scale = args.eps / 255 if args.norm == "linf" else None
     removed = mask[:, :, None].bool()
 
     def whole(seen, elsewhere):
         """Images of the visible patches of `seen`, and of the others of `elsewhere`, both (B, L, D)."""
         return unpatchify(torch.where(removed, elsewhere, seen), encoder.patch)
 
-    x1_adv = unpatchify(attacked, encoder.patch)
-    rows = [("x1", x1), ("x2", x2), ("x1_adv", x1_adv), ("x1_adv - x1", difference(x1_adv, x1, full_scale)),
-            ("seen", whole(attacked, torch.full_like(attacked, 0.5)))]
+    rows = [("x1", x1), ("x2", x2)]
+    if is_attacked(args):
+        x1_adv = unpatchify(attacked, encoder.patch)
+        full_scale = args.eps / 255 if args.norm == "linf" else None
+        rows += [("x1_adv", x1_adv), ("x1_adv - x1", difference(x1_adv, x1, full_scale))]
+    rows.append(("seen", whole(attacked, torch.full_like(attacked, 0.5))))
     if args.lam:
         _, pred = net(attacked, ids_keep, ids_restore, con=False)
         if args.norm_pix:
@@ -531,7 +538,8 @@ def main(argv=None):
             # again.
             rows = pictures(net, images, size, args)
             if env.rank == 0:
-                save_rows(out / "views.png", rows, key=attack_key(args.norm, args.eps))
+                key = attack_key(args.norm, args.eps) if is_attacked(args) else None
+                save_rows(out / "views.png", rows, key)
             run.save(args, env, state, step)
     if env.rank == 0:
         encoders.export(net.encoder, out / "encoder.pt", image_size=size)

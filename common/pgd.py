@@ -295,7 +295,7 @@ def frozen_stats(*nets):
 
 @contextlib.contextmanager
 def frozen_weights(*nets):
-    """Inside, the weights of `nets` are constants: no gradient reaches them, and nothing is kept for one."""
+    """Inside, the weights of `nets` are constants, of which no gradient is made."""
     weights = [w for net in nets for w in net.parameters() if w.requires_grad]
     try:
         for w in weights:

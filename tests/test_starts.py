@@ -152,7 +152,8 @@ def test_in_l2_white_or_black_is_the_largest_change_of_a_pixel(script, traced):
 
 @pytest.mark.parametrize("script, more", [
     ("amoc", ("--variant", "CCC")), ("amoc", ("--variant", "CCA")), ("acl", ("--variant", "s2s")), ("byorl", ("--eps", "0")),
-    ("adco", ("--eps", "0")), ("caco", ("--eps", "0")), ("adv_mae", ("--eps", "0"))])
+    ("adco", ("--eps", "0")), ("caco", ("--eps", "0")), ("adv_mae", ("--eps", "0")), ("rocl", ("--eps", "0")),
+    ("unified", ("--attack", "none")), ("unified", ("--eps", "0"))])
 def test_a_picture_of_clean_images_has_no_key_to_the_colours_of_a_difference(script, more, traced):
     record = traced(script, *more)
     assert record.keys == {None} and not record.differences
