@@ -34,7 +34,7 @@ def test_a_row_that_reads_an_encoder_names_its_row():
         assert reads == (["{runs}/" + row.needs + "/encoder.pt"] if row.needs else [])
 
 
-@pytest.mark.parametrize("flags", run_all.EVALUATIONS)
+@pytest.mark.parametrize("flags", [*run_all.EVALUATIONS, *run_all.EVALUATIONS_OF_A_VIT])
 def test_the_evaluations_are_accepted(flags):
     import eval as evaluation
 
@@ -65,7 +65,7 @@ def made(tmp_path, monkeypatch):
             folder = pathlib.Path(words[1]).parent
             preset = words[words.index("--preset") + 1:words.index("--attacks")]
             preset = [word for word in preset if not word.startswith("-") and not word.isdigit()]
-            attacks = [word for word in words[words.index("--attacks") + 1:] if word != "500" and word != "--aa-limit"]
+            attacks = [word for word in words[words.index("--attacks") + 1:] if word[0] != "-" and not word.isdigit()]
             with open(folder / "eval.jsonl", "a") as file:
                 for name in preset:
                     line = {"preset": name, "results": dict.fromkeys(["clean"] if name == "knn" else attacks, {})}
@@ -100,6 +100,23 @@ def test_a_row_is_timed_trained_judged_and_kept_once(made):
     commands.clear()
     run_all.main(["moco", *flags])
     assert not commands
+
+
+def test_a_vit_is_judged_by_less(made):
+    _, commands, flags = made
+    run_all.main(["vit-random", *flags])
+    judged = [words for words in commands if words[0] == "eval.py"]
+    assert len(judged) == len(run_all.EVALUATIONS_OF_A_VIT) and judged[-1][-2:] == ["--test-limit", "1000"]
+    assert not any("amoc-alf" in words or "aa" in words for words in judged)
+    commands.clear()
+    run_all.main(["vit-random", *flags])
+    assert not commands
+
+
+def test_what_an_evaluation_measures_is_read_off_its_flags():
+    measured = [run_all.measured_by(flags) for flags in run_all.EVALUATIONS]
+    assert measured[0] == {("knn", "clean"), *(("amoc-slf", attack) for attack in ("clean", "pgd20-4", "pgd20"))}
+    assert measured[2:] == [{("amoc-slf", "aa")}, {("amoc-alf", "aa")}]
 
 
 def test_a_row_whose_run_is_gone_goes_on_from_what_was_kept(made):
