@@ -806,6 +806,7 @@ NOISE = {  # argument: its shape, the kind of its numbers, and how many of its a
     "rocl": {"noise": ((16, 3, 16, 16), box, 1)},
     "rocl l2": {"noise": ((16, 3, 16, 16), ball, 1)},
     "acl": {"noise": ((16, 2, 3, 16, 16), box, 2)},
+    "acl s2s": {},
     "clae": {},
     "clae random": {"noise": ((16, 3, 16, 16), box, 1)},
     "acl l2": {"noise": ((16, 2, 3, 16, 16), ball, 2)},
