@@ -180,13 +180,29 @@ def draw_tradeoff(axes, folders, args):
         x = [point.robust for point in of_group[group]]
         y = [point.clean for point in of_group[group]]
         ax.scatter(x, y, s=14, color=colours[group], label=group, zorder=2)
-    for point in points:
-        ax.annotate(point.name, (point.robust, point.clean), fontsize=6, xytext=(3, 2),
+    for point, height in zip(points, heights_of_names(points)):
+        ax.annotate(point.name, (point.robust, height), fontsize=6, xytext=(3, 2),
                     textcoords="offset points")
     ax.legend(fontsize=6)
     under = "PGD-20 at 8/255" if attack == "pgd20" else attack
     ax.set(xlabel=f"accuracy under {under}, %", ylabel="accuracy on clean images, %", title=preset)
     ax.margins(x=0.15)  # room for the names
+
+
+def heights_of_names(points):
+    """Where, in clean accuracy, the name of each point stands: at its point, or below another name that is
+    there. What a name takes is a share of the range of all points, for letters of this size."""
+    wide = 0.12 * (max((p.robust for p in points), default=0) - min((p.robust for p in points), default=0))
+    high = 0.025 * (max((p.clean for p in points), default=0) - min((p.clean for p in points), default=0))
+    heights = {}
+    for i in sorted(range(len(points)), key=lambda i: -points[i].clean):
+        height = points[i].clean
+        taken = sorted((heights[j] for j in heights if abs(points[j].robust - points[i].robust) <= wide), reverse=True)
+        for other in taken:  # from the top, so that what is freed below one name is looked at for the next
+            if abs(other - height) < high:
+                height = other - high
+        heights[i] = height
+    return [heights[i] for i in range(len(points))]
 
 
 def draw_corruptions(axes, folders, args):

@@ -271,6 +271,15 @@ def test_points_have_the_colour_of_their_group_and_lines_their_order(tmp_path, m
     assert axes[0].errorbar.call_args.args == pytest.approx((20, 70, 200**0.5, 0))
 
 
+def test_names_of_near_points_stand_below_one_another():
+    """40 points of range are 1 high for a name. The first and the last stand at their points, those that are far
+    along the other axis too."""
+    at = [(0, 60), (0.1, 59.8), (0, 59.5), (20, 59.9), (0, 57.5), (0, 20)]
+    heights = plot.heights_of_names([SimpleNamespace(robust=robust, clean=clean) for robust, clean in at])
+    assert heights == pytest.approx([60, 59, 58, 59.9, 57, 20])
+    assert plot.heights_of_names([SimpleNamespace(robust=1, clean=2)]) == [2] and plot.heights_of_names([]) == []
+
+
 def test_a_line_is_named_by_what_its_points_have_in_common():
     def point(name):
         return series.Point(name, None, "tune", {}, 0, 0)
