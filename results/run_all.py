@@ -6,8 +6,9 @@ protocol for all.
     python results/run_all.py --list             the commands of each row; nothing is run
 
 All of them take about 13 hours on two free cores. It can be stopped at any time; the same command goes on
-where it was. Of each row it keeps the log, eval.jsonl and the pictures in results/cpu-20/, and the encoder
-of the first seed in results/encoders/. What is there is not made again.
+where it was. Of each row it keeps the log, eval.jsonl and the pictures in results/cpu-20/; and in
+results/encoders/ the encoders of the main rows (those with two seeds, random and at), of the first seed.
+What is there is not made again.
 
 The protocol: CIFAR-10 (JPEG), data/cifar10.npz, all 50,000 training images, a slim encoder, one thread. With
 other data, as --data cifar10, the original, everything is kept in a folder of its own, runs/cpu-20-<data>.
@@ -54,6 +55,7 @@ class Row(NamedTuple):
     command: str  # a script and its flags, but for those that all rows share, --epochs, --seed and --out
     seeds: int = 1
     needs: str = ""  # the row whose encoder the command reads
+    encoder: bool = False  # whether it is kept; those of rows with two seeds are in any case
 
     @property
     def evaluations(self):
@@ -78,7 +80,7 @@ VIT = "--arch vit_slim --batch-size 64 --decoder 64 1 4 --lr 2e-3 --warmup 1"
 
 # In the order in which they are run: the main ones first.
 ROWS = {
-    "random": Row(f"{AMOC} --epochs 0"),
+    "random": Row(f"{AMOC} --epochs 0", encoder=True),
     "acc": Row(f"{AMOC} {ATTACK} --variant ACC", seeds=2),
     "moco": Row(f"{AMOC} --variant CCC", seeds=2),
     "simclr": Row(f"{ACL} --variant s2s", seeds=2),
@@ -91,7 +93,7 @@ ROWS = {
     "caco": Row(f"caco.py {BANK}", seeds=2),
     "mae": Row(f"adv_mae.py {VIT} --eps 0", seeds=2),
     "adv_mae": Row(f"adv_mae.py {VIT} --steps 2", seeds=2),
-    "at": Row(f"{ROTNET} --target labels --eps 8 --step-size 4"),
+    "at": Row(f"{ROTNET} --target labels --eps 8 --step-size 4", encoder=True),
     "trades": Row(f"{ROTNET} --target labels --loss trades --eps 8 --step-size 4"),
     "rotnet": Row(f"{ROTNET} --eps 0"),
     "adv_rotnet": Row(f"{ROTNET} --eps 8 --step-size 4"),
@@ -198,7 +200,7 @@ def take_up(name, seed, out, args):
 def keep(name, seed, out, args):
     """Copy what is to be kept of the run in `out`."""
     copy(KEPT, ROOT / out, ROOT / args.results / name_of(name, seed))
-    if seed == 0:
+    if seed == 0 and (ROWS[name].seeds > 1 or ROWS[name].encoder):
         (ROOT / args.encoders).mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / out / "encoder.pt", ROOT / args.encoders / f"{name}.pt")
 

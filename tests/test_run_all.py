@@ -24,6 +24,13 @@ def test_the_commands_of_the_rows_are_accepted(name):
     assert args.epochs == (0 if name in ("random", "vit-random") else 3)
 
 
+def test_the_kept_encoders_are_those_of_the_rows_and_few():
+    kept = [name for name, row in run_all.ROWS.items() if row.seeds > 1 or row.encoder]
+    encoders_there = list((ROOT / "results" / "encoders").glob("*.pt"))
+    assert {path.stem for path in encoders_there} <= set(kept)
+    assert sum(path.stat().st_size for path in encoders_there) < 20e6
+
+
 def test_no_two_rows_are_the_same():
     assert len({row.command for row in run_all.ROWS.values()}) == len(run_all.ROWS)
 
@@ -103,10 +110,11 @@ def test_a_row_is_timed_trained_judged_and_kept_once(made):
 
 
 def test_a_vit_is_judged_by_less(made):
-    _, commands, flags = made
+    folder, commands, flags = made
     run_all.main(["vit-random", *flags])
     judged = [words for words in commands if words[0] == "eval.py"]
     assert len(judged) == len(run_all.EVALUATIONS_OF_A_VIT) and judged[-1][-2:] == ["--test-limit", "1000"]
+    assert not (folder / "encoders" / "vit-random.pt").exists()  # not one of the main rows
     assert not any("amoc-alf" in words or "aa" in words for words in judged)
     commands.clear()
     run_all.main(["vit-random", *flags])
