@@ -12,8 +12,7 @@ images share. The aim is better features, not robustness.
 
 The target is the patch standardised over its D values, as in MAE. Only masked tokens are moved. With
 relative positions they are moved as queries: the logits of a masked query i and any patch key j, masked
-or not, read the offset pos_i - pos_j + delta. Other queries, and the cls token, see true positions (as
-in their code).
+or not, read the offset pos_i - pos_j + delta. Other queries, and the cls token, see true positions.
 
     paper                       this file
     MAE+                        MAEPlus: mask tokens enter before the encoder, which sees all positions
@@ -50,10 +49,10 @@ pgd), is ours. We depart from the code:
     - Crops are cut from the central square of a picture, reduced to --image-size; theirs from the
       whole picture.
 
-The first command is the recipe of the code's README for ImageNet, as far as it goes: norm and eps are
-left open there. Other flags that it does not give have the code's values, as have the betas 0.9 and 0.95
-of both optimizers; that delta's norm is linf by default is ours. The other commands are ours, for
-CIFAR-10; the help of each flag says whose its default is.
+The first command is the code's ImageNet recipe, which leaves norm and eps to the user: eps 1.0 is the
+default of the code, linf is ours. Other flags that the command does not give have the code's values, as
+have the betas 0.9 and 0.95 of both optimizers. The other commands are ours, for CIFAR-10; the help of each
+flag says whose its default is.
 
     torchrun --standalone --nproc-per-node 8 adpe.py --data path/to/imagenet --arch vit_base \
 --image-size 112 --crops 4 --min-scale 0.08 --decoder 512 8 16 --batch-size 4096 --lr 2.4e-3 --adv-lr 2.4e-3

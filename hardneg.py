@@ -53,7 +53,7 @@ no such code. Ours are:
     - MoCHi's mixtures are constants: their gradient does not flow back into the query that is mixed in.
 
 On MoCo a step costs 4 forward passes (a whole backward pass counts two), on SimCLR 6. No rule adds
-any. But MoCHi's mixtures take time (in the runs below an epoch with them took about twice as long) and
+a pass. But MoCHi's mixtures take time (in the runs below an epoch with them took about twice as long) and
 memory: B (s + s') D floats, 100 MB with the defaults, and a few times that in between. No image is
 attacked.
 
