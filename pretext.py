@@ -45,6 +45,7 @@ Paper and code differ in these places:
   BatchNorm uses the statistics of the batch, as in the code.
 - The code's joint trunk lacks BatchNorm and ReLU after the first convolution, which its single ones have. We
   always have them, so that all tasks give one kind of encoder.
+
 Each image is cut and mirrored once, and all tasks get the result. A batch has one order of patches in Selfie,
 and equal numbers of the four rotations.
 
@@ -76,8 +77,8 @@ On several processes gradients and running statistics are averaged. Each BatchNo
 process; with --sync-bn, which is for one task, those of all. Order, augmentation, tasks and noise are those
 of one process; dropout is not.
 
-In the log, the loss for uniform answers is ln 4 = 1.386 in Rotation, ln 31 = 3.434 in Jigsaw, and 4 ln 4
-= 5.545 in Selfie, which adds up four choices. With --double-softmax Selfie's loss cannot fall below 2.97.
+In the log, the loss for uniform answers is 1.386 (ln 4) in Rotation, 3.434 (ln 31) in Jigsaw, and 5.545
+(4 ln 4) in Selfie, which adds up four choices. With --double-softmax Selfie's loss cannot fall below 2.97.
 The loss_... are of attacked images in train mode; accuracy_... of up to 256 clean training images, always
 the same, in eval mode: chance is 25 %, 13 % (the share of unshuffled images) and 25 %. Since unshuffled
 images are the most frequent class, a network that ignores the image comes to 3.347 in Jigsaw. Attacked

@@ -73,7 +73,8 @@ In the log, chance is 2 ln(3B - 1) for loss_rocl and ln(2B - 1) for loss_reg (wh
 --reg-weight 0), with B images per step. When all is well each falls below it; where all embeddings are
 alike, each stays at it. With --asymmetry it is 4/3 ln(3B - 1) for loss_rocl, and with --hard 4/3
 ln(3B - 2); with --hard a term is no longer the log of a probability, and may be negative. With --eps
-0 the third view is x1 itself; with --steps 0 it is x1 plus the random start.
+0 the third view is x1 itself; with --steps 0 it is x1 plus the random start (with --no-random-start,
+without it).
 
 Measured on one CPU thread (Intel Xeon) and 10,000 images of CIFAR-10 (JPEG), with --arch slim
 --batch-size 64 --warmup 0 --lr 1.5 --steps 2 --step-size 4, in 4.7 CPU minutes (10 epochs; mean of 2
