@@ -54,24 +54,26 @@ CASES = {  # the script, and flags besides SMALL
     "amoc l2": ("amoc", AMOC + " --variant AAC --norm l2 --eps 90 --step-size 40"),
     "clae": ("clae", "--lr 0.02 --lr-final 0.005 --weight-decay 0.003 --temperature 0.3 --alpha 0.7 --eps 6"),
     "clae random": ("clae", "--lr 0.02 --lr-final 0.005 --eps 6 --random"),
-    "rocl": ("rocl", "--lr 0.7 --weight-decay 0.003 --warmup 2 --eps 6 --step-size 3 --steps 2"),
-    "rocl l2": ("rocl", "--lr 0.7 --weight-decay 0.003 --warmup 2 --optimizer adamw --norm l2 --eps 90 --steps 2"),
+    "rocl": ("rocl", "--lr 0.7 --weight-decay 0.003 --warmup 2 --eps 6 --step-size 3 --steps 2 --temperature 0.3 "
+                     "--reg-weight 0.1 --regularize-to original"),
+    "rocl l2": ("rocl", "--lr 0.7 --weight-decay 0.003 --warmup 2 --optimizer adamw --norm l2 --eps 90 --steps 2 "
+                        "--attack-to original --asymmetry 0.3 --hard"),
     "acl": ("acl", "--lr 2.1 --weight-decay 0.003 --warmup 2 --eps 6 --step-size 3 --steps 2"),
     "acl l2": ("acl", "--lr 2.1 --weight-decay 0.003 --warmup 2 --norm l2 --eps 90 --steps 2"),
-    "acl s2s": ("acl", "--variant s2s --lr 2.1 --weight-decay 0.003 --warmup 2"),
-    "advcl": ("advcl", "--lr 0.37 --weight-decay 0.002 --warmup 2 --eps 6 --step-size 3 --steps 2"),
+    "acl s2s": ("acl", "--variant s2s --lr 2.1 --weight-decay 0.003 --warmup 2 --temperature 0.3"),
+    "advcl": ("advcl", "--lr 0.37 --weight-decay 0.002 --warmup 2 --eps 6 --step-size 3 --steps 2 --temperature 0.3"),
     "advcl l2": ("advcl", "--lr 0.37 --weight-decay 0.002 --warmup 2 --norm l2 --eps 90 --steps 2 "
                           "--views x1+d x+d xh"),
     "advcl teacher": ("advcl", "--lr 0.37 --weight-decay 0.002 --warmup 2 --eps 6 --step-size 3 --steps 2 "
-                               "--clusters 2 5 --views x1+d x2+d xl"),
+                               "--clusters 2 5 --views x1+d x2+d xl --cutoff 3 --cluster-weight 0.4"),
     "adco": ("adco", ADCO + " --stem cifar"),
-    "adco hybrid": ("adco", ADCO + " --eps 6 --step-size 3 --steps 2 --symmetric"),
+    "adco hybrid": ("adco", ADCO + " --eps 6 --step-size 3 --steps 2 --symmetric --batch-negatives --blur"),
     "adco multi-crop": ("adco", ADCO + " --multi-crop"),
     "adco both": ("adco", ADCO + " --eps 6 --step-size 3 --steps 2 --clean-weight 0.3"),
     "adco l2": ("adco", ADCO + " --norm l2 --eps 90 --steps 2 --optimizer adamw"),
     "caco": ("caco", CACO + " --stem cifar"),
     "caco lars": ("caco", CACO + " --optimizer lars --multi-crop"),
-    "caco hybrid": ("caco", CACO + " --eps 6 --step-size 3 --steps 2 --optimizer adamw"),
+    "caco hybrid": ("caco", CACO + " --eps 6 --step-size 3 --steps 2 --optimizer adamw --blur"),
     "caco l2": ("caco", CACO + " --norm l2 --eps 90 --steps 2 --multi-crop"),
     "hardneg": ("hardneg", HARDNEG + " --stem cifar"),
     "hardneg ifm": ("hardneg", HARDNEG + " --negatives ifm --ifm-only --temperature 0.3"),
@@ -80,22 +82,25 @@ CASES = {  # the script, and flags besides SMALL
     "byorl l2": ("byorl", BYORL + " --norm l2 --eps 90 --step-size 40 --steps 1"),
     "byorl clean": ("byorl", BYORL + " --eps 0"),
     "adv_mae": ("adv_mae", ADV_MAE + " --eps 6 --steps 2"),
-    "adv_mae l2": ("adv_mae", ADV_MAE + " --norm l2 --eps 90 --step-size 40 --steps 2 --clean-weight 0.3"),
+    "adv_mae l2": ("adv_mae", ADV_MAE + " --norm l2 --eps 90 --step-size 40 --steps 2 --clean-weight 0.3 "
+                               "--mask-ratio 0.5 --no-norm-pix"),
     "adv_mae fgsm": ("adv_mae", ADV_MAE + " --eps 6 --steps 1 --no-random-start"),
     "unified": ("unified", ADV_MAE + " --eps 6 --steps 2 --lam 0.7 --con-weight 1.3 --temperature 0.3"),
-    "unified l2": ("unified", ADV_MAE + " --attack con --norm l2 --eps 90 --step-size 40 --steps 2"),
+    "unified l2": ("unified", ADV_MAE + " --attack con --norm l2 --eps 90 --step-size 40 --steps 3 --mask-ratio 0.5 "
+                              "--no-norm-pix"),
     "unified clean": ("unified", ADV_MAE + " --attack none --share"),
     "adpe": ("adpe", ADPE),
-    "adpe pgd": ("adpe", ADPE + " --adversary pgd --steps 2 --crops 2"),
+    "adpe pgd": ("adpe", ADPE + " --adversary pgd --steps 2 --crops 2 --mask-ratio 0.5"),
     "adpe pgd l2": ("adpe", ADPE + " --adversary pgd --norm l2 --step-size 0.3 --steps 1 --min-scale 0.5"),
-    "adios": ("adios", ADIOS),
+    "adios": ("adios", ADIOS + " --temperature 0.3"),
     "adios byol": ("adios", ADIOS + " --objective byol"),
-    "adios one mask": ("adios", ADIOS + " --masks 1"),
+    "adios one mask": ("adios", ADIOS + " --masks 1 --mask-weight 0.4"),
     "adios random": ("adios", ADIOS + " --masker random"),
     "adios none": ("adios", ADIOS + " --masker none --single"),
-    "rotnet": ("rotnet", ROTNET),
-    "rotnet trades": ("rotnet", ROTNET + " --target labels --loss trades --norm l2 --eps 90 --step-size 40 --optimizer sgd"),
-    "rotnet clean": ("rotnet", ROTNET + " --eps 0 --no-random-start --jitter 0"),
+    "rotnet": ("rotnet", ROTNET + " --smoothing 0.1 --drop-path 0.3"),
+    "rotnet trades": ("rotnet", "--lr 0.004 --weight-decay 0.03 --warmup 2 --target labels --loss trades --beta 2 "
+                                "--norm l2 --eps 90 --step-size 40 --steps 3 --optimizer sgd"),
+    "rotnet clean": ("rotnet", ROTNET + " --eps 0 --no-random-start --jitter 0 --milestones 3 --crop resized"),
 }
 WHOLE_TARGETS = ("amoc", "adco", "caco", "hardneg")  # the target is a copy of the whole network
 every_case = pytest.mark.parametrize("case", CASES)
@@ -386,7 +391,13 @@ RATES = {  # of each of the eight steps; two epochs, or four steps, are warm-up 
     ("adios", "opt"): by_epoch(0.003, (0.003 + 0.4) / 2, 0.4, 0.4 * fall(1 / 2)),
     ("adios", "opt_mask"): by_epoch(0.003, (0.003 + 0.05) / 2, 0.05, 0.05 * fall(1 / 2)),
     ("rotnet", "opt"): mae_rates(0.004),
+    ("rotnet clean", "opt"): [0.004 * min(s / 4, 1) for s in range(6)] + [0.0004] * 2,  # --milestones 3
 }
+
+
+def rates_of(case, name):
+    """The rates of the optimizer `name` in each step of a case."""
+    return RATES.get((case, name)) or RATES[CASES[case][0], name]
 
 
 @every_case
@@ -396,7 +407,7 @@ def test_every_step_has_its_learning_rate(case, watched):
     assert len(steps) == STEPS
     assert set(steps[0].rates) == {name for of, name in RATES if of == script} - ABSENT.get(case, set())
     for name in steps[0].rates:
-        for step, rate in zip(steps, RATES[script, name], strict=True):
+        for step, rate in zip(steps, rates_of(case, name), strict=True):
             assert step.rates[name] == pytest.approx([rate] * len(step.rates[name]), rel=1e-9, abs=1e-12)
 
 
@@ -414,7 +425,7 @@ def test_the_log_has_each_epochs_mean_loss_and_last_rate_and_its_chance_value(ca
         steps = record.steps[2 * epoch : 2 * epoch + 2]
         assert line["loss"] == pytest.approx(sum(step.loss for step in steps) / 2, rel=1e-5)
         for key, name in {"lr": "opt", **LOGGED.get(script, {})}.items():
-            assert line[key] == pytest.approx(RATES[script, name][2 * epoch + 1], rel=1e-9, abs=1e-12)
+            assert line[key] == pytest.approx(rates_of(case, name)[2 * epoch + 1], rel=1e-9, abs=1e-12)
         if script in EMA and script != "amoc" and "ema" in line:
             assert line["ema"] == pytest.approx(EMA[script][1][2 * epoch + 1], abs=1e-9)
         if script == "caco":
@@ -427,10 +438,15 @@ def test_the_log_has_each_epochs_mean_loss_and_last_rate_and_its_chance_value(ca
 
 
 CHANCE = {  # the values in the log's first line
-    "amoc": [math.log(48 + 1)], "rocl": [2 * math.log(3 * 16 - 1), math.log(2 * 16 - 1)],
-    "acl": [math.log(2 * 16 - 1)], "clae": [math.log(2 * 16 - 1)], "advcl": [], "adco": [math.log(40 + 1)], "adco multi-crop": [5 * math.log(40 + 1)], "caco": [2 * math.log(40)],
+    "amoc": [math.log(48 + 1)],
+    "rocl": [2 * math.log(3 * 16 - 1), math.log(2 * 16 - 1)],
+    "rocl l2": [4 / 3 * math.log(3 * 16 - 2), math.log(2 * 16 - 1)],
+    "acl": [math.log(2 * 16 - 1)], "clae": [math.log(2 * 16 - 1)], "advcl": [],
+    "adco": [math.log(40 + 1)], "adco hybrid": [math.log(40 + 16)], "adco multi-crop": [5 * math.log(40 + 1)], "caco": [2 * math.log(40)],
     "hardneg": [],  # it depends on the case
-    "byorl": [], "adv_mae": [1 - 1 / 48], "unified": [math.log(2 * 16 - 1), 1 - 1 / 48], "adpe": [1 - 1 / 48], "adios": [],  # that of ADIOS: test_adios.py
+    "byorl": [], "adv_mae": [1 - 1 / 48], "adv_mae l2": [],
+    "unified": [math.log(2 * 16 - 1), 1 - 1 / 48], "unified l2": [math.log(2 * 16 - 1)],
+    "adpe": [1 - 1 / 48], "adios": [],  # that of ADIOS: test_adios.py
     "rotnet": []}  # it depends on the case
 
 
@@ -456,6 +472,36 @@ def test_numbers_that_the_step_is_given_by_name_are_those_of_their_flags(case, w
                 assert step.given[name] == wanted, name
 
 
+OF_OTHER_NAMES = {  # arguments that are no flags, and where they are tested
+    "hardest_rows": "test_mixtures_have_numbers_of_their_own_from_their_epoch_on",
+    "loss_name": "ATTACKS, by the loss that climbs: test_rotnet.py",
+    "climbs": "ATTACKS of unified.py: test_unified.py",
+    "tau": "EMA",
+}
+
+
+@pytest.mark.parametrize("script", dict.fromkeys(script for script, _ in CASES.values()))
+def test_every_number_that_a_step_is_given_differs_from_its_default_in_some_case(script):
+    """So that the test before this one would notice a flag that goes nowhere."""
+    module = importlib.import_module(script)
+    defaults = vars(module.parser().parse_args([]))
+    parameters = inspect.signature(module.train_step).parameters.values()
+    names = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    assert names - defaults.keys() <= OF_OTHER_NAMES.keys()
+    varied = set()
+    for of, flags in CASES.values():
+        if of == script:
+            given = vars(module.parser().parse_args(flags.split()))
+            varied |= {name for name in names & given.keys() if given[name] != defaults[name]}
+    assert varied == names & defaults.keys()
+
+
+def test_drop_path_reaches_the_network(watched):
+    net = watched("rotnet").steps[0].nets["net"]
+    *_, last = [module for module in net.modules() if isinstance(module, encoders.BLOCKS)]
+    assert last.drop == 0.3
+
+
 def test_rotnets_chance_value_is_that_of_its_targets(watched):
     for case, classes in (("rotnet", 4), ("rotnet trades", N)):
         assert f"ln {classes} = {math.log(classes):.3f}" in watched(case).lines[0]["note"]
@@ -470,8 +516,8 @@ def test_hardnegs_chance_value_is_that_of_its_negatives_and_its_shift(watched):
 
 
 def test_advcls_chance_value_counts_its_views(watched):
-    for case, views in (("advcl", 4), ("advcl teacher", 3)):
-        assert f"{math.log(views * 16 - 1) * 0.5 / 0.07:.3f}" in watched(case).lines[0]["note"]
+    for case, views, temperature in (("advcl", 4, 0.3), ("advcl teacher", 3, 0.5)):
+        assert f"{math.log(views * 16 - 1) * temperature / 0.07:.3f}" in watched(case).lines[0]["note"]
 
 
 @every_case
@@ -630,7 +676,9 @@ def test_the_bank_begins_with_keys_of_the_network_that_steps_of_moco_leave(case,
     script, _ = CASES[case]
     record = watched(case)
     fill = record.fill
-    assert fill.rate == [0.11] * len(fill.rate) and fill.ema == [0.6] * 3 and fill.temperatures == [0.3] * 3
+    sums = 2 if case == "adco hybrid" else 1  # over the bank, and with --batch-negatives over the batch's keys
+    assert fill.rate == [0.11] * len(fill.rate) and fill.ema == [0.6] * 3
+    assert fill.temperatures == [0.3] * 3 * sums
     assert fill.moved > 0 and fill.momenta > 0
     assert fill.settled and record.steps[0].target_is_a_copy
     assert [len(push.keys) for push in record.pushes] == [16] * 6
@@ -677,6 +725,7 @@ def test_a_queue_of_unit_noise_begins_and_takes_all_keys(case, watched):
 @cases_of("hardneg")
 def test_mixtures_have_numbers_of_their_own_from_their_epoch_on(case, watched):
     numbers = [step.given["numbers"] for step in watched(case).steps]
+    assert all(step.given["hardest_rows"] == 8 for step in watched(case).steps) or case != "hardneg"
     if case != "hardneg":
         assert numbers == [None] * STEPS
         return
@@ -754,19 +803,22 @@ def test_views_are_of_the_steps_images_and_never_the_same_twice(case, watched):
             assert torch.corrcoef(torch.stack([given, torch.cat(shown)]))[0, 1] > 0.35
 
 
+CACO_1 = (224, (0.2, 1.0), 0.2, 1.0, 0.0)
+CACO_2 = (224, (0.2, 1.0), 0.2, 0.1, 0.2)
 MULTI_CROP = 2 * [dict(view=(224, (0.14, 1.0), 0.4, 0.5, 0.0))] + 6 * [dict(view=(96, (0.05, 0.14), 0.4, 0.5, 0.0))]
 AUGMENTED = {  # what augment is told for the views of a step, in turn, besides the side
     "amoc": [{}, {}], "rocl": [{}, {}], "acl": [{}, {}], "adios": [{}, {}], "adv_mae": [{}], "unified": [{}, {}],
     "advcl": [{}], "clae": [{}, {}],
-    "adco": [dict(side=224), dict(side=224)],
-    "adco multi-crop": [dict(side=side) for side in (224, 192, 160, 128, 96, 224)],
-    "caco": [dict(view=(224, (0.2, 1.0), 0.2, 1.0, 0.0)), dict(view=(224, (0.2, 1.0), 0.2, 0.1, 0.2))],
+    "adco": 2 * [dict(side=224, blur=False)], "adco hybrid": 2 * [dict(side=224, blur=True)],
+    "adco multi-crop": [dict(side=side, blur=False) for side in (224, 192, 160, 128, 96, 224)],
+    "caco": [dict(view=CACO_1, blur=False), dict(view=CACO_2, blur=False)],
+    "caco hybrid": [dict(view=CACO_1, blur=True), dict(view=CACO_2, blur=True)],
     "caco lars": MULTI_CROP, "caco l2": MULTI_CROP,
     "hardneg": 2 * [dict(blur=False)], "hardneg simclr": 2 * [dict(blur=True)],
     "byorl": [dict(solarize=0), dict(solarize=0.2)],  # of the second view now and then
     "adpe": [dict(min_scale=0.2, crops=1)], "adpe pgd": [dict(min_scale=0.2, crops=2)],
     "adpe pgd l2": [dict(min_scale=0.5, crops=1)],
-    "rotnet": [dict(crop="padded", jitter=0.2)], "rotnet clean": [dict(crop="padded", jitter=0.0)],
+    "rotnet": [dict(crop="padded", jitter=0.2)], "rotnet clean": [dict(crop="resized", jitter=0.0)],
 }
 
 
@@ -826,7 +878,7 @@ NOISE = {  # argument: its shape, the kind of its numbers, and how many of its a
     "byorl l2": {"noise": ((16, 2, 768), ball, 2)},
     "byorl clean": {},
     "adv_mae": {"u": ((16, 16), unit, 1), "noise": ((16, 4 * 48), box, 1)},
-    "adv_mae l2": {"u": ((16, 16), unit, 1), "noise": ((16, 4 * 48), ball, 1)},
+    "adv_mae l2": {"u": ((16, 16), unit, 1), "noise": ((16, 8 * 48), ball, 1)},
     "adv_mae fgsm": {"u": ((16, 16), unit, 1)},
     "unified": {"u": ((16, 16), unit, 1), "noise": ((16, 16, 48), box, 1)},
     "unified l2": {"u": ((16, 16), unit, 1), "noise": ((16, 16, 48), ball, 1)},
@@ -945,27 +997,27 @@ ATTACKS = {  # options of pgd, how BatchNorms stand, and what is attacked, in tu
     "byorl": (BYORL_LINF, FROZEN, lambda x: [x["x1"], x["x2"]]),
     "byorl l2": (BYORL_L2, FROZEN, lambda x: [x["x1"], x["x2"]]),
     "adv_mae": (MAE_LINF, NO_NORM, lambda x: [visible(x["x"], x["u"])]),
-    "adv_mae l2": (MAE_L2, NO_NORM, lambda x: [visible(x["x"], x["u"])]),
+    "adv_mae l2": (MAE_L2, NO_NORM, lambda x: [visible(x["x"], x["u"], 8)]),
     "adv_mae fgsm": (FGSM, NO_NORM, lambda x: [visible(x["x"], x["u"])]),
     "unified": (MAE_LINF, NO_NORM, lambda x: [patchify(x["x1"], 4)]),
-    "unified l2": (MAE_L2, NO_NORM, lambda x: [patchify(x["x1"], 4)]),
+    "unified l2": (dict(MAE_L2, steps=3), NO_NORM, lambda x: [patchify(x["x1"], 4)]),
     "adpe pgd": (ADPE_LINF, NO_NORM, lambda x: [torch.zeros(5, 2)]),
     "adpe pgd l2": (ADPE_L2, NO_NORM, lambda x: [torch.zeros(5, 2)]),
     "rotnet": (MAE_LINF, EVAL, lambda x: [x["x"]]),
-    "rotnet trades": (ROTNET_L2, EVAL, lambda x: [x["x"]]),
+    "rotnet trades": (dict(ROTNET_L2, steps=3), EVAL, lambda x: [x["x"]]),
 }
 
 
 AT_THE_IMAGE = ("adv_mae fgsm", "clae")  # where the attack starts
 
 
-def visible(x, u):
-    """The four patches of least u of each image, in that order, pixels row by row, channel fastest."""
+def visible(x, u, n=4):
+    """The n patches of least u of each image, in that order, pixels row by row, channel fastest."""
     found = []
     for image, numbers in zip(x, u):
         patches = [image[:, i : i + 4, j : j + 4].permute(1, 2, 0).flatten()
                    for i in range(0, SIDE, 4) for j in range(0, SIDE, 4)]
-        found.append(torch.stack([patches[k] for k in numbers.argsort()[:4]]))
+        found.append(torch.stack([patches[k] for k in numbers.argsort()[:n]]))
     return torch.stack(found)
 
 
