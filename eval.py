@@ -132,9 +132,10 @@ def classifier_loss(net, x, y, preset, noise, x2=None, eps=8 / 255, steps=10):
     `noise` (B, 3, H, W) is uniform in [0, 1) and starts the attack: at a point of the ball, or in
     TRADES' way at Gaussian noise of 0.001 around the image.
     """
+    dual = preset.dual and finetune.is_dual(net)
 
     def logits(x, bn):
-        with branch(net, bn) if preset.dual else contextlib.nullcontext():
+        with branch(net, bn) if dual else contextlib.nullcontext():
             return net(x)
 
     if preset.loss == "clean":
@@ -272,7 +273,7 @@ def evaluate(path, name, args, env, shown, source=None, others=()):
     once.
     """
     preset = None if name == "knn" else flags.preset_of(args, name)
-    encoder = foreign.load(path, args, all_branches=preset is not None and preset.dual)
+    encoder = foreign.load(path, args, dual=preset is not None and preset.dual)
     encoder = encoder.to(env.device, memory_format=torch.channels_last)
     encoder.path = path
     key = results.key_of(path, encoder, name, preset, args, shown)

@@ -170,10 +170,9 @@ def load_encoder(path, branch=None, all_branches=False, arch=None):
     choice. `all_branches`: with all of them instead, that one in use. `arch`: of a network of one's own, where
     its code is now, as "my_file.py:function".
 
-    Its attribute `branch` names the one loaded, `image_size` the side of the images it was pretrained on,
-    in pixels (None where the file does not say), `fresh` the part of it that was never trained, as "the last
-    stage"
-    (None: all was trained). Raises FileNotFoundError, or ValueError that names what is wrong: not such a
+    Its attribute `branch` names the one loaded, and `branches` all that the file holds; `image_size` is the side
+    of the images it was pretrained on, in pixels (None where the file does not say), `fresh` the part of it that
+    was never trained, as "the last stage" (None: all was trained). Raises FileNotFoundError, or ValueError that names what is wrong: not such a
     file, an unknown branch, or the first missing, unexpected or misshaped tensor, or one that is not finite.
     """
     advice = "pretraining writes encoder.pt when it ends"
@@ -202,6 +201,7 @@ def load_encoder(path, branch=None, all_branches=False, arch=None):
         raise ValueError(f"{path}: {e}") from None
     files.load_strict(encoder, state, path)
     encoder.branch = branch
+    encoder.branches = [name for name in parts if name]
     encoder.image_size = saved.get("image_size")
     encoder.fresh = saved.get("fresh")
     if encoder.fresh:

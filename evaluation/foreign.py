@@ -237,18 +237,29 @@ def load_into(net, state, path):
     files.load_state(net, state)
 
 
-def load(path, args, all_branches=False):
+def exported(path, branch, dual, arch=None):
+    """The encoder at `path` that pretraining here exported, through BatchNorm `branch`. With `dual`, where it has
+    the branches clean and adv, both are there, and adv, that of attacked images, is in use. `arch` as for
+    encoders.load_encoder."""
+    encoder = encoders.load_encoder(path, branch, arch=arch)
+    if dual and {"clean", "adv"} <= set(encoder.branches):
+        return encoders.load_encoder(path, "adv", all_branches=True, arch=arch)
+    return encoder
+
+
+def load(path, args, dual=False):
     """The encoder at `path`, in eval mode: one that pretraining here exported, or, with --encoder, one from
-    elsewhere. Of an exported network of one's own, --encoder says where its code is now."""
+    elsewhere. Of an exported network of one's own, --encoder says where its code is now. `dual` as in
+    `exported`; networks from elsewhere have no branches."""
     if not args.encoder:
-        return encoders.load_encoder(path, args.bn, all_branches=all_branches)
+        return exported(path, args.bn, dual)
     if encoders.is_exported(path):
         if not args.encoder.partition(".py:")[1]:
             raise ValueError(f"{path}: was exported by this project, and names its network itself; leave --encoder out")
         if args.prefix or args.mean:
             raise ValueError(f"{path}: was exported by this project, and has its own normalisation; leave --prefix, "
                              "--mean and --std out")
-        return encoders.load_encoder(path, args.bn, all_branches, arch=args.encoder)
+        return exported(path, args.bn, dual, arch=args.encoder)
     mean = args.mean or [0.0, 0.0, 0.0]
     std = args.std or [1.0, 1.0, 1.0]
     state = weights_in(path, args.prefix)
@@ -259,11 +270,11 @@ def load(path, args, all_branches=False):
         is_resnet = args.encoder.startswith("torchvision:resnet")
         cifar_stem = is_resnet and conv1 is not None and conv1.shape[-1] == 3
         if cifar_stem:
-            print(f"{path}: its first convolution is 3x3: the stem for CIFAR, of stride 1 and without max-pool")
+            say(f"{path}: its first convolution is 3x3: the stem for CIFAR, of stride 1 and without max-pool")
         encoder = Foreign(args.encoder, mean, std, cifar_stem, head=True)
         if encoder.layers and not encoder.layers <= state.keys():  # it was pretrained without a classifier
             encoder = Foreign(args.encoder, mean, std, cifar_stem)
-            print(f"{path}: has no classifier with the layers of {args.encoder}: features are what precedes them")
+            say(f"{path}: has no classifier with the layers of {args.encoder}: features are what precedes them")
     elif ".py:" in args.encoder:
         if args.bn:
             raise ValueError(f"--bn: {args.encoder} has no BN branches")

@@ -32,7 +32,7 @@ class Preset(NamedTuple):
     renew_norm: bool = False  # encoders.renew_norm
     batch_norm: bool = False  # a BatchNorm without affine before the classifier
     pick: str = ""  # the epoch that is best on held-out images: "clean", or under "pgd20"; "": the last one
-    dual: bool = False  # clean images go through BN branch "clean", attacked ones through "adv", if there are
+    dual: bool = False  # clean images through BN branch "clean", attacked through "adv", where there are both
     fresh_last: bool = False  # encoders.renew_last_stage
     ramp: int = 0  # steps in which the rate rises linearly, from `ramp_from` of what it would be
     ramp_from: float = 0.0

@@ -544,6 +544,24 @@ def test_a_branch_named_by_hand_is_the_only_one(exported):
     assert len(lines) == 2
 
 
+@pytest.mark.parametrize("branches, bn", [((), None), (["adv"], "adv"), (["left", "right"], "left")])
+def test_an_encoder_without_both_branches_is_fine_tuned_with_the_one_it_has(exported, branches, bn):
+    torch.manual_seed(0)
+    encoders.export(encoders.make("slim", branches), exported / "encoder.pt", bn)
+    (line,) = run_main(exported, "--preset", "robustssl-aff", "--attacks", "clean", "pgd20-1")[-1:]
+    assert line["bn"] == bn and line["results"].keys() == {"pgd20-1"}
+    assert (exported / f"classifier-robustssl-aff-{SHORT}{f'-{bn}' if bn else ''}.pt").exists()
+
+
+def test_dual_batchnorm_is_judged_through_the_branch_of_attacked_images_whichever_was_exported(exported):
+    torch.manual_seed(0)
+    encoders.export(encoders.make("slim", ["clean", "adv"]), exported / "encoder.pt", "clean")
+    (line,) = run_main(exported, "--preset", "robustssl-aff", "--attacks", "clean")
+    assert line["bn"] == "adv"
+    kept = command.load_classifier(exported / f"classifier-robustssl-aff-{SHORT}-dual.pt")
+    assert kept.encoder.branch == "adv"
+
+
 def test_dual_batchnorm_shows_each_branch_its_own_images_and_keeps_adv(exported):
     """TRADES with a clean and an adversarial branch: slow, with two networks of plain BatchNorm."""
     net = finetune.Classifier(encoders.load_encoder(exported / "encoder.pt", all_branches=True), 3).train()
