@@ -82,7 +82,8 @@ def measurements(folder):
 def read_folder(folder, file="encoder.pt", accept=None, others=False, **wanted):
     """{(name, attack): result} that eval.jsonl in `folder` holds of the encoder in `file` there, names as
     `presets.name_of` has them: of lines and results that agree with `wanted` and for which accept(line,
-    attack, result), if given, is true. With `others` results on other test sets count too, as {(name,
+    attack, result), if given, is true. What the line says of how it was judged ("bn", "data", "image_size",
+    "train") is in the result too. With `others` results on other test sets count too, as {(name,
     attack, test_data): result}.
 
     Raises FileNotFoundError where there is no eval.jsonl, and ValueError where something was measured
@@ -111,7 +112,8 @@ def read_folder(folder, file="encoder.pt", accept=None, others=False, **wanted):
                 raise ValueError(f"{folder}: {' '.join(name)} was measured twice, with another "
                                  f"{', '.join(differ)}; choose by a flag, or take lines out of its "
                                  "eval.jsonl")
-            chosen[name] = result
+            judged = {name: line[name] for name in ("bn", "data", "image_size", "train") if name in line}
+            chosen[name] = {**judged, **result}
     return chosen
 
 
@@ -236,11 +238,16 @@ def markdown(runs, columns, groups, published, free):
     return "\n".join("| " + " | ".join(row) + " |" for row in out)
 
 
+ALIKE = ("data", "train", "image_size", "bn", "images", "test", "settings", "files")  # old results lack some
+UNLESS_DEFAULT = ("restarts", "batch_size", "source")  # which results hold only where they are not the default
+
+
 def check_alike(results, what):
-    """ValueError where `results`, pairs of a path and a result, which are to be averaged, are of other test
-    images or of another attack. What older programs did not write is not compared."""
-    for name in ("images", "test", "settings", "restarts", "batch_size", "source"):
-        known = [(path, result[name]) for path, result in results if name in result]
+    """ValueError where `results`, pairs of a path and a result, which are to be averaged, are of other
+    images, of another BatchNorm branch, or of another attack. What older programs did not write is not
+    compared."""
+    for name in (*ALIKE, *UNLESS_DEFAULT):
+        known = [(path, result.get(name)) for path, result in results if name in result or name in UNLESS_DEFAULT]
         for path, value in known[1:]:
             first, wanted = known[0]
             if value != wanted:

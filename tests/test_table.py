@@ -193,7 +193,8 @@ def test_a_flag_that_an_older_log_does_not_have_counts_as_its_default(tmp_path):
 
 
 @pytest.mark.parametrize("name, values", [
-    ("images", (100, 10000)), ("test", ("a", "b")), ("settings", ({"steps": 20}, {"steps": 50})), ("restarts", (1, 5))])
+    ("images", (100, 10000)), ("test", ("a", "b")), ("settings", ({"steps": 20}, {"steps": 50})), ("data", ("a", "b")),
+    ("train", ("a", "b")), ("image_size", (32, 64)), ("bn", ("clean", "adv")), ("files", ("a", "b"))])
 def test_seeds_that_were_judged_otherwise_are_not_averaged(tmp_path, name, values):
     runs = [(folder(tmp_path / f"a{seed}", "rocl", seed=seed), {"clean": {**found(1), name: value}})
             for seed, value in enumerate(values)]
@@ -201,3 +202,24 @@ def test_seeds_that_were_judged_otherwise_are_not_averaged(tmp_path, name, value
         table.markdown(runs, {"clean": "SA"}, GROUPS, PUBLISHED, {"out"})
     del runs[1][1]["clean"][name]  # of an older program
     table.markdown(runs, {"clean": "SA"}, GROUPS, PUBLISHED, {"out"})
+
+
+@pytest.mark.parametrize("name, value", [("restarts", 5), ("batch_size", 100), ("source", "a")])
+def test_seeds_that_were_judged_by_default_and_otherwise_are_not_averaged(tmp_path, name, value):
+    runs = [(folder(tmp_path / "a0", "rocl", seed=0), {"clean": found(1)}),
+            (folder(tmp_path / "a1", "rocl", seed=1), {"clean": {**found(1), name: value}})]
+    with pytest.raises(ValueError, match=f"SA: .*a0 and .*a1 would be averaged, but {name} of the first is None"):
+        table.markdown(runs, {"clean": "SA"}, GROUPS, PUBLISHED, {"out"})
+
+
+def test_seeds_that_were_judged_through_other_branches_or_after_other_training_are_not_averaged(tmp_path):
+    """What tells them apart stands in the line of eval.jsonl, not in the result."""
+    for other in ({"bn": "clean"}, {"train": "few"}, {"data": "b"}, {"image_size": 64}):
+        runs = []
+        for seed, line in enumerate(({}, other)):
+            path = folder(tmp_path / f"{'-'.join(other)}{seed}", "rocl", seed=seed)
+            line = {"preset": "slf", "bn": "adv", "train": "all", "data": "a", "image_size": 32, **line}
+            (path / "eval.jsonl").write_text(json.dumps({**line, "results": {"clean": found(1)}}))
+            runs.append((path, table.read_folder(path)))
+        with pytest.raises(ValueError, match=f"would be averaged, but {next(iter(other))} of the first is"):
+            table.markdown(runs, {("slf", "clean"): "SA"}, GROUPS, PUBLISHED, {"out"})
