@@ -299,8 +299,13 @@ def autocast(device):
     return contextlib.nullcontext()
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # the compiler looks through a cache, and cannot ask torch.cuda in a graph
 def _has_bf16(device):
+    return _says_bf16(device)
+
+
+@functools.cache
+def _says_bf16(device):
     with torch.cuda.device(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
 

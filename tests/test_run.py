@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from common import data, dist, run
 from common.log import Log, check_spread
@@ -227,8 +228,34 @@ def test_bf16_is_used_where_the_gpu_has_units_for_it(native, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
     monkeypatch.setattr(torch, "autocast", lambda *what: what)
-    run._has_bf16.cache_clear()
+    run._says_bf16.cache_clear()
     found = run.autocast(torch.device("cuda", 0))
-    run._has_bf16.cache_clear()
+    run._says_bf16.cache_clear()
     assert found == ("cuda", torch.bfloat16) if native else isinstance(found, contextlib.nullcontext)
     assert isinstance(run.autocast(torch.device("cpu")), contextlib.nullcontext)
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_a_forward_under_autocast_is_compiled_once(monkeypatch):
+    """What torch.cuda says of a GPU cannot be traced: asked within the graph, it would break it, and what is left
+    would be compiled anew at every call. torch.cuda.is_bf16_supported itself is asked here, on a CPU."""
+    ask = torch.cuda.is_bf16_supported
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: ask(including_emulation) or True)
+    counter = CompileCounter()
+    linear = nn.Linear(3, 2)
+
+    @torch.compile(backend=counter)
+    def forward(x):
+        with run.autocast(torch.device("cuda", 0)):
+            return linear(x)
+
+    counts = []
+    torch._dynamo.reset()
+    run._says_bf16.cache_clear()
+    for _ in range(4):
+        forward(torch.ones(5, 3))
+        counts.append(counter.frame_count)
+    torch._dynamo.reset()
+    run._says_bf16.cache_clear()
+    assert counts == [1, 1, 1, 1]
