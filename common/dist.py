@@ -1,17 +1,21 @@
-"""What several processes say to each other, started by torchrun. In one process all but `meet` does nothing."""
+"""Collectives for runs that torchrun started. In a single process everything here but `meet` is a no-op
+(`gather` returns its argument)."""
 import datetime
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
 MEETING = datetime.timedelta(minutes=1)  # how long a process waits for the others to start
 
 
 def meet(backend, rank, world):
-    """Start the process group. Collectives keep torch's own, longer, time limit."""
+    """Start the process group. Collectives, and NCCL's communicators, which meet at the first of them, have
+    torch's own, longer, time limit. Raises ValueError where the others could not be met."""
     try:
         store, rank, world = next(dist.rendezvous("env://", timeout=MEETING))
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        store.set_timeout(default_pg_timeout)
     except (RuntimeError, ValueError) as e:  # torch.distributed's errors are RuntimeErrors
         raise ValueError(f"process {rank} of {world}: the others could not be met within "
                          f"{MEETING.total_seconds():.0f} s ({str(e).splitlines()[0]})") from None

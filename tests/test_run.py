@@ -15,9 +15,8 @@ from torch._dynamo.testing import CompileCounter
 from common import data, dist, run
 from common.log import Log, check_spread
 from common.bank import Bank
-from tests.processes import in_two_processes
+from tests.processes import free_port, in_two_processes
 from tests.recipes import A, X
-from tests.scripts import ROOT
 from tests.scripts import ROOT, SCRIPTS, named
 
 
@@ -114,6 +113,19 @@ def test_a_step_of_amoc_on_two_processes_equals_one(tmp_path):
 def test_gather_without_a_group_is_the_identity():
     z = torch.randn(3, 2, requires_grad=True)
     assert dist.gather(z) is z
+
+
+def test_once_they_have_met_processes_wait_as_long_as_torch_has_it(monkeypatch):
+    """NCCL's communicators are made later, at the first collective of each kind, and meet in the same store."""
+    here = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in here.items():
+        monkeypatch.setenv(name, value)
+    dist.meet("gloo", 0, 1)
+    try:
+        store = torch.distributed.distributed_c10d._get_default_store()
+        assert store.timeout == torch.distributed.constants.default_pg_timeout > dist.MEETING
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_errors_raised_on_purpose_are_a_line_and_bugs_keep_their_traceback():
