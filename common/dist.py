@@ -56,16 +56,19 @@ def average_grads(params):
 
 
 def average_buffers(*nets):
-    """Average floating-point buffers (running statistics) over ranks, so that all ranks keep one network."""
-    average([b for net in nets for b in net.buffers() if b.is_floating_point()])
+    """Average floating-point buffers (running statistics) over ranks, so that all ranks keep one network. In
+    float64, where the mean of equal numbers is that number, so that constants do not move."""
+    average([b for net in nets for b in net.buffers() if b.is_floating_point()], torch.float64)
 
 
 @torch.no_grad()
-def average(tensors):
-    """Average a list of tensors over ranks, in place, by one collective operation."""
+def average(tensors, dtype=None):
+    """Average a list of tensors over ranks, in place, by one collective operation, in `dtype` (None: their
+    own)."""
     if not tensors or not dist.is_initialized() or dist.get_world_size() == 1:
         return
     flat = torch.cat([t.reshape(-1) for t in tensors])
+    flat = flat.to(dtype or flat.dtype)
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
     for t, new in zip(tensors, flat.split([t.numel() for t in tensors])):

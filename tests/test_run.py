@@ -1,5 +1,6 @@
 import argparse
 import contextlib
+import copy
 import json
 import os
 import platform
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from common import data, dist, run
+from common import data, dist, encoders, run
 from common.log import Log, check_spread
 from common.bank import Bank
 from tests.processes import free_port, in_two_processes
@@ -52,6 +53,27 @@ def test_two_processes_equal_one_in_loss_and_gradient(tmp_path):
             got, (z.detach(), loss.detach(), net.weight.grad, torch.full((2,), 0.5), torch.tensor(0))
         ):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("world", [3, 7, 24])
+def test_buffers_that_all_ranks_have_alike_stay_bit_for_bit(world, monkeypatch):
+    """The encoder's mean and std, which no checkpoint has, are as they were made in a run that is continued."""
+    def all_reduce(tensor):
+        mine = tensor.clone()
+        for _ in range(world - 1):
+            tensor += mine
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    net = encoders.make("slim")
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_var.copy_(torch.linspace(0.1, 3, len(norm.running_var)))
+    before = copy.deepcopy(net)
+    dist.average_buffers(net)
+    for a, b in zip(net.buffers(), before.buffers(), strict=True):
+        assert torch.equal(a, b)
 
 
 def shared(rank, world):
