@@ -235,9 +235,11 @@ def _keep_freed_memory():
     the system at once or keeps them, as chance has it, and each page that comes anew costs a fault: in half
     of the processes augmentation took twice as long. Other C libraries are left as they are."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
+    if mallopt is None:
+        return
+    raised = mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, before glibc 2.35 at most 32 MiB
+    if raised:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 def setup(args):

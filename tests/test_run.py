@@ -257,6 +257,24 @@ def test_memory_that_was_freed_is_used_again():
     assert theirs > 200 and ours < 20
 
 
+@pytest.mark.parametrize("most, want", [(2**31, 2**30), (2**25, 2**25), (2**20, None)])
+def test_a_glibc_that_refuses_a_high_threshold_gets_what_it_takes_or_nothing(most, want, monkeypatch):
+    """Before 2.35 it takes 32 MiB at most, and 1 MiB on 32 bits. The other option alone would only switch its own
+    moving threshold off."""
+    taken = {}
+
+    def mallopt(option, value):
+        if option == -3 and value > most:
+            return 0
+        taken[option] = value
+        return 1
+
+    monkeypatch.setattr(run.sys, "platform", "linux")
+    monkeypatch.setattr(run.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    run._keep_freed_memory()
+    assert taken == ({-3: want, -1: 2**31 - 1} if want else {})
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_bf16_is_used_where_the_gpu_has_units_for_it(native, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
