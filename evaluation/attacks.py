@@ -1,5 +1,6 @@
 """How a classifier is judged: the attacks by name, accuracy under them, and whether a figure means
 something."""
+import contextlib
 import itertools
 from typing import NamedTuple
 
@@ -101,7 +102,8 @@ def attacked(net, x, y, attack, seed, batch_size=500):
         return autoattack(net, x, y, attack.eps, attack.norm, attack.version, seed, min(250, batch_size),
                           log=lambda text: print("  " + text, flush=True))
     if isinstance(attack, DeepFool):
-        return deepfool(net, x, y, attack.eps), {}
+        with untuned():  # its batches shrink from step to step
+            return deepfool(net, x, y, attack.eps), {}
     if attack:
         generator = torch.Generator(x.device).manual_seed(seed)
 
@@ -113,6 +115,18 @@ def attacked(net, x, y, attack, seed, batch_size=500):
         x = pgd(loss_of_images, x, attack.eps, attack.step_size, attack.steps, attack.norm,
                 generator=generator)
     return x, {}
+
+
+@contextlib.contextmanager
+def untuned():
+    """cuDNN does not time its algorithms inside, as it does for each new shape of a batch where
+    torch.backends.cudnn.benchmark is on."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def cross_entropy(logits, y):
@@ -130,6 +144,11 @@ def without_gradient(net, x, y):
     return (g.flatten(1) == 0).all(1)
 
 
+def without_gradient_text(count):
+    """The warning about so many images of `without_gradient` that are classified rightly."""
+    return f"{int(count)} images, classified rightly, have a gradient of exactly 0: PGD tells nothing of them"
+
+
 def start_seed(seed, batch, restart):
     """What seeds the start of the attack on batch number `batch`, in restart number `restart`."""
     return seed * 100_003 + batch + 1_000_003 * restart
@@ -140,8 +159,9 @@ def judge(net, images, attack=None, seed=0, limit=None, restarts=1, source=None,
     or under `attack`, made on `source` (None: on itself). Under several restarts the worst counts,
     image by image. Returns a dict: "accuracy" and its "stderr" in per cent, "images", of AutoAttack its
     "stages" and "warnings", and "warnings" where an attacked image, or its logits, are not finite: it
-    counts as fooled; and where images stand under PGD at which it has no gradient. Raises ValueError where
-    the logits of a clean image are not finite, and for a label that is no class."""
+    counts as fooled; and where PGD, without any gradient, cannot move images that are classified rightly.
+    Raises ValueError where the logits of a clean image are not finite, and, without an attack, for a label
+    that is no class: labels are to be checked before an attack climbs their loss."""
     right = 0
     broken = 0
     blind = 0
@@ -163,11 +183,11 @@ def judge(net, images, attack=None, seed=0, limit=None, restarts=1, source=None,
                 x_adv, report = attacked(source or net, x, y, attack, start, batch_size)
                 with torch.no_grad():
                     logits = torch.cat([net(part) for part in x_adv.split(batch_size)])
-                if y.min() < 0 or y.max() >= logits.shape[1]:
-                    raise ValueError(f"labels go from {int(y.min())} to {int(y.max())}, of {logits.shape[1]} classes")
                 finite &= logits.isfinite().all(1)
                 seen &= x_adv.isfinite().flatten(1).all(1)
-                if "standing" in report:  # a random network: what fell within AutoAttack has fallen
+                if y.min() < 0 or y.max() >= logits.shape[1]:
+                    raise ValueError(f"labels go from {int(y.min())} to {int(y.max())}, of {logits.shape[1]} classes")
+                if "standing" in report:  # what fell within AutoAttack has fallen
                     standing &= torch.tensor(report["standing"], device=y.device)
                 else:
                     standing &= logits.argmax(1) == y
@@ -179,7 +199,8 @@ def judge(net, images, attack=None, seed=0, limit=None, restarts=1, source=None,
             standing &= finite & seen
             right = right + standing.sum()
             if isinstance(attack, Attack) and not isinstance(net, Vote) and standing.any():
-                untouched += without_gradient(source or net, x_adv[standing], y[standing]).sum()
+                # Of the whole batch: each new shape would start the tuning of cuDNN again.
+                untouched += (without_gradient(source or net, x_adv, y) & standing).sum()
             broken = broken + (~finite & seen).sum()
             blind = blind + (~seen).sum()
             total += len(y)
@@ -191,7 +212,7 @@ def judge(net, images, attack=None, seed=0, limit=None, restarts=1, source=None,
             text = f"{int(count)} attacked images {what}, and count as fooled"
             more["warnings"] = more.get("warnings", []) + [text]
     if int(untouched):
-        text = f"{int(untouched)} images stand where the gradient is exactly 0: PGD tells nothing of them"
+        text = without_gradient_text(untouched)
         more["warnings"] = more.get("warnings", []) + [text]
     return score(100 * int(right) / total, total) | more
 
@@ -205,10 +226,11 @@ def score(accuracy, images):
     return {"accuracy": accuracy, "stderr": round(stderr, 2), "images": images}
 
 
-def sanity(net, images, attack, seed, limit, batch_size):
-    """Accuracies that show whether a robust one means something: PGD of 100 steps must not be weaker
-    than PGD of 20, and far away, at eight times the radius and at least FAR, nothing may stand. In per cent;
-    "doubts" says what is wrong by more than a point, and repeats the warnings of these attacks."""
+def sanity(net, images, attack, seed, limit, batch_size, accuracy):
+    """Accuracies that show whether the `accuracy` under AutoAttack means something: PGD must not be stronger
+    than AutoAttack, nor PGD of 20 steps than PGD of 100; and far away, at eight times the radius and at least
+    FAR, no image may be classified rightly. In per cent; "doubts" says what is wrong by more than a point, and
+    repeats the warnings of these attacks."""
     found = {}
     doubts = []
     far = max(8 * attack.eps, FAR[attack.norm])
@@ -222,8 +244,10 @@ def sanity(net, images, attack, seed, limit, batch_size):
         doubts += [f"{name}: {text}" for text in under.get("warnings", [])]
     if found["pgd100"] > found["pgd20"] + 1:
         doubts.append("PGD-100 is weaker than PGD-20")
+    if accuracy > min(found["pgd20"], found["pgd100"]) + 1:
+        doubts.append("AutoAttack is weaker than PGD")
     if found["pgd20 far"] > 1:
-        doubts.append("images stand far away")
+        doubts.append("images far away are classified rightly")
     return {**found, "doubts": doubts}
 
 
@@ -277,6 +301,6 @@ def pictures(path, net, images, attack, seed, source=None):
     which white and black are the largest change."""
     x, y = next(in_order(images, 8))
     with eval_mode(source or net):
-        x_adv, _ = attacked(source or net, x, y, attack, seed)
+        x_adv, _ = attacked(source or net, x, y, attack, start_seed(seed, 0, 0))
     rows = [("clean", x), ("attacked", x_adv), ("added", difference(x_adv, x, (x_adv - x).abs().max()))]
     save_rows(path, rows, key=("largest decrease", "largest increase"))

@@ -55,8 +55,9 @@ def autoattack(net, x, y, eps, norm="linf", version="standard", seed=0, batch_si
     anything was found, and x elsewhere: each find is checked again, apart from the attack. Finds lie
     just beyond the boundary of `net`, and say little about another network. The report holds plain
     types: accuracies in per cent (`clean`, `robust`, and `robust` after each of `stages`), images sent
-    forward and backward, seconds, and `warnings`, which are also raised as Python warnings; of version rand
-    also which images are `standing`, a list of bool, since another draw may judge them otherwise.
+    forward and backward, seconds, and `warnings`, which are also raised as Python warnings; and `standing`, a
+    list of bool: which images nothing was found for. Finds lie so near to the boundary that rounding in
+    another batch, or another draw of a random network, may judge them otherwise.
 
     Of a module, eval mode is forced inside, and its modes are left as they were; a function runs in the
     mode that you set. Gradients and the global random state are left as they were. The memory format of
@@ -137,16 +138,14 @@ def autoattack(net, x, y, eps, norm="linf", version="standard", seed=0, batch_si
             if log:
                 log(f"{name}: {after} of {len(x)} stand ({percent * after:.2f} %), {seconds:.1f} s")
             if name == "square" and name != stages[0] and percent * (before - after) > 0.2:
-                found.append(f"Square, which sees no gradient, fooled {before - after} points that stood all "
-                             "before it: the network masks its gradients")
+                found.append(f"Square, which sees no gradient, fooled {before - after} of {len(x)} points that "
+                             "stood all before it: the network may mask its gradients")
     count = int(not_finite.sum())
     if count:
         found.append(f"{count} attacked images gave logits that are not finite: they count as misclassified")
     for text in found:
         warnings.warn(text, stacklevel=2)
-    if version == "rand":
-        report["standing"] = standing.tolist()
-    return x_adv, report | {"robust": percent * int(standing.sum()), "warnings": found}
+    return x_adv, report | {"robust": percent * int(standing.sum()), "warnings": found, "standing": standing.tolist()}
 
 
 def check_radius(eps, norm):

@@ -12,6 +12,10 @@ def not_zero(number):
     return bool(number)
 
 
+def linf(norm):
+    return norm in (None, "linf")  # older logs do not name it
+
+
 GROUPS = {  # what is adversarial: scripts, with the flags that make them so
     "not pretrained": [(None, {"epochs": 0})],
     "with labels": [("rotnet", {"target": "labels"})],
@@ -327,29 +331,34 @@ def cifar100(name):
 
 
 PUBLISHED = [  # (script, flags, text); the first that fits is shown
-    ("rocl", {"data": cifar10}, beside(find("RoCL", ROBUSTSSL, "CIFAR-10"), ROBUSTSSL)),
-    ("rocl", {"data": cifar100}, beside(find("RoCL", ROBUSTSSL, "CIFAR-100"), ROBUSTSSL)),
-    ("acl", {"data": cifar10, "variant": "ds"}, beside(find("ACL", ROBUSTSSL, "CIFAR-10"), ROBUSTSSL)),
-    ("acl", {"data": cifar100, "variant": "ds"}, beside(find("ACL", ROBUSTSSL, "CIFAR-100"), ROBUSTSSL)),
-    ("advcl", {"data": cifar10, "teacher": None, "labels": None},
+    ("rocl", {"data": cifar10, "norm": linf, "asymmetry": None},
+     beside(find("RoCL", ROBUSTSSL, "CIFAR-10"), ROBUSTSSL)),
+    ("rocl", {"data": cifar100, "norm": linf, "asymmetry": None},
+     beside(find("RoCL", ROBUSTSSL, "CIFAR-100"), ROBUSTSSL)),
+    ("acl", {"data": cifar10, "variant": "ds", "norm": linf},
+     beside(find("ACL", ROBUSTSSL, "CIFAR-10"), ROBUSTSSL)),
+    ("acl", {"data": cifar100, "variant": "ds", "norm": linf},
+     beside(find("ACL", ROBUSTSSL, "CIFAR-100"), ROBUSTSSL)),
+    ("advcl", {"data": cifar10, "teacher": None, "labels": None, "norm": linf},
      beside(find("AdvCL, no pseudo-labels", FAN, "CIFAR-10"), "its paper")),
-    ("advcl", {"data": cifar10},
+    ("advcl", {"data": cifar10, "norm": linf},
      beside(find("AdvCL", ROBUSTSSL, "CIFAR-10"), ROBUSTSSL, ", ImageNet's labels")),
     ("amoc", {"data": cifar10, "variant": "CCC"},
      beside(find("CCC (MoCo)", AMOC, "CIFAR-10", 200), "AMOC's paper")),
-    ("amoc", {"data": cifar10, "variant": "CAC"}, beside(find("CAC", AMOC, "CIFAR-10", 200), "its paper")),
-    ("amoc", {"data": cifar10, "variant": "CAA"}, beside(find("CAA", AMOC, "CIFAR-10", 200), "its paper")),
-    ("amoc", {"data": cifar10, "variant": "ACC"}, beside(find("ACC", AMOC, "CIFAR-10", 200), "its paper")),
-    ("amoc", {"data": cifar10, "variant": "ACA"}, beside(find("ACA", AMOC, "CIFAR-10", 200), "its paper")),
-    ("rotnet", {"data": cifar10, "target": "labels", "loss": "ce", "norm": "linf", "eps": not_zero},
+    ("amoc", {"data": cifar10, "variant": "CAC", "norm": linf},
+     beside(find("CAC", AMOC, "CIFAR-10", 200), "its paper")),
+    ("amoc", {"data": cifar10, "variant": "CAA", "norm": linf},
+     beside(find("CAA", AMOC, "CIFAR-10", 200), "its paper")),
+    ("amoc", {"data": cifar10, "variant": "ACC", "norm": linf},
+     beside(find("ACC", AMOC, "CIFAR-10", 200), "its paper")),
+    ("amoc", {"data": cifar10, "variant": "ACA", "norm": linf},
+     beside(find("ACA", AMOC, "CIFAR-10", 200), "its paper")),
+    ("rotnet", {"data": cifar10, "target": "labels", "loss": "ce", "norm": linf, "eps": not_zero},
      beside(find("supervised AT", FAN, "CIFAR-10", None), FAN)),
     ("pretext",
      {"data": cifar10, "tasks": ["selfie", "rotation", "jigsaw"], "eps": not_zero, "lam": not_zero},
      beside(find("AP-DPE", FAN, "CIFAR-10", None), FAN)),
 ]
-
-def linf(norm):
-    return norm in (None, "linf")  # older logs do not name it
 
 
 # (script, flags, row): with what evaluation/ranks.py compares our linear probes; the first that fits. As
@@ -367,8 +376,8 @@ COMPARED = [(script, {"data": cifar10, **flags}, row) for script, flags, row in 
     ("advcl", {"norm": linf}, find("AdvCL", FAN, "CIFAR-10")),
     ("clae", {"random": False, "alpha": not_zero, "eps": not_zero}, find("CLAE", CLAE, "CIFAR-10", 100)),
     ("amoc", {"variant": "CCC"}, find("CCC (MoCo)", AMOC, "CIFAR-10", 200)),
-    ("amoc", {"variant": "CAC"}, find("CAC", AMOC, "CIFAR-10", 200)),
-    ("amoc", {"variant": "CAA"}, find("CAA", AMOC, "CIFAR-10", 200)),
+    ("amoc", {"variant": "CAC", "norm": linf}, find("CAC", AMOC, "CIFAR-10", 200)),
+    ("amoc", {"variant": "CAA", "norm": linf}, find("CAA", AMOC, "CIFAR-10", 200)),
     ("amoc", {"variant": "ACC", "norm": linf}, find("ACC", AMOC, "CIFAR-10", 200)),
     ("amoc", {"variant": "ACA", "norm": linf}, find("ACA", AMOC, "CIFAR-10", 200)),
 ]]

@@ -7,7 +7,8 @@ under PGD-20 at 8/255, stands beside the published one, each with its rank. Belo
 of the ranks, with
 
     its interval     95 %, by the bootstrap: methods are drawn with replacement, and our figures moved by
-                     their standard errors; of few methods it is wide
+                     their standard errors; of few methods it is wide. Where a method has one run, its error is
+                     that of the test images alone: what another seed would change is not in it
     p                how often ranks without any relation would correlate as much, or more
 
 A method's figure is the mean of all its runs. The published ones come from several papers, with settings of
@@ -80,7 +81,8 @@ def interval(published, ours, errors, seed=0):
 
 
 def ours_of(paths):
-    """{published row: {attack: [result of each run]}} of the folders that were evaluated by PRESET."""
+    """{published row: {attack: [result of each run]}} of the folders that were evaluated by PRESET, on the
+    data that they were pretrained on."""
     found = {}
     for path in paths:
         if not (path / "eval.jsonl").exists():
@@ -89,7 +91,12 @@ def ours_of(paths):
         fitting = [row for *kind, row in COMPARED if table.fits(made.script, made.flags, *kind)]
         if not fitting or made.flags.get("epochs") == 0:
             continue
-        measured = table.read_folder(path)
+        data = made.flags.get("data")
+
+        def accept(line, attack, result):
+            return line.get("data", data) == data  # older lines do not say
+
+        measured = table.read_folder(path, accept=accept)
         for attack in ATTACKS:
             if (PRESET, attack) in measured:
                 found.setdefault(fitting[0], {}).setdefault(attack, []).append(measured[PRESET, attack])

@@ -243,7 +243,7 @@ class Source(NamedTuple):
     """A classifier that attacks are made on."""
 
     net: nn.Module
-    digest: str
+    digest: str  # of its file, and of the code of a network of one's own
     made: dict  # of what: the key of its evaluation, empty where the file does not say
 
 
@@ -255,10 +255,14 @@ def load_source(args, device):
 def source_of(path, device):
     """The `Source` that is the classifier at `path`."""
     net = load_classifier(path).to(device)
+    found = digest_of(path)
+    code = net.encoder.recipe.get("code")  # of a network of one's own: what it is today
+    if code:
+        found = digest(found.encode(), code.encode())
     made = {}
     with contextlib.suppress(TypeError, ValueError):
         made = json.loads(net.made)
-    return Source(net, digest_of(path), made if isinstance(made, dict) else {})
+    return Source(net, found, made if isinstance(made, dict) else {})
 
 
 def doubts_of(source, args, sets):
@@ -330,6 +334,6 @@ def measure(net, sets, attack, args, conditions, source):
     n = conditions["images"]
     result = attacks.judge(net, test_images, row, args.seed, n, conditions["restarts"] or 1, source, size)
     if isinstance(row, attacks.AutoAttack):
-        result["sanity"] = attacks.sanity(net, test_images, row, args.seed, n, size)
+        result["sanity"] = attacks.sanity(net, test_images, row, args.seed, n, size, result["accuracy"])
         print("  sanity:", ", ".join(f"{name} {value}" for name, value in result["sanity"].items()))
     return result

@@ -228,10 +228,12 @@ def markdown(rows):
 # The matrix
 def judged_by_all(nets, images, attack, source, seed, restarts, batch_size):
     """`attack` (a row of ATTACKS; None: clean images) made on the network `source`: which of the N `images`
-    each of `nets` classifies rightly, bool (nets, N), each row as `attacks.judge` counts it; and how often
-    the logits of each were not finite, (nets,)."""
+    each of `nets` classifies rightly, bool (nets, N), each row as `attacks.judge` counts it; how often the
+    logits of each were not finite, (nets,); and how many images `source`, where it is one of them, classifies
+    rightly because PGD found no gradient (`attacks.without_gradient`)."""
     right = []
     broken = torch.zeros(len(nets), dtype=torch.long)
+    unmoved = 0
     with eval_mode(*nets), eval_mode(source):
         for i, (x, y) in enumerate(attacks.in_order(images, batch_size)):
             standing = torch.ones(len(nets), len(y), dtype=torch.bool, device=y.device)
@@ -245,9 +247,13 @@ def judged_by_all(nets, images, attack, source, seed, restarts, batch_size):
                         logits = net(x_adv)
                         finite[j] &= logits.isfinite().all(1)
                         standing[j] &= logits.argmax(1) == y
-            right.append((standing & finite).cpu())
+            standing &= finite
+            for net, rightly in zip(nets, standing):
+                if net is source and isinstance(attack, attacks.Attack):
+                    unmoved += int((attacks.without_gradient(source, x_adv, y) & rightly).sum())
+            right.append(standing.cpu())
             broken += (~finite).sum(1).cpu()
-    return torch.cat(right, 1), broken
+    return torch.cat(right, 1), broken, unmoved
 
 
 def missed_by_all(right):
@@ -289,19 +295,25 @@ def matrix_row(path, members, source, attack, args, env, shown):
         if attack == "clean":
             for net in nets:
                 attacks.check_clean(net, shown.test)
-        right, broken = judged_by_all(nets, shown.test, attack_named(attack), source.net, args.seed,
-                                      conditions["restarts"] or 1, args.test_batch_size)
+        right, broken, unmoved = judged_by_all(nets, shown.test, attack_named(attack), source.net, args.seed,
+                                               conditions["restarts"] or 1, args.test_batch_size)
         broken = broken.tolist()
         accuracies = [100 * int(row.sum()) / n for row in right]
-        result = {"accuracies": accuracies, "right": to_text(right), "not_finite": broken}
+        result = {"accuracies": accuracies, "right": to_text(right), "not_finite": broken,
+                  "without_gradient": unmoved}
         keep(path, key, result, members, began, args, env)
     found = []
-    for row, count in zip(right, broken):
-        found.append(attacks.score(100 * int(row.sum()) / n, n))
+    unmoved = result.get("without_gradient")  # older lines do not say
+    for member, row, count in zip(members, right, broken):
+        texts = []
         if count:
-            text = f"{count} attacked images have logits that are not finite, and count as fooled"
-            found[-1]["warnings"] = [text]
-            print(f"  warnings: {attack} on {source.net.path}: {text}")
+            texts.append(f"{count} attacked images have logits that are not finite, and count as fooled")
+        if unmoved and member is source:
+            texts.append(attacks.without_gradient_text(unmoved))
+        found.append(attacks.score(100 * int(row.sum()) / n, n))
+        if texts:
+            found[-1]["warnings"] = texts
+            print(f"  warnings: {attack} on {source.net.path}: {'; '.join(texts)}")
     on = "" if attack == "clean" else f" on {source.net.path}"
     print(f"{attack}{on}: {', '.join(table.cell([result]) for result in found)}", flush=True)
     return right, found

@@ -304,7 +304,7 @@ def test_a_classifier_that_breaks_in_its_last_step_is_refused():
 
 def test_the_sanity_check_doubts_what_is_not_finite(monkeypatch):
     monkeypatch.setattr(attacks, "attacked", lambda net, x, *rest, batch_size=500: (x + 1, {}))
-    found = attacks.sanity(Constant(above=0.5), zeros(2), attacks.ATTACKS["aa"], 0, 2, 500)
+    found = attacks.sanity(Constant(above=0.5), zeros(2), attacks.ATTACKS["aa"], 0, 2, 500, 0)
     assert len(found["doubts"]) == 3 and all("not finite" in text for text in found["doubts"])
 
 

@@ -92,9 +92,9 @@ def test_the_sanity_of_autoattack_at_a_large_radius_stays_within_the_range_of_pi
         return {"accuracy": 0}
 
     monkeypatch.setattr(attacks, "judge", judge)
-    attacks.sanity(None, None, names.attack_named("aa-64"), 0, 5, 500)
+    attacks.sanity(None, None, names.attack_named("aa-64"), 0, 5, 500, 0)
     assert asked[2] == 1
-    attacks.sanity(None, None, names.attack_named("aa-2-l2"), 0, 5, 500)
+    attacks.sanity(None, None, names.attack_named("aa-2-l2"), 0, 5, 500, 0)
     assert asked[5] == 16
 
 

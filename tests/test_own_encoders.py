@@ -13,6 +13,7 @@ import rocl
 from common import encoders, resnet
 from common import own as own_networks
 from common.resnet import BranchNorm, branch
+from evaluation import finetune, results, sets
 from tests.scripts import ROOT, TINY, tiny_npz
 
 OWN = """
@@ -510,6 +511,19 @@ def test_weights_of_other_code_are_loaded_with_a_warning(own, tmp_path):
         f.write("\n# other code\n")
     with pytest.warns(UserWarning, match="the code of .*mine.py:make has changed since these weights were saved"):
         encoders.load_encoder(tmp_path / "encoder.pt")
+
+
+def test_a_classifier_is_another_one_once_the_code_of_its_network_has_changed(own, tmp_path):
+    """Results of transferred attacks and of several classifiers together are known by this digest."""
+    net = finetune.Classifier(encoders.make(f"{own}:make"), 3)
+    net.encoder.branch = None
+    results.save_classifier(net, tmp_path / "classifier.pt")
+    first = sets.source_of(tmp_path / "classifier.pt", "cpu").digest
+    assert sets.source_of(tmp_path / "classifier.pt", "cpu").digest == first
+    with open(own, "a") as f:
+        f.write("\n# other code\n")
+    with pytest.warns(UserWarning, match="the code of .*mine.py:make has changed"):
+        assert sets.source_of(tmp_path / "classifier.pt", "cpu").digest != first
 
 
 def test_a_network_for_another_side_is_refused_before_the_first_step(own, tmp_path):

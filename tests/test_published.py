@@ -67,6 +67,10 @@ def test_what_stands_beside_a_row_is_of_its_data_and_says_its_setting():
         assert "ImageNet's labels: SLF 82.36" in shown("advcl", data="cifar10", **flags)
     assert shown("amoc", data="cifar10", variant="CAC").endswith("SLF 78.46 / 0.00 / –, ALF 12.39 / 8.69 / –")
     assert shown("amoc", data="cifar10", variant="CCA") == ""
+    for script, flags in (("rocl", {}), ("acl", {"variant": "ds"}), ("advcl", {}), ("amoc", {"variant": "ACC"})):
+        assert shown(script, data="cifar10", **flags) == shown(script, data="cifar10", norm="linf", **flags) != ""
+        assert shown(script, data="cifar10", norm="l2", **flags) == ""
+    assert shown("rocl", data="cifar10", asymmetry=0.2) == ""
 
 
 def test_the_table_of_reproducing_has_these_figures():

@@ -60,14 +60,14 @@ def test_the_interval_holds_the_correlation_and_widens_with_the_errors(monkeypat
     assert wide < 0.8
 
 
-def kept(folder, script, flags, clean, pgd20, seed=0):
+def kept(folder, script, flags, clean, pgd20, seed=0, **judged):
     """A run's folder as pretraining and eval.py leave it."""
     folder.mkdir()
     flags = {"data": "data/cifar10.npz", "seed": seed, "epochs": 3, **flags}
     header = {"flags": flags, "command": f"python {script}.py"}
     found = {"clean": {"accuracy": clean, "stderr": 0.5}, "pgd20": {"accuracy": pgd20, "stderr": 0.25}}
     (folder / "log.jsonl").write_text(json.dumps(header) + "\n")
-    (folder / "eval.jsonl").write_text(json.dumps({"preset": "amoc-slf", "results": found}) + "\n")
+    (folder / "eval.jsonl").write_text(json.dumps({"preset": "amoc-slf", "results": found, **judged}) + "\n")
     return str(folder)
 
 
@@ -76,7 +76,8 @@ def test_the_table_has_the_methods_that_both_have_and_the_mean_of_their_runs(tmp
         kept(tmp_path / "moco", "amoc", {"variant": "CCC"}, 50.0, 1.0),
         kept(tmp_path / "acc", "amoc", {"variant": "ACC", "norm": "linf"}, 40.0, 20.0),
         kept(tmp_path / "acc-1", "amoc", {"variant": "ACC", "norm": "linf"}, 42.0, 22.0, seed=1),
-        kept(tmp_path / "rocl", "rocl", {"asymmetry": None}, 45.0, 15.0),
+        kept(tmp_path / "rocl", "rocl", {"asymmetry": None}, 45.0, 15.0, data="data/cifar10.npz"),
+        kept(tmp_path / "transfer", "rocl", {"asymmetry": None, "seed": 7}, 1.0, 1.0, data="stl10"),
         kept(tmp_path / "l2", "rocl", {"norm": "l2"}, 1.0, 1.0),  # no published figure
         kept(tmp_path / "random", "rocl", {"epochs": 0}, 1.0, 1.0),
         kept(tmp_path / "other", "rocl", {"data": "shapes"}, 1.0, 1.0)]

@@ -106,14 +106,14 @@ def test_an_attack_through_the_ensemble_is_at_least_as_good_as_one_from_a_member
 def test_each_row_of_the_matrix_equals_judge_with_that_source_and_the_diagonal_the_plain_attack(restarts):
     images = tiny_images(50)
     for i, source in enumerate(NETS):
-        right, broken = together.judged_by_all(NETS, images, STRONG, source, 3, restarts, 20)
-        assert right.shape == (3, 50) and not broken.any()
+        right, broken, unmoved = together.judged_by_all(NETS, images, STRONG, source, 3, restarts, 20)
+        assert right.shape == (3, 50) and not broken.any() and unmoved == 0
         for j, net in enumerate(NETS):
             want = attacks.judge(net, images, STRONG, 3, None, restarts, source, 20)["accuracy"]
             assert 100 * int(right[j].sum()) / 50 == want
         assert 100 * int(right[i].sum()) / 50 == attacks.judge(
             source, images, STRONG, 3, None, restarts, None, 20)["accuracy"]
-    right, _ = together.judged_by_all(NETS, images, None, NETS[0], 3, 1, 20)
+    right, _, _ = together.judged_by_all(NETS, images, None, NETS[0], 3, 1, 20)
     assert [100 * int(row.sum()) / 50 for row in right] == [attacks.judge(net, images)["accuracy"] for net in NETS]
 
 
@@ -126,7 +126,7 @@ def test_under_restarts_the_worst_counts_for_every_column(monkeypatch):
         return (1 - x if len(asked) == 1 else x), {}
 
     monkeypatch.setattr(attacks, "attacked", attacked)
-    right, _ = together.judged_by_all(NETS, images, STRONG, NETS[0], 0, 2, 500)
+    right, _, _ = together.judged_by_all(NETS, images, STRONG, NETS[0], 0, 2, 500)
     x = images.x / 255
     want = [(net(x).argmax(1) == images.y) & (net(1 - x).argmax(1) == images.y) for net in NETS]
     last = [net(x).argmax(1) == images.y for net in NETS]
@@ -160,8 +160,23 @@ def test_logits_that_are_not_finite_count_as_fooled():
             return logits.masked_fill(moved[:, None], torch.nan)
 
     images = tiny_images(10)
-    right, broken = together.judged_by_all([NETS[0], Broken(1)], images, WEAK, NETS[0], 0, 1, 500)
+    right, broken, _ = together.judged_by_all([NETS[0], Broken(1)], images, WEAK, NETS[0], 0, 1, 500)
     assert broken.tolist() == [0, 10] and not right[1].any() and right[0].any()
+
+
+def test_a_network_without_a_gradient_is_named_where_the_attack_is_made_on_it_alone():
+    class Saturated(nn.Module):
+        def forward(self, x):
+            return 1e6 * NETS[0](x)
+
+    images = tiny_images(10)
+    saturated = Saturated()
+    right, _, unmoved = together.judged_by_all([NETS[1], saturated], images, WEAK, saturated, 0, 1, 500)
+    assert unmoved == int(right[1].sum()) > 0
+    _, _, unmoved = together.judged_by_all([NETS[1], saturated], images, WEAK, NETS[1], 0, 1, 500)
+    assert unmoved == 0
+    _, _, unmoved = together.judged_by_all([NETS[1], saturated], images, None, saturated, 0, 1, 500)
+    assert unmoved == 0  # clean images are not attacked
 
 
 # The command ------------------------------------------------------------------------------------------------
@@ -252,7 +267,7 @@ def test_the_command_makes_a_matrix_and_measures_nothing_twice(two, tmp_path, mo
         figures = [[float(cell.split()[0]) for cell in row(text)[1:3]] for text in block[2:]]
         assert figures == [[attacks.judge(net, test)["accuracy"] for net in nets], *want, [want[0][0], want[1][1]]]
         right = [together.judged_by_all(nets, test, attack, source, 0, 1, 500)[0] for source in nets]
-        clean, _ = together.judged_by_all(nets, test, None, nets[0], 0, 1, 500)
+        clean, _, _ = together.judged_by_all(nets, test, None, nets[0], 0, 1, 500)
         misses = [together.missed_by_all(found) for found in (clean, *right, torch.stack([right[0][0], right[1][1]]))]
         assert [int(row(text)[3]) for text in block[2:]] == misses
     with monkeypatch.context() as m:
