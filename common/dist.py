@@ -1,5 +1,5 @@
-"""Collectives for runs that torchrun started. In a single process everything here but `meet` is a no-op
-(`gather` returns its argument)."""
+"""Collectives for runs that torchrun started. In a single process everything here but `meet` is a no-op:
+`gather` returns its argument, `gather_objects` a list of it."""
 import datetime
 
 import torch
@@ -41,6 +41,15 @@ def gather(z):
     receives the sum of what all ranks' losses ask of it, so that, with `average_grads`, the gradient is
     that of the mean over ranks of their losses."""
     return _Gather.apply(z) if dist.is_initialized() and dist.get_world_size() > 1 else z
+
+
+def gather_objects(value):
+    """A list of what each rank gives as `value` (anything that can be pickled), in rank order."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)  # through the host: gloo
+    return found
 
 
 def barrier():

@@ -81,6 +81,17 @@ def load(path):
     raise ValueError(f"{path}: is damaged ({damaged} does not have its checksum)")
 
 
+def end_of(path):
+    """The last 64 KiB of a file, None where there is none to be read. In what `save` wrote they hold the
+    checksums of its parts."""
+    try:
+        with open(path, "rb") as f:
+            f.seek(max(0, os.path.getsize(path) - 2**16))
+            return f.read()
+    except OSError:
+        return None
+
+
 def not_finite(value, name=""):
     """The name of the first tensor within `value` (dicts, lists, tensors) that has a NaN or an infinity;
     None if there is none. Names are the keys, joined by dots."""

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from common import files, own
-from common.dist import meet
+from common.dist import barrier, gather_objects, meet
 from common.log import last_good
 from common.speed import use_graphs
 
@@ -301,7 +301,8 @@ def autocast(device):
     return contextlib.nullcontext()
 
 
-@torch.compiler.assume_constant_result  # the compiler looks through a cache, and cannot ask torch.cuda in a graph
+# A constant to the compiler, which looks through a cache, and cannot ask torch.cuda within a graph.
+@torch.compiler.assume_constant_result
 def _has_bf16(device):
     return _says_bf16(device)
 
@@ -333,13 +334,15 @@ def save(args, env, state, step):
 
 
 def resume(args, env, state):
-    """Put what last.pt holds back into `state`; returns the number of steps done, 0 in a fresh folder.
+    """Put what last.pt holds back into `state`; returns the number of steps done, 0 in a fresh folder. Called
+    by all ranks.
 
     Raises ValueError where the folder belongs to a run with other flags or on other data (it says which),
-    or to another program, or where the file cannot be used.
+    or to another program, where the file cannot be used, and where the ranks do not see the same.
     """
     path = pathlib.Path(args.out) / "last.pt"
     data = state["log"].data if "log" in state else None
+    _agree(args, data)
     if not path.exists():
         # Without a step there was nothing to lose: what --epochs 0 exports is made again at once.
         trains = state["log"].steps if "log" in state else getattr(args, "epochs", 0)
@@ -348,8 +351,8 @@ def resume(args, env, state):
         if lines:
             header = lines[0][1] or {}
             if not {"flags", "command"} <= header.keys():
-                raise ValueError(f"{path.with_name('log.jsonl')}: not a log of this program; move it away, or "
-                                 "use another --out")
+                raise ValueError(f"{path.with_name('log.jsonl')}: not a log of this program; move it away, "
+                                 "or use another --out")
             if finished or len(lines) > 1:  # a first line alone is of a run that came to nothing
                 _refuse_other(args, header["flags"], header.get("data"), data)
         if finished:
@@ -369,8 +372,8 @@ def resume(args, env, state):
         raise ValueError(f"{args.out} holds a run of {world} processes, this is one of {env.world}")
     steps = state["log"].steps if "log" in state else "unknown"
     if not isinstance(step, int) or steps != "unknown" and step > steps:
-        raise ValueError(f"{path}: says that it is after {step} steps, and the run has {steps}; move it away, "
-                         "or choose another --out")
+        raise ValueError(f"{path}: says that it is after {step} steps, and the run has {steps}; move it "
+                         "away, or choose another --out")
     bad = files.not_finite(tensors)
     if bad:
         raise ValueError(f"{path}: {bad} is not finite; move it away, or choose another --out")
@@ -382,6 +385,20 @@ def resume(args, env, state):
     if env.rank == 0:
         print(f"{args.out}: continues after {step} steps")
     return step
+
+
+def _agree(args, data):
+    """ValueError on all ranks where they see other files in --out, or have other `data`, as on hosts that do
+    not share them."""
+    out = pathlib.Path(args.out)
+    seen = [files.end_of(out / name) for name in ("last.pt", "log.jsonl", "encoder.pt")]
+    everyone = gather_objects((seen, data))
+    if any(theirs[0] != everyone[0][0] for theirs in everyone):
+        raise ValueError(f"the processes do not see the same files in --out {out}; it must be on a file "
+                         "system that all hosts share")
+    if any(theirs[1] != everyone[0][1] for theirs in everyone):
+        raise ValueError("the processes do not have the same data (--data, --data-dir), or the same code of "
+                         "--arch; all hosts must see the same files")
 
 
 def _refuse_other(args, flags, data_there, data_here):
@@ -401,8 +418,9 @@ def _refuse_other(args, flags, data_there, data_here):
         if data_there.get("checksum") == data_here.get("checksum"):
             what = "the images are the same, but not their labels"
         if data_there.get("network") != data_here.get("network"):
-            raise ValueError(f"{args.out} holds a run of another network: {args.arch.rpartition(':')[0]}, or what it "
-                             "imports, has changed since; use another --out")
+            file = args.arch.rpartition(":")[0]
+            raise ValueError(f"{args.out} holds a run of another network: {file}, or what it imports, has changed "
+                             "since; use another --out")
         raise ValueError(f"{args.out} holds a run on other data ({what}); use another --out")
 
 

@@ -3,9 +3,12 @@ import contextlib
 import copy
 import json
 import os
+import pathlib
 import platform
+import re
 import subprocess
 import sys
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -150,6 +153,35 @@ def test_once_they_have_met_processes_wait_as_long_as_torch_has_it(monkeypatch):
         torch.distributed.destroy_process_group()
 
 
+def resumed_apart(rank, world):
+    """What resume says where each process has a folder of its own, and where their data differ alone."""
+    said = []
+    with tempfile.TemporaryDirectory() as folder:
+        env = run.Env(torch.device("cpu"), rank, world)
+        for n, saves in ((3, True), (3 + rank, False)):
+            out = pathlib.Path(folder) / f"{saves}"
+            out.mkdir()
+            images = data.Images(torch.zeros(n, 3, 2, 2, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64), 1)
+            log = Log(arguments(out), env, 4, images)
+            log.start(0)
+            if saves:
+                run.save(arguments(out), env, {"log": log}, 2)
+            elif rank == 0:
+                (out / "log.jsonl").unlink()
+            try:
+                said.append(run.resume(arguments(out), env, {"log": log}))
+            except ValueError as e:
+                said.append(str(e))
+    return said
+
+
+def test_processes_that_see_other_folders_or_other_data_all_stop(tmp_path):
+    """As on two hosts that do not share them. Else one would begin anew, and the other go on."""
+    for folders, images in in_two_processes(resumed_apart, tmp_path):
+        assert re.fullmatch("the processes do not see the same files in --out .*; .* that all hosts share", folders)
+        assert re.fullmatch("the processes do not have the same data .*", images)
+
+
 def test_errors_raised_on_purpose_are_a_line_and_bugs_keep_their_traceback():
     with pytest.raises(SystemExit, match="error: bank size 0"):
         run.cli(lambda: Bank(0, 3))
@@ -259,8 +291,7 @@ def test_memory_that_was_freed_is_used_again():
 
 @pytest.mark.parametrize("most, want", [(2**31, 2**30), (2**25, 2**25), (2**20, None)])
 def test_a_glibc_that_refuses_a_high_threshold_gets_what_it_takes_or_nothing(most, want, monkeypatch):
-    """Before 2.35 it takes 32 MiB at most, and 1 MiB on 32 bits. The other option alone would only switch its own
-    moving threshold off."""
+    """Before 2.35 it takes 32 MiB at most. The other option alone would only switch its own moving threshold off."""
     taken = {}
 
     def mallopt(option, value):
