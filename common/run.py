@@ -13,6 +13,7 @@ import pathlib
 import re
 import signal
 import sys
+import time
 import traceback
 from typing import NamedTuple
 
@@ -203,12 +204,17 @@ class Env(NamedTuple):
     world: int
 
 
-_stop = []  # the number of the signal that asked this process to stop
+_stop = {}  # the signals that asked this process to stop, and when each came first, in seconds
 
 
 def _note(number, _):
-    _stop.append(number)
-    signal.signal(number, signal.SIG_DFL)  # the second one kills
+    """The handler. A signal that comes more than five seconds after the first one kills. Until then it says the
+    same: a manager may signal all processes, and torchrun its own once more."""
+    now = time.monotonic()
+    if _stop and now - min(_stop.values()) > 5:
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+    _stop.setdefault(number, now)
 
 
 def device(args):
@@ -419,8 +425,8 @@ def _refuse_other(args, flags, data_there, data_here):
             what = "the images are the same, but not their labels"
         if data_there.get("network") != data_here.get("network"):
             file = args.arch.rpartition(":")[0]
-            raise ValueError(f"{args.out} holds a run of another network: {file}, or what it imports, has changed "
-                             "since; use another --out")
+            raise ValueError(f"{args.out} holds a run of another network: {file}, or what it imports, has "
+                             "changed since; use another --out")
         raise ValueError(f"{args.out} holds a run on other data ({what}); use another --out")
 
 
@@ -442,6 +448,7 @@ def stop_if_signalled(args, env, state, step):
             if "log" in state:
                 state["log"].check()
             save(args, env, state, step)
+            barrier()  # who leaves first might have the first process, which writes, ended
         if env.rank == 0:
             name = signal.Signals(number).name
             print(f"\nstopped by {name} after {step} steps; the same command continues")

@@ -12,13 +12,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 
 import numpy as np
 import pytest
 import torch
 from torch.multiprocessing import ProcessExitedException
 
-from common import data, encoders, files, run
+from common import data, dist, encoders, files, run
 from common.log import Log, check_spread
 from tests.processes import Forked, free_port, in_two_processes, script_in_two_processes
 from tests.scripts import PICTURES, SCRIPTS, TINY, environment, scripts_with, tiny_npz
@@ -377,6 +378,51 @@ def test_a_signal_during_the_fill_is_answered_within_a_step(script, at, npz, tmp
     assert not (tmp_path / "last.pt").exists()  # the fill starts again, as if nothing had been
     monkeypatch.undo()
     main(script, npz, tmp_path)
+
+
+TWICE = """
+import signal, sys, time
+from types import SimpleNamespace
+from common import run
+run.setup(run.parser("", "x", "slim").parse_args(["--out", sys.argv[1], "--device", "cpu"]))
+clock = time.monotonic
+for seconds in (0, 1, 4, 60):
+    run.time = SimpleNamespace(monotonic=lambda: clock() + seconds)
+    print(seconds, flush=True)
+    signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_a_second_signal_kills_only_some_seconds_after_the_first(tmp_path):
+    """A manager may signal all processes, and torchrun then signals its own: that is one request to stop."""
+    (tmp_path / "twice.py").write_text(TWICE)
+    with open(tmp_path / "printed.txt", "w") as printed:
+        process = Forked([sys.executable, str(tmp_path / "twice.py"), str(tmp_path / "run")], printed, env=environment())
+    assert process.wait(100) == -signal.SIGTERM
+    assert (tmp_path / "printed.txt").read_text().split() == ["0", "1", "4", "60"]
+
+
+def stopped_while_the_first_process_writes(rank, world):
+    """Whether the checkpoint is there when a process leaves."""
+    folder = dist.gather_objects(tempfile.mkdtemp())[0]
+    args = argparse.Namespace(out=folder)
+    save = run.save
+
+    def slow_save(*what):
+        time.sleep(1 - rank)
+        save(*what)
+
+    run.save = slow_save
+    signal.signal(signal.SIGTERM, run._note)
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        run.stop_if_signalled(args, run.Env(torch.device("cpu"), rank, world), {}, 3)
+    return (pathlib.Path(folder) / "last.pt").exists()
+
+
+def test_no_process_leaves_before_the_checkpoint_is_there(tmp_path):
+    """Else whoever started them may end the first one, which writes it."""
+    assert in_two_processes(stopped_while_the_first_process_writes, tmp_path) == [True, True]
 
 
 @pytest.mark.parametrize("script", ["amoc", "rocl"])
