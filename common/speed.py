@@ -1,7 +1,8 @@
 """For speed on GPUs: compiled networks (--compile), and attacks that are replayed as CUDA graphs (--graph).
 
-Neither changes more than rounding. Both serve full batches. The short last batch of an epoch, and pictures,
-go the ordinary way, for each new shape would have to be compiled, or recorded, anew.
+Neither changes more than rounding. Both serve full batches and multiples of them (`--batch-size` over
+the number of processes). Other batches, as mostly the last one of an epoch and those of pictures, go the
+ordinary way, for each new shape would have to be compiled, or recorded, anew.
 """
 import functools
 
@@ -48,12 +49,20 @@ _share = None  # images in a full batch of this process; None: no graphs
 _recordings = []  # of each function that is `graphed`, a dict
 
 
+@functools.cache
+def _pool():
+    """The memory that all recordings share. They can, for none reads what another one left there: inputs lie
+    elsewhere, and outputs are copied at once."""
+    return torch.cuda.graph_pool_handle()
+
+
 def use_graphs(args, env):
     """From here on `graphed` functions record and replay, with --graph; without it they do not. Raises
     ValueError where that cannot be."""
     global _share
     for of_function in _recordings:
         of_function.clear()
+    _pool.cache_clear()  # torch refuses a pool whose recordings are all gone
     _share = None
     if not getattr(args, "graph", False):
         return
@@ -110,7 +119,7 @@ class Recording:
         self.graph = torch.cuda.CUDAGraph()
         # By default a call to CUDA from any thread spoils the recording, as of the one that pins the next
         # pictures of a folder, or of NCCL's watchdog.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, pool=_pool(), capture_error_mode="thread_local"):
             self.outputs = work()
 
     def replay(self, tensors):

@@ -245,18 +245,24 @@ def test_each_kind_of_inputs_has_a_recording_and_short_batches_have_none(graphs)
 
 
 def test_a_recording_bears_the_calls_to_cuda_of_other_threads(monkeypatch):
-    """As of the one that pins the pictures of a folder for the next steps."""
-    modes, calls = [], []
+    """As of the one that pins the pictures of a folder for the next steps. All recordings share one pool of memory,
+    for none is read once another one is replayed."""
+    modes, calls, pools = [], [], []
     stream = SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: calls.append("replay")))
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode="global": (
-        modes.append(capture_error_mode) or contextlib.nullcontext()))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool=None, capture_error_mode="global": (
+        pools.append(pool) or modes.append(capture_error_mode) or contextlib.nullcontext()))
+    speed._pool.cache_clear()
     recording = Recording(lambda x: calls.append("call") or x + 1, [torch.ones(2)], {})
     assert modes == ["thread_local"] and calls == 4 * ["call"]
     assert recording.replay([torch.ones(2)]).tolist() == [2, 2] and calls[4:] == ["replay"]
+    Recording(lambda x: x, [torch.ones(2)], {})
+    speed._pool.cache_clear()
+    assert pools[0] is pools[1] is not None
 
 
 def test_a_decorated_attack_keeps_its_name_its_words_and_its_arguments():
