@@ -35,8 +35,8 @@ def groups(named, weight_decay, exempt=(), stages=(), gamma=1.0):
     No weight decay for vectors (biases, norms) and for names in `exempt`. `stages` lists names by depth,
     input first; a parameter of, or under, one of stages[i] gets scale gamma^(len(stages) - i), any other 1.
     The scale is only noted, and has its effect through `set_lr`, or where the rate of a group is set to
-    lr * group["scale"]. Raises ValueError where stages are given and names are those of a wrapped
-    network.
+    lr * group["scale"]. Raises ValueError where names matter (there are `exempt` ones, or stages and a gamma
+    other than 1) and are those of a wrapped network.
     """
     found = {}
     wrapped = []
@@ -49,9 +49,10 @@ def groups(named, weight_decay, exempt=(), stages=(), gamma=1.0):
             decay = 0.0 if w.dim() < 2 or name in exempt else weight_decay
             group = dict(params=[], weight_decay=decay, scale=scale)
             found.setdefault((scale, decay), group)["params"].append(w)
-    if wrapped and stages and gamma != 1:
+    if wrapped and (exempt or stages and gamma != 1):
         raise ValueError(f"{wrapped[0]}: names must be those of the bare network, without module. "
-                         "(DistributedDataParallel) or _orig_mod. (torch.compile), to be found in the stages")
+                         "(DistributedDataParallel) or _orig_mod. (torch.compile), to be found in `exempt` and "
+                         "the stages")
     return list(found.values())
 
 

@@ -176,12 +176,16 @@ def test_layer_wise_rates_equal_printed_values(gamma, want):
             assert found == pytest.approx(want[i], abs=5e-7), name
 
 
-def test_stages_of_which_nothing_is_are_refused():
-    """As where a wrapper has put its name before all others."""
-    named = [(f"module.{name}", w) for name, w in nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).named_parameters()]
-    with pytest.raises(ValueError, match="without module"):
-        optim.groups(named, 0.1, stages=[["0"], ["1"]], gamma=0.5)
-    assert len(optim.groups(named, 0.1, stages=[["0"], ["1"]], gamma=1.0)) == 2
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("what", [dict(stages=[["0"], ["1"]], gamma=0.5), dict(exempt=("0.weight",))])
+def test_names_of_a_wrapped_network_are_refused_where_names_matter(wrapper, what):
+    """There what is meant by a name would be lost without a word."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    named = [(f"{wrapper}{name}", w) for name, w in net.named_parameters()]
+    with pytest.raises(ValueError, match="must be those of the bare network, without module"):
+        optim.groups(named, 0.1, **what)
+    optim.groups(net.named_parameters(), 0.1, **what)
+    assert len(optim.groups(named, 0.1)) == len(optim.groups(named, 0.1, stages=[["0"], ["1"]], gamma=1.0)) == 2
 
 
 def test_groups_hold_each_trained_parameter_once_and_decay_no_vector():
