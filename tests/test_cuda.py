@@ -1,5 +1,6 @@
 """What only a GPU can show. Without one these tests have no parameters to run on."""
 import copy
+import functools
 import importlib
 import json
 import subprocess
@@ -11,7 +12,9 @@ from PIL import Image
 
 import acl
 import amoc
-from common import log, run
+import eval as evaluate
+from common import encoders, log, run
+from evaluation import checkpoint, screen
 from evaluation.autoattack import autoattack
 from tests.scripts import SCRIPTS, TINY, command, environment, tiny_npz
 from tests.test_autoattack import EPS, N, trained
@@ -62,6 +65,70 @@ def test_autoattack_decides_as_on_a_cpu(device, norm):
     ours, theirs = (autoattack(n, x.to(d), y.to(d), EPS[norm], norm)[0] for n, d in ((net, "cpu"), (there, device)))
     moved = [(adv.cpu() != x).flatten(1).any(1) for adv in (ours, theirs)]
     assert (moved[0] == moved[1]).sum() >= N - 1 and 2 < moved[0].sum() < N
+
+
+def judged_on(device, folder, *flags):
+    """The accuracies {(preset, attack): of 20 images} of an encoder with two branches, by eval.py on `device`."""
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    encoders.export(encoders.make("slim", ["clean", "adv"]), folder / "encoder.pt", "adv", image_size=32)
+    evaluate.main([str(folder / "encoder.pt"), "--data", tiny_npz(folder / "tiny.npz"), "--device", device,
+                   "--epochs", "1", "--milestones", "--batch-size", "16", *flags])
+    lines = [json.loads(line) for line in open(folder / "eval.jsonl")]
+    return {(line["preset"], attack): result["accuracy"] for line in lines for attack, result in line["results"].items()}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("flags", [
+    "--preset knn amoc-slf --attacks clean pgd20 pgd5-0.5-l2 pgd20-l1 deepfool c17-like apgd --aa-limit 8 --pictures",
+    "--preset amoc-slf --attacks pgd2-8 aa --aa-limit 2 --vote 3 --vote-sigma 0.1 --vote-draws 2",
+    "--preset amoc-alf robustssl-aff rocl-aff mae-tune-cifar chen-f1 --warmup 0 --attacks clean pgd20"])
+def test_an_evaluation_decides_as_on_a_cpu(device, flags, tmp_path):
+    """But for a few of 20 images: the classifiers are trained on it too, with random numbers of its own."""
+    ours = judged_on("cpu", tmp_path / "cpu", *flags.split())
+    theirs = judged_on(device, tmp_path / "there", *flags.split())
+    assert ours.keys() == theirs.keys() and len(ours) > 1
+    for column in ours:
+        assert abs(ours[column] - theirs[column]) <= 30, column
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_classifiers_are_judged_together(device, tmp_path):
+    for name in ("a", "b"):
+        judged_on(device, tmp_path / name, "--preset", "amoc-slf", "--seed", str(ord(name)))
+    (one,), (two,) = ((tmp_path / name).glob("classifier-*.pt") for name in ("a", "b"))
+    for flag in ("--ensemble", "--matrix"):
+        evaluate.main([flag, str(one), str(two), "--data", str(tmp_path / "a" / "tiny.npz"), "--device", device,
+                       "--attacks", "pgd2-8"])
+    lines = [json.loads(line) for name in ("ensemble", "matrix") for line in open(tmp_path / "a" / f"{name}.jsonl")]
+    assert len(lines) == 3 + 3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_training_of_a_classifier_that_was_stopped_goes_on(device, tmp_path, monkeypatch):
+    """The state of the device's own random numbers is in its checkpoint too."""
+    flags = ["--preset", "robustssl-aff", "--attacks", "clean", "--epochs", "3", "--milestones", "2"]
+    whole = judged_on(device, tmp_path / "whole", *flags)
+
+    class Stopped(Exception):
+        pass
+
+    monkeypatch.setattr(evaluate, "Checkpoint", functools.partial(checkpoint.Checkpoint, interval=0.0))
+    show = screen.show_epoch
+
+    def stop_in_the_third_epoch(epoch, *more):
+        show(epoch, *more)
+        if epoch == 2:
+            raise Stopped
+
+    monkeypatch.setattr(screen, "show_epoch", stop_in_the_third_epoch)
+    with pytest.raises(Stopped):
+        judged_on(device, tmp_path / "stopped", *flags)
+    assert list((tmp_path / "stopped").glob("training-*.pt"))
+    monkeypatch.setattr(screen, "show_epoch", show)
+    again = judged_on(device, tmp_path / "stopped", *flags)
+    assert again.keys() == whole.keys() and all(abs(again[column] - whole[column]) <= 10 for column in whole)
+    assert not list((tmp_path / "stopped").glob("training-*.pt"))
 
 
 def losses_of(script, *flags, out):
