@@ -16,6 +16,10 @@ except ImportError:  # Windows
     fcntl = None
 
 
+# In what torch.save says where a file cannot be written.
+WRITER_SAYS = ("inline_container", "PytorchStreamWriter", "PyTorchFileWriter", "iostream error")
+
+
 @contextlib.contextmanager
 def replacing(path):
     """Yield a temporary path beside `path`; when the block ends well, what was written there becomes
@@ -34,7 +38,7 @@ def replacing(path):
     except (OSError, RuntimeError) as e:  # torch.save says RuntimeError where the disk is full
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(e, RuntimeError) and "inline_container" not in str(e) and "write" not in str(e):
+        if isinstance(e, RuntimeError) and not any(words in str(e) for words in WRITER_SAYS):
             raise
         raise OSError(f"{path} cannot be written: {_reason(e, path)}") from None
     except BaseException:
@@ -51,7 +55,7 @@ def _reason(error, path):
         if free.f_bavail * free.f_frsize < 2**24:
             return "No space left on device"
     why = str(error).splitlines()[0]
-    return f"the disk, or a quota, may be full ({why})" if "inline_container" in why else why
+    return f"the disk, or a quota, may be full ({why})" if isinstance(error, RuntimeError) else why
 
 
 def save(value, path):

@@ -29,7 +29,9 @@ def test_any_flipped_bit_is_seen(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"),
-                                   RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")])
+                                   RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos"),
+                                   RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+                                   RuntimeError("basic_ios::clear: iostream error")])
 def test_a_write_that_fails_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch, error):
     files.save({"step": 1}, tmp_path / "x.pt")
 
@@ -44,11 +46,13 @@ def test_a_write_that_fails_is_one_line_and_leaves_the_old_file(tmp_path, monkey
     assert files.load(tmp_path / "x.pt") == {"step": 1} and not list(tmp_path.glob("*.tmp"))
 
 
-def test_an_exception_inside_leaves_the_old_file_and_passes(tmp_path):
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("a leaf variable was overwritten by an in-place write")])
+def test_an_exception_inside_leaves_the_old_file_and_passes(tmp_path, error):
     (tmp_path / "x").write_text("old")
-    with pytest.raises(KeyError), files.replacing(tmp_path / "x") as temporary:
+    with pytest.raises(type(error)) as raised, files.replacing(tmp_path / "x") as temporary:
         temporary.write_text("new")
-        raise KeyError
+        raise error
+    assert raised.value is error
     assert (tmp_path / "x").read_text() == "old" and os.listdir(tmp_path) == ["x"]
 
 
