@@ -31,6 +31,7 @@ import torch.distributed as dist
 from PIL import Image, ImageOps
 from torchvision import datasets
 
+from common.dist import barrier
 from common.shapes import SHAPES, shapes
 
 NAMES = ("cifar10", "cifar100", "stl10", "shapes")
@@ -302,9 +303,13 @@ def _from_torchvision(name, root, split):
         which = {"split": {"train": "train+unlabeled", "labelled": "train", "test": "test"}[split]}
     else:
         which = {"train": split != "test"}
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0 or not dist.is_initialized()
-    if not first:
-        dist.all_reduce(torch.zeros(1))  # until the first process of this host has downloaded it
+    # The first process of all downloads, then the first of each other host, whose folder may be another one;
+    # the others find it there.
+    turn = 0
+    if dist.is_initialized() and dist.get_rank() != 0:
+        turn = 1 if int(os.environ.get("LOCAL_RANK", 0)) == 0 else 2
+    for _ in range(turn):
+        barrier()
     try:
         found = kind(root, download=True, **which)
     except Exception as e:
@@ -312,8 +317,8 @@ def _from_torchvision(name, root, split):
         raise ValueError(
             f"{name} cannot be read from {root!r}, nor downloaded into it ({why}); put torchvision's files "
             "there, or use --data shapes or --data some.npz") from None
-    if first and dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))
+    for _ in range(2 - turn):
+        barrier()
     x = torch.from_numpy(found.data)
     y = torch.as_tensor(np.asarray(found.labels if name == "stl10" else found.targets), dtype=torch.int64)
     return (x if name == "stl10" else x.permute(0, 3, 1, 2)), y, {"cifar100": 100}.get(name, 10)

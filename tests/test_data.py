@@ -368,6 +368,28 @@ def test_a_failed_download_is_one_error_that_says_what_would_work(tmp_path, monk
     assert str(tmp_path) in str(e.value) and e.value.__suppress_context__
 
 
+@pytest.mark.parametrize("rank, local, turn", [(0, 0, 0), (1, 1, 2), (2, 0, 1), (3, 1, 2)])
+def test_the_first_process_of_all_downloads_then_one_of_each_host_then_the_others_look(rank, local, turn, monkeypatch):
+    """Two hosts, which may share --data-dir or each have its own. All processes wait equally often."""
+    order = []
+
+    class Files:
+        data = np.full((2, 32, 32, 3), 255, dtype=np.uint8)
+        targets = [0, 1]
+
+        def __init__(self, root, **which):
+            order.append("look")
+
+    monkeypatch.setattr(datasets, "CIFAR10", Files)
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: order.append("wait"))
+    data.load("cifar10")
+    assert order == ["wait"] * turn + ["look"] + ["wait"] * (2 - turn)
+
+
 # Folders ----------------------------------------------------------------------------------------------------
 @pytest.fixture
 def tree(tmp_path):
