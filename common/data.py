@@ -7,13 +7,8 @@ generator seeded by (seed, epoch, step), and each process keeps the rows of its 
 processes, and a resumed run, see the same. (But for a short last step: its remainder by the number of
 processes is left out, and all of it below two images per process.)
 
-Augmentation works on batches (B, 3, H, W), one parameter per image. Each comes as a pair: the function of its
-parameters, equal to its torchvision counterpart, and `random_...`, which draws them as torchvision does.
-Parameters live on the CPU until they are used: a thousand numbers per step cost nothing there, and which image
-gets what is known without a host sync.
-
-Images are float32 in [0, 1], and integers are refused. What begins a view takes uint8 (0 to 255) as well, and
-gives floats: `resized_crop`, `pad_crop`, `resize`, `to_float`. `flip` only moves pixels, of any dtype.
+What `batches` yields is uint8, from 0 to 255; common/augment.py makes floats in [0, 1] of it, by the numbers of
+an `Rng`.
 """
 import concurrent.futures
 import contextlib
@@ -119,7 +114,7 @@ class Folder:
         indices = list(indices)
         loader = torch.utils.data.DataLoader(
             _Squares([path for path, _ in self.samples], self.size),
-            batch_sampler=[i.tolist() for i in indices], num_workers=self.workers,
+            batch_sampler=[i.tolist() for i in indices], num_workers=min(self.workers, len(indices)),
             pin_memory=torch.device(self.device).type == "cuda", worker_init_fn=_worker,
         )
         try:
@@ -225,14 +220,9 @@ def load(name, root="data", split="train", device="cpu", limit=None, size=None, 
         raise ValueError(f"data '': must be one of {', '.join(NAMES)}, the path of an .npz or of a folder")
     if split not in ("train", "labelled", "test"):
         raise ValueError(f"split {split!r}: choose one of train, labelled, test")
-    if workers < 0:
-        raise ValueError(f"workers {workers}: must be 0 or more")
+    _check_workers(workers)
     if name not in NAMES and not name.endswith(".npz") and pathlib.Path(name).is_dir():
-        if size is None:
-            raise ValueError(
-                f"{name}: a folder needs `size`, the side of the decoded square; give --image-size")
-        if size < 1:
-            raise ValueError(f"size {size}: must be 1 pixel or more; give another --image-size")
+        _check_size(name, size)
         folder, samples, classes = _from_folder(pathlib.Path(name), split)
         samples = [samples[i] for i in keep(len(samples))]
         return Folder(str(folder), samples, classes, size, device, workers)
@@ -255,6 +245,19 @@ def load(name, root="data", split="train", device="cpu", limit=None, size=None, 
         raise ValueError(f"{name}: no pixel is above 1, where 255 is white; were they floats in [0, 1], cast to uint8? "
                          "Multiply by 255 before the cast")
     return Images(x, y[rows].to(device), classes)
+
+
+def _check_workers(workers):
+    if workers < 0:
+        raise ValueError(f"workers {workers}: must be 0 or more")
+
+
+def _check_size(folder, size):
+    if size is None:
+        raise ValueError(
+            f"{folder}: a folder needs `size`, the side of the decoded square; give --image-size")
+    if size < 1:
+        raise ValueError(f"size {size}: must be 1 pixel or more; give another --image-size")
 
 
 PART = 2**24  # bytes that are read, copied or hashed at a time
@@ -611,12 +614,16 @@ def load_test(path, classes, names=None, device="cpu", limit=None, size=None, wo
     Raises ValueError, FileNotFoundError or OSError, naming the path and what would work.
     """
     path = pathlib.Path(path)
+    _check_workers(workers)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit {limit}: must be 1 image or more")
     if path.is_dir():
         arrays = sorted(path.glob("*_data.npy"))
         if len(arrays) > 1:
             found = " and ".join(array.name for array in arrays)
             raise ValueError(f"{path}: holds {found}; give one of them")
         if not arrays:
+            _check_size(path, size)
             samples, present = _from_class_folders(path, classes, names)
             samples = [samples[i] for i in fixed_order(len(samples))[:limit]]
             return Folder(str(path), samples, len(present), size, device, workers), present
@@ -854,7 +861,7 @@ def batches(images, batch_size, seed, epoch, rank=0, world=1, start=0):
 
     x (b, 3, H, W) uint8 and y (b,) on the device, b = batch_size / world (less in a short last step, whose
     remainder by `world` is left out); `rng` an `Rng` for those images. The order is a new permutation each
-    epoch. Raises ValueError as `steps_per_epoch` does.
+    epoch. Raises ValueError as `steps_per_epoch` does, at the first step that is asked for.
     """
     steps = steps_per_epoch(len(images), batch_size, world)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_seed(seed, epoch)))

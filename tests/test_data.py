@@ -423,6 +423,17 @@ def test_an_image_of_the_right_height_loses_only_its_sides(tree):
     assert (x[0].permute(1, 2, 0).numpy() == whole[:, 5:25]).all() and y.tolist() == [1]
 
 
+def test_no_more_workers_are_started_than_there_are_batches(tree, monkeypatch):
+    started = []
+    loader = torch.utils.data.DataLoader
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *what, num_workers, **how: (
+        started.append(num_workers) or loader(*what, num_workers=0, **how)))
+    images = data.load(str(tree), size=8, workers=3)
+    for count in (1, 3, 6):
+        list(images.stream(torch.arange(12).chunk(count)))
+    assert started == [1, 3, 3]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_folder_gives_whatever_stands_in_y(tree, workers):
     images = data.load(str(tree), size=20, workers=workers)

@@ -558,6 +558,21 @@ def test_numbers_that_cannot_be_are_one_line(tmp_path, flags, says):
     assert one_line(error)
 
 
+@pytest.mark.parametrize("flags, says", [
+    ({"size": None}, "needs `size`.*--image-size"), ({"size": 0}, "size 0: must be"), ({"limit": 0}, "limit 0: must be"),
+    ({"limit": -1}, "limit -1: must be"), ({"workers": -1}, "workers -1: must be")])
+def test_numbers_that_cannot_be_are_one_line_of_other_test_sets_too(tmp_path, flags, says):
+    root = small(tmp_path)
+    with pytest.raises(ValueError, match=says) as error:
+        data.load_test(f"{root}/train", 2, ["a", "b"], **{"size": 8, "workers": 0, **flags})
+    assert one_line(error)
+    x = np.full((3, 8, 8, 3), 255, dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", x_test=x, y_test=np.arange(3) % 2)
+    if "limit" in flags:
+        with pytest.raises(ValueError, match=says):
+            data.load_test(tmp_path / "x.npz", 2, **flags)
+
+
 def test_workers_are_counted_for_data_without_workers_too():
     with pytest.raises(ValueError, match="workers -2: must be"):
         data.load("shapes", workers=-2)
