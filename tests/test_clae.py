@@ -1,4 +1,5 @@
 """The mathematics of clae.py: slow float64 loops, and printed values."""
+import json
 import math
 
 import pytest
@@ -7,10 +8,11 @@ from torch import nn
 
 import acl
 import clae
+from common import data
 from common.pgd import frozen_stats
 from common.resnet import BranchNorm, branch
 from tests.recipes import X
-from tests.scripts import named, read_flags
+from tests.scripts import TINY, named, read_flags, tiny_npz
 
 torch64 = dict(dtype=torch.float64)
 
@@ -194,9 +196,16 @@ def test_the_rate_is_constant_or_falls_by_a_cosine():
     assert [clae.lr_at(epoch, 4, 2.0, 1.0) for epoch in (0, 2)] == pytest.approx([2.0, 1.5])
 
 
-def test_the_logged_gain_is_positive_for_the_attack_and_leaves_the_network_alone():
-    from common import data
+@pytest.mark.parametrize("flags, share", [([], 1.0), (["--lr-final", "0"], 0.5), (["--lr-final", "1.6"], 1.3)])
+def test_a_run_keeps_its_rate_unless_a_last_one_is_given_which_may_be_0(tmp_path, flags, share):
+    """In the second of two epochs the cosine is half way."""
+    images = tiny_npz(tmp_path / "images.npz", 16)
+    clae.main([*TINY, "--data", images, "--out", str(tmp_path / "run"), "--lr", "1", *flags])
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()[1:]
+    assert [json.loads(line)["lr"] for line in lines] == pytest.approx([1.0, share])
 
+
+def test_the_logged_gain_is_positive_for_the_attack_and_leaves_the_network_alone():
     torch.manual_seed(0)
     net = clae.network("slim")
     pixels = (255 * X(32, 3, 32, 32)).to(torch.uint8)
@@ -209,3 +218,23 @@ def test_the_logged_gain_is_positive_for_the_attack_and_leaves_the_network_alone
     assert clae.gain(net, loaded, 32, args) < gain
     args.eps = 0
     assert clae.gain(net, loaded, 32, args) == 0
+
+
+def test_the_logged_gain_is_that_of_branch_adv_by_its_batch_statistics():
+    """The view and its copy both go through it, in train mode."""
+    torch.manual_seed(0)
+    net = clae.network("slim")
+    for module in net.modules():
+        if isinstance(module, BranchNorm):
+            nn.init.uniform_(module.branches["adv"].weight, 0.5, 2)
+            nn.init.uniform_(module.branches["adv"].bias, -0.5, 0.5)
+    pixels = (255 * X(70, 3, 32, 32)).to(torch.uint8)
+    loaded = data.Images(pixels, torch.zeros(70, dtype=torch.long), 2)
+    args = read_flags(clae, "--eps", "8", "--temperature", "0.3")
+    x, _, rng = next(data.batches(loaded, 64, args.seed, 0))
+    x1 = clae.augment(x, rng, 32)
+    x1_adv = clae.attack(net, x1, None, eps=8 / 255, temperature=0.3)
+    with torch.no_grad(), branch(net, "adv"), frozen_stats(net):
+        z = net(x1)
+        wanted = slow_nt_xent(z, net(x1_adv), 0.3) - slow_nt_xent(z, z, 0.3)
+    assert wanted > 0.01 and clae.gain(net, loaded, 32, args) == pytest.approx(wanted.item(), abs=1e-4)
