@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import adv_mae
-from common import augment, data, optim, shapes
+from common import augment, data, optim, run, shapes
 from common.vit import patchify
 from common.pgd import pgd
 from tests.scripts import read_flags
@@ -172,6 +172,17 @@ def test_the_network_sees_the_visible_patches_alone_each_at_its_place():
     want = torch.stack([slow_forward(net, *row) for row in zip(x, ids_keep, order)])
     torch.testing.assert_close(pred, want, rtol=1e-4, atol=1e-4)
     assert net.decoder.positions[0].abs().sum() == 0 and net.decoder.positions[1:].abs().sum() > 0
+
+
+def test_pixels_are_embedded_in_float32_under_autocast(monkeypatch):
+    """bf16 would blur a perturbation of 1/255."""
+    monkeypatch.setattr(run, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    net, x, order, _, args = real()
+    embed, found = net.encoder.embed, []
+    monkeypatch.setattr(net.encoder, "embed", lambda patches: found.append(embed(patches)) or found[-1])
+    v, ids_keep, ids_restore, _, _ = parts(net, x, order, args)
+    assert net(v, ids_keep, ids_restore).dtype == torch.bfloat16
+    assert [tokens.dtype for tokens in found] == [torch.float32]
 
 
 def test_a_removed_pixel_has_exactly_no_gradient_and_a_visible_one_has():

@@ -174,6 +174,15 @@ def test_the_pooling_equals_a_loop_over_heads_and_has_second_derivatives():
     assert torch.autograd.gradgradcheck(layer, x[:1].clone().requires_grad_())
 
 
+def test_the_pooling_starts_with_the_codes_numbers():
+    """Rows of the grid differ from the start, columns and the token only once they have learnt."""
+    torch.manual_seed(0)
+    pool = pretext.AttentionPool(512, 2)
+    assert pool.rows.mean().item() == pytest.approx(0, abs=0.1) and pool.rows.std().item() == pytest.approx(1, abs=0.1)
+    assert not pool.columns.any() and not pool.token.any()
+    assert [module.p for module in pool.modules() if isinstance(module, nn.Dropout)] == [0.1, 0.1]
+
+
 # The diversity of gradients ---------------------------------------------------------------------------------
 def test_log_det_equals_printed_values():
     a, b, c = (S(2, 6, p).requires_grad_() for p in (0.2, 1.4, 2.9))
@@ -317,11 +326,59 @@ def test_the_rate_is_a_ramp_and_then_a_cosine_to_its_end():
 
 
 # The run ----------------------------------------------------------------------------------------------------
-def run(tmp_path, *flags):
+def main(tmp_path, *flags):
     small = ["--steps", "1", "--pool-layers", "1", "--data", tiny_npz(tmp_path / "d.npz"), "--out", str(tmp_path / "r")]
     pretext.main([*TINY, *small, *flags])
+
+
+def run(tmp_path, *flags):
+    main(tmp_path, *flags)
     saved = torch.load(tmp_path / "r" / "last.pt", weights_only=True)["state"]["net"]
     return encoders.load_encoder(tmp_path / "r" / "encoder.pt"), saved
+
+
+def test_the_exported_encoder_normalises_by_the_colours_of_cifar_10(tmp_path):
+    main(tmp_path, "--epochs", "0")
+    encoder = encoders.load_encoder(tmp_path / "r" / "encoder.pt")
+    assert encoder.mean.flatten().tolist() == pytest.approx([0.4914, 0.4822, 0.4465])
+    assert encoder.std.flatten().tolist() == pytest.approx([0.2470, 0.2435, 0.2616])
+
+
+def test_the_log_begins_with_the_losses_of_uniform_answers(tmp_path):
+    """ln 4 of the rotations, ln 31 of the identity and 30 permutations, and of Selfie four choices: 4 ln 4."""
+    main(tmp_path, "--epochs", "0", "--tasks", "rotation", "jigsaw", "selfie")
+    first = json.loads((tmp_path / "r" / "log.jsonl").read_text().splitlines()[0])
+    assert "loss of uniform answers: rotation 1.386, jigsaw 3.434, selfie 5.545;" in first["note"]
+
+
+def test_the_logged_accuracies_are_those_of_a_loop_in_eval_mode_and_leave_the_network_alone():
+    """Of the first 256 images of a fixed order."""
+    tasks = ["selfie", "rotation", "jigsaw"]
+    args = pretext.parser().parse_args(["--tasks", *tasks, "--permutations", "3"])
+    torch.manual_seed(0)
+    net = pretext.network("slim", tasks, 3, 1, 0)
+    pixels = torch.randint(0, 256, (260, 3, 16, 16), dtype=torch.uint8)
+    images = data.Images(pixels, torch.zeros(260), 1)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    found = pretext.clean_accuracy(net, images, 16, args)
+    assert net.training and all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+    x, _, rng = next(data.batches(images, 256, args.seed, 0))
+    x, (order, turns, shuffles) = pretext.batch_of_tasks(net, x, rng, 16, args, 4, True)
+    selfie, rotation, jigsaw = x.chunk(3)
+    net.eval()
+    with torch.no_grad():
+        queries, features = net(selfie, "selfie", order)
+        turned = net(rotation, "rotation", None).tolist()
+        shuffled = net(jigsaw, "jigsaw", None).tolist()
+    right = dict.fromkeys(["accuracy_selfie", "accuracy_rotation", "accuracy_jigsaw"], 0)
+    for b in range(256):
+        for place in range(4):
+            dots = [float(queries[b, place] @ feature) for feature in features[b]]
+            right["accuracy_selfie"] += (dots.index(max(dots)) == place) / 4
+        right["accuracy_rotation"] += turned[b].index(max(turned[b])) == turns[b]
+        right["accuracy_jigsaw"] += shuffled[b].index(max(shuffled[b])) == shuffles[b]
+    assert found == pytest.approx({name: float(count) / 256 for name, count in right.items()})
 
 
 @pytest.mark.parametrize("tasks, trained", [
@@ -403,3 +460,17 @@ def test_gaussian_noise_takes_the_place_of_the_attack(monkeypatch, tmp_path):
     opt = torch.optim.SGD(net.parameters(), 0.1)
     pretext.train_step(net, opt, x, [torch.zeros(4).long()], noise, **settings)
     torch.testing.assert_close(seen, [x + 8 / 255 * noise.view(x.shape)])
+
+
+@pytest.mark.parametrize("pixel", [0.0, 1.0])
+def test_gaussian_noise_leaves_no_pixel_below_0_or_above_1(pixel):
+    args = pretext.parser().parse_args(["--noise", "8", "--tasks", "rotation"])
+    x = torch.full((4, 3, 16, 16), pixel)
+    noise = pretext.start_noise(x, data.Rng((0, 0, 0), 4, slice(None)), args)
+    net = pretext.network("slim", ["rotation"], 30, 1, 0)
+    seen = []
+    net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    opt = torch.optim.SGD(net.parameters(), 0.1)
+    pretext.train_step(net, opt, x, [torch.zeros(4).long()], noise, **pretext.step_settings(args))
+    wanted = torch.tensor([min(max(pixel + 8 / 255 * number, 0.0), 1.0) for number in noise.flatten().tolist()])
+    torch.testing.assert_close(seen, [wanted.view(x.shape)])

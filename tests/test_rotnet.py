@@ -130,6 +130,24 @@ def test_the_attack_climbs_and_stays_in_ball_and_box_and_leaves_no_trace(norm, e
     assert value > 1e-3
 
 
+def test_the_logged_accuracy_is_that_of_a_loop_in_eval_mode_and_leaves_the_network_alone():
+    """Of the first 256 images of a fixed order."""
+    args = rotnet.parser().parse_args(["--arch", "slim"])
+    torch.manual_seed(0)
+    net = rotnet.network("slim", 16, 4)
+    images = data.Images(torch.randint(0, 256, (260, 3, 16, 16), dtype=torch.uint8), torch.zeros(260), 1)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    found = rotnet.clean_accuracy(net, images, 16, args)
+    assert net.training and all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    pixels, labels, rng = next(data.batches(images, 256, args.seed, 0))
+    turned, turns = rotnet.task(pixels, labels, rng, 16, args)
+    net.eval()
+    right = 0
+    for answers, turn in zip(net(turned).tolist(), turns.tolist(), strict=True):
+        right += answers.index(max(answers)) == turn
+    assert found == pytest.approx(right / 256)
+
+
 def test_the_rate_is_a_cosine_or_falls_at_milestones():
     assert rotnet.lr_at(5, 40, 0.4, 10, []) == pytest.approx(0.2)
     assert rotnet.lr_at(25, 40, 0.4, 10, []) == pytest.approx(0.2)

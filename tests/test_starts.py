@@ -1,4 +1,5 @@
-"""Where the attacks of all scripts start; and that pictures, which rank 0 draws alone, wait for no other."""
+"""Where the attacks of all scripts start, and learnt tokens, and torch's own numbers; and that pictures, which rank 0 draws
+alone, wait for no other."""
 import functools
 import importlib
 from types import SimpleNamespace
@@ -6,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common import dist
+from common import data, dist, run
 from common.bank import Bank
 from common.pgd import pgd
 from common.pictures import difference
 from tests.scripts import SCRIPTS, TINY, tiny_npz
+from tests.steps import first_step
 
 FGSM = ["--no-random-start", "--steps", "1", "--eps", "8", "--step-size", "8"]
 ATTACKS = {  # one step of the whole radius from the image itself: FGSM
@@ -162,3 +164,37 @@ def test_a_picture_of_clean_images_has_no_key_to_the_colours_of_a_difference(scr
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_pictures_call_no_collective_operation(script, traced):
     assert traced(script).alone == []
+
+
+@pytest.mark.parametrize("script", ["adpe", "adv_mae", "unified"])
+def test_mask_tokens_start_as_small_as_maes(script, tmp_path, monkeypatch):
+    """Normal, with the deviation .02."""
+    torch.manual_seed(0)
+    flags = [*SCRIPTS[script], "--decoder", "512", "1", "2"]
+    net = first_step(importlib.import_module(script), monkeypatch, tmp_path, *flags)["net"]
+    token = net.mask_token
+    assert token.std().item() == pytest.approx(0.02, rel=0.2) and abs(token.mean()) < 0.005
+
+
+@pytest.mark.parametrize("script", ["pretext", "rotnet"])
+def test_what_torch_draws_is_seeded_anew_in_each_step_and_on_each_process(script, tmp_path, monkeypatch):
+    """Else a run that is continued would have another dropout, or two processes the same. The second process is alone here,
+    and has all images."""
+    module = importlib.import_module(script)
+    npz = tiny_npz(tmp_path / "tiny.npz")
+    setup, batches, seeds = run.setup, data.batches, []
+
+    def train_step(*given, **settings):
+        seeds[-1].append(torch.initial_seed())
+        return {"loss": torch.zeros(())}
+
+    def all_of_them(images, batch_size, seed, epoch, rank=0, world=1, start=0):
+        return batches(images, batch_size, seed, epoch, start=start)
+
+    monkeypatch.setattr(module, "train_step", train_step)
+    monkeypatch.setattr(data, "batches", all_of_them)
+    for rank in (0, 1):
+        seeds.append([])
+        monkeypatch.setattr(run, "setup", lambda args: setup(args)._replace(rank=rank))
+        module.main([*TINY, *SCRIPTS[script], "--data", npz, "--out", str(tmp_path / str(rank))])
+    assert len(set(seeds[0])) == 6 and [b - a for a, b in zip(*seeds, strict=True)] == 6 * [1]

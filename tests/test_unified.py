@@ -10,7 +10,7 @@ from torch import nn
 import acl
 import adv_mae
 import unified
-from common import data
+from common import data, run
 from common.pgd import pgd
 from common.vit import ViT, patchify
 from tests import crossed
@@ -212,6 +212,18 @@ def test_without_the_contrastive_loss_it_is_adversarial_mae(norm, eps, norm_pix)
     assert all(torch.equal(net.projector.state_dict()[name], value) for name, value in untouched.items())
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("flags", [["--con-weight", "0"], ["--attack", "mae"], ["--share"], ["--share", "--attack", "con"]])
+def test_removed_patches_have_no_noise_where_no_gradient_moves_them(flags, norm):
+    args = read_flags(unified, "--arch", "vit_slim", *flags)
+    _, _, u = inputs()
+    noise = noise_of(norm, 9, u, args)
+    removed = unified.random_masking(u, 0.75)[2].bool()
+    assert (noise[removed] == 0).all() and noise[~removed].abs().min() > 0
+    if norm == "l2":  # a ball of the visible patches alone
+        assert 0.8 < noise.flatten(1).norm(dim=1).min() and noise.flatten(1).norm(dim=1).max() <= 1 + 1e-6
+
+
 @pytest.mark.parametrize("norm, eps", [("linf", 30), ("l2", 200)])
 def test_without_the_reconstruction_it_is_adversarial_simclr(norm, eps):
     args = read_flags(unified, "--arch", "vit_slim", "--lam", "0", "--eps", str(eps), "--norm", norm)
@@ -265,6 +277,20 @@ def test_shared_the_contrastive_loss_sees_the_visible_patches_of_the_first_view_
     (g,) = torch.autograd.grad(z_whole.sum(), patches)
     assert (g != 0).any(2).all() and torch.equal(pred, pred_whole)
     torch.testing.assert_close(z_whole, net.projector(net.encoder(x1)))
+
+
+def test_pixels_are_embedded_in_float32_under_autocast(monkeypatch):
+    """bf16 would blur a perturbation of 1/255."""
+    monkeypatch.setattr(run, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    net = toy().float()
+    embed, found, inner = net.encoder.embed, [], []
+    monkeypatch.setattr(net.encoder, "embed", lambda patches: found.append(embed(patches)) or found[-1])
+    net.encoder.blocks[0].attn.register_forward_hook(lambda module, given, out: inner.append(out.dtype))
+    x1, _, u = inputs()
+    ids_keep, ids_restore, _ = unified.random_masking(u, 0.75)
+    z, pred = net(patchify(x1.float(), SIDE), ids_keep, ids_restore)
+    assert [tokens.dtype for tokens in found] == [torch.float32] and set(inner) == {torch.bfloat16}
+    assert z.dtype == pred.dtype == torch.float32
 
 
 def test_what_has_no_weight_is_not_computed():
