@@ -46,9 +46,13 @@ def tests_of(path):
 
 
 MORE = {
-    "acl.py": ("test_noise_sigma.py",),
-    "byorl.py": ("test_noise_sigma.py",),
+    "acl.py": ("test_noise_sigma.py", "test_gathered_losses.py"),
+    "adco.py": ("test_bank_players.py",),
     "adpe.py": ("test_encoders.py",),
+    "advcl.py": ("test_gathered_losses.py",),
+    "byorl.py": ("test_noise_sigma.py",),
+    "caco.py": ("test_bank_players.py",),
+    "clae.py": ("test_gathered_losses.py",),
     "common/augment.py": ("test_data.py", "test_data_faults.py"),
     "common/bank.py": ("test_step_amoc.py", "test_step_adco.py"),
     "common/data.py": ("test_pretext.py", "test_augment.py", "test_faults.py", "test_presets.py", "test_testsets.py"),
@@ -66,6 +70,7 @@ MORE = {
     "evaluation/results.py": ("test_foreign.py",),
     "evaluation/attacks.py": ("test_names.py", "test_together.py"),
     "hardneg.py": ("test_gathered_losses.py",),
+    "rocl.py": ("test_gathered_losses.py",),
     "unified.py": ("test_gathered_losses.py",),
     "common/vit.py": ("test_encoders.py", "test_step_adpe.py", "test_adpe.py"),
 }
