@@ -50,14 +50,17 @@ def make(arch, branches=(), stem=None, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.
 
 
 def resnet18(**options):
+    """`make("resnet18", ...)`."""
     return make("resnet18", **options)
 
 
 def resnet34(**options):
+    """`make("resnet34", ...)`."""
     return make("resnet34", **options)
 
 
 def resnet50(**options):
+    """`make("resnet50", ...)`."""
     return make("resnet50", **options)
 
 
@@ -125,9 +128,12 @@ def export(encoder, path, branch=None, image_size=None):
     image_size              the side of the images it was pretrained on, in pixels; None: not known
     fresh                   where the recipe has it: the part that was never trained, as "the last stage"
     branch                  the BN branch that `state` holds (None without branches)
-    state                   torchvision's keys: of a `resnet18()` whose `fc` is `nn.Identity()`; its first
-                            convolution differs where `stem` is not "imagenet". Or timm's:
-                            `VisionTransformer(..., num_classes=0, global_pool="avg", fc_norm=False)`
+    state                   of a ResNet torchvision's keys, as of its `resnet18()` whose `fc` is
+                            `nn.Identity()`; the first convolution differs where `stem` is not "imagenet".
+                            Of a ViT timm's, as of its
+                            `VisionTransformer(..., num_classes=0, global_pool="avg", fc_norm=False)`.
+                            Neither has what `relative` adds to a ViT, nor pre-activation and wide ResNets,
+                            nor a network of one's own: these keys are this project's, or the network's
     others                  {branch: its BatchNorm tensors}, the branches not chosen
 
     Raises ValueError, and writes nothing, for a network that `make` did not build, a branch that it
@@ -167,13 +173,15 @@ FORMAT = "exported encoder, version 1"
 
 def load_encoder(path, branch=None, all_branches=False, arch=None):
     """The exported encoder at `path`, in eval mode, with plain BatchNorm; `branch` None is the exported
-    choice. `all_branches`: with all of them instead, that one in use. `arch`: of a network of one's own, where
-    its code is now, as "my_file.py:function".
+    choice. `all_branches`: with all of them instead, that one in use. `arch`: of a network of one's own,
+    where its code is now, as "my_file.py:function".
 
-    Its attribute `branch` names the one loaded, and `branches` all that the file holds; `image_size` is the side
-    of the images it was pretrained on, in pixels (None where the file does not say), `fresh` the part of it that
-    was never trained, as "the last stage" (None: all was trained). Raises FileNotFoundError, or ValueError that names what is wrong: not such a
-    file, an unknown branch, or the first missing, unexpected or misshaped tensor, or one that is not finite.
+    Its attribute `branch` names the one loaded, and `branches` all that the file holds; `image_size` is the
+    side of the images it was pretrained on, in pixels (None where the file does not say), `fresh` the part of
+    it that was never trained, as "the last stage" (None: all was trained).
+
+    Raises FileNotFoundError, or ValueError that names what is wrong: not such a file, an unknown branch, or
+    the first missing, unexpected or misshaped tensor, or one that is not finite.
     """
     advice = "pretraining writes encoder.pt when it ends"
     saved = read(path, FORMAT, advice)

@@ -31,7 +31,7 @@ class Log:
     progress line.
 
     Sums stay on the device within an epoch. They and the clock are in the state dict, so a resumed run logs
-    the same.
+    the same. All ranks make one, and call what it has, but for `mean`; rank 0 writes and prints.
     """
 
     def __init__(self, args, env, steps, images):
@@ -84,7 +84,8 @@ class Log:
                   end="", flush=True)
 
     def check(self):
-        """Stop the run if a value has not been finite on any rank (waits for the device)."""
+        """ValueError if a value has not been finite on any rank (waits for the device). Called by all
+        ranks."""
         bad = self.bad.clone()
         if self.env.world > 1:
             dist.all_reduce(bad, dist.ReduceOp.MAX)
@@ -99,7 +100,9 @@ class Log:
         return (self.sums[name] / self.count).item()
 
     def epoch(self, epoch, step, **values):
-        """Write the line of `epoch` (0-based): means of the step values, then `values`, speed and time."""
+        """Write the line of `epoch` (0-based): means of the step values over steps and ranks, then `values`,
+        speed and time. Called by all ranks. Raises as `check` does, and OSError where the line cannot be
+        written."""
         self.check()
         means = [v / self.count for v in self.sums.values()]
         average(means)

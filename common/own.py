@@ -260,10 +260,12 @@ def leaves(y):
 
 
 def has_branches(net):
+    """Whether `net` has BatchNorms with branches."""
     return any(isinstance(m, resnet.BranchNorm) for m in net.modules())
 
 
 def in_branch(net, name):
+    """A context in which the BatchNorms of `net` use the branch `name`; None: it changes nothing."""
     return resnet.branch(net, name) if name else contextlib.nullcontext()
 
 
@@ -281,6 +283,7 @@ def differ(features, others):
 
 
 def device_of(net):
+    """The device of the weights of `net`; the CPU where it has none."""
     return next((w.device for w in net.parameters()), torch.device("cpu"))
 
 

@@ -199,6 +199,8 @@ def cli(main):
 # Device and ranks
 # ----------------------------------------------------------------------------------------------------------
 class Env(NamedTuple):
+    """Where this process works: its device, its number `rank` among `world` processes."""
+
     device: torch.device
     rank: int
     world: int
@@ -208,8 +210,8 @@ _stop = {}  # the signals that asked this process to stop, and when each came fi
 
 
 def _note(number, _):
-    """The handler. A signal that comes more than five seconds after the first one kills. Until then it says the
-    same: a manager may signal all processes, and torchrun its own once more."""
+    """The handler. A signal that comes more than five seconds after the first one kills. Until then it says
+    the same: a manager may signal all processes, and torchrun its own once more."""
     now = time.monotonic()
     if _stop and now - min(_stop.values()) > 5:
         signal.signal(number, signal.SIG_DFL)
@@ -218,7 +220,8 @@ def _note(number, _):
 
 
 def device(args):
-    """The torch.device of `args.device`, tried; None takes this process's GPU if there is one."""
+    """The torch.device of `args.device`, tried; None takes this process's GPU if there is one. ValueError
+    where it cannot be used. On a CPU freed memory is kept from here on (`_keep_freed_memory`)."""
     kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         local = int(os.environ.get("LOCAL_RANK", 0))
@@ -250,9 +253,13 @@ def _keep_freed_memory():
 
 def setup(args):
     """Folder, device, signals, process group (torchrun's RANK, WORLD_SIZE, LOCAL_RANK), seed; returns an
-    `Env`.
+    `Env`. Called by all ranks, which meet here.
 
     `args`: of `parser`, with or without a script's own flags. The folder is locked until the process ends.
+
+    Raises ValueError where flags do not suit each other or the device (--warmup, --device, --sync-bn,
+    --graph), where another process is at work in the folder, and where the other ranks cannot be met; OSError
+    where the folder cannot be written.
     """
     epochs = getattr(args, "epochs", 0) or 0
     warmup = getattr(args, "warmup", 0)
@@ -432,9 +439,10 @@ def _refuse_other(args, flags, data_there, data_here):
 
 def stop_if_signalled(args, env, state, step):
     """Once SIGTERM or SIGINT has reached any rank: save `state` (None: there is nothing to save yet), and
-    exit with 128 + the signal's number. Call it before each step.
+    exit with 128 + the signal's number. Call it before each step, on all ranks.
 
-    The ranks agree through the host (gloo): the device is not waited for.
+    The ranks agree through the host (gloo): the device is not waited for. Raises as `Log.check` and `save`
+    do.
     """
     number = max(_stop, default=0)
     if env.world > 1:

@@ -105,6 +105,10 @@ def relative_bias(r):
 
 
 class Attention(nn.Module):
+    """Self-attention of `heads` heads over tokens (B, T, dim); names of weights are timm's. `bias`: as of a
+    TransformerBlock. `relative`: it has a `Relative`, for whoever makes that bias. Raises ValueError where
+    `dim` is no positive multiple of `heads`."""
+
     def __init__(self, dim, heads, relative):
         super().__init__()
         if min(dim, heads) < 1 or dim % heads:
