@@ -51,8 +51,8 @@ def groups(named, weight_decay, exempt=(), stages=(), gamma=1.0):
             found.setdefault((scale, decay), group)["params"].append(w)
     if wrapped and (exempt or stages and gamma != 1):
         raise ValueError(f"{wrapped[0]}: names must be those of the bare network, without module. "
-                         "(DistributedDataParallel) or _orig_mod. (torch.compile), to be found in `exempt` and "
-                         "the stages")
+                         "(DistributedDataParallel) or _orig_mod. (torch.compile), to be found in `exempt` "
+                         "and the stages")
     return list(found.values())
 
 

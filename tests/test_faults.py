@@ -23,6 +23,7 @@ from common import data, dist, encoders, files, run
 from common.log import Log, check_spread
 from tests.processes import Forked, free_port, in_two_processes, script_in_two_processes
 from tests.scripts import PICTURES, SCRIPTS, TINY, environment, scripts_with, tiny_npz
+from tests.steps import first_step
 
 BANKS = ("adco", "caco")
 WITH_WARMUP = scripts_with("warmup")
@@ -185,16 +186,39 @@ def test_synchronised_batch_norm_needs_cuda(script, npz, tmp_path):
         main(script, npz, tmp_path, "--sync-bn", *(["--tasks", "rotation"] if script == "pretext" else []))
 
 
-@pytest.mark.parametrize("script", BATCH_NORM)
-def test_synchronised_batch_norm_reaches_every_batch_norm(script):
+def batch_norms(net):
+    return [m for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+
+
+@pytest.mark.parametrize("script", [script for script in BATCH_NORM if script != "unified"])  # a ViT, which has none
+def test_every_batch_norm_of_a_run_went_through_to_device(script, tmp_path, monkeypatch):
+    """Or is of a copy of a network that did: there --sync-bn replaces them."""
+    to_device = run.to_device
+
+    def marking(net, args, env):
+        made = to_device(net, args, env)
+        for norm in batch_norms(made):
+            norm.went_through = True
+        return made
+
+    monkeypatch.setattr(run, "to_device", marking)
+    seen = first_step(importlib.import_module(script), monkeypatch, tmp_path, *SCRIPTS[script])
+    nets = [value for value in seen.values() if isinstance(value, torch.nn.Module)]
+    assert any(batch_norms(net) for net in nets)
+    for net in nets:
+        assert all(hasattr(norm, "went_through") for norm in batch_norms(net))
+
+
+def test_synchronised_batch_norm_replaces_every_batch_norm():
     """On a CPU it cannot run, so only the conversion is seen."""
-    net = encoders.make("slim", branches=("clean", "adv") if script in ("amoc", "acl", "advcl") else ())
-    args = argparse.Namespace(sync_bn=True)
-    plain = {name for name, m in net.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
-    keys = list(net.state_dict())
-    made = run.to_device(net, args, run.Env(torch.device("cpu"), 0, 2))
-    assert plain == {name for name, m in made.named_modules() if isinstance(m, torch.nn.SyncBatchNorm)}
-    assert list(made.state_dict()) == keys
+    for branches in ((), ("clean", "adv")):
+        net = encoders.make("slim", branches)
+        args = argparse.Namespace(sync_bn=True)
+        plain = {name for name, m in net.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
+        keys = list(net.state_dict())
+        made = run.to_device(net, args, run.Env(torch.device("cpu"), 0, 2))
+        assert plain == {name for name, m in made.named_modules() if isinstance(m, torch.nn.SyncBatchNorm)}
+        assert list(made.state_dict()) == keys
     with pytest.raises(ValueError, match="--sync-bn: this network has no BatchNorm"):
         run.to_device(encoders.make("vit_slim"), args, run.Env(torch.device("cpu"), 0, 2))
 
@@ -292,6 +316,7 @@ def test_a_flipped_bit_in_the_checkpoint_is_seen(npz, tmp_path):
         main("rocl", npz, out)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="/proc tells which file a descriptor is of")
 @every_script
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(script, npz, tmp_path, monkeypatch):
     """Pictures, checkpoint and encoder in turn cannot be written; then there is room again."""
