@@ -7,7 +7,6 @@ import functools
 import importlib
 import json
 import pathlib
-import re
 import shutil
 import signal
 
@@ -19,6 +18,7 @@ from tests.processes import copy_of_a_death, left_by_a_death, script_in_two_proc
 from tests.scripts import PICTURES, ROOT, SCRIPTS, TINY, tiny_npz
 
 pytestmark = pytest.mark.parametrize("script", SCRIPTS)
+UNIT_ROWS = ("amoc", "adco", "caco", "hardneg")  # what their `embed` returns
 
 
 @pytest.fixture(scope="module")
@@ -212,8 +212,10 @@ def test_two_processes_resume_bit_for_bit(script, npz, by_two):
 
 
 def test_under_autocast_only_the_networks_are_cast(script, npz, tmp_path, monkeypatch):
-    """bf16 on CUDA: losses are fp32, no backward runs under autocast, no weight loses its gradient."""
-    module, steps = importlib.import_module(script), []
+    """bf16 on CUDA: losses are fp32, no backward runs under autocast, no weight loses its gradient. Embeddings are fp32, and
+    unit rows are of length 1 in fp32."""
+    module, steps, embeddings = importlib.import_module(script), [], []
+    embed = getattr(module, "embed", None)
     step, backward = module.train_step, torch.Tensor.backward
 
     def watched(*args, **settings):
@@ -226,8 +228,15 @@ def test_under_autocast_only_the_networks_are_cast(script, npz, tmp_path, monkey
         assert not torch.is_autocast_enabled("cpu") and loss.dtype == torch.float32
         backward(loss, *args, **kwargs)
 
+    def watched_embed(*args, **settings):
+        rows = embed(*args, **settings)
+        embeddings.extend(rows if isinstance(rows, tuple) else [rows])
+        return rows
+
     monkeypatch.setattr(module, "train_step", watched)
     monkeypatch.setattr(torch.Tensor, "backward", outside)
+    if embed is not None:
+        monkeypatch.setattr(module, "embed", watched_embed)
     more = ["--fill-steps", "0"] if script == "caco" else []  # its positives jump with the rounding of a fill
     for out, last in (("plain", 1), ("cast", 4)):  # one step; an epoch with its end, and a step more
         monkeypatch.setattr(run, "stop_if_signalled", die(last))
@@ -239,6 +248,10 @@ def test_under_autocast_only_the_networks_are_cast(script, npz, tmp_path, monkey
     assert cast[0]["loss"] != plain[0]["loss"] and cast[0]["loss"].item() == pytest.approx(
         plain[0]["loss"].item(), rel=0.05)
     assert all(v.dtype == torch.float32 for v in cast[0].values())
+    assert bool(embeddings) == (embed is not None) and all(rows.dtype == torch.float32 for rows in embeddings)
+    if script in UNIT_ROWS:
+        lengths = torch.cat([rows.detach().norm(dim=1) for rows in embeddings])
+        torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=1e-6)
 
 
 def test_another_configuration_in_the_same_folder_is_refused(script, npz, tmp_path, undisturbed):
@@ -291,57 +304,6 @@ def test_bad_flags_are_named_before_anything_is_lost(script, npz, tmp_path, more
     with pytest.raises((ValueError, OSError), match=words):
         main(script, npz, tmp_path, *more)
     assert not list(tmp_path.glob("*.pt"))
-
-
-def test_a_warmup_as_long_as_the_run_is_refused(script, npz, tmp_path):
-    if "warmup" in importlib.import_module(script).parser().parse_args([]):
-        with pytest.raises(ValueError, match="--warmup 2: must be less than --epochs 2"):
-            main(script, npz, tmp_path, "--warmup", "2")
-
-
-def test_a_default_warmup_is_shortened_to_fit_a_short_run_and_says_so(script, capsys):
-    parser = importlib.import_module(script).parser
-    default = getattr(parser().parse_args([]), "warmup", None)
-    if default:
-        assert parser().parse_args(["--epochs", str(default + 1)]).warmup == default
-        assert capsys.readouterr().out == ""
-        for epochs in (default, 5, 1):
-            assert parser().parse_args(["--epochs", str(epochs)]).warmup == epochs // 10
-            assert f"--warmup is {epochs // 10}, not {default}" in capsys.readouterr().out
-        for by_hand in (["--warmup", str(default)], [f"--warmup={default}"]):
-            assert parser().parse_args(["--epochs", "5", *by_hand]).warmup == default
-        assert parser().parse_args(["--epochs", "0"]).warmup == default
-
-
-def test_in_l2_the_radius_of_linf_is_not_taken(script):
-    """8/255, a usual radius in linf, hardly moves an image in l2: an attack would be there in name only."""
-    parser = importlib.import_module(script).parser
-    if {"norm", "eps"} <= vars(parser().parse_args([])).keys():
-        for flags in (["--norm", "l2"], ["--norm=l2", "--steps", "3"]):
-            with pytest.raises(ValueError, match="--norm l2: give its radius by --eps.*128"):
-                parser().parse_args(flags)
-        for radius in (["--eps", "128"], ["--eps=128"], ["--eps", "0"]):
-            assert parser().parse_args(["--norm", "l2", *radius]).eps == float(radius[-1].split("=")[-1])
-        assert parser().parse_args(["--norm", "linf"]).eps == parser().get_default("eps")
-
-
-def test_another_optimizer_does_not_take_the_rate_of_the_default_one(script):
-    """A rate for LARS, such as BYORL's 2, is a thousand times AdamW's."""
-    parser = importlib.import_module(script).parser
-    usual = parser().get_default("optimizer")
-    rate = parser().get_default("lr")
-    for action in parser()._actions:
-        for name in action.choices if action.dest == "optimizer" else ():
-            if name == usual:
-                assert parser().parse_args(["--optimizer", name]).lr == rate
-                continue
-            example = ", for example 1e-3" if name == "adamw" else ""
-            says = f"--optimizer {name}: give its rate by --lr{example}; the default, {rate:g}, is for {usual}"
-            for words in (["--optimizer", name], [f"--optimizer={name}", "--weight-decay", "0.05"]):
-                with pytest.raises(ValueError, match=re.escape(says)):
-                    parser().parse_args(words)
-            for given in (["--lr", "0.01"], ["--lr=0.01"]):
-                assert parser().parse_args(["--optimizer", name, *given]).lr == 0.01
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 truncated", None])
