@@ -26,7 +26,8 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[1]
 LIST = pathlib.Path(__file__).with_name("mutants.json")
-SHARED = ("test_starts.py", "test_wiring.py", "test_augment.py", "test_export.py", "test_faults.py", "test_all_scripts.py")
+SHARED = ("test_flags.py", "test_starts.py", "test_wiring.py", "test_augment.py", "test_export.py", "test_faults.py",
+          "test_all_scripts.py")
 
 
 def tests_of(path):
@@ -64,7 +65,7 @@ MORE = {
     "common/optim.py": ("test_wiring.py", "test_step_rocl.py"),
     "common/pgd.py": ("test_folding.py", "test_step_amoc.py", "test_step_byorl.py"),
     "common/resnet.py": ("test_own_encoders.py", "test_folding.py", "test_encoders.py", "test_export.py", "test_step_amoc.py"),
-    "common/run.py": ("test_faults.py", "test_wiring.py", "test_all_scripts.py"),
+    "common/run.py": ("test_flags.py", "test_faults.py", "test_wiring.py", "test_all_scripts.py"),
     "common/shapes.py": ("test_data.py",),
     "eval.py": ("test_names.py", "test_checkpoint.py"),
     "evaluation/results.py": ("test_foreign.py",),
