@@ -49,21 +49,6 @@ def make(arch, branches=(), stem=None, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.
     return ResNet(arch, depths, widths, bottleneck, stem or default, tuple(branches), mean, std)
 
 
-def resnet18(**options):
-    """`make("resnet18", ...)`."""
-    return make("resnet18", **options)
-
-
-def resnet34(**options):
-    """`make("resnet34", ...)`."""
-    return make("resnet34", **options)
-
-
-def resnet50(**options):
-    """`make("resnet50", ...)`."""
-    return make("resnet50", **options)
-
-
 BLOCKS = (Block, PreActBlock, PreActBottleneck, TransformerBlock)
 
 

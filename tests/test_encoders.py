@@ -56,8 +56,8 @@ def test_parameters_are_those_of_the_papers_network_with_a_batchnorm_more():
     torchvisions = models.resnet18(num_classes=1)
     torchvisions.conv1, torchvisions.fc = nn.Conv2d(3, 64, 3, bias=False), nn.Identity()
     norms = sum(size(m) for m in torchvisions.modules() if isinstance(m, nn.BatchNorm2d))
-    assert size(encoders.resnet18()) == size(torchvisions)
-    assert size(encoders.resnet18(branches=BRANCHES)) == size(torchvisions) + norms == 11_178_432
+    assert size(make("resnet18")) == size(torchvisions)
+    assert size(make("resnet18", BRANCHES)) == size(torchvisions) + norms == 11_178_432
     assert 300_000 < size(make("slim", BRANCHES)) < 700_000
 
 
