@@ -440,8 +440,8 @@ def test_bad_input_is_one_line(tmp_path, flags, says):
 def test_it_learns(tmp_path, flags):
     """In a few epochs of 128 drawings, and so not well; but the loss falls."""
     pretext.main(["--data", "shapes", "--limit", "128", "--arch", "slim", "--batch-size", "32", "--epochs", "5",
-                  "--image-size", "16", "--lr", "0.02", "--ramp", "0", "--eps", "1", "--steps", "1", "--step-size", "1", "--pool-layers", "1",
-                  "--device", "cpu", "--held-out", "0", "--save-every", "5", "--out", str(tmp_path), *flags])
+                  "--image-size", "16", "--lr", "0.02", "--ramp", "0", "--eps", "1", "--steps", "1", "--step-size", "1",
+                  "--pool-layers", "1", "--device", "cpu", "--held-out", "0", "--save-every", "5", "--out", str(tmp_path), *flags])
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()[1:]]
     assert lines[-1]["loss"] < lines[0]["loss"]
 
