@@ -1,7 +1,9 @@
 """Work in other processes: in two, as torchrun starts them on one host; and programs, as the shell starts them. All
 are forked from one that has imported the libraries and the scripts, which takes longer than the work."""
+import contextlib
 import importlib
 import inspect
+import itertools
 import math
 import multiprocessing
 import os
@@ -88,11 +90,20 @@ def _program(words, names, folder, environment):
         runpy.run_path(words[0], run_name="__main__")
 
 
+asked = itertools.count()
+
+
 def free_port():
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port of this machine that nobody listens on. Each pytest has twenty to itself, which it gives in turns, so that no other
+    takes one before it is used; and the system gives those below 32768 to no connection."""
+    first = 10_000 + 20 * (os.getpid() % 1000)
+    for _ in range(20):
+        port = first + next(asked) % 20
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what was used a minute ago is free
+            s.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"ports {first} to {first + 19}: all are in use")
 
 
 def _server():
