@@ -287,7 +287,7 @@ def test_the_kernels_tests_pass_in_tritons_interpreter(interpreter):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0 and "13 passed" in done.stdout, done.stdout
+    assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout
 
 
 KERNELS = ("_logsumexp_kernel", "_weighted_rows_kernel", "_weighted_queries_kernel")
@@ -297,10 +297,10 @@ if bank_module.triton is None or os.environ.get("TRITON_INTERPRET") == "1":
 
 def made_for_a_gpu(name, D, dtype, folder, monkeypatch):
     """The shared memory of a program of the kernel `name`, and what it spills of its registers, in bytes, as compiled
-    for an RTX 30 (capability 8.6). Neither needs a GPU."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    for an RTX 30 (capability 8.6). Neither needs a GPU, but a Triton that can be asked in this way."""
+    ptxas = pathlib.Path(bank_module.triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    if not ptxas.exists():
+        pytest.skip(f"this Triton comes without {ptxas}")
     q, b = torch.empty(256, D, dtype=dtype), torch.empty(32768, D)
     _, numbers, options = bank_module._launch(q, b, 0.2)
     how = {key: options.pop(key) for key in ("num_warps", "num_stages")}
@@ -312,10 +312,16 @@ def made_for_a_gpu(name, D, dtype, folder, monkeypatch):
     sixteens = {(i,): [["tt.divisibility", 16]] for i, argument in enumerate(kernel.arg_names)
                 if types[argument] in ("i32", "*fp32", "*bf16")}  # as tensors' addresses and these sizes are
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
-    compiled = bank_module.triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=options, attrs=sixteens),
-                                          target=GPUTarget("cuda", 86, 32), options=how)
+    try:
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        source = ASTSource(fn=kernel, signature=signature, constexprs=options, attrs=sixteens)
+        gpu = GPUTarget("cuda", 86, 32)
+    except (ImportError, TypeError) as e:
+        pytest.skip(f"Triton {bank_module.triton.__version__} is asked in another way: {e}")
+    compiled = bank_module.triton.compile(source, target=gpu, options=how)
     (folder / "kernel.ptx").write_text(compiled.asm["ptx"])
-    ptxas = pathlib.Path(bank_module.triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     found = subprocess.run([ptxas, "-v", "-arch=sm_86", folder / "kernel.ptx", "-o", folder / "kernel.cubin"],
                            capture_output=True, text=True, check=True)
     return compiled.metadata.shared, int(re.search(r"(\d+) bytes spill stores", found.stderr).group(1))
