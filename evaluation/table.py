@@ -141,6 +141,9 @@ class Run(NamedTuple):
     unit: str  # of `spent`: CPU-s or s; empty where nothing is known
 
 
+RENAMED = {"advcl": {"radius": "cutoff"}}  # flags of a script that older logs have under another name
+
+
 def read_run(path, free):
     """The `Run` at `path`. Flags of the set `free` tell no methods apart."""
     single = not is_folder(path)
@@ -151,7 +154,8 @@ def read_run(path, free):
     # The script itself is the first that ends so; "-m evaluation.snapshots" may stand before it.
     named = [word for word in str(header.get("command")).split() if word.endswith(".py")]
     script = pathlib.Path(named[0]).stem if named else "?"
-    flags = {name: value for name, value in header["flags"].items() if name not in free}
+    names = RENAMED.get(script, {})
+    flags = {names.get(name, name): value for name, value in header["flags"].items() if name not in free}
     seed = flags.pop("seed", None)
     if single:
         flags["file"] = path.name

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from common import encoders, resnet
-from evaluation import finetune, results
+from evaluation import finetune, ranks, results
 from tests import tables
 from tests.scripts import ROOT, SCRIPTS, read_flags
 
@@ -120,6 +120,16 @@ def test_the_figures_beside_the_methods_are_those_of_the_tables():
         assert abs(int(minutes) - float(of["pretraining"].split()[0]) / 60) <= 0.51, folder
         for figure, column in zip(text.split(" / "), columns, strict=True):
             assert abs(float(figure) - float(re.match(r"[\d.]+", of[column])[0])) <= 0.051, (folder, column)
+
+
+@pytest.mark.parametrize("folder", ["cifar10-jpeg", "cpu-20"])
+def test_the_rank_correlations_are_those_that_the_command_prints(folder, capsys):
+    ranks.main(sorted(str(path) for path in (ROOT / "results" / folder).iterdir()))
+    printed = re.findall(r"Spearman's correlation ([\d.-]+), interval ([\d.-]+) to ([\d.-]+),", capsys.readouterr().out)
+    assert len(printed) == 2  # on clean images and under PGD-20
+    text = PAGES["results/README.md"].split(f"`python -m evaluation.ranks results/{folder}/*`")[1].split("\n\n")[0]
+    for correlation, low, high in printed:
+        assert f" {correlation} " in text and f"{low} to {high}" in text
 
 
 def test_every_published_figure_beside_a_method_is_on_the_page_of_all():

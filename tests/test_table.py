@@ -188,6 +188,10 @@ def test_a_flag_that_an_older_log_does_not_have_counts_as_its_default(tmp_path):
     new = folder(tmp_path / "rocl-1", "rocl", eps=8.0, norm="linf", asymmetry=None, seed=1)
     other = folder(tmp_path / "l2", "rocl", eps=8.0, norm="l2", seed=1)
     assert [len(row) for row in table.rows([old, new, other], {"out"})] == [2, 1]
+    older = folder(tmp_path / "advcl", "advcl", radius=8.0)
+    newer = folder(tmp_path / "advcl-1", "advcl", cutoff=8.0, seed=1)
+    third = folder(tmp_path / "advcl-4", "advcl", radius=4.0, seed=1)
+    assert [len(row) for row in table.rows([older, newer, third], {"out"})] == [2, 1]  # a flag that was renamed
     foreign = [folder(tmp_path / name, "elsewhere", **flags) for name, flags in (("a", {}), ("b", {"norm": "linf", "seed": 1}))]
     assert [len(row) for row in table.rows(foreign, {"out"})] == [1, 1]  # its defaults are not known
 
