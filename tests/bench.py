@@ -2,6 +2,7 @@
 
     python -m tests.bench                         all sections, on the GPU if there is one
     python -m tests.bench --device cpu bank step  some sections
+    python -m tests.bench step --scripts amoc acl the steps of some scripts
     python -m tests.bench --quick                 tiny sizes: shows that it works, measures nothing
 
     augment  two views of each image: amoc.augment against torchvision's PIL pipeline in worker processes
@@ -96,6 +97,7 @@ class Setting(NamedTuple):
     bank: int
     quick: bool
     flush: torch.Tensor | None  # CUDA: larger than the L2 cache
+    scripts: tuple = tuple(SCRIPTS)  # whose steps are timed
 
 
 def seconds(s, f):
@@ -380,45 +382,57 @@ def floor(n, size, products):
 
 
 def bank(s):
-    cuda, lines = s.flush is not None, []
-    sizes, types = [(128, 4096), (256, 32768)], [torch.float32]
+    """A table for each number of rows, so that what was measured stands there where the larger ones take too long."""
+    cuda = s.flush is not None
+    sizes, types = {4096: [128], 32768: [256]}, [torch.float32]  # rows of the bank: queries
     losses = {"ours": amoc.info_nce, "plain": plain, "eager": eager, "MoCo": moco}
     if cuda:
-        sizes = [(n, size) for size in (4096, 65536, 1048576) for n in (256, 512, 1024)]
+        sizes = {size: [256, 512, 1024] for size in (4096, 65536, 1048576)}
         types.append(torch.bfloat16)
         losses["compiled"] = torch.compile(eager, dynamic=False)
         torch._dynamo.config.cache_size_limit = 64
+    if s.quick:
+        sizes = {256: [32]}
     names = tuple(losses)
-    for dtype in types:
-        for n, size in [(32, 256)] if s.quick else sizes:
-            q, k, rows = (F.normalize(torch.randn(m, 128, device=s.device), dim=1) for m in (n, n, size))
-            q, k = q.to(dtype), k.to(dtype)
-            rivals = dict(losses)
-            if cuda:
-                torch.cuda.empty_cache()
-                if torch.cuda.mem_get_info()[0] < 6 * 4 * n * size:  # they hold about four (N, K) matrices
-                    rivals = {name: losses[name] for name in ("ours", "plain")}
-            for asked in ([q], [q, rows]):
-                q.requires_grad_(), rows.requires_grad_(len(asked) == 2)
+    for size, queries in sizes.items():
+        lines = []
+        for dtype in types:
+            for n in queries:
+                lines += bank_lines(s, losses, n, size, dtype)
+        table("bank: InfoNCE, forward and backward, N x K, D 128; MiB: peak above the inputs; floor: of an H200",
+              ["", "grad of", *(f"{v} ms" for v in names), *(f"{v}/ours" for v in names[1:]),
+               *(f"{v} MiB" for v in names), "floor/ours"], lines)
 
-                def work(name):
-                    loss = losses[name](q, k, rows, 0.2)
-                    return [loss.detach(), *torch.autograd.grad(loss, asked)]
 
-                for name in rivals:
-                    for what, a, b in zip(("loss", "dq", "dbank"), work("ours"), work(name)):
-                        tolerance = 1e-4 if dtype == torch.float32 else 0.03  # theirs rounds the scores
-                        agree(f"bank: {what}, {name}", a.float(), b.float(), tolerance)
-                t = race(s, {name: lambda name=name: work(name) for name in rivals}, budget=5)
-                ms = [1e3 * t[name] if name in t else None for name in names]
-                mib = [peak(s, lambda: work(name)) if name in t else None for name in names]
-                asks = "q" if len(asked) == 1 else "q, bank"
-                share = floor(n, size, 2 + len(asked)) / ms[0] if cuda and dtype == torch.bfloat16 else None
-                ratios = [m / ms[0] if m else None for m in ms[1:]]
-                lines.append([f"{n} x {size}, {str(dtype)[6:]}", asks, *ms, *ratios, *mib, share])
-    table("bank: InfoNCE, forward and backward, N x K, D 128; MiB: peak above the inputs; floor: of an H200",
-          ["", "grad of", *(f"{v} ms" for v in names), *(f"{v}/ours" for v in names[1:]),
-           *(f"{v} MiB" for v in names), "floor/ours"], lines)
+def bank_lines(s, losses, n, size, dtype):
+    """Of the table: `n` queries and `size` rows, where the queries alone get a gradient, and where both do."""
+    cuda, names, lines = s.flush is not None, tuple(losses), []
+    q, k, rows = (F.normalize(torch.randn(m, 128, device=s.device), dim=1) for m in (n, n, size))
+    q, k = q.to(dtype), k.to(dtype)
+    rivals = dict(losses)
+    if cuda:
+        torch.cuda.empty_cache()
+        if torch.cuda.mem_get_info()[0] < 6 * 4 * n * size:  # they hold about four (N, K) matrices
+            rivals = {name: losses[name] for name in ("ours", "plain")}
+    for asked in ([q], [q, rows]):
+        q.requires_grad_(), rows.requires_grad_(len(asked) == 2)
+
+        def work(name):
+            loss = losses[name](q, k, rows, 0.2)
+            return [loss.detach(), *torch.autograd.grad(loss, asked)]
+
+        for name in rivals:
+            for what, a, b in zip(("loss", "dq", "dbank"), work("ours"), work(name)):
+                tolerance = 1e-4 if dtype == torch.float32 else 0.03  # theirs rounds the scores
+                agree(f"bank: {what}, {name}", a.float(), b.float(), tolerance)
+        t = race(s, {name: lambda name=name: work(name) for name in rivals}, budget=5)
+        ms = [1e3 * t[name] if name in t else None for name in names]
+        mib = [peak(s, lambda: work(name)) if name in t else None for name in names]
+        asks = "q" if len(asked) == 1 else "q, bank"
+        share = floor(n, size, 2 + len(asked)) / ms[0] if cuda and dtype == torch.bfloat16 else None
+        ratios = [m / ms[0] if m else None for m in ms[1:]]
+        lines.append([f"{n} x {size}, {str(dtype)[6:]}", asks, *ms, *ratios, *mib, share])
+    return lines
 
 
 def compile_(s, compiled, *nets):
@@ -710,7 +724,8 @@ def operations(s, script, variant):
 
 
 def step(s):
-    for script, variants in SCRIPTS.items():
+    for script in s.scripts:
+        variants = SCRIPTS[script]
         steps, flops, mib, count = {}, {}, {}, {}
         more = [f"{COMPILED[script]}, {how}" for how in ("compiled", "graph", "compiled, graph")]
         if script not in scripts_with("graph"):
@@ -728,7 +743,8 @@ def step(s):
             if s.flush is not None:
                 one(), one()  # the optimizer's state, cuDNN's choices
             mib[name] = peak(s, one, above=before)
-        t, base = race(s, steps, budget=30), variants[0]
+        budget = 30 if s.flush is None else 10  # a GPU's times vary less
+        t, base = race(s, steps, budget), variants[0]
         flags = globals()[script].parser().parse_args([])
         arch = VITS[s.arch] if flags.arch.startswith("vit") and script != "rotnet" else s.arch
         bank = f", bank {s.bank}" if hasattr(flags, "bank_size") else ""
@@ -937,6 +953,8 @@ def main(argv=None):
     p = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("sections", nargs="*", help=f"of {' '.join(SECTIONS)}; default: all")
+    p.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS), metavar="script",
+                   help="of which `step` times the steps; default: all")
     p.add_argument("--device", help="default: cuda if there is one, else cpu")
     p.add_argument("--quick", action="store_true", help="tiny sizes")
     args = p.parse_args(argv)
@@ -948,7 +966,7 @@ def main(argv=None):
     torch.manual_seed(0)
     size = ("slim", 8, 64) if args.quick else ("resnet18", 256, 32768) if cuda else ("slim", 128, 4096)
     flush = torch.empty(2**28, dtype=torch.uint8, device=device) if cuda else None
-    s = Setting(device, *size, args.quick, flush)
+    s = Setting(device, *size, args.quick, flush, tuple(args.scripts))
     threads = f", {torch.get_num_threads()} CPU threads" if cuda else ""
     print(f"{header(args, run.Env(device, 0, 1))['device']}{threads}; torch {torch.__version__}")
     for name in args.sections or SECTIONS:

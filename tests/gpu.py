@@ -4,17 +4,21 @@
     python -m tests.gpu --data data/cifar10.npz --out runs/h100
     python -m tests.gpu --quick --device cpu           tiny, on a CPU: shows that it works
 
-    tests       what the test suite checks on CUDA alone
-    bank        the bank's Triton kernels against plain PyTorch and torch.compile; from how many rows they pay
-    step        images/s and TFLOP/s of every script's step on 256 images, ResNet-18 or ViT-Tiny, also with
-                --compile and, where there is one, --graph
-    autoattack  1,000 images, against pyautoattack where that is installed
-    amoc        AMOC's 200 epochs, or as many as the first call has time for, which later calls keep; then its
-                SLF and ALF
+    tests        what the test suite checks on CUDA alone
+    bank         the bank's Triton kernels against plain PyTorch and torch.compile; from how many rows they pay
+    step-amoc .. images/s and TFLOP/s of a script's step on 256 images, ResNet-18 or ViT-Tiny, also with --compile
+                 and, where there is one, --graph; a part for each script
+    autoattack   1,000 images, against pyautoattack where that is installed
+    amoc         AMOC's 200 epochs, or as many as fit into two thirds of --minutes; then its SLF and ALF
 
-Each part is a process of its own and begins only if time is left; what takes longer than its share is ended.
-What it prints is in <out>/<part>.txt, and <out>/summary.json says of each part whether it is done. AMOC's run is
-ended as by Ctrl-C, and goes on at the next call.
+One call makes as many parts as --minutes has time for. Its last lines say what is left, and the same command goes
+on with that, until nothing is. How many calls that takes is not known, as no GPU has run it yet.
+
+Each part is a process of its own, and is ended after eight minutes or at the end of the call. One that was cut
+off is made anew, by a later call, after those that were not tried yet. AMOC comes last and has what time is
+left: it is ended as by Ctrl-C, and the next call goes on with it where it was, and so with its evaluations.
+
+What a part prints is in <out>/<part>.txt. <out>/summary.json says of each part whether it is done.
 """
 import argparse
 import json
@@ -26,9 +30,10 @@ import sys
 import time
 
 from common import files, run
+from tests.scripts import SCRIPTS
 
 HERE = pathlib.Path(__file__).resolve().parents[1]
-SHARES = {"tests": 0.2, "bank": 0.12, "step": 0.3, "autoattack": 0.1}  # of all the time; AMOC has what is left
+LONGEST = 8 * 60  # seconds of a part; AMOC has what is left
 
 
 class Clock:
@@ -58,6 +63,11 @@ def call(command, path, seconds):
             return None
 
 
+def said(status):
+    """What the exit status of a part is called."""
+    return {0: "done", None: "cut off"}.get(status, f"failed, exit status {status}")
+
+
 def commands(args):
     """The parts before AMOC."""
     python = [sys.executable, "-m"]
@@ -68,13 +78,14 @@ def commands(args):
     return {
         "tests": [*python, "pytest", "-q", *tests, *chosen],
         "bank": [*bench, "bank"],
-        "step": [*bench, "step"],
+        **{f"step-{script}": [*bench, "step", "--scripts", script] for script in SCRIPTS},
         "autoattack": [*bench, "autoattack"],
     }
 
 
 def amoc(args, clock, state, save):
-    """AMOC, in `state`'s number of epochs, which the first call finds; then its evaluations."""
+    """AMOC, in `state`'s number of epochs, which the first call finds; then its evaluations. Returns the result, as
+    `said`, and where that came."""
     path = args.out / "amoc.txt"
     flags = ["--data", args.data, "--device", args.device]
     if args.quick:
@@ -84,29 +95,29 @@ def amoc(args, clock, state, save):
     script = [sys.executable, "amoc.py", *flags]
     if "epochs" not in state:  # a short run tells how many fit
         trial = args.out / "trial"
-        if call([*script, "--epochs", "2", "--out", str(trial)], path, 0.4 * clock.left) != 0:
-            return "the trial of two epochs failed or took too long"
+        result = said(call([*script, "--epochs", "2", "--out", str(trial)], path, clock.left))
+        if result != "done":
+            return f"{result}, in the trial of two epochs"
         lines = (trial / "log.jsonl").read_text().splitlines()
         last = json.loads(lines[-1])
         images = json.loads(lines[0])["data"]["images"]
         an_epoch = images / last["images_per_second"]
-        for_training = clock.left - (0 if args.quick else min(420, 0.3 * clock.left))  # the rest evaluates
-        state["epochs"] = 2 if args.quick else max(2, min(200, int(for_training / an_epoch)))
+        state["epochs"] = 2 if args.quick else max(2, min(200, int(2 / 3 * 60 * args.minutes / an_epoch)))
         save()
     out = args.out / "amoc"
-    if call([*script, "--epochs", str(state["epochs"]), "--out", str(out)], path, clock.left - 60) != 0:
-        return "interrupted: the next call goes on" if (out / "last.pt").exists() else "failed"
+    result = said(call([*script, "--epochs", str(state["epochs"]), "--out", str(out)], path, clock.left))
+    if result != "done":
+        return f"{result}, in training"
     quick = "--epochs 2 --milestones 1 --limit 256 --test-limit 32".split() if args.quick else []
     evaluation = [sys.executable, "eval.py", str(out / "encoder.pt"), "--data", args.data, "--device", args.device,
                   "--preset", "knn", "amoc-slf", "amoc-alf", "--attacks", "clean", "pgd20", *quick]
-    if call(evaluation, path, clock.left) != 0:
-        return "trained; its evaluation failed or took too long"
-    return "done"
+    result = said(call(evaluation, path, clock.left))
+    return result if result == "done" else f"{result}, in its evaluations"
 
 
 def kernel_rows(text):
-    """Of the bank's table: the fewest rows from which the kernels are faster than plain PyTorch, for every
-    number of queries and gradient that it lists; None where they are not."""
+    """Of the bank's tables, as many as `text` has: the fewest rows from which the kernels are faster than plain
+    PyTorch, for every number of queries and gradient that they list; None where they are not."""
     ratios = {}
     for line in text.splitlines():
         found = re.match(r"\s*\d+ x (\d+), \w+\s+(q, bank|q)\s+([\d.,]+)\s+([\d.,]+)", line)
@@ -124,7 +135,7 @@ def kernel_rows(text):
 def main(argv=None):
     p = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--minutes", type=run.number(above=0), default=25.0, help="that all of it may take")
+    p.add_argument("--minutes", type=run.number(above=0), default=25.0, help="that this call may take")
     p.add_argument("--data", default=None, help="for AMOC; default: cifar10, with --quick shapes")
     p.add_argument("--device", default="cuda")
     p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/gpu"))
@@ -142,17 +153,14 @@ def main(argv=None):
         with files.replacing(summary_path) as path:
             pathlib.Path(path).write_text(json.dumps(summary, indent=1) + "\n")
 
-    for name, command in commands(args).items():
-        if summary.get(name, {}).get("result") == "done":
-            continue
-        if clock.left < 30:
-            print(f"{name}: no time is left")
+    parts = commands(args)
+    for name in sorted(parts, key=lambda name: name in summary):  # first what was not tried yet
+        if summary.get(name, {}).get("result") == "done" or clock.left < 30:
             continue
         began = time.time()
-        status = call(command, args.out / f"{name}.txt", min(clock.left, SHARES[name] * 60 * args.minutes))
-        result = {0: "done", None: "cut off"}.get(status, f"failed, exit status {status}")
+        result = said(call(parts[name], args.out / f"{name}.txt", min(clock.left, LONGEST)))
         summary[name] = {"result": result, "seconds": round(time.time() - began)}
-        if name == "bank" and result == "done":
+        if name == "bank":  # also where it was cut off: a table is there as soon as it is measured
             summary[name]["kernels from rows"] = kernel_rows((args.out / "bank.txt").read_text())
         save()
         print(f"{name}: {result}, {summary[name]['seconds']} s", flush=True)
@@ -161,7 +169,8 @@ def main(argv=None):
         state["result"] = amoc(args, clock, state, save)
         save()
         print(f"amoc: {state['result']}", flush=True)
-    print(f"see {summary_path}")
+    left = [name for name in (*parts, "amoc") if summary.get(name, {}).get("result") != "done"]
+    print(f"left for the next call: {', '.join(left) or 'nothing'}; see {summary_path}")
     failed = [name for name, part in summary.items() if part.get("result", "").startswith("failed")]
     if failed:
         raise ValueError(f"failed: {', '.join(failed)}; see {args.out}")

@@ -9,6 +9,7 @@ import pytest
 
 from tests import gpu
 from tests.processes import Forked
+from tests.scripts import SCRIPTS
 
 BANK = """
                           grad of  ours ms  plain ms  eager ms
@@ -41,7 +42,9 @@ def test_one_command_does_what_is_left_and_says_so(tmp_path, capsys, monkeypatch
         Popen=lambda command, cwd, stdout, stderr: Forked(command, stdout, cwd=cwd), STDOUT=None,
         TimeoutExpired=subprocess.TimeoutExpired))
     summary = tmp_path / "summary.json"
-    summary.write_text(json.dumps({name: {"result": "done"} for name in ("bank", "step", "autoattack")}))
+    benched = [name for name in gpu.commands(SimpleNamespace(device="cpu", quick=True)) if name != "tests"]
+    assert len(benched) == 2 + len(SCRIPTS)
+    summary.write_text(json.dumps({name: {"result": "done"} for name in benched}))
     flags = ["--quick", "--device", "cpu", "--out", str(tmp_path), "--minutes", "20"]
     gpu.main(flags)
     found = json.loads(summary.read_text())
@@ -51,7 +54,32 @@ def test_one_command_does_what_is_left_and_says_so(tmp_path, capsys, monkeypatch
     assert {line["preset"] for line in evaluated} == {"knn", "amoc-slf", "amoc-alf"}
     capsys.readouterr()
     gpu.main(flags)
-    assert capsys.readouterr().out.split("\n")[0].startswith("see ")
+    assert capsys.readouterr().out.startswith("left for the next call: nothing; see ")
+
+
+def test_an_interrupted_call_goes_on_with_what_is_left(tmp_path, capsys, monkeypatch):
+    """What was cut off is made anew, but first what was not tried; a bank's tables count as far as they are there."""
+    made, clock = [], SimpleNamespace(left=100)
+    monkeypatch.setattr(gpu, "commands", lambda args: dict.fromkeys(["bank", "step-amoc", "step-acl", "step-rocl"], []))
+    monkeypatch.setattr(gpu, "Clock", lambda minutes: clock)
+    monkeypatch.setattr(gpu, "amoc", lambda *_: made.append("amoc") or "done")
+
+    def call(command, path, seconds):
+        made.append(path.stem)
+        path.write_text(BANK if path.stem == "bank" else "")
+        clock.left -= 40
+        return None if path.stem == "bank" and len(made) == 1 else 0
+
+    monkeypatch.setattr(gpu, "call", call)
+    flags = ["--quick", "--device", "cpu", "--out", str(tmp_path)]
+    gpu.main(flags)
+    assert made == ["bank", "step-amoc"]
+    assert "left for the next call: bank, step-acl, step-rocl, amoc; see" in capsys.readouterr().out
+    part = json.loads((tmp_path / "summary.json").read_text())["bank"]
+    assert part["result"] == "cut off" and part["kernels from rows"] == 65536
+    clock.left = 1000
+    gpu.main(flags)
+    assert made[2:] == ["step-acl", "step-rocl", "bank", "amoc"]
 
 
 def test_what_failed_is_said_last_and_without_a_device_nothing_begins(tmp_path, monkeypatch):
