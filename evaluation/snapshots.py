@@ -8,6 +8,9 @@
 The script runs as it does by itself, and what is given after its name are its own flags. Beside its encoder.pt
 it leaves encoder-002.pt, encoder-004.pt and so on, after as many epochs. An encoder with BatchNorm branches
 needs --bn, the one that the script exports.
+
+An encoder is kept where the script saves its state. So --every must be a multiple of the script's --save-every,
+and another one is refused.
 """
 import argparse
 import importlib
@@ -46,6 +49,14 @@ def check_branch(encoder, bn):
         raise ValueError(f"--bn {bn}: this encoder has no BatchNorm branches; leave --bn out")
 
 
+def check_every(every, save_every):
+    """ValueError where the script, which saves its state every `save_every` epochs, does not do so after each
+    `every` epochs."""
+    if every % save_every:
+        raise ValueError(f"--every {every}: must be a multiple of the script's --save-every {save_every}, as an "
+                         "encoder is kept where the script saves its state")
+
+
 def is_due(epochs, steps, every):
     """Whether an encoder is kept after so many `epochs`, and `steps` of the next one: a run that is stopped
     saves its state within an epoch."""
@@ -67,7 +78,8 @@ def main(argv=None):
         return size
 
     def resume(script_args, env, state):
-        check_branch(encoder_of(state["net"]), args.bn)  # before anything is trained
+        check_every(args.every, script_args.save_every)  # before anything is trained
+        check_branch(encoder_of(state["net"]), args.bn)
         return originals["resume"](script_args, env, state)
 
     def save_and_keep(script_args, env, state, step):

@@ -49,6 +49,8 @@ def test_what_a_stopped_run_saves_within_an_epoch_is_no_snapshot():
     (["acl.py"], "--bn None: this encoder has the BatchNorm branches adv, clean; name one"),
     (["nonsense.py"], "nonsense.py: no script here; such as caco.py"),
     (["--every", "0", "caco.py"], "--every 0"),
+    (["--every", "2", "rocl.py", "--save-every", "5"], "--every 2: must be a multiple of the script's --save-every 5"),
+    (["--every", "5", "rocl.py", "--save-every", "2"], "--every 5: must be a multiple of the script's --save-every 2"),
 ])
 def test_what_would_fail_late_fails_before_the_run(tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(ROOT)
