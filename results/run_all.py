@@ -52,7 +52,7 @@ TIMED_STEPS = 50  # of each of the two epochs of a timing run
 
 
 class Row(NamedTuple):
-    command: str  # a script and its flags, but for those that all rows share, --epochs, --seed and --out
+    command: str  # a script and its flags, with --batch-size; without --data, --epochs, --seed and --out
     seeds: int = 1
     needs: str = ""  # the row whose encoder the command reads
     encoder: bool = False  # whether it is kept; those of rows with two seeds are in any case
@@ -296,6 +296,10 @@ def main(argv=None):
     if unknown:
         raise SystemExit(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
     names = args.rows or list(ROWS)
+    without = [name for name in names if "--batch-size" not in ROWS[name].command.split()]
+    if without:
+        raise SystemExit(f"ROWS[{without[0]!r}] has no --batch-size, which is needed to choose its epochs; "
+                         "add it to the command of this row")
     if args.list:
         for name in names:
             words = command_of(ROWS[name], args.data, 0, args.runs / name, "EPOCHS")

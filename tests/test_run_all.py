@@ -187,6 +187,14 @@ def test_an_unknown_row_is_refused():
         run_all.main(["nonsense"])
 
 
+def test_a_row_without_a_batch_size_is_refused_before_anything_is_run(made, monkeypatch):
+    _, commands, flags = made
+    monkeypatch.setitem(run_all.ROWS, "mine", run_all.Row("amoc.py --arch slim"))
+    with pytest.raises(SystemExit, match=r"ROWS\['mine'\] has no --batch-size"):
+        run_all.main(["random", "mine", *flags])
+    assert not commands
+
+
 def test_rows_of_other_data_have_folders_of_their_own_and_read_what_is_there():
     ours, others = run_all.parse([]), run_all.parse(["--data", "cifar10"])
     assert [str(ours.runs), str(ours.results), str(ours.encoders)] == ["runs/cpu-20", "results/cpu-20", "results/encoders"]
