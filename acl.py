@@ -321,7 +321,7 @@ def attack_settings(args):
 def pictures(net, images, size, args):
     """Rows for `save_rows` of up to eight images: both views, and the attacked views of the first
     term that has any, each with what the attack added."""
-    x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
+    x, _, rng = data.sample(images, 8, args.seed)
     x1 = augment(x, rng, size)
     x2 = augment(x, rng, size)
     if args.noise_sigma:

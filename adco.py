@@ -517,7 +517,7 @@ def chance(args):
 def pictures(net, target, bank, images, size, args):
     """Rows for `save_rows` of up to eight images: both views; and of the hybrid the attacked query,
     from the image itself, and what the attack added."""
-    x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
+    x, _, rng = data.sample(images, 8, args.seed)
     x_q, x_k = views(x, rng, size, **view_settings(args))
     x1 = x_q[0]
     x2 = x_k[0]

@@ -395,7 +395,7 @@ def chance(args):
 def pictures(masker, images, size, args):
     """Rows for `save_rows` of up to eight images: a view, its N masks (white is removed), and the
     view without each."""
-    x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
+    x, _, rng = data.sample(images, 8, args.seed)
     x = augment(x, rng, size)
     control_masks = control(rng, size, args, x.device)
     masks = propose(masker, x) if control_masks is None else control_masks[: len(x)]
@@ -442,7 +442,7 @@ def main(argv=None):
     if target is not None:
         state["target"] = target
     step = run.resume(args, env, state)
-    sample, _, _ = next(data.batches(images, min(256, len(images)), args.seed, 0))
+    sample, _, _ = data.sample(images, 256, args.seed)
     log.start(step, chance(args))
 
     settings = attack_settings(args)

@@ -452,7 +452,7 @@ def pictures(net, images, size, args):
             values = (clean + net.delta) @ clean.T[None, None]
         values = F.interpolate(values / values.max().clamp_min(1e-8), scale_factor=8)
         return [(name, panel[None].expand(1, 3, -1, -1)) for name, panel in zip(names, values)]
-    x, _, rng = next(data.batches(images, min(2, len(images)), args.seed, 0))
+    x, _, rng = data.sample(images, 2, args.seed)
     masked = random_mask(rng.uniform(len(net.places), device=x.device), args.mask_ratio)[0]
     patches = patchify(augment(x, rng, size, args.min_scale, 1)[:1], net.encoder.patch)
     patches[:, masked] *= 0.3

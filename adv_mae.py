@@ -294,7 +294,7 @@ def pictures(net, images, size, args):
     what the attack added, and the rebuilt patches among the attacked ones. With --norm-pix the mean and
     the deviation of a rebuilt patch are taken from the target."""
     encoder = net.encoder
-    x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
+    x, _, rng = data.sample(images, 8, args.seed)
     x = augment(x, rng, size)
     patches = patchify(x, encoder.patch)
     target = encoder.normalise(patches)

@@ -455,7 +455,7 @@ def pictures(net, images, size, args):
     """Rows for `save_rows` of up to eight images: both strong views, the weak one, its high
     frequencies (about grey), then each attacked view and what the attack added. Batch statistics
     are those of these few images."""
-    x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
+    x, _, rng = data.sample(images, 8, args.seed)
     x1, x2, x = augment(x, rng, size)
     noise = start_noise(x, args.views, args.norm, rng)[1:] if args.random_start else None
     clean, to_attack = choose(args.views, x1, x2, x, args.cutoff)

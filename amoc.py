@@ -350,7 +350,7 @@ def pictures(net, target, bank, images, size, args):
     """Rows for `save_rows` of up to eight images: both views, each attacked view, and what the
     attack added to it."""
     variant = VARIANTS[args.variant]
-    x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
+    x, _, rng = data.sample(images, 8, args.seed)
     x1 = augment(x, rng, size)
     x2 = augment(x, rng, size)
     rows = [("x1", x1), ("x2", x2)]

@@ -278,7 +278,7 @@ def attack_settings(args):
 def pictures(net, target, images, size, args):
     """Rows for `save_rows` of up to eight images: both views, then each attacked view and what the
     attack added to it."""
-    x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
+    x, _, rng = data.sample(images, 8, args.seed)
     x1 = augment(x, rng, size, SOLARIZE[0])
     x2 = augment(x, rng, size, SOLARIZE[1])
     if args.noise_sigma:
@@ -328,7 +328,7 @@ def main(argv=None):
     log = Log(args, env, all_steps, images)
     state = dict(net=net, target=target, opt=opt, log=log)
     step = run.resume(args, env, state)
-    sample, _, _ = next(data.batches(images, min(256, len(images)), args.seed, 0))
+    sample, _, _ = data.sample(images, 256, args.seed)
     log.start(step, "loss: 4 at random, constant_loss where predictions know nothing of the image, 0 at best")
 
     settings = attack_settings(args)

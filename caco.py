@@ -453,7 +453,7 @@ def attack_settings(args):
 def pictures(net, target, bank, images, size, args):
     """Rows for `save_rows` of up to eight images: the two views; and with --eps each attacked view,
     from the view itself, and what the attack added."""
-    x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
+    x, _, rng = data.sample(images, 8, args.seed)
     x1, x2 = views(x, rng, size, **view_settings(args))[:2]
     rows = [("x1", x1), ("x2", x2)]
     if args.eps:

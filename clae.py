@@ -245,7 +245,7 @@ def attack_settings(args):
 def gain(net, images, size, args):
     """What the attack adds to NT of the view and its copy, both through branch adv, on up to 64 training
     images, augmented as in training."""
-    x, _, rng = next(data.batches(images, min(64, len(images)), args.seed, 0))
+    x, _, rng = data.sample(images, 64, args.seed)
     x1 = augment(x, rng, size)
     x1_adv = attack(net, x1, random_directions(x1, args, rng), **attack_settings(args))
     with frozen_stats(net):
@@ -257,7 +257,7 @@ def gain(net, images, size, args):
 def pictures(net, images, size, args):
     """Rows for `save_rows` of up to eight images: both views; and with --alpha the attacked one, and
     what the attack added."""
-    x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
+    x, _, rng = data.sample(images, 8, args.seed)
     x1 = augment(x, rng, size)
     x2 = augment(x, rng, size)
     rows = [("x1", x1), ("x2", x2)]

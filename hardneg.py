@@ -494,7 +494,7 @@ def mixing_numbers(x, rng, args, epoch):
 
 def pictures(images, size, args):
     """Rows for `save_rows` of up to eight images: both views."""
-    x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
+    x, _, rng = data.sample(images, 8, args.seed)
     x1 = augment(x, rng, size, args.blur)
     x2 = augment(x, rng, size, args.blur)
     return [("x1", x1), ("x2", x2)]

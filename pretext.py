@@ -557,7 +557,7 @@ def clean_accuracy(net, images, size, args):
     """{"accuracy_" + task: share} of what `net` gets right in eval mode: of up to 256 training images, the
     same in each epoch, made into tasks as in training, and not attacked."""
     plan = recipe(args)
-    x, _, rng = next(data.batches(images, min(256, len(images)), args.seed, 0))
+    x, _, rng = data.sample(images, 256, args.seed)
     x, targets = batch_of_tasks(net, x, rng, size, args, plan.padding, plan.flip)
     found = {}
     with eval_mode(net):
@@ -575,7 +575,7 @@ def pictures(net, images, size, args):
     noise), and what was added, of which white and black are the largest change of all tasks. Of Selfie,
     before these, what its pooling is shown: grey where patches are masked."""
     plan = recipe(args)
-    x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
+    x, _, rng = data.sample(images, 8, args.seed)
     x, targets = batch_of_tasks(net, x, rng, size, args, plan.padding, plan.flip)
     noise = start_noise(x, rng, args)
     settings = step_settings(args)

@@ -365,7 +365,7 @@ def chance(args):
 def pictures(net, images, size, args):
     """Rows for `save_rows` of up to eight images: both views; and with --eps the attacked one, and what
     the attack added, of which white and black are eps, or under l2 the largest change."""
-    x, _, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
+    x, _, rng = data.sample(images, 8, args.seed)
     x1 = augment(x, rng, size)
     x2 = augment(x, rng, size)
     rows = [("x1", x1), ("x2", x2)]

@@ -302,7 +302,7 @@ def attack_settings(args):
 def clean_accuracy(net, images, size, args):
     """The share of up to 256 training images, augmented and turned as in training, that `net` gets
     right in eval mode."""
-    x, labels, rng = next(data.batches(images, min(256, len(images)), args.seed, 0))
+    x, labels, rng = data.sample(images, 256, args.seed)
     x, y = task(x, labels, rng, size, args)
     with eval_mode(net):
         return (predict(net, x).argmax(1) == y).float().mean().item()
@@ -311,7 +311,7 @@ def clean_accuracy(net, images, size, args):
 def pictures(net, images, size, args):
     """Rows for `save_rows` of up to eight images: the view, turned; and with --eps the same attacked, and
     what the attack added."""
-    x, labels, rng = next(data.batches(images, min(8, len(images)), args.seed, 0))
+    x, labels, rng = data.sample(images, 8, args.seed)
     x, y = task(x, labels, rng, size, args)
     rows = [("x", x)]
     if args.eps:

@@ -414,7 +414,7 @@ def sample(net, images, count, size, args):
     """Of up to `count` training images, augmented as in training: both views, the noise of the first, and
     what `attack` takes after it: z2, ids_keep, ids_restore, target and mask."""
     encoder = net.encoder
-    x, _, rng = next(data.batches(images, min(count, len(images)), args.seed, 0))
+    x, _, rng = data.sample(images, count, args.seed)
     x1 = augment(x, rng, size)
     x2 = augment(x, rng, size)
     u, noise = random_numbers(rng, encoder, args, x.device)

@@ -876,6 +876,15 @@ def batches(images, batch_size, seed, epoch, rank=0, world=1, start=0):
         yield x, y, Rng((seed, epoch, step), total, cut)
 
 
+def sample(images, count, seed):
+    """Up to `count` of the images, the same ones at each call, as a step of `batches` has them: `(x, y, rng)`. For
+    pictures and small measurements: one batch is read, where `batches` would begin to read more."""
+    count = min(count, len(images))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_seed(seed, 0)))
+    ((x, y),) = images.stream([order[:count]])
+    return x, y, Rng((seed, 0, 0), count, slice(0, count))
+
+
 def endless_batches(images, batch_size, seed, epoch, rank=0, world=1):
     """`batches` of `epoch`, of the next one, and so on without end."""
     while True:

@@ -218,6 +218,23 @@ def same(a, b):
     return len(a) == len(b) and all(torch.equal(u, v) for s, t in zip(a, b) for u, v in zip(s, t))
 
 
+@pytest.mark.parametrize("n, count", [(22, 8), (22, 22), (5, 8)])
+def test_a_sample_is_the_first_step_of_an_epoch_of_such_batches(n, count):
+    x, y, rng = data.sample(numbered(n), count, 3)
+    wanted_x, wanted_y, wanted = next(data.batches(numbered(n), min(count, n), 3, 0))
+    assert torch.equal(x, wanted_x) and torch.equal(y, wanted_y) and len(x) == min(count, n)
+    assert torch.equal(rng.uniform(2, 3), wanted.uniform(2, 3)) and torch.equal(rng.shared(4), wanted.shared(4))
+
+
+def test_a_sample_reads_no_picture_more(monkeypatch):
+    asked = []
+    images = numbered(22)
+    stream = images.stream
+    monkeypatch.setattr(images, "stream", lambda indices: asked.extend(indices) or stream(asked))
+    data.sample(images, 8, 0)
+    assert [len(rows) for rows in asked] == [8]
+
+
 def test_two_ranks_together_see_the_images_and_random_numbers_of_one():
     ranks = [epoch_of(rank=rank, world=2) for rank in (0, 1)]
     together = [[torch.cat(v) for v in zip(*step)] for step in zip(*ranks)]
