@@ -13,7 +13,7 @@ import textwrap
 import pytest
 import torch
 
-from common import encoders, resnet
+from common import encoders, resnet, vit
 from evaluation import finetune, ranks, results
 from tests import tables
 from tests.scripts import ROOT, SCRIPTS, read_flags
@@ -142,6 +142,17 @@ def test_every_published_figure_beside_a_method_is_on_the_page_of_all():
 def test_the_tables_of_presets_and_attacks_are_the_codes():
     assert tables.presets() in PAGES["docs/evaluation.md"]
     assert tables.attacks() in PAGES["docs/evaluation.md"]
+
+
+def test_the_page_of_architectures_has_all_with_their_parameters_and_features():
+    page = PAGES["docs/architectures.md"]
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) M \|(.*)\|$", page, re.M)
+    assert [row[0] for row in rows] == [*resnet.ARCHS, *resnet.PREACT_ARCHS, *vit.VITS]
+    for arch, millions, rest in rows:
+        with torch.device("meta"):
+            encoder = encoders.make(arch)
+        assert float(millions) == round(sum(w.numel() for w in encoder.parameters()) / 1e6, 1)
+        assert str(encoder.dim) in [cell.strip() for cell in rest.split("|")]
 
 
 def test_the_bench_logs_hold_what_performance_says():
