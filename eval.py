@@ -89,7 +89,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from common import data, encoders, files, optim, run
+from common import data, encoders, files, optim, own, run
 from common.log import header
 from common.pgd import eval_mode, pgd
 from common.resnet import branch
@@ -132,7 +132,7 @@ def classifier_loss(net, x, y, preset, noise, x2=None, eps=8 / 255, steps=10):
     `noise` (B, 3, H, W) is uniform in [0, 1) and starts the attack: at a point of the ball, or in
     TRADES' way at Gaussian noise of 0.001 around the image.
     """
-    dual = preset.dual and finetune.is_dual(net)
+    dual = preset.dual and own.has_branches(net)
 
     def logits(x, bn):
         with branch(net, bn) if dual else contextlib.nullcontext():

@@ -101,6 +101,11 @@ class Folder:
         """
         return _from_the_first_process(self._checksum)
 
+    def listing(self):
+        """A hash of the pictures' names and labels as this process sees them; no picture is read."""
+        found = [(path.removeprefix(self.root).lstrip(os.sep), label) for path, label in self.samples]
+        return hashlib.sha256(repr(found).encode()).hexdigest()
+
     def _checksum(self, meanwhile):
         names = [path.removeprefix(self.root).lstrip(os.sep) for path, _ in self.samples]
         digests = _digests_of_files(self.root, names, meanwhile)

@@ -117,8 +117,8 @@ def export(encoder, path, branch=None, image_size=None):
                             `nn.Identity()`; the first convolution differs where `stem` is not "imagenet".
                             Of a ViT timm's, as of its
                             `VisionTransformer(..., num_classes=0, global_pool="avg", fc_norm=False)`.
-                            Neither has what `relative` adds to a ViT, nor pre-activation and wide ResNets,
-                            nor a network of one's own: these keys are this project's, or the network's
+                            What `relative` adds to a ViT, and pre-activation and wide ResNets, have keys
+                            of this project; a network of one's own keeps its keys
     others                  {branch: its BatchNorm tensors}, the branches not chosen
 
     Raises ValueError, and writes nothing, for a network that `make` did not build, a branch that it

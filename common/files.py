@@ -87,7 +87,7 @@ def load(path):
 
 def end_of(path):
     """The last 64 KiB of a file, None where there is none to be read. In what `save` wrote they hold the
-    checksums of its parts."""
+    checksums of its last parts."""
     try:
         with open(path, "rb") as f:
             f.seek(max(0, os.path.getsize(path) - 2**16))

@@ -31,15 +31,18 @@ class Log:
     progress line.
 
     Sums stay on the device within an epoch. They and the clock are in the state dict, so a resumed run logs
-    the same. All ranks make one, and call what it has, but for `mean`; rank 0 writes and prints.
+    the same. Each rank makes one. `epoch`, `check` and `gather_sums` are collective: all ranks call them. Rank 0
+    alone writes and prints.
     """
 
     def __init__(self, args, env, steps, images):
         self.args, self.env, self.steps = args, env, steps  # steps of the whole run
         self.path = pathlib.Path(args.out) / "log.jsonl"
         self.data = {"images": len(images), "checksum": images.checksum()}
+        self.listing = None  # of a folder, whose checksum all ranks have from the first one: what this one sees
         self.of_what = f"{len(images):,} images"
         if isinstance(images, Folder):
+            self.listing = images.listing()
             self.of_what = f"{len(images):,} pictures, of each the central square at {images.size} x {images.size}"
         if ".py:" in (getattr(args, "arch", None) or ""):  # a network of one's own, whose code may change
             self.data["network"] = own.code_of(args.arch)

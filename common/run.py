@@ -210,8 +210,9 @@ _stop = {}  # the signals that asked this process to stop, and when each came fi
 
 
 def _note(number, _):
-    """The handler. A signal that comes more than five seconds after the first one kills. Until then it says
-    the same: a manager may signal all processes, and torchrun its own once more."""
+    """The handler. A signal that comes more than five seconds after the first one kills. Signals within these
+    five seconds count as one request: a job manager may signal every process, and torchrun then signals its
+    own again."""
     now = time.monotonic()
     if _stop and now - min(_stop.values()) > 5:
         signal.signal(number, signal.SIG_DFL)
@@ -355,7 +356,7 @@ def resume(args, env, state):
     """
     path = pathlib.Path(args.out) / "last.pt"
     data = state["log"].data if "log" in state else None
-    _agree(args, data)
+    _agree(args, (data, state["log"].listing if "log" in state else None))
     if not path.exists():
         # Without a step there was nothing to lose: what --epochs 0 exports is made again at once.
         trains = state["log"].steps if "log" in state else getattr(args, "epochs", 0)
@@ -401,8 +402,8 @@ def resume(args, env, state):
 
 
 def _agree(args, data):
-    """ValueError on all ranks where they see other files in --out, or have other `data`, as on hosts that do
-    not share them."""
+    """ValueError on all ranks where they see other files in --out, or have other `data` (any value that says
+    which), as on hosts that do not share them."""
     out = pathlib.Path(args.out)
     seen = [files.end_of(out / name) for name in ("last.pt", "log.jsonl", "encoder.pt")]
     everyone = gather_objects((seen, data))

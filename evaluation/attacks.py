@@ -146,7 +146,8 @@ def without_gradient(net, x, y):
 
 def without_gradient_text(count):
     """The warning about so many images of `without_gradient` that are classified rightly."""
-    return f"{int(count)} images, classified rightly, have a gradient of exactly 0: PGD tells nothing of them"
+    return (f"{int(count)} images, classified rightly, have a gradient of exactly 0 in the network that is "
+            "attacked: PGD tells nothing of them")
 
 
 def start_seed(seed, batch, restart):
@@ -187,11 +188,10 @@ def judge(net, images, attack=None, seed=0, limit=None, restarts=1, source=None,
                 seen &= x_adv.isfinite().flatten(1).all(1)
                 if y.min() < 0 or y.max() >= logits.shape[1]:
                     raise ValueError(f"labels go from {int(y.min())} to {int(y.max())}, of {logits.shape[1]} classes")
-                if "standing" in report:  # what fell within AutoAttack has fallen
-                    standing &= torch.tensor(report["standing"], device=y.device)
-                else:
+                if not report:
                     standing &= logits.argmax(1) == y
-                if report:
+                else:  # of AutoAttack: what fell within it has fallen
+                    standing &= torch.tensor(report["standing"], device=y.device)
                     texts = more.get("warnings", []) + report["warnings"]
                     more["warnings"] = list(dict.fromkeys(texts))
                     if restarts == 1:
@@ -299,7 +299,7 @@ def resized(images, size):
 def pictures(path, net, images, attack, seed, source=None):
     """Write rows of up to eight test images to `path`: clean, attacked, and what the attack added, of
     which white and black are the largest change."""
-    x, y = next(in_order(images, 8))
+    x, y = next(in_order(images, 8, limit=8))
     with eval_mode(source or net):
         x_adv, _ = attacked(source or net, x, y, attack, start_seed(seed, 0, 0))
     rows = [("clean", x), ("attacked", x_adv), ("added", difference(x_adv, x, (x_adv - x).abs().max()))]

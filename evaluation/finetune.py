@@ -6,7 +6,6 @@ from torchvision.transforms import v2
 from common import data, encoders, optim
 from common.augment import (
     random_color_jitter, random_flip, random_grayscale, random_pad_crop, random_resized_crop, to_float)
-from common.resnet import BranchNorm
 from evaluation.presets import HELD_OUT
 
 
@@ -28,11 +27,6 @@ class Classifier(nn.Module):
 
     def forward(self, x):
         return self.head(self.norm(self.encoder(x)))
-
-
-def is_dual(net):
-    """Whether `net` has BatchNorm branches: one that clean images and one that attacked images go through."""
-    return any(isinstance(module, BranchNorm) for module in net.modules())
 
 
 def start(net, p):

@@ -24,7 +24,7 @@ import numpy
 
 from common import run
 from evaluation import table
-from evaluation.published import COMPARED
+from evaluation.published import COMPARED, cifar10
 
 PRESET = "amoc-slf"
 ATTACKS = ("clean", "pgd20")  # the first two figures of a published triple
@@ -80,9 +80,14 @@ def interval(published, ours, errors, seed=0):
     return float(low), float(high)
 
 
+def is_on_cifar10(line, attack, result):
+    """Whether a line of eval.jsonl is of a classifier for CIFAR-10, as all of COMPARED are. Older lines do not
+    say on which data."""
+    return cifar10(line.get("data", "cifar10"))
+
+
 def ours_of(paths):
-    """{published row: {attack: [result of each run]}} of the folders that were evaluated by PRESET, on the
-    data that they were pretrained on."""
+    """{published row: {attack: [result of each run]}} of the folders that were evaluated by PRESET."""
     found = {}
     for path in paths:
         if not (path / "eval.jsonl").exists():
@@ -91,12 +96,7 @@ def ours_of(paths):
         fitting = [row for *kind, row in COMPARED if table.fits(made.script, made.flags, *kind)]
         if not fitting or made.flags.get("epochs") == 0:
             continue
-        data = made.flags.get("data")
-
-        def accept(line, attack, result):
-            return line.get("data", data) == data  # older lines do not say
-
-        measured = table.read_folder(path, accept=accept)
+        measured = table.read_folder(path, accept=is_on_cifar10)
         for attack in ATTACKS:
             if (PRESET, attack) in measured:
                 found.setdefault(fitting[0], {}).setdefault(attack, []).append(measured[PRESET, attack])

@@ -13,7 +13,7 @@ from torch import nn
 from common import encoders, files, own, run
 from evaluation import foreign, table
 from evaluation.attacks import Attack, AutoAttack, DeepFool
-from evaluation.finetune import Classifier, is_dual
+from evaluation.finetune import Classifier
 from evaluation.flags import OVER, asked, attacks_on, titles_of
 from evaluation.names import attack_named
 from evaluation.presets import PRESETS, filled, in_order, name_of, recipe_of
@@ -91,7 +91,7 @@ def key_of(path, encoder, name, preset, args, shown):
 
 def classifier_stem(path, encoder, name, preset):
     """What the names of the classifier's file and pictures say: [encoder's file-]preset[-changes][-BN]."""
-    bn = "dual" if is_dual(encoder) else encoder.branch
+    bn = "dual" if own.has_branches(encoder) else encoder.branch
     file = "" if path.name == "encoder.pt" else path.stem
     if preset:
         # What is changed of BatchNorm's branches is said by `bn`.

@@ -82,8 +82,8 @@ def measurements(folder):
 def read_folder(folder, file="encoder.pt", accept=None, others=False, **wanted):
     """{(name, attack): result} that eval.jsonl in `folder` holds of the encoder in `file` there, names as
     `presets.name_of` has them: of lines and results that agree with `wanted` and for which accept(line,
-    attack, result), if given, is true. What the line says of how it was judged ("bn", "data", "image_size",
-    "train") is in the result too. With `others` results on other test sets count too, as {(name,
+    attack, result), if given, is true. What the line says of how it was judged ("bn", "image_size", "train") is
+    in the result too. With `others` results on other test sets count too, as {(name,
     attack, test_data): result}.
 
     Raises FileNotFoundError where there is no eval.jsonl, and ValueError where something was measured
@@ -112,7 +112,7 @@ def read_folder(folder, file="encoder.pt", accept=None, others=False, **wanted):
                 raise ValueError(f"{folder}: {' '.join(name)} was measured twice, with another "
                                  f"{', '.join(differ)}; choose by a flag, or take lines out of its "
                                  "eval.jsonl")
-            judged = {name: line[name] for name in ("bn", "data", "image_size", "train") if name in line}
+            judged = {part: line[part] for part in ("bn", "image_size", "train") if part in line}
             chosen[name] = {**judged, **result}
     return chosen
 
@@ -213,7 +213,8 @@ def markdown(runs, columns, groups, published, free):
                the row's script and flags
     published  (script, flags, text): the text of the first that fits, unless there was no epoch
     In both, a flag's value may be a function that says whether it fits. Raises ValueError where two runs of one
-    row have the same seed, or were judged on other images or by other attacks.
+    row have the same seed, or were judged on other images, by another attack, through another BatchNorm
+    branch, or after other training.
     """
     columns = {c: title for c, title in columns.items() if any(c in results for _, results in runs)}
     runs = [(path, results) for path, results in runs if results.keys() & columns.keys()]
@@ -242,7 +243,7 @@ def markdown(runs, columns, groups, published, free):
     return "\n".join("| " + " | ".join(row) + " |" for row in out)
 
 
-ALIKE = ("data", "train", "image_size", "bn", "images", "test", "settings", "files")  # old results lack some
+ALIKE = ("train", "image_size", "bn", "images", "test", "settings", "files")  # old results lack some
 UNLESS_DEFAULT = ("restarts", "batch_size", "source")  # which results hold only where they are not the default
 
 

@@ -229,11 +229,11 @@ def markdown(rows):
 def judged_by_all(nets, images, attack, source, seed, restarts, batch_size):
     """`attack` (a row of ATTACKS; None: clean images) made on the network `source`: which of the N `images`
     each of `nets` classifies rightly, bool (nets, N), each row as `attacks.judge` counts it; how often the
-    logits of each were not finite, (nets,); and how many images `source`, where it is one of them, classifies
-    rightly because PGD found no gradient (`attacks.without_gradient`)."""
+    logits of each were not finite, (nets,); and how many images each classifies rightly at which `source` has no
+    gradient (`attacks.without_gradient`), so that PGD could not move them, (nets,)."""
     right = []
     broken = torch.zeros(len(nets), dtype=torch.long)
-    unmoved = 0
+    unmoved = torch.zeros_like(broken)
     with eval_mode(*nets), eval_mode(source):
         for i, (x, y) in enumerate(attacks.in_order(images, batch_size)):
             standing = torch.ones(len(nets), len(y), dtype=torch.bool, device=y.device)
@@ -248,9 +248,8 @@ def judged_by_all(nets, images, attack, source, seed, restarts, batch_size):
                         finite[j] &= logits.isfinite().all(1)
                         standing[j] &= logits.argmax(1) == y
             standing &= finite
-            for net, rightly in zip(nets, standing):
-                if net is source and isinstance(attack, attacks.Attack):
-                    unmoved += int((attacks.without_gradient(source, x_adv, y) & rightly).sum())
+            if isinstance(attack, attacks.Attack):
+                unmoved += (attacks.without_gradient(source, x_adv, y) & standing).sum(1).cpu()
             right.append(standing.cpu())
             broken += (~finite).sum(1).cpu()
     return torch.cat(right, 1), broken, unmoved
@@ -298,18 +297,19 @@ def matrix_row(path, members, source, attack, args, env, shown):
         right, broken, unmoved = judged_by_all(nets, shown.test, attack_named(attack), source.net, args.seed,
                                                conditions["restarts"] or 1, args.test_batch_size)
         broken = broken.tolist()
+        unmoved = unmoved.tolist()
         accuracies = [100 * int(row.sum()) / n for row in right]
         result = {"accuracies": accuracies, "right": to_text(right), "not_finite": broken,
                   "without_gradient": unmoved}
         keep(path, key, result, members, began, args, env)
     found = []
-    unmoved = result.get("without_gradient")  # older lines do not say
-    for member, row, count in zip(members, right, broken):
+    unmoved = result.get("without_gradient", len(nets) * [0])  # older lines do not say
+    for row, count, still in zip(right, broken, unmoved):
         texts = []
         if count:
             texts.append(f"{count} attacked images have logits that are not finite, and count as fooled")
-        if unmoved and member is source:
-            texts.append(attacks.without_gradient_text(unmoved))
+        if still:
+            texts.append(attacks.without_gradient_text(still))
         found.append(attacks.score(100 * int(row.sum()) / n, n))
         if texts:
             found[-1]["warnings"] = texts

@@ -298,7 +298,7 @@ def main(argv=None):
     names = args.rows or list(ROWS)
     without = [name for name in names if "--batch-size" not in ROWS[name].command.split()]
     if without:
-        raise SystemExit(f"ROWS[{without[0]!r}] has no --batch-size, which is needed to choose its epochs; "
+        raise SystemExit(f"ROWS[{without[0]!r}] has no --batch-size, from which its epochs are chosen; "
                          "add it to the command of this row")
     if args.list:
         for name in names:

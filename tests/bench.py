@@ -382,7 +382,7 @@ def floor(n, size, products):
 
 
 def bank(s):
-    """A table for each number of rows, so that what was measured stands there where the larger ones take too long."""
+    """A table for each number of rows, so that the smaller ones are there even if the larger ones take too long."""
     cuda = s.flush is not None
     sizes, types = {4096: [128], 32768: [256]}, [torch.float32]  # rows of the bank: queries
     losses = {"ours": amoc.info_nce, "plain": plain, "eager": eager, "MoCo": moco}

@@ -116,10 +116,11 @@ def amoc(args, clock, state, save):
 
 
 def kernel_rows(text):
-    """Of the bank's tables, as many as `text` has: the fewest rows from which the kernels are faster than plain
+    """Of the bank's tables, as many as `text`, the output of its last call, has: the fewest rows from which the kernels are faster than plain
     PyTorch, for every number of queries and gradient that they list; None where they are not."""
     ratios = {}
-    for line in text.splitlines():
+    last = re.split(r"^\$ .*$", text, flags=re.M)[-1]  # `call` writes each command before its output
+    for line in last.splitlines():
         found = re.match(r"\s*\d+ x (\d+), \w+\s+(q, bank|q)\s+([\d.,]+)\s+([\d.,]+)", line)
         if found:
             ours, plain = (float(v.replace(",", "")) for v in found.group(3, 4))
@@ -170,10 +171,12 @@ def main(argv=None):
         save()
         print(f"amoc: {state['result']}", flush=True)
     left = [name for name in (*parts, "amoc") if summary.get(name, {}).get("result") != "done"]
-    print(f"left for the next call: {', '.join(left) or 'nothing'}; see {summary_path}")
     failed = [name for name, part in summary.items() if part.get("result", "").startswith("failed")]
     if failed:
-        raise ValueError(f"failed: {', '.join(failed)}; see {args.out}")
+        print(f"failed: {', '.join(failed)}; see {args.out}")
+    print(f"left for the next call: {', '.join(left) or 'nothing'}; see {summary_path}")
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -145,14 +145,25 @@ def test_the_tables_of_presets_and_attacks_are_the_codes():
 
 
 def test_the_page_of_architectures_has_all_with_their_parameters_and_features():
+    """And with their stem and blocks, or their patch, blocks, heads and size."""
     page = PAGES["docs/architectures.md"]
-    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) M \|(.*)\|$", page, re.M)
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) M \| (.*) \|$", page, re.M)
     assert [row[0] for row in rows] == [*resnet.ARCHS, *resnet.PREACT_ARCHS, *vit.VITS]
     for arch, millions, rest in rows:
         with torch.device("meta"):
             encoder = encoders.make(arch)
         assert float(millions) == round(sum(w.numel() for w in encoder.parameters()) / 1e6, 1)
-        assert str(encoder.dim) in [cell.strip() for cell in rest.split("|")]
+        cells = [cell.strip("` ") for cell in rest.split("|")]
+        if arch in vit.VITS:
+            head = encoder.blocks[0].attn.heads
+            assert cells == [str(n) for n in (encoder.patch, encoder.dim, len(encoder.blocks), head, vit.VITS[arch][-1])]
+        else:
+            depths = resnet.ARCHS[arch][0] if arch in resnet.ARCHS else resnet.PREACT_ARCHS[arch][1]
+            stem = resnet.ARCHS[arch][-1] if arch in resnet.ARCHS else "cifar"
+            features, its_stem, blocks = cells
+            assert (int(features), its_stem) == (encoder.dim, stem)
+            assert blocks.removesuffix(", with bottlenecks") == ", ".join(map(str, depths))
+            assert blocks.endswith("bottlenecks") == arch.endswith("50")
 
 
 def test_the_bench_logs_hold_what_performance_says():

@@ -1184,7 +1184,8 @@ def test_images_that_an_attack_without_a_gradient_cannot_move_are_named():
     standing = attacks.judge(Steep(1e4), images, attack)
     assert standing["accuracy"] == 100
     assert standing["warnings"] == [
-        "6 images, classified rightly, have a gradient of exactly 0: PGD tells nothing of them"]
+        "6 images, classified rightly, have a gradient of exactly 0 in the network that is attacked: PGD tells nothing of "
+        "them"]
     assert "warnings" not in attacks.judge(Steep(1e4), images)  # clean images are not attacked
 
 

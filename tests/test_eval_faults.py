@@ -498,7 +498,7 @@ def test_warnings_of_every_restart_are_kept_once(monkeypatch):
     texts = iter([["a", "b"], ["b", "c"], []])
 
     def attacked(net, x, y, *rest):
-        return x, {"warnings": next(texts), "stages": {}}
+        return x, {"warnings": next(texts), "stages": {}, "standing": len(y) * [True]}
 
     monkeypatch.setattr(attacks, "attacked", attacked)
     found = attacks.judge(Constant(above=2), zeros(3), attacks.ATTACKS["apgd"], restarts=3)

@@ -26,6 +26,8 @@ def test_kernels_pay_from_the_bank_on_from_which_they_always_do():
     assert gpu.kernel_rows(BANK.replace("0.08", "0.3")) == 4096
     assert gpu.kernel_rows(BANK.replace("0.30       0.2", "0.05       0.2")) is None
     assert gpu.kernel_rows("") is None
+    assert gpu.kernel_rows(f"$ bench bank\n{BANK}$ bench bank\n") is None  # of an earlier call
+    assert gpu.kernel_rows(f"$ bench bank\n$ bench bank\n{BANK}") == 65536
 
 
 def test_a_part_that_takes_too_long_is_interrupted_and_may_still_save(tmp_path):
@@ -82,11 +84,13 @@ def test_an_interrupted_call_goes_on_with_what_is_left(tmp_path, capsys, monkeyp
     assert made[2:] == ["step-acl", "step-rocl", "bank", "amoc"]
 
 
-def test_what_failed_is_said_last_and_without_a_device_nothing_begins(tmp_path, monkeypatch):
+def test_what_failed_and_what_is_left_is_said_and_without_a_device_nothing_begins(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "commands", lambda args: {"bank": [sys.executable, "-c", "raise SystemExit(1)"]})
     flags = ["--quick", "--device", "cpu", "--out", str(tmp_path), "--minutes", "1"]
-    with pytest.raises(ValueError, match="failed: bank; see"):
+    with pytest.raises(SystemExit, match="1"):
         gpu.main(flags)
+    *_, failed, left = capsys.readouterr().out.splitlines()
+    assert failed.startswith("failed: bank; see") and left.startswith("left for the next call: bank, amoc; see")
     assert json.loads((tmp_path / "summary.json").read_text())["bank"]["result"] == "failed, exit status 1"
     with pytest.raises(ValueError, match="--device nonsense cannot be used"):
         gpu.main([*flags[:-1], "1", "--device", "nonsense"])

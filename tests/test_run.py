@@ -158,10 +158,12 @@ def resumed_apart(rank, world):
     said = []
     with tempfile.TemporaryDirectory() as folder:
         env = run.Env(torch.device("cpu"), rank, world)
-        for n, saves in ((3, True), (3 + rank, False)):
-            out = pathlib.Path(folder) / f"{saves}"
+        picture = pathlib.Path(folder) / f"{rank}.png"
+        picture.write_bytes(b"")  # it is not decoded
+        pictures = data.Folder(folder, [(str(picture), 0)], 1, 32, "cpu", 0)
+        for images, saves in ((IMAGES, True), (IMAGES if rank else OTHERS, False), (pictures, False)):
+            out = pathlib.Path(folder) / f"{len(said)}"
             out.mkdir()
-            images = data.Images(torch.zeros(n, 3, 2, 2, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64), 1)
             log = Log(arguments(out), env, 4, images)
             log.start(0)
             if saves:
@@ -177,9 +179,10 @@ def resumed_apart(rank, world):
 
 def test_processes_that_see_other_folders_or_other_data_all_stop(tmp_path):
     """As on two hosts that do not share them. Else one would begin anew, and the other go on."""
-    for folders, images in in_two_processes(resumed_apart, tmp_path):
+    for folders, images, pictures in in_two_processes(resumed_apart, tmp_path):
         assert re.fullmatch("the processes do not see the same files in --out .*; .* that all hosts share", folders)
         assert re.fullmatch("the processes do not have the same data .*", images)
+        assert pictures == images  # of a folder one process tells all others its checksum
 
 
 def test_errors_raised_on_purpose_are_a_line_and_bugs_keep_their_traceback():
@@ -191,7 +194,8 @@ def test_errors_raised_on_purpose_are_a_line_and_bugs_keep_their_traceback():
         run.cli(lambda: torch.utils.data.RandomSampler([], num_samples=-1))
 
 
-IMAGES = data.Images(torch.zeros(3, 3, 2, 2, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), 1)
+IMAGES, OTHERS = (data.Images(torch.full((3, 3, 2, 2), n, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), 1)
+                  for n in (0, 1))
 
 
 def arguments(folder, **more):

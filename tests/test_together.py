@@ -107,7 +107,7 @@ def test_each_row_of_the_matrix_equals_judge_with_that_source_and_the_diagonal_t
     images = tiny_images(50)
     for i, source in enumerate(NETS):
         right, broken, unmoved = together.judged_by_all(NETS, images, STRONG, source, 3, restarts, 20)
-        assert right.shape == (3, 50) and not broken.any() and unmoved == 0
+        assert right.shape == (3, 50) and not broken.any() and not unmoved.any()
         for j, net in enumerate(NETS):
             want = attacks.judge(net, images, STRONG, 3, None, restarts, source, 20)["accuracy"]
             assert 100 * int(right[j].sum()) / 50 == want
@@ -164,19 +164,21 @@ def test_logits_that_are_not_finite_count_as_fooled():
     assert broken.tolist() == [0, 10] and not right[1].any() and right[0].any()
 
 
-def test_a_network_without_a_gradient_is_named_where_the_attack_is_made_on_it_alone():
+def test_images_that_an_attack_made_on_a_network_without_a_gradient_cannot_move_are_counted():
     class Saturated(nn.Module):
         def forward(self, x):
             return 1e6 * NETS[0](x)
 
     images = tiny_images(10)
     saturated = Saturated()
-    right, _, unmoved = together.judged_by_all([NETS[1], saturated], images, WEAK, saturated, 0, 1, 500)
-    assert unmoved == int(right[1].sum()) > 0
-    _, _, unmoved = together.judged_by_all([NETS[1], saturated], images, WEAK, NETS[1], 0, 1, 500)
-    assert unmoved == 0
-    _, _, unmoved = together.judged_by_all([NETS[1], saturated], images, None, saturated, 0, 1, 500)
-    assert unmoved == 0  # clean images are not attacked
+    nets = [NETS[1], saturated]
+    right, _, unmoved = together.judged_by_all(nets, images, WEAK, saturated, 0, 1, 500)
+    assert unmoved[1] == right[1].sum() > 0  # where the saturated network errs, it has a gradient
+    assert 0 < unmoved[0] <= right[0].sum()
+    _, _, unmoved = together.judged_by_all(nets, images, WEAK, NETS[1], 0, 1, 500)
+    assert not unmoved.any()
+    _, _, unmoved = together.judged_by_all(nets, images, None, saturated, 0, 1, 500)
+    assert not unmoved.any()  # clean images are not attacked
 
 
 # The command ------------------------------------------------------------------------------------------------
@@ -206,7 +208,7 @@ def test_the_command_judges_an_ensemble_and_its_members_and_measures_nothing_twi
 
     def autoattack(net, x, y, *settings, **more):
         asked.append((net, len(x)))
-        return x, {"warnings": [], "stages": {}}
+        return x, {"warnings": [], "stages": {}, "standing": (net(x).argmax(1) == y).tolist()}
 
     monkeypatch.setattr(attacks, "autoattack", autoattack)
     monkeypatch.setattr(attacks, "sanity", lambda net, *rest: {})
