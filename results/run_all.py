@@ -118,13 +118,13 @@ ROWS = {
 PRETRAINING = {(name, seed): threading.Lock() for name, row in ROWS.items() for seed in range(row.seeds)}
 
 
-def command_of(row, data, seed, out, epochs=None):
+def command_of(row, args, seed, out, epochs=None):
     """The command that pretrains `row` into the folder `out`, as words. A row that has --epochs of its own
     keeps them."""
-    script, *flags = shlex.split(row.command.format(runs=pathlib.Path(out).parent))
+    script, *flags = shlex.split(row.command.format(runs=args.runs))
     if "--epochs" not in flags:
         flags += ["--epochs", str(epochs)]
-    return [script, "--data", data, *flags, "--seed", str(seed), "--out", str(out)]
+    return [script, "--data", args.data, *flags, "--seed", str(seed), "--out", str(out)]
 
 
 def name_of(name, seed):
@@ -152,7 +152,7 @@ def timed(name, row, args):
     out = args.runs / "timing" / name
     shutil.rmtree(ROOT / out, ignore_errors=True)
     limit = TIMED_STEPS * row.batch_size
-    run([*command_of(row, args.data, 0, out, 2), "--limit", str(limit)])
+    run([*command_of(row, args, 0, out, 2), "--limit", str(limit)])
     lines = [json.loads(line) for line in (ROOT / out / "log.jsonl").read_text().splitlines()]
     first, both = [line["cpu_seconds"] for line in lines[1:]]
     return first, both - first
@@ -178,7 +178,7 @@ def pretrain_anew(name, row, seed, out, args):
         chosen.write_text(f"{epochs}\n")
     epochs = int(chosen.read_text()) if chosen.exists() else None
     limit = ["--limit", str(args.images)] if args.images else []
-    run([*command_of(row, args.data, seed, out, epochs), *limit])
+    run([*command_of(row, args, seed, out, epochs), *limit])
 
 
 def copy(files, source, target):
@@ -302,7 +302,7 @@ def main(argv=None):
                          "add it to the command of this row")
     if args.list:
         for name in names:
-            words = command_of(ROWS[name], args.data, 0, args.runs / name, "EPOCHS")
+            words = command_of(ROWS[name], args, 0, args.runs / name, "EPOCHS")
             print(f"{name}: python {shlex.join(words)}")
         return
     if args.data.endswith(".npz") and not (ROOT / args.data).exists():

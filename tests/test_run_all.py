@@ -18,7 +18,7 @@ import run_all  # noqa: E402
 @pytest.mark.parametrize("name", run_all.ROWS)
 def test_the_commands_of_the_rows_are_accepted(name):
     row = run_all.ROWS[name]
-    script, *flags = run_all.command_of(row, "data/cifar10.npz", 1, "runs/x", 3)
+    script, *flags = run_all.command_of(row, run_all.parse([]), 1, "runs/x", 3)
     args = read_flags(importlib.import_module(script.removesuffix(".py")), *flags)
     assert args.seed == 1 and args.limit is None and args.batch_size == row.batch_size
     assert args.epochs == (0 if name in ("random", "vit-random") else 3)
@@ -78,6 +78,8 @@ def made(tmp_path, monkeypatch):
                     line = {"preset": name, "results": dict.fromkeys(["clean"] if name == "knn" else attacks, {})}
                     file.write(json.dumps(line) + "\n")
             return
+        if "--teacher" in words:  # which a script would look for
+            assert pathlib.Path(words[words.index("--teacher") + 1]).exists()
         folder = pathlib.Path(words[words.index("--out") + 1])
         folder.mkdir(parents=True)
         lines = [{}, {"cpu_seconds": 12.0}, {"cpu_seconds": 22.0}]
@@ -201,5 +203,5 @@ def test_rows_of_other_data_have_folders_of_their_own_and_read_what_is_there():
     assert all(str(folder).startswith("runs/cpu-20-cifar10") for folder in (others.runs, others.results, others.encoders))
     assert len({others.runs, others.results, others.encoders}) == 3
     row = run_all.ROWS["advcl-labels"]
-    words = run_all.command_of(row, "cifar10", 0, others.runs / "advcl-labels", 3)
+    words = run_all.command_of(row, others, 0, others.runs / "advcl-labels", 3)
     assert words[words.index("--teacher") + 1] == "runs/cpu-20-cifar10/simclr/encoder.pt"
