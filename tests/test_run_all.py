@@ -143,10 +143,12 @@ def test_a_row_whose_run_is_gone_goes_on_from_what_was_kept(made):
 
 
 def test_what_a_row_needs_is_made_before_it(made):
-    _, commands, flags = made
+    folder, commands, flags = made
     run_all.main(["advcl-labels", *flags])
     scripts = [words[0] for words in commands if words[0] != "eval.py"]
     assert scripts == ["acl.py", "acl.py", "advcl.py", "advcl.py"]  # each is timed first
+    teachers = [words[words.index("--teacher") + 1] for words in commands if "--teacher" in words]
+    assert teachers == 2 * [str(folder / "runs" / "simclr" / "encoder.pt")]  # the short run too reads the whole one's
 
 
 def test_what_a_row_needs_is_made_once_and_waited_for_while_it_is_made(made, monkeypatch):
