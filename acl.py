@@ -70,8 +70,11 @@ Measured on one CPU thread (Intel Xeon) and 10,000 images of CIFAR-10 (JPEG), wi
 --batch-size 64 --warmup 0 --lr 1.5 --steps 2 --step-size 4, in 5.0 CPU minutes (10 epochs; mean of 2
 seeds): a linear probe (eval.py's preset amoc-slf, 2,000 test images) reaches 42.1 %, and 15.5 % under
 PGD-20 at 8/255. s2s reaches 47.0 and 0.1 in 4.6 CPU minutes (28 epochs); a random encoder, 27.4 and 0.
-This has not been run on a GPU yet, and l2, AdamW and --noise-sigma not at all. Fan et al. (2021, arXiv
-2111.01124) report 77.88, and 42.87 under PGD-20 (1000 epochs).
+
+On all 50,000 images, judged on all 10,000 test images (one seed each), it reaches 46.0 and 18.2 in 17
+CPU minutes (6 epochs), a2a 47.0 and 19.2 in 20 (11), s2s 56.0 and 0.0 in 20 (20). This has not been run
+on a GPU yet, and l2, AdamW and --noise-sigma not at all. Fan et al. (2021, arXiv 2111.01124) report
+77.88, and 42.87 under PGD-20 (1000 epochs).
 """
 import argparse
 import math
