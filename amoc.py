@@ -69,9 +69,9 @@ by the random start alone (with --no-random-start, not at all).
 
 Measured on one CPU thread (Intel Xeon) and 10,000 images of CIFAR-10 (JPEG), with --arch slim
 --batch-size 64 --warmup 0 --bank-size 512 --ema 0.99 --lr 0.2 --weight-decay 1e-4 --steps 2
---step-size 4: ACC reaches, in 3.9 CPU minutes (11 epochs; mean of 2 seeds), 35.8 % with a linear probe (eval.py's
-preset amoc-slf, 2,000 test images), and 14.5 % under PGD-20 at 8/255. CCC makes 32 epochs in about that
-time, 4.6 CPU minutes, and reaches 43.0 and 2.6; a random encoder, 27.4 and 0.
+--step-size 4: ACC reaches, in 3.9 CPU minutes (11 epochs; mean of 2 seeds), 35.8 % with a linear probe
+(eval.py's preset amoc-slf, 2,000 test images), and 14.5 % under PGD-20 at 8/255. CCC makes 32 epochs in
+about that time, 4.6 CPU minutes, and reaches 43.0 and 2.6; a random encoder, 27.4 and 0.
 
 On all 50,000 images, judged on all 10,000 test images (one seed each), ACC reaches 44.5 and 18.0 in 18
 CPU minutes (10 epochs), ACA 45.5 and 18.3 in 21 (12), CCC 54.1 and 0.4 in 21 (30). This has not been run
