@@ -714,7 +714,7 @@ def test_each_stage_attacks_what_still_stands_packed_into_batches_with_the_seed_
     monkeypatch.setattr(aa, "STAGES", marking(falls, calls))
     x, y = numbered(11)
     y[3] = 1  # misclassified already
-    with pytest.warns(UserWarning, match="Square, which sees no gradient, fooled 2 points"):
+    with pytest.warns(UserWarning, match="Square, which sees no gradient, fooled 2 of 11 points"):
         x_adv, report = aa.autoattack(Marked(), x, y, 0.05, norm="l2", seed=9, batch_size=4)
     assert calls == [
         ("apgd-ce", [0, 1, 2, 4], 0.05, "l2", 9), ("apgd-ce", [5, 6, 7, 8], 0.05, "l2", 9),

@@ -90,8 +90,8 @@ def test_no_script_writes_over_a_run_of_its_default_length(script, tmp_path):
     (tmp_path / "encoder.pt").write_bytes(b"hours of work")
     args = importlib.import_module(script).parser().parse_args(["--out", str(tmp_path)])
     with pytest.raises(ValueError, match="move encoder.pt away"):
-        run.resume(args, None, {"log": SimpleNamespace(steps=10, data={})})
-    assert run.resume(args, None, {"log": SimpleNamespace(steps=0, data={})}) == 0
+        run.resume(args, None, {"log": SimpleNamespace(steps=10, data={}, listing=None)})
+    assert run.resume(args, None, {"log": SimpleNamespace(steps=0, data={}, listing=None)}) == 0
 
 
 def test_a_run_that_came_to_nothing_does_not_keep_its_folder(ended, tmp_path):
