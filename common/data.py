@@ -882,8 +882,8 @@ def batches(images, batch_size, seed, epoch, rank=0, world=1, start=0):
 
 
 def sample(images, count, seed):
-    """Up to `count` of the images, the same ones at each call, as a step of `batches` has them: `(x, y, rng)`. For
-    pictures and small measurements: one batch is read, where `batches` would begin to read more."""
+    """Up to `count` of the images, the same ones at each call, as a step of `batches` has them: `(x, y, rng)`.
+    For pictures and small measurements: one batch is read, where `batches` would begin to read more."""
     count = min(count, len(images))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_seed(seed, 0)))
     ((x, y),) = images.stream([order[:count]])

@@ -82,9 +82,9 @@ def measurements(folder):
 def read_folder(folder, file="encoder.pt", accept=None, others=False, **wanted):
     """{(name, attack): result} that eval.jsonl in `folder` holds of the encoder in `file` there, names as
     `presets.name_of` has them: of lines and results that agree with `wanted` and for which accept(line,
-    attack, result), if given, is true. What the line says of how it was judged ("bn", "image_size", "train") is
-    in the result too. With `others` results on other test sets count too, as {(name,
-    attack, test_data): result}.
+    attack, result), if given, is true. What the line says of how it was judged ("bn", "image_size", "train")
+    is in the result too. With `others` results on other test sets count too, as {(name, attack, test_data):
+    result}.
 
     Raises FileNotFoundError where there is no eval.jsonl, and ValueError where something was measured
     twice in different ways."""
@@ -248,9 +248,8 @@ UNLESS_DEFAULT = ("restarts", "batch_size", "source")  # which results hold only
 
 
 def check_alike(results, what):
-    """ValueError where `results`, pairs of a path and a result, which are to be averaged, are of other
-    images, of another BatchNorm branch, or of another attack. What older programs did not write is not
-    compared."""
+    """ValueError where `results`, pairs of a path and a result, which are to be averaged, differ in the images,
+    the BatchNorm branch or the attack. What older programs did not write is not compared."""
     for name in (*ALIKE, *UNLESS_DEFAULT):
         known = [(path, result.get(name)) for path, result in results if name in result or name in UNLESS_DEFAULT]
         for path, value in known[1:]:
